@@ -1,0 +1,1 @@
+//! Decompositions of the small symmetric matrices that the curvature needs.

@@ -1,0 +1,1 @@
+//! candle_nn under its own names, with gradients and taps.

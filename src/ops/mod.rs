@@ -1,0 +1,1 @@
+//! Pure operations, one file each, knowing nothing of layers or optimizers.
