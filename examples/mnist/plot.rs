@@ -61,7 +61,7 @@ fn draw(panel: &Area, lines: &[Line], x: &str, y: &str) -> Result<()> {
         .map_err(Error::wrap)?;
     chart
         .configure_mesh()
-        .light_line_style(WHITE)
+        .max_light_lines(0)
         .x_desc(x)
         .y_desc(y)
         .label_style(text)
