@@ -6,6 +6,7 @@
 pub mod cholesky;
 pub mod eigh;
 mod host;
+pub mod newton;
 
 #[cfg(test)]
 pub(crate) mod testing {
