@@ -6,6 +6,7 @@
 pub mod cholesky;
 pub mod eigh;
 mod host;
+pub mod kron;
 pub mod newton;
 
 #[cfg(test)]
