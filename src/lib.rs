@@ -1,4 +1,9 @@
-//! Curvature-aware optimizers for candle: K-FAC and the KLD-WRM family, on one set of Kronecker factors.
+//! kronwake
+#![warn(missing_docs)]
+pub mod checkpoint;
+pub mod curvature;
 pub mod linalg;
 pub mod nn;
 pub mod ops;
+pub mod optim;
+pub mod tape;

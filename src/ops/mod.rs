@@ -1,1 +1,8 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
+pub mod conv;
+mod conv_direct;
+mod element;
+mod gemm;
+pub mod patches;
+pub mod rng;
+pub mod sample;

@@ -1,0 +1,479 @@
+//! 2-D convolution and its gradients, with stride, padding, dilation and groups.
+//!
+//! With `P` the patches of a group (`[features, t]`, see [`patches`](super::patches)) and `W` its weight as
+//! `[o / groups, features]`, a sample's output is `y = W P + b`, so for an output gradient `gy`:
+//! `dL/dW = sum_n gy P^T`, `dL/dP = W^T gy` (added up where patches overlap) and `dL/db = sum_{n, t} gy`.
+//! All sums run over the batch: nothing is divided by its size.
+
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+use super::{
+    conv_direct::{Direct, Scratch, direct_suits},
+    element::{Element, Host, Real, contiguous, float_dispatch},
+    gemm::{Mat, gemm},
+    patches::{ConvShape, fold_compose, fold_plane, unfold_compose, unfold_plane},
+};
+
+/// Convolution of CPU storages of any layout, for the body of a custom op: `x [n, c, h, w]`, `w [o, c / groups, kh, kw]`
+/// and `bias [o]` give `[n, o, oh, ow]`. Fails where dimensions differ from `shape`, or dtypes from each other.
+pub fn conv_cpu(
+    x: &CpuStorage,
+    x_layout: &Layout,
+    w: &CpuStorage,
+    w_layout: &Layout,
+    bias: Option<(&CpuStorage, &Layout)>,
+    shape: &ConvShape,
+) -> Result<(CpuStorage, Shape)> {
+    use candle_core::backend::BackendStorage;
+    let n = shape.input_batch("conv2d", x_layout.dims())?;
+    shape.check_weight("conv2d", w_layout.dims())?;
+    if let Some((_, layout)) = bias
+        && layout.dims() != [shape.out_channels]
+    {
+        bail!("conv2d: expected a bias [{}], got {:?}", shape.out_channels, layout.dims())
+    }
+    float_dispatch!("conv2d", x.dtype(), T => {
+        let bias = match bias {
+            Some((storage, layout)) => Some(contiguous::<T>(storage, layout)?),
+            None => None,
+        };
+        let (x, w) = (contiguous::<T>(x, x_layout)?, contiguous::<T>(w, w_layout)?);
+        let y = conv_slices(&T::widen_slice(&x), &T::widen_slice(&w), bias.as_deref().map(T::widen_slice).as_deref(), shape, n);
+        let dims = (n, shape.out_channels, shape.output.0, shape.output.1);
+        Ok((candle_core::WithDType::to_cpu_storage_owned(T::narrow_vec(y)), Shape::from(dims)))
+    })
+}
+
+/// Convolution of row-major slices.
+fn conv_slices<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, shape: &ConvShape, n: usize) -> Vec<T> {
+    let (groups, t) = (shape.groups, shape.positions());
+    let (x_part, y_part) = (x.len() / (n * groups).max(1), shape.group_outputs() * t);
+    let mut y = vec![T::ZERO; n * groups * y_part];
+    let direct = direct_suits(shape).then(|| Direct::new(*shape, w));
+    let crowded = n * groups < rayon::current_num_threads();
+    let init = || (Scratch::default(), Vec::new());
+    y.par_chunks_exact_mut(y_part).enumerate().for_each_init(init, |(scratch, patches), (at, y)| {
+        let (x, group) = (&x[at * x_part..][..x_part], at % groups);
+        if let Some(bias) = bias {
+            let bias = &bias[group * shape.group_outputs()..];
+            y.chunks_exact_mut(t).zip(bias).for_each(|(y, &b)| y.fill(b));
+        }
+        match &direct {
+            Some(direct) => direct.add(group, x, y, scratch),
+            None => {
+                unfold_group(shape, x, patches);
+                let w = &w[group * shape.group_outputs() * shape.group_features()..];
+                let w = Mat::new(w, shape.group_outputs(), shape.group_features());
+                gemm(y, true, w, Mat::new(patches, shape.group_features(), t), crowded);
+            }
+        }
+    });
+    y
+}
+
+/// The patches `[features, t]` of one sample's group `[c / groups, h, w]`.
+fn unfold_group<T: Real>(shape: &ConvShape, x: &[T], patches: &mut Vec<T>) {
+    // Padding is never written, so that zeros stay where a former call of the same shape found them.
+    patches.resize(shape.group_features() * shape.positions(), T::ZERO);
+    let (area, part) = (shape.input.0 * shape.input.1, shape.kernel.0 * shape.kernel.1 * shape.positions());
+    let planes = x.chunks_exact(area.max(1));
+    planes.zip(patches.chunks_exact_mut(part)).for_each(|(plane, out)| unfold_plane(shape, plane, out));
+}
+
+/// [`conv_cpu`] from candle's own operations: differentiable, on any device.
+pub fn conv_compose(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, shape: &ConvShape) -> Result<Tensor> {
+    let n = shape.input_batch("conv2d", x.dims())?;
+    shape.check_weight("conv2d", w.dims())?;
+    // candle takes one number for both axes; along an axis of one output (or one kernel element) any stride (or
+    // dilation) is the same.
+    let one = |pair: (usize, usize), along: (usize, usize)| match along {
+        (1, _) => Some(pair.1),
+        (_, 1) => Some(pair.0),
+        _ => (pair.0 == pair.1).then_some(pair.0),
+    };
+    let y = match (one(shape.stride, shape.output), one(shape.dilation, shape.kernel)) {
+        (Some(stride), Some(dilation)) => x
+            .pad_with_zeros(2, shape.padding.0, shape.padding.0)?
+            .pad_with_zeros(3, shape.padding.1, shape.padding.1)?
+            .contiguous()?
+            .conv2d(w, 0, stride, dilation, shape.groups)?
+            // A stride other than the asked one on an axis of one output may leave more outputs: drop them.
+            .narrow(2, 0, shape.output.0)?
+            .narrow(3, 0, shape.output.1)?,
+        _ => {
+            let w = w.reshape((1, shape.groups, shape.group_outputs(), shape.group_features()))?;
+            let patches = unfold_compose(x, shape)?.reshape((
+                n,
+                shape.groups,
+                shape.group_features(),
+                shape.positions(),
+            ))?;
+            w.broadcast_matmul(&patches)?.reshape((n, shape.out_channels, shape.output.0, shape.output.1))?
+        }
+    };
+    match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, shape.out_channels, 1, 1))?),
+        None => Ok(y),
+    }
+}
+
+/// `dL/dx [n, c, h, w]` from `gy = dL/dy [n, o, oh, ow]` and the weight `[o, c / groups, kh, kw]`. Not differentiable.
+pub fn grad_input(gy: &Tensor, w: &Tensor, shape: &ConvShape) -> Result<Tensor> {
+    let n = shape.output_batch("grad_input", gy.dims())?;
+    shape.check_weight("grad_input", w.dims())?;
+    let dims = (n, shape.channels, shape.input.0, shape.input.1);
+    if !gy.device().is_cpu() {
+        return grad_input_compose(gy, w, shape);
+    }
+    float_dispatch!("grad_input", gy.dtype(), T => {
+        let (gy, w) = (Host::of(gy), Host::of(w));
+        let (gy, w) = (gy.values::<T>()?, w.values::<T>()?);
+        let gx = grad_input_slices(&T::widen_slice(&gy), &T::widen_slice(&w), shape, n);
+        Tensor::from_vec(T::narrow_vec(gx), dims, &Device::Cpu)
+    })
+}
+
+fn grad_input_compose(gy: &Tensor, w: &Tensor, shape: &ConvShape) -> Result<Tensor> {
+    let w = w.detach().reshape((1, shape.groups, shape.group_outputs(), shape.group_features()))?;
+    let gy = gy.detach().reshape(((), shape.groups, shape.group_outputs(), shape.positions()))?;
+    fold_compose(&w.transpose(2, 3)?.contiguous()?.broadcast_matmul(&gy)?, shape)
+}
+
+fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n: usize) -> Vec<T> {
+    if let Some(adjoint) = adjoint(shape)
+        && direct_suits(&adjoint)
+    {
+        return conv_slices(gy, &flip(w, shape), None, &adjoint, n);
+    }
+    let (groups, t, features) = (shape.groups, shape.positions(), shape.group_features());
+    let (gy_part, area) = (shape.group_outputs() * t, shape.input.0 * shape.input.1);
+    let gx_part = shape.group_channels() * area;
+    let mut gx = vec![T::ZERO; n * groups * gx_part];
+    let crowded = n * groups < rayon::current_num_threads();
+    gx.par_chunks_exact_mut(gx_part.max(1)).enumerate().for_each_init(Vec::new, |patches, (at, gx)| {
+        let w = &w[at % groups * shape.group_outputs() * features..];
+        let gy = Mat::new(&gy[at * gy_part..], shape.group_outputs(), t);
+        patches.resize(features * t, T::ZERO);
+        gemm(patches, false, Mat::new(w, shape.group_outputs(), features).t(), gy, crowded);
+        let planes = gx.chunks_exact_mut(area);
+        let parts = patches.chunks_exact(shape.kernel.0 * shape.kernel.1 * t);
+        planes.zip(parts).for_each(|(gx, patches)| fold_plane(shape, patches, gx));
+    });
+    gx
+}
+
+/// The convolution that takes `gy` to `gx` when the stride is 1, on the weight that [`flip`] gives.
+fn adjoint(shape: &ConvShape) -> Option<ConvShape> {
+    let reach = |kernel: usize, dilation: usize| dilation * (kernel - 1);
+    let padding = (
+        reach(shape.kernel.0, shape.dilation.0).checked_sub(shape.padding.0)?,
+        reach(shape.kernel.1, shape.dilation.1).checked_sub(shape.padding.1)?,
+    );
+    (shape.stride == (1, 1)).then_some(ConvShape {
+        channels: shape.out_channels,
+        out_channels: shape.channels,
+        input: shape.output,
+        output: shape.input,
+        padding,
+        ..*shape
+    })
+}
+
+/// The weight `[o, c / groups, kh, kw]` with input and output channels of each group exchanged and the kernel turned.
+fn flip<T: Real>(w: &[T], shape: &ConvShape) -> Vec<T> {
+    let (outputs, channels, taps) =
+        (shape.group_outputs(), shape.group_channels(), shape.kernel.0 * shape.kernel.1);
+    let mut flipped = Vec::with_capacity(w.len());
+    for group in w.chunks_exact(outputs * channels * taps) {
+        for c in 0..channels {
+            for o in 0..outputs {
+                flipped.extend(group[(o * channels + c) * taps..][..taps].iter().rev());
+            }
+        }
+    }
+    flipped
+}
+
+/// `dL/dw [o, c / groups, kh, kw]` from the [`patches`](super::patches::patches) `[n, t, c * kh * kw]` of the input and
+/// `gy = dL/dy [n, o, oh, ow]`, summed over the batch. Not differentiable.
+pub fn grad_weight(patches: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
+    let n = shape.output_batch("grad_weight", gy.dims())?;
+    let (t, features) = (shape.positions(), shape.features());
+    if patches.dims() != [n, t, features] {
+        bail!("grad_weight: expected patches [{n}, {t}, {features}], got {:?}", patches.dims())
+    }
+    let patches = patches.detach().transpose(1, 2)?;
+    if !gy.device().is_cpu() {
+        return grad_weight_compose(&patches, gy, shape);
+    }
+    float_dispatch!("grad_weight", gy.dtype(), T => {
+        let (patches, gy) = (Host::of(&patches), Host::of(gy));
+        let (patches, gy) = (patches.values::<T>()?, gy.values::<T>()?);
+        let (patches, gy) = (T::widen_slice(&patches), T::widen_slice(&gy));
+        let gw = weight_grads(shape, n, Source::Patches(&patches), &gy);
+        Tensor::from_vec(T::narrow_vec(gw), &shape.weight_dims(), &Device::Cpu)
+    })
+}
+
+/// `patches` here `[n, c * kh * kw, t]`.
+fn grad_weight_compose(patches: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
+    // One product a group, over batch and positions together.
+    let across = |x: &Tensor, rows: usize| {
+        x.transpose(0, 1)?.contiguous()?.reshape((shape.groups, rows / shape.groups, ()))
+    };
+    let gy = gy.detach().reshape(((), shape.out_channels, shape.positions()))?;
+    let patches = across(patches, shape.features())?;
+    across(&gy, shape.out_channels)?.matmul(&patches.transpose(1, 2)?)?.reshape(&shape.weight_dims())
+}
+
+/// [`grad_weight`] from the input `x [n, c, h, w]` itself, for a pass in which nothing else needs the patches: on the CPU
+/// they are never stored.
+pub fn grad_weight_from_input(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
+    if !gy.device().is_cpu() {
+        return grad_weight(&super::patches::patches(x, shape)?, gy, shape);
+    }
+    let n = shape.output_batch("grad_weight", gy.dims())?;
+    if shape.input_batch("grad_weight", x.dims())? != n {
+        bail!("grad_weight: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
+    }
+    float_dispatch!("grad_weight", gy.dtype(), T => {
+        let (x, gy) = (Host::of(x), Host::of(gy));
+        let (x, gy) = (x.values::<T>()?, gy.values::<T>()?);
+        let gw = weight_grads(shape, n, Source::Input(&T::widen_slice(&x)), &T::widen_slice(&gy));
+        Tensor::from_vec(T::narrow_vec(gw), &shape.weight_dims(), &Device::Cpu)
+    })
+}
+
+/// What the patches of a sample's group are read from.
+enum Source<'a, T> {
+    /// `[n, c * kh * kw, t]`
+    Patches(&'a [T]),
+    /// `[n, c, h, w]`
+    Input(&'a [T]),
+}
+
+fn weight_grads<T: Real>(shape: &ConvShape, n: usize, source: Source<'_, T>, gy: &[T]) -> Vec<T> {
+    let (groups, t) = (shape.groups, shape.positions());
+    let (outputs, features) = (shape.group_outputs(), shape.group_features());
+    // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
+    // the result does not depend on the number of threads.
+    let length = groups * outputs * features;
+    let parts = ((1 << 22) / length).clamp(1, 16);
+    let samples = n.div_ceil(parts);
+    let mut sums = vec![T::ZERO; parts * length];
+    let crowded = parts * groups < rayon::current_num_threads();
+    sums.par_chunks_exact_mut(outputs * features).enumerate().for_each_init(Vec::new, |buffer, (at, gw)| {
+        let (part, group) = (at / groups, at % groups);
+        for sample in (part * samples)..((part + 1) * samples).min(n) {
+            let at = sample * groups + group;
+            let patches = match source {
+                Source::Patches(patches) => &patches[at * features * t..],
+                Source::Input(x) => {
+                    let length = shape.group_channels() * shape.input.0 * shape.input.1;
+                    unfold_group(shape, &x[at * length..][..length], buffer);
+                    &buffer[..]
+                }
+            };
+            let gy = Mat::new(&gy[at * outputs * t..], outputs, t);
+            gemm(gw, true, gy, Mat::new(patches, features, t).t(), crowded);
+        }
+    });
+    let (first, rest) = sums.split_at_mut(length);
+    for part in rest.chunks_exact(length) {
+        first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);
+    }
+    sums.truncate(length);
+    sums
+}
+
+/// `dL/db [o]` from `gy = dL/dy [n, o, oh, ow]`: its sum over batch and positions. Not differentiable.
+pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
+    let (n, o, oh, ow) = gy.dims4()?;
+    if !gy.device().is_cpu() {
+        let dtype = gy.dtype();
+        let wide = if dtype == DType::F64 { dtype } else { DType::F32 };
+        return gy.detach().to_dtype(wide)?.sum((0, 2, 3))?.to_dtype(dtype);
+    }
+    float_dispatch!("grad_bias", gy.dtype(), T => {
+        let host = Host::of(gy);
+        let gy = host.values::<T>()?;
+        let mut sums = vec![<T as Element>::Acc::ZERO; o];
+        for sample in gy.chunks_exact((o * oh * ow).max(1)).take(n) {
+            for (sum, run) in sums.iter_mut().zip(sample.chunks_exact((oh * ow).max(1))) {
+                *sum += sum_lanes(run);
+            }
+        }
+        Tensor::from_vec(T::narrow_vec(sums), o, &Device::Cpu)
+    })
+}
+
+/// The sum of a run, kept in several partial sums so that it vectorizes.
+fn sum_lanes<T: Element>(run: &[T]) -> T::Acc {
+    let (chunks, rest) = run.as_chunks::<16>();
+    let mut lanes = [T::Acc::ZERO; 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += v.widen());
+    }
+    let values = lanes.into_iter().chain(rest.iter().map(|v| v.widen()));
+    values.fold(T::Acc::ZERO, |sum, v| sum + v)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::CustomOp3;
+
+    use super::*;
+    use crate::ops::{patches::patches, rng};
+
+    /// Input `[n, c, h, w]`, output channels, kernel, stride, padding, dilation, groups.
+    type Case = ([usize; 4], usize, (usize, usize), (usize, usize), (usize, usize), (usize, usize), usize);
+
+    const CASES: [Case; 12] = [
+        ([3, 1, 28, 28], 5, (5, 5), (1, 1), (0, 0), (1, 1), 1),
+        ([2, 5, 12, 11], 7, (5, 3), (1, 1), (0, 0), (1, 1), 1),
+        ([2, 3, 7, 9], 17, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+        ([2, 4, 9, 8], 6, (3, 2), (2, 3), (1, 2), (1, 1), 2),
+        ([1, 6, 10, 7], 6, (3, 3), (1, 1), (2, 1), (2, 1), 6),
+        ([2, 4, 11, 11], 8, (3, 3), (2, 2), (1, 1), (2, 3), 4),
+        ([2, 20, 6, 6], 40, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+        ([2, 3, 5, 5], 4, (1, 1), (1, 1), (2, 2), (1, 1), 1),
+        ([2, 3, 5, 5], 2, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+        ([2, 3, 1, 17], 4, (1, 4), (1, 2), (0, 3), (1, 2), 1),
+        ([1, 2, 40, 70], 3, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+        ([0, 2, 4, 4], 3, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    ];
+
+    struct Conv(ConvShape);
+
+    impl CustomOp3 for Conv {
+        fn name(&self) -> &'static str {
+            "conv-under-test"
+        }
+
+        fn cpu_fwd(
+            &self,
+            x: &CpuStorage,
+            lx: &Layout,
+            w: &CpuStorage,
+            lw: &Layout,
+            b: &CpuStorage,
+            lb: &Layout,
+        ) -> Result<(CpuStorage, Shape)> {
+            conv_cpu(x, lx, w, lw, Some((b, lb)), &self.0)
+        }
+    }
+
+    fn random(stream: u64, dims: &[usize]) -> Result<Tensor> {
+        let values: Vec<f64> =
+            (0..dims.iter().product::<usize>() as u64).map(|i| rng::normal(1, stream, i)).collect();
+        Tensor::from_vec(values, dims, &Device::Cpu)
+    }
+
+    fn values(x: &Tensor) -> Result<Vec<f64>> {
+        x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+    }
+
+    #[track_caller]
+    fn same(what: &str, x: &Tensor, expected: &[f64], tolerance: f64) -> Result<()> {
+        let x = values(x)?;
+        assert_eq!(x.len(), expected.len(), "{what}");
+        let scale = expected.iter().fold(1f64, |m, v| m.max(v.abs()));
+        let error = x.iter().zip(expected).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+        assert!(error <= tolerance * scale, "{what}: {error} of {scale}");
+        Ok(())
+    }
+
+    /// Calls `f` with the positions in x, w and y of every product that the definition of a convolution sums.
+    fn products(s: &ConvShape, n: usize, mut f: impl FnMut(usize, usize, usize)) {
+        let ((h, w), (oh, ow), (kh, kw)) = (s.input, s.output, s.kernel);
+        let (cg, og) = (s.channels / s.groups, s.out_channels / s.groups);
+        for (i, o, c) in (0..n)
+            .flat_map(|i| (0..s.out_channels).map(move |o| (i, o)))
+            .flat_map(|(i, o)| (0..cg).map(move |c| (i, o, c)))
+        {
+            for (p, q) in (0..oh).flat_map(|p| (0..ow).map(move |q| (p, q))) {
+                for (a, b) in (0..kh).flat_map(|a| (0..kw).map(move |b| (a, b))) {
+                    let row = (p * s.stride.0 + a * s.dilation.0) as isize - s.padding.0 as isize;
+                    let col = (q * s.stride.1 + b * s.dilation.1) as isize - s.padding.1 as isize;
+                    if (0..h as isize).contains(&row) && (0..w as isize).contains(&col) {
+                        let channel = o / og * cg + c;
+                        let x = ((i * s.channels + channel) * h + row as usize) * w + col as usize;
+                        f(x, ((o * cg + c) * kh + a) * kw + b, ((i * s.out_channels + o) * oh + p) * ow + q);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn agrees_with_the_definition() -> Result<()> {
+        for (x_dims, o, kernel, stride, padding, dilation, groups) in CASES {
+            let w_dims = [o, x_dims[1] / groups, kernel.0, kernel.1];
+            let shape = ConvShape::new("test", &x_dims, &w_dims, stride, padding, dilation, groups)?;
+            let (n, (oh, ow)) = (x_dims[0], shape.output);
+            let (x, w, b) = (random(0, &x_dims)?, random(1, &w_dims)?, random(2, &[o])?);
+            let gy = random(3, &[n, o, oh, ow])?;
+            let (vx, vw, vb, vgy) = (values(&x)?, values(&w)?, values(&b)?, values(&gy)?);
+            let mut y: Vec<f64> = (0..vgy.len()).map(|i| vb[i / (oh * ow) % o]).collect();
+            let (mut gx, mut gw, mut gb) = (vec![0.; vx.len()], vec![0.; vw.len()], vec![0.; o]);
+            products(&shape, n, |ix, iw, iy| {
+                y[iy] += vx[ix] * vw[iw];
+                gx[ix] += vw[iw] * vgy[iy];
+                gw[iw] += vx[ix] * vgy[iy];
+            });
+            vgy.iter().enumerate().for_each(|(i, g)| gb[i / (oh * ow) % o] += g);
+
+            // The same values in another memory order, and behind an offset.
+            let turned = x.permute((3, 1, 0, 2))?.contiguous()?.permute((2, 1, 3, 0))?;
+            let back = Tensor::cat(&[&w, &w], 0)?.narrow(0, o, o)?;
+            for (x, w) in [(&x, &w), (&turned, &back)] {
+                same("conv_cpu", &x.apply_op3_no_bwd(w, &b, &Conv(shape))?, &y, 1e-13)?;
+            }
+            let p = patches(&x, &shape)?;
+            same("grad_input", &grad_input(&gy, &w, &shape)?, &gx, 1e-13)?;
+            same("grad_weight", &grad_weight(&p, &gy, &shape)?, &gw, 1e-13)?;
+            same("grad_weight_from_input", &grad_weight_from_input(&x, &gy, &shape)?, &gw, 1e-13)?;
+            same("grad_bias", &grad_bias(&gy)?, &gb, 1e-13)?;
+            if n > 0 {
+                same("conv_compose", &conv_compose(&x, &w, Some(&b), &shape)?, &y, 1e-13)?;
+                same("grad_input_compose", &grad_input_compose(&gy, &w, &shape)?, &gx, 1e-13)?;
+                same(
+                    "grad_weight_compose",
+                    &grad_weight_compose(&p.transpose(1, 2)?, &gy, &shape)?,
+                    &gw,
+                    1e-13,
+                )?;
+            }
+            for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 5e-2)] {
+                let to = |t: &Tensor| t.to_dtype(dtype);
+                same(
+                    "conv_cpu",
+                    &to(&x)?.apply_op3_no_bwd(&to(&w)?, &to(&b)?, &Conv(shape))?,
+                    &y,
+                    tolerance,
+                )?;
+                same("grad_input", &grad_input(&to(&gy)?, &to(&w)?, &shape)?, &gx, tolerance)?;
+                same("grad_weight", &grad_weight(&to(&p)?, &to(&gy)?, &shape)?, &gw, tolerance)?;
+                same("grad_bias", &grad_bias(&to(&gy)?)?, &gb, tolerance)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn unfitting_tensors_are_refused() -> Result<()> {
+        let shape = ConvShape::new("test", &[2, 3, 5, 5], &[4, 3, 3, 3], (1, 1), (0, 0), (1, 1), 1)?;
+        let (x, w, gy) = (random(0, &[2, 3, 5, 5])?, random(1, &[4, 3, 3, 3])?, random(2, &[2, 4, 3, 3])?);
+        let (p, b) = (patches(&x, &shape)?, random(3, &[4])?);
+        assert!(x.apply_op3_no_bwd(&w, &random(3, &[3])?, &Conv(shape)).is_err());
+        assert!(x.apply_op3_no_bwd(&w.to_dtype(DType::F32)?, &b, &Conv(shape)).is_err());
+        assert!(gy.apply_op3_no_bwd(&w, &b, &Conv(shape)).is_err());
+        assert!(grad_input(&x, &w, &shape).is_err() && grad_input(&gy, &gy, &shape).is_err());
+        assert!(
+            grad_weight(&p, &x, &shape).is_err() && grad_weight(&p.narrow(0, 0, 1)?, &gy, &shape).is_err()
+        );
+        assert!(grad_weight_from_input(&x.narrow(0, 0, 1)?, &gy, &shape).is_err());
+        Ok(())
+    }
+}

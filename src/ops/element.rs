@@ -1,0 +1,183 @@
+//! What the CPU versions of the operations share: element types, their accumulators, contiguous views of storages.
+
+use std::borrow::Cow;
+
+use candle_core::{
+    CpuStorage, Layout, Result, Storage, StorageRef, Tensor, WithDType, bail, cpu_backend::unary_map,
+};
+use half::{bf16, f16};
+
+/// f32 or f64: a type that sums are kept in.
+pub(crate) trait Real: Element<Acc = Self> {
+    const ZERO: Self;
+    const NEG_INFINITY: Self;
+    fn exp(self) -> Self;
+    fn ln(self) -> Self;
+    fn sqrt(self) -> Self;
+    fn max(self, other: Self) -> Self;
+    /// `self + a b`, fused where the processor the crate is built for does it (elsewhere a fused product is a
+    /// slow library call).
+    fn add_product(self, a: Self, b: Self) -> Self;
+}
+
+/// A floating-point element of a tensor, computed with in `Acc`: f32 for f16, bf16 and f32, f64 for f64.
+pub(crate) trait Element: WithDType {
+    type Acc: Real;
+    fn widen(self) -> Self::Acc;
+    fn narrow(value: Self::Acc) -> Self;
+    /// `data` in the accumulator type; borrowed where that is the type it has.
+    fn widen_slice(data: &[Self]) -> Cow<'_, [Self::Acc]>;
+    /// `data` in the element type; moved where that is the type it has.
+    fn narrow_vec(data: Vec<Self::Acc>) -> Vec<Self>;
+}
+
+macro_rules! real {
+    ($t:ident) => {
+        impl Real for $t {
+            const ZERO: Self = 0.;
+            const NEG_INFINITY: Self = $t::NEG_INFINITY;
+            #[inline(always)]
+            fn exp(self) -> Self {
+                $t::exp(self)
+            }
+            #[inline(always)]
+            fn ln(self) -> Self {
+                $t::ln(self)
+            }
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                $t::sqrt(self)
+            }
+            #[inline(always)]
+            fn max(self, other: Self) -> Self {
+                $t::max(self, other)
+            }
+            #[inline(always)]
+            fn add_product(self, a: Self, b: Self) -> Self {
+                if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
+                    a.mul_add(b, self)
+                } else {
+                    self + a * b
+                }
+            }
+        }
+
+        impl Element for $t {
+            type Acc = $t;
+            #[inline(always)]
+            fn widen(self) -> $t {
+                self
+            }
+            #[inline(always)]
+            fn narrow(value: $t) -> Self {
+                value
+            }
+            fn widen_slice(data: &[Self]) -> Cow<'_, [$t]> {
+                Cow::Borrowed(data)
+            }
+            fn narrow_vec(data: Vec<$t>) -> Vec<Self> {
+                data
+            }
+        }
+    };
+}
+real!(f32);
+real!(f64);
+
+macro_rules! short {
+    ($t:ident) => {
+        impl Element for $t {
+            type Acc = f32;
+            #[inline(always)]
+            fn widen(self) -> f32 {
+                self.to_f32()
+            }
+            #[inline(always)]
+            fn narrow(value: f32) -> Self {
+                $t::from_f32(value)
+            }
+            fn widen_slice(data: &[Self]) -> Cow<'_, [f32]> {
+                Cow::Owned(data.iter().map(|v| v.to_f32()).collect())
+            }
+            fn narrow_vec(data: Vec<f32>) -> Vec<Self> {
+                data.into_iter().map($t::from_f32).collect()
+            }
+        }
+    };
+}
+short!(f16);
+short!(bf16);
+
+/// Runs `$body` with the type `$T` that `$dtype` stands for, or fails naming `$op` and the dtype.
+macro_rules! float_dispatch {
+    ($op:expr, $dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            candle_core::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            candle_core::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            other => candle_core::bail!("{}: dtype {other:?} found, expected f32, f64, f16 or bf16", $op),
+        }
+    };
+}
+pub(crate) use float_dispatch;
+
+/// The elements of a CPU storage in row-major order of `layout`; borrowed where they already lie so.
+pub(crate) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [T]>> {
+    let data = T::cpu_storage_as_slice(storage)?;
+    Ok(match layout.contiguous_offsets() {
+        Some((start, end)) => Cow::Borrowed(&data[start..end]),
+        None => Cow::Owned(unary_map(data, layout, |v| v)),
+    })
+}
+
+/// A read lock on a CPU tensor's storage.
+pub(crate) struct Host<'a> {
+    storage: StorageRef<'a>,
+    layout: &'a Layout,
+}
+
+impl<'a> Host<'a> {
+    pub(crate) fn of(tensor: &'a Tensor) -> Self {
+        let (storage, layout) = tensor.storage_and_layout();
+        Self { storage, layout }
+    }
+
+    /// The tensor's elements in row-major order.
+    pub(crate) fn values<T: WithDType>(&self) -> Result<Cow<'_, [T]>> {
+        match &*self.storage {
+            Storage::Cpu(storage) => contiguous(storage, self.layout),
+            _ => bail!("expected a tensor on the CPU"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn views_follow_the_layout() -> Result<()> {
+        let x = Tensor::arange(0f32, 6f32, &Device::Cpu)?.reshape((2, 3))?;
+        assert_eq!(&*Host::of(&x.narrow(0, 1, 1)?).values::<f32>()?, &[3., 4., 5.]);
+        assert_eq!(&*Host::of(&x.t()?).values::<f32>()?, &[0., 3., 1., 4., 2., 5.]);
+        let row = x.narrow(0, 0, 1)?.broadcast_as((2, 3))?;
+        assert_eq!(&*Host::of(&row).values::<f32>()?, &[0., 1., 2., 0., 1., 2.]);
+        assert!(Host::of(&x).values::<f64>().is_err());
+        Ok(())
+    }
+}
