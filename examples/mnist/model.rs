@@ -1,8 +1,9 @@
 //! The four networks, as lists of layers.
 
+use super::pool::max_pool2;
 use super::random::Stream;
 use candle_core::{Result, Tensor};
-use candle_nn::{Conv2d, Conv2dConfig, Linear, Module, VarBuilder, conv2d, linear};
+use kronwake::nn::{Conv2d, Conv2dConfig, Linear, Module, VarBuilder, conv2d, linear};
 
 /// Which network: what `--model` takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,7 +130,7 @@ impl Model {
             x = match layer {
                 Layer::Conv(layer) => layer.forward(&x)?,
                 Layer::Linear(layer) => layer.forward(&x)?,
-                Layer::Pool => x.max_pool2d(2)?,
+                Layer::Pool => max_pool2(&x)?,
                 Layer::Relu => x.relu()?,
                 Layer::Tanh => x.tanh()?,
                 Layer::Flatten => x.flatten_from(1)?,
