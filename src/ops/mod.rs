@@ -1,1 +1,2 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
+pub mod factor;
