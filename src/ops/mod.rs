@@ -2,6 +2,7 @@
 pub mod conv;
 mod conv_direct;
 mod element;
+pub mod factor;
 mod gemm;
 pub mod patches;
 pub mod rng;
