@@ -1,8 +1,9 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
 pub mod conv;
-mod conv_direct;
+mod conv_slices;
+mod correlate;
 mod element;
-mod gemm;
+mod lanes;
 pub mod patches;
 pub mod rng;
 pub mod sample;
