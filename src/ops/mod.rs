@@ -5,5 +5,6 @@ mod correlate;
 mod element;
 mod lanes;
 pub mod patches;
+pub mod pool;
 pub mod rng;
 pub mod sample;
