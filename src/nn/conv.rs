@@ -5,7 +5,7 @@ pub use candle_nn::conv::*;
 use crate::ops::patches::ConvShape;
 use crate::tape::{Tap, Tape, conv as tapped_conv};
 use candle_core::{Module, Result, Tensor};
-use candle_nn::{BatchNorm, Conv1dConfig, Conv2dConfig, Init, VarBuilder, init::DEFAULT_KAIMING_NORMAL};
+use candle_nn::{BatchNorm, Init, VarBuilder, init::DEFAULT_KAIMING_NORMAL};
 
 /// Cross-correlation of `[n, c, l]` with kernels `[out, c / groups, k]`: `[n, out, l']`.
 ///

@@ -1,8 +1,6 @@
 //! Linear layers: candle_nn's, tapped.
 
 use crate::tape::{Tap, Tape, affine};
-pub use candle_nn::linear::*;
-
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 

@@ -5,15 +5,12 @@
 //! `dL/dW = sum_n gy P^T`, `dL/dP = W^T gy` (added up where patches overlap) and `dL/db = sum_{n, t} gy`.
 //! All sums run over the batch: nothing is divided by its size.
 
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
-
 use super::{
-    conv_direct::{Direct, Scratch, direct_suits},
+    conv_slices::{Reader, conv_slices, grad_input_slices, sum_lanes, weight_grads},
     element::{Element, Host, Real, contiguous, float_dispatch},
-    gemm::{Mat, gemm},
-    patches::{ConvShape, fold_compose, fold_plane, unfold_compose, unfold_plane},
+    patches::{ConvShape, fold_compose, unfold_compose},
 };
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 /// Convolution of CPU storages of any layout, for the body of a custom op: `x [n, c, h, w]`, `w [o, c / groups, kh, kw]`
 /// and `bias [o]` give `[n, o, oh, ow]`. Fails where dimensions differ from `shape`, or dtypes from each other.
@@ -39,46 +36,12 @@ pub fn conv_cpu(
             None => None,
         };
         let (x, w) = (contiguous::<T>(x, x_layout)?, contiguous::<T>(w, w_layout)?);
-        let y = conv_slices(&T::widen_slice(&x), &T::widen_slice(&w), bias.as_deref().map(T::widen_slice).as_deref(), shape, n);
+        let (x, w, bias) = (T::widen_slice(&x), T::widen_slice(&w), bias.as_deref().map(T::widen_slice));
+        let features = shape.group_features();
+        let y = conv_slices(&x, |o, k| w[o * features + k], bias.as_deref(), shape, n);
         let dims = (n, shape.out_channels, shape.output.0, shape.output.1);
         Ok((candle_core::WithDType::to_cpu_storage_owned(T::narrow_vec(y)), Shape::from(dims)))
     })
-}
-
-/// Convolution of row-major slices.
-fn conv_slices<T: Real>(x: &[T], w: &[T], bias: Option<&[T]>, shape: &ConvShape, n: usize) -> Vec<T> {
-    let (groups, t) = (shape.groups, shape.positions());
-    let (x_part, y_part) = (x.len() / (n * groups).max(1), shape.group_outputs() * t);
-    let mut y = vec![T::ZERO; n * groups * y_part];
-    let direct = direct_suits(shape).then(|| Direct::new(*shape, w));
-    let crowded = n * groups < rayon::current_num_threads();
-    let init = || (Scratch::default(), Vec::new());
-    y.par_chunks_exact_mut(y_part).enumerate().for_each_init(init, |(scratch, patches), (at, y)| {
-        let (x, group) = (&x[at * x_part..][..x_part], at % groups);
-        if let Some(bias) = bias {
-            let bias = &bias[group * shape.group_outputs()..];
-            y.chunks_exact_mut(t).zip(bias).for_each(|(y, &b)| y.fill(b));
-        }
-        match &direct {
-            Some(direct) => direct.add(group, x, y, scratch),
-            None => {
-                unfold_group(shape, x, patches);
-                let w = &w[group * shape.group_outputs() * shape.group_features()..];
-                let w = Mat::new(w, shape.group_outputs(), shape.group_features());
-                gemm(y, true, w, Mat::new(patches, shape.group_features(), t), crowded);
-            }
-        }
-    });
-    y
-}
-
-/// The patches `[features, t]` of one sample's group `[c / groups, h, w]`.
-fn unfold_group<T: Real>(shape: &ConvShape, x: &[T], patches: &mut Vec<T>) {
-    // Padding is never written, so that zeros stay where a former call of the same shape found them.
-    patches.resize(shape.group_features() * shape.positions(), T::ZERO);
-    let (area, part) = (shape.input.0 * shape.input.1, shape.kernel.0 * shape.kernel.1 * shape.positions());
-    let planes = x.chunks_exact(area.max(1));
-    planes.zip(patches.chunks_exact_mut(part)).for_each(|(plane, out)| unfold_plane(shape, plane, out));
 }
 
 /// [`conv_cpu`] from candle's own operations: differentiable, on any device.
@@ -140,61 +103,6 @@ fn grad_input_compose(gy: &Tensor, w: &Tensor, shape: &ConvShape) -> Result<Tens
     fold_compose(&w.transpose(2, 3)?.contiguous()?.broadcast_matmul(&gy)?, shape)
 }
 
-fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n: usize) -> Vec<T> {
-    if let Some(adjoint) = adjoint(shape)
-        && direct_suits(&adjoint)
-    {
-        return conv_slices(gy, &flip(w, shape), None, &adjoint, n);
-    }
-    let (groups, t, features) = (shape.groups, shape.positions(), shape.group_features());
-    let (gy_part, area) = (shape.group_outputs() * t, shape.input.0 * shape.input.1);
-    let gx_part = shape.group_channels() * area;
-    let mut gx = vec![T::ZERO; n * groups * gx_part];
-    let crowded = n * groups < rayon::current_num_threads();
-    gx.par_chunks_exact_mut(gx_part.max(1)).enumerate().for_each_init(Vec::new, |patches, (at, gx)| {
-        let w = &w[at % groups * shape.group_outputs() * features..];
-        let gy = Mat::new(&gy[at * gy_part..], shape.group_outputs(), t);
-        patches.resize(features * t, T::ZERO);
-        gemm(patches, false, Mat::new(w, shape.group_outputs(), features).t(), gy, crowded);
-        let planes = gx.chunks_exact_mut(area);
-        let parts = patches.chunks_exact(shape.kernel.0 * shape.kernel.1 * t);
-        planes.zip(parts).for_each(|(gx, patches)| fold_plane(shape, patches, gx));
-    });
-    gx
-}
-
-/// The convolution that takes `gy` to `gx` when the stride is 1, on the weight that [`flip`] gives.
-fn adjoint(shape: &ConvShape) -> Option<ConvShape> {
-    let reach = |kernel: usize, dilation: usize| dilation * (kernel - 1);
-    let padding = (
-        reach(shape.kernel.0, shape.dilation.0).checked_sub(shape.padding.0)?,
-        reach(shape.kernel.1, shape.dilation.1).checked_sub(shape.padding.1)?,
-    );
-    (shape.stride == (1, 1)).then_some(ConvShape {
-        channels: shape.out_channels,
-        out_channels: shape.channels,
-        input: shape.output,
-        output: shape.input,
-        padding,
-        ..*shape
-    })
-}
-
-/// The weight `[o, c / groups, kh, kw]` with input and output channels of each group exchanged and the kernel turned.
-fn flip<T: Real>(w: &[T], shape: &ConvShape) -> Vec<T> {
-    let (outputs, channels, taps) =
-        (shape.group_outputs(), shape.group_channels(), shape.kernel.0 * shape.kernel.1);
-    let mut flipped = Vec::with_capacity(w.len());
-    for group in w.chunks_exact(outputs * channels * taps) {
-        for c in 0..channels {
-            for o in 0..outputs {
-                flipped.extend(group[(o * channels + c) * taps..][..taps].iter().rev());
-            }
-        }
-    }
-    flipped
-}
-
 /// `dL/dw [o, c / groups, kh, kw]` from the [`patches`](super::patches::patches) `[n, t, c * kh * kw]` of the input and
 /// `gy = dL/dy [n, o, oh, ow]`, summed over the batch. Not differentiable.
 pub fn grad_weight(patches: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
@@ -211,7 +119,7 @@ pub fn grad_weight(patches: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<T
         let (patches, gy) = (Host::of(&patches), Host::of(gy));
         let (patches, gy) = (patches.values::<T>()?, gy.values::<T>()?);
         let (patches, gy) = (T::widen_slice(&patches), T::widen_slice(&gy));
-        let gw = weight_grads(shape, n, Source::Patches(&patches), &gy);
+        let gw = weight_grads(shape, n, &patches, None, &gy);
         Tensor::from_vec(T::narrow_vec(gw), &shape.weight_dims(), &Device::Cpu)
     })
 }
@@ -240,51 +148,9 @@ pub fn grad_weight_from_input(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Res
     float_dispatch!("grad_weight", gy.dtype(), T => {
         let (x, gy) = (Host::of(x), Host::of(gy));
         let (x, gy) = (x.values::<T>()?, gy.values::<T>()?);
-        let gw = weight_grads(shape, n, Source::Input(&T::widen_slice(&x)), &T::widen_slice(&gy));
+        let gw = weight_grads(shape, n, &T::widen_slice(&x), Some(&Reader::new(shape)), &T::widen_slice(&gy));
         Tensor::from_vec(T::narrow_vec(gw), &shape.weight_dims(), &Device::Cpu)
     })
-}
-
-/// What the patches of a sample's group are read from.
-enum Source<'a, T> {
-    /// `[n, c * kh * kw, t]`
-    Patches(&'a [T]),
-    /// `[n, c, h, w]`
-    Input(&'a [T]),
-}
-
-fn weight_grads<T: Real>(shape: &ConvShape, n: usize, source: Source<'_, T>, gy: &[T]) -> Vec<T> {
-    let (groups, t) = (shape.groups, shape.positions());
-    let (outputs, features) = (shape.group_outputs(), shape.group_features());
-    // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
-    // the result does not depend on the number of threads.
-    let length = groups * outputs * features;
-    let parts = ((1 << 22) / length).clamp(1, 16);
-    let samples = n.div_ceil(parts);
-    let mut sums = vec![T::ZERO; parts * length];
-    let crowded = parts * groups < rayon::current_num_threads();
-    sums.par_chunks_exact_mut(outputs * features).enumerate().for_each_init(Vec::new, |buffer, (at, gw)| {
-        let (part, group) = (at / groups, at % groups);
-        for sample in (part * samples)..((part + 1) * samples).min(n) {
-            let at = sample * groups + group;
-            let patches = match source {
-                Source::Patches(patches) => &patches[at * features * t..],
-                Source::Input(x) => {
-                    let length = shape.group_channels() * shape.input.0 * shape.input.1;
-                    unfold_group(shape, &x[at * length..][..length], buffer);
-                    &buffer[..]
-                }
-            };
-            let gy = Mat::new(&gy[at * outputs * t..], outputs, t);
-            gemm(gw, true, gy, Mat::new(patches, features, t).t(), crowded);
-        }
-    });
-    let (first, rest) = sums.split_at_mut(length);
-    for part in rest.chunks_exact(length) {
-        first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);
-    }
-    sums.truncate(length);
-    sums
 }
 
 /// `dL/db [o]` from `gy = dL/dy [n, o, oh, ow]`: its sum over batch and positions. Not differentiable.
@@ -306,17 +172,6 @@ pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
         }
         Tensor::from_vec(T::narrow_vec(sums), o, &Device::Cpu)
     })
-}
-
-/// The sum of a run, kept in several partial sums so that it vectorizes.
-fn sum_lanes<T: Element>(run: &[T]) -> T::Acc {
-    let (chunks, rest) = run.as_chunks::<16>();
-    let mut lanes = [T::Acc::ZERO; 16];
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += v.widen());
-    }
-    let values = lanes.into_iter().chain(rest.iter().map(|v| v.widen()));
-    values.fold(T::Acc::ZERO, |sum, v| sum + v)
 }
 
 #[cfg(test)]

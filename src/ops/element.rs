@@ -7,17 +7,17 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
+use super::lanes::{F32s, F64s, Lanes};
+
 /// f32 or f64: a type that sums are kept in.
 pub(crate) trait Real: Element<Acc = Self> {
+    type Lanes: Lanes<Item = Self>;
     const ZERO: Self;
     const NEG_INFINITY: Self;
     fn exp(self) -> Self;
     fn ln(self) -> Self;
     fn sqrt(self) -> Self;
     fn max(self, other: Self) -> Self;
-    /// `self + a b`, fused where the processor the crate is built for does it (elsewhere a fused product is a
-    /// slow library call).
-    fn add_product(self, a: Self, b: Self) -> Self;
 }
 
 /// A floating-point element of a tensor, computed with in `Acc`: f32 for f16, bf16 and f32, f64 for f64.
@@ -32,8 +32,9 @@ pub(crate) trait Element: WithDType {
 }
 
 macro_rules! real {
-    ($t:ident) => {
+    ($t:ident, $lanes:ident) => {
         impl Real for $t {
+            type Lanes = $lanes;
             const ZERO: Self = 0.;
             const NEG_INFINITY: Self = $t::NEG_INFINITY;
             #[inline(always)]
@@ -51,14 +52,6 @@ macro_rules! real {
             #[inline(always)]
             fn max(self, other: Self) -> Self {
                 $t::max(self, other)
-            }
-            #[inline(always)]
-            fn add_product(self, a: Self, b: Self) -> Self {
-                if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
-                    a.mul_add(b, self)
-                } else {
-                    self + a * b
-                }
             }
         }
 
@@ -81,8 +74,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32);
-real!(f64);
+real!(f32, F32s);
+real!(f64, F64s);
 
 macro_rules! short {
     ($t:ident) => {

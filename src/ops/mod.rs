@@ -1,8 +1,12 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
 pub mod conv;
-mod conv_direct;
+mod conv_slices;
+mod correlate;
 mod element;
-mod gemm;
+pub mod factor;
+mod lanes;
 pub mod patches;
+pub mod pool;
 pub mod rng;
 pub mod sample;
+pub mod softmax;

@@ -58,6 +58,9 @@ impl ConvShape {
                 group_channels * groups
             )
         }
+        if height == 0 || width == 0 {
+            bail!("layer {layer}: input {x:?} has no elements")
+        }
         if group_channels == 0 || out_channels == 0 || kh == 0 || kw == 0 {
             bail!("layer {layer}: weight {w:?} has no elements")
         }
@@ -225,7 +228,7 @@ pub fn patches(x: &Tensor, shape: &ConvShape) -> Result<Tensor> {
         let x = host.values::<T>()?;
         let mut out = vec![T::default(); dims.0 * dims.1 * dims.2];
         out.par_chunks_exact_mut(taps * shape.positions())
-            .zip(x.par_chunks_exact(area.max(1)))
+            .zip(x.par_chunks_exact(area))
             .with_min_len(shape.channels)
             .for_each(|(out, plane)| unfold_plane(shape, plane, out));
         Tensor::from_vec(out, dims, &candle_core::Device::Cpu)?.transpose(1, 2)
@@ -329,6 +332,7 @@ mod tests {
             new(&x, &w, one, (1, 0), 1),
             new(&x, &[6, 4, 0, 3], one, one, 1),
             new(&x, &w, one, (3, 1), 1),
+            new(&[1, 4, 0, 5], &w, one, one, 1),
         ] {
             let message = refused.err().map(|e| e.to_string()).unwrap_or_default();
             assert!(message.contains("layer conv1"), "{message}");

@@ -84,7 +84,7 @@ pub struct Params<R> {
     pub decay: Decay,
     /// Scales the step by `min(1, sqrt(kl_clip / sum_blocks lr^2 <V, g>))`, `g` the wake gradient.
     pub kl_clip: Option<f64>,
-    /// Scales a block's direction by `min(1, rms_clip / rms(V))`.
+    /// Scales a block's direction by `min(1, rms_clip / rms(V))`. Both clips measure `V` before either.
     pub rms_clip: Option<f64>,
     /// What happens on NaN or infinity.
     pub non_finite: NonFinite,

@@ -157,13 +157,8 @@ impl Natural<Qe> {
             for (index, (block, proposed)) in self.blocks.iter().zip(&proposal.blocks).enumerate() {
                 let (a, g) = &proposed.factors;
                 let model = (&proposed.gradient + g.matmul(&steps[index])?.matmul(a)?)?;
-                let mut direction = (block.matrix(|i| Ok(grads[i].clone()))? + model)?;
-                if let Some(limit) = self.params.rms_clip {
-                    let rms = (sum(&direction.sqr()?)? / direction.elem_count().max(1) as f64).sqrt();
-                    if rms > limit {
-                        direction = (direction * (limit / rms))?;
-                    }
-                }
+                let direction = (block.matrix(|i| Ok(grads[i].clone()))? + model)?;
+                let direction = self.rms_clipped(direction)?;
                 let buffer = match buffers[index].take() {
                     Some(buffer) => ((buffer * inner.momentum)? + direction)?,
                     None => direction,

@@ -1,7 +1,8 @@
 //! Saving and resuming: parameters and all state in one safetensors file, bit for bit.
 //!
 //! Parameters stand under their own names, so that the file is a model checkpoint too; state stands under
-//! `kronwake/{block or param}/{slot}`, and what are numbers in the metadata entry `kronwake`, as JSON.
+//! `kronwake/{block or param}/{slot}`, and what are numbers in metadata entries `kronwake.{name}`, written such that they
+//! are read back exactly.
 
 use super::block::{Block, BlockState};
 use super::natural::{Natural, Predicted};
@@ -10,29 +11,15 @@ use super::step::sum;
 use crate::checkpoint::Checkpoint;
 use crate::curvature::{Preconditioner, wide_dtype};
 use candle_core::{DType, Device, Result, Tensor, bail};
-use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+use std::str::FromStr;
 
 const FORMAT: u32 = 1;
 const KEY: &str = "kronwake";
 
-/// The numbers of the state.
-#[derive(Serialize, Deserialize)]
-struct Numbers {
-    format: u32,
-    optimizer: String,
-    steps: usize,
-    skipped: usize,
-    lr: f64,
-    previous_lr: Option<f64>,
-    damping: f64,
-    /// Loss and predicted change of a step whose effect is still to be measured.
-    predicted: Option<(f64, f64)>,
-    models: usize,
-    closure_checked: bool,
-    /// Adam's steps by param.
-    adam_steps: BTreeMap<String, usize>,
+fn entry(name: &str) -> String {
+    format!("{KEY}.{name}")
 }
 
 fn slot(owner: &str, slot: &str) -> String {
@@ -86,10 +73,8 @@ impl<R: WakeRule> Natural<R> {
                 tensors.insert(slot(&block.name, name), tensor.contiguous()?);
             }
         }
-        let mut adam_steps = BTreeMap::new();
         for adam in &self.rest {
             let name = &self.vars[adam.param].name;
-            adam_steps.insert(name.clone(), adam.steps);
             if let Some((first, second)) = &adam.moments {
                 tensors.insert(slot(name, "first_moment"), first.clone());
                 tensors.insert(slot(name, "second_moment"), second.clone());
@@ -100,21 +85,27 @@ impl<R: WakeRule> Natural<R> {
                 tensors.insert(slot(&param.name, &format!("model{index}")), value.clone());
             }
         }
-        let numbers = Numbers {
-            format: FORMAT,
-            optimizer: R::NAME.to_string(),
-            steps: self.steps,
-            skipped: self.skipped,
-            lr: self.params.lr,
-            previous_lr: self.previous_lr,
-            damping: self.damping,
-            predicted: self.predicted.map(|p| (p.loss, p.change)),
-            models: self.models.len(),
-            closure_checked: self.closure_checked,
-            adam_steps,
-        };
-        let numbers = serde_json::to_string(&numbers).map_err(candle_core::Error::wrap)?;
-        Checkpoint { tensors, metadata: [(KEY.to_string(), numbers)].into() }.write(path)
+        let mut metadata = HashMap::new();
+        let mut note = |name: &str, value: String| metadata.insert(entry(name), value);
+        note("format", FORMAT.to_string());
+        note("optimizer", R::NAME.to_string());
+        note("steps", self.steps.to_string());
+        note("skipped", self.skipped.to_string());
+        note("lr", self.params.lr.to_string());
+        note("damping", self.damping.to_string());
+        note("models", self.models.len().to_string());
+        note("closure_checked", self.closure_checked.to_string());
+        if let Some(previous_lr) = self.previous_lr {
+            note("previous_lr", previous_lr.to_string());
+        }
+        if let Some(Predicted { loss, change }) = self.predicted {
+            note("predicted_loss", loss.to_string());
+            note("predicted_change", change.to_string());
+        }
+        for adam in &self.rest {
+            note(&format!("adam_steps.{}", self.vars[adam.param].name), adam.steps.to_string());
+        }
+        Checkpoint { tensors, metadata }.write(path)
     }
 
     /// Restores parameters and state, the learning rate included, from a file that [`Natural::save`] wrote with the same
@@ -126,19 +117,25 @@ impl<R: WakeRule> Natural<R> {
         let path = path.as_ref();
         let device = self.vars.first().map_or(Device::Cpu, |p| p.var.device().clone());
         let file = Checkpoint::read(path, &device)?;
-        let Some(numbers) = file.metadata.get(KEY) else {
-            bail!("{}: holds no optimizer state, only {} tensors", path.display(), file.tensors.len())
-        };
-        let numbers: Numbers = match serde_json::from_str(numbers) {
-            Ok(numbers) => numbers,
-            Err(error) => bail!("{}: its optimizer state cannot be read: {error}", path.display()),
-        };
-        if numbers.format != FORMAT {
-            bail!("{}: state of format {}, expected {FORMAT}", path.display(), numbers.format)
+        let numbers = Numbers { path, metadata: &file.metadata };
+        let format: Option<u32> = numbers.optional("format")?;
+        match format {
+            Some(FORMAT) => {}
+            Some(other) => bail!("{}: state of format {other}, expected {FORMAT}", path.display()),
+            None => bail!("{}: holds no optimizer state, only {} tensors", path.display(), file.tensors.len()),
         }
+        let steps: usize = numbers.needed("steps")?;
+        let skipped = numbers.needed("skipped")?;
+        let lr: f64 = numbers.needed("lr")?;
+        let previous_lr = numbers.optional("previous_lr")?;
+        let damping = numbers.needed("damping")?;
+        let closure_checked = numbers.needed("closure_checked")?;
+        let model_count: usize = numbers.needed("models")?;
+        let predicted = numbers.optional("predicted_loss")?.zip(numbers.optional("predicted_change")?);
+        let optimizer: String = numbers.needed("optimizer")?;
         let mut wanted = Wanted { file: &file, wrong: vec![], used: BTreeSet::new() };
-        if numbers.optimizer != R::NAME {
-            wanted.wrong.push(format!("state of {}, expected {}", numbers.optimizer, R::NAME));
+        if optimizer != R::NAME {
+            wanted.wrong.push(format!("state of {optimizer}, expected {}", R::NAME));
         }
         let mut values = vec![];
         for param in &self.vars {
@@ -149,7 +146,7 @@ impl<R: WakeRule> Natural<R> {
         }
         let frozen: Vec<_> =
             self.frozen.iter().map(|(name, var)| wanted.tensor(name, var.dims(), var.dtype(), true)).collect();
-        let started = numbers.steps > 0;
+        let started = steps > 0;
         let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
         let states: Vec<BlockState> = self
             .blocks
@@ -163,14 +160,14 @@ impl<R: WakeRule> Natural<R> {
         for adam in &mut rest {
             let Some(param) = self.vars.get(adam.param) else { continue };
             let (dims, dtype) = (param.var.dims(), wide_dtype(param.var.dtype()));
-            adam.steps = numbers.adam_steps.get(&param.name).copied().unwrap_or(0);
+            adam.steps = numbers.optional(&format!("adam_steps.{}", param.name))?.unwrap_or(0);
             let needed = adam.steps > 0;
             let first = wanted.tensor(&slot(&param.name, "first_moment"), dims, dtype, needed);
             let second = wanted.tensor(&slot(&param.name, "second_moment"), dims, dtype, needed);
             adam.moments = first.zip(second);
         }
         let mut models = vec![];
-        for index in 0..numbers.models {
+        for index in 0..model_count {
             let mut model = vec![];
             for param in &self.vars {
                 let name = slot(&param.name, &format!("model{index}"));
@@ -197,15 +194,38 @@ impl<R: WakeRule> Natural<R> {
         }
         self.rest = rest;
         self.models = models;
-        self.steps = numbers.steps;
-        self.skipped = numbers.skipped;
-        self.previous_lr = numbers.previous_lr;
-        self.damping = numbers.damping;
-        self.predicted = numbers.predicted.map(|(loss, change)| Predicted { loss, change });
-        self.closure_checked = numbers.closure_checked;
-        self.params.lr = numbers.lr;
-        self.params.rest.lr = self.rest_ratio * numbers.lr;
+        self.steps = steps;
+        self.skipped = skipped;
+        self.previous_lr = previous_lr;
+        self.damping = damping;
+        self.predicted = predicted.map(|(loss, change)| Predicted { loss, change });
+        self.closure_checked = closure_checked;
+        self.params.lr = lr;
+        self.params.rest.lr = self.rest_ratio * lr;
         Ok(())
+    }
+}
+
+/// Reads the numbers of a file's metadata.
+struct Numbers<'a> {
+    path: &'a Path,
+    metadata: &'a HashMap<String, String>,
+}
+
+impl Numbers<'_> {
+    fn optional<T: FromStr>(&self, name: &str) -> Result<Option<T>> {
+        let Some(text) = self.metadata.get(&entry(name)) else { return Ok(None) };
+        match text.parse() {
+            Ok(value) => Ok(Some(value)),
+            Err(_) => bail!("{}: metadata {} is {text:?}, expected a number", self.path.display(), entry(name)),
+        }
+    }
+
+    fn needed<T: FromStr>(&self, name: &str) -> Result<T> {
+        match self.optional(name)? {
+            Some(value) => Ok(value),
+            None => bail!("{}: metadata {} is missing", self.path.display(), entry(name)),
+        }
     }
 }
 

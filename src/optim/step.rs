@@ -134,7 +134,11 @@ impl<R: WakeRule> Natural<R> {
         };
         let mut blocks = Vec::with_capacity(directions.len());
         for (block, Direction { mut state, gradient, factors, direction, .. }) in self.blocks.iter().zip(directions) {
-            let mut direction = if clip < 1.0 { (direction * clip)? } else { direction };
+            // Both clips measure the direction as it was solved for.
+            let mut direction = self.rms_clipped(direction)?;
+            if clip < 1.0 {
+                direction = (direction * clip)?;
+            }
             if self.params.momentum > 0.0 {
                 if let Some(velocity) = &state.velocity {
                     direction = ((velocity * self.params.momentum)? + direction)?;
@@ -229,13 +233,7 @@ impl<R: WakeRule> Natural<R> {
                 block.name
             ))));
         };
-        let mut direction = preconditioner.apply(&wake_gradient)?;
-        if let Some(limit) = self.params.rms_clip {
-            let rms = (sum(&direction.sqr()?)? / direction.elem_count().max(1) as f64).sqrt();
-            if rms > limit {
-                direction = (direction * (limit / rms))?;
-            }
-        }
+        let direction = preconditioner.apply(&wake_gradient)?;
         let length = sum(&(&direction * &wake_gradient)?)?;
         if !length.is_finite() {
             return Err(Refusal::NonFinite(self.culprit(block, grads)?));
@@ -276,6 +274,13 @@ impl<R: WakeRule> Natural<R> {
                 sum_inverse((&bar.0, &bar.1), (&current.0, &current.1), lr, self.damping, &block.name)
             }
         }
+    }
+
+    /// `V min(1, rms_clip / rms(V))`.
+    pub(super) fn rms_clipped(&self, direction: Tensor) -> Result<Tensor> {
+        let Some(limit) = self.params.rms_clip else { return Ok(direction) };
+        let rms = (sum(&direction.sqr()?)? / direction.elem_count().max(1) as f64).sqrt();
+        if rms > limit { direction * (limit / rms) } else { Ok(direction) }
     }
 
     /// Replaces the scaling of the eigenbasis by the averaged second moments.

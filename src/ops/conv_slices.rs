@@ -1,0 +1,180 @@
+//! The CPU versions of the convolution and its gradients, on slices.
+
+use rayon::prelude::*;
+
+use super::{
+    correlate::{Runs, SPARE, correlate, pack, pad, products},
+    element::{Element, Real},
+    patches::{ConvShape, fold_plane, unfold_plane},
+};
+
+/// How the outputs of a convolution are sums of runs: shifts of the padded image, or rows of patches where the stride
+/// forbids that, or where most positions of the image would straddle two rows.
+pub(super) struct Reader {
+    shape: ConvShape,
+    runs: Runs,
+    unfold: bool,
+}
+
+impl Reader {
+    pub(super) fn new(shape: &ConvShape) -> Self {
+        let image = Runs::of_image(shape);
+        let unfold = shape.stride != (1, 1) || image.length() > 2 * shape.positions();
+        let runs = if unfold { Runs::of_rows(shape, shape.group_features()) } else { image };
+        Self { shape: *shape, runs, unfold }
+    }
+
+    /// The runs of one sample's group `x [c / groups, h, w]`, with spare numbers after them. `buffer` is empty or what a
+    /// former call on this reader left.
+    fn read<T: Real>(&self, x: &[T], buffer: &mut Vec<T>) {
+        if !self.unfold {
+            return pad(&self.shape, x, buffer);
+        }
+        // Padding is never written, so that zeros stay where a former call found them.
+        buffer.resize(self.shape.group_features() * self.shape.positions() + SPARE, T::ZERO);
+        let (h, w) = self.shape.input;
+        let part = self.shape.kernel.0 * self.shape.kernel.1 * self.shape.positions();
+        let planes = x.chunks_exact(h * w).zip(buffer.chunks_exact_mut(part));
+        planes.for_each(|(plane, out)| unfold_plane(&self.shape, plane, out));
+    }
+}
+
+/// Convolution of row-major slices; `at(o, k)` is the weight of output channel `o` and feature `k` of its group.
+pub(super) fn conv_slices<T: Real>(
+    x: &[T],
+    at: impl Fn(usize, usize) -> T,
+    bias: Option<&[T]>,
+    shape: &ConvShape,
+    n: usize,
+) -> Vec<T> {
+    let (groups, t) = (shape.groups, shape.positions());
+    let (outputs, features) = (shape.group_outputs(), shape.group_features());
+    let (x_part, y_part) = (shape.group_channels() * shape.input.0 * shape.input.1, outputs * t);
+    let reader = Reader::new(shape);
+    let packed: Vec<Vec<T>> =
+        (0..groups).map(|group| pack(outputs, features, |o, k| at(group * outputs + o, k))).collect();
+    let mut y = vec![T::ZERO; n * groups * y_part];
+    let init = || (Vec::new(), Vec::new());
+    y.par_chunks_exact_mut(y_part).enumerate().for_each_init(init, |(runs, band), (at, y)| {
+        let group = at % groups;
+        if let Some(bias) = bias {
+            let bias = &bias[group * outputs..];
+            y.chunks_exact_mut(t).zip(bias).for_each(|(y, &b)| y.fill(b));
+        }
+        reader.read(&x[at * x_part..][..x_part], runs);
+        correlate(&reader.runs, runs, &packed[group], y, band);
+    });
+    y
+}
+
+/// `dL/dx [n, c, h, w]` from row-major slices.
+pub(super) fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n: usize) -> Vec<T> {
+    let (outputs, channels, features) =
+        (shape.group_outputs(), shape.group_channels(), shape.group_features());
+    if let Some(adjoint) = adjoint(shape) {
+        // Input and output channels of each group are exchanged, and the kernel is turned.
+        let taps = shape.kernel.0 * shape.kernel.1;
+        let turned = |c: usize, k: usize| {
+            let o = c / channels * outputs + k / taps;
+            w[o * features + c % channels * taps + taps - 1 - k % taps]
+        };
+        return conv_slices(gy, turned, None, &adjoint, n);
+    }
+    let (groups, t, area) = (shape.groups, shape.positions(), shape.input.0 * shape.input.1);
+    let (gy_part, gx_part) = (outputs * t, channels * area);
+    let runs = Runs::of_rows(shape, outputs);
+    let packed: Vec<Vec<T>> = (0..groups)
+        .map(|group| pack(features, outputs, |k, o| w[(group * outputs + o) * features + k]))
+        .collect();
+    let mut gx = vec![T::ZERO; n * groups * gx_part];
+    let init = || (Vec::new(), Vec::new(), Vec::new());
+    gx.par_chunks_exact_mut(gx_part).enumerate().for_each_init(init, |(rows, patches, band), (at, gx)| {
+        rows.resize(gy_part + SPARE, T::ZERO);
+        rows[..gy_part].copy_from_slice(&gy[at * gy_part..][..gy_part]);
+        patches.clear();
+        patches.resize(features * t, T::ZERO);
+        correlate(&runs, rows, &packed[at % groups], patches, band);
+        let parts = patches.chunks_exact(shape.kernel.0 * shape.kernel.1 * t);
+        gx.chunks_exact_mut(area).zip(parts).for_each(|(gx, part)| fold_plane(shape, part, gx));
+    });
+    gx
+}
+
+/// The convolution that takes `gy` to `gx` when the stride is 1 and no padding lies beyond the kernel's reach.
+fn adjoint(shape: &ConvShape) -> Option<ConvShape> {
+    let reach = |kernel: usize, dilation: usize| dilation * (kernel - 1);
+    let padding = (
+        reach(shape.kernel.0, shape.dilation.0).checked_sub(shape.padding.0)?,
+        reach(shape.kernel.1, shape.dilation.1).checked_sub(shape.padding.1)?,
+    );
+    (shape.stride == (1, 1)).then_some(ConvShape {
+        channels: shape.out_channels,
+        out_channels: shape.channels,
+        input: shape.output,
+        output: shape.input,
+        padding,
+        ..*shape
+    })
+}
+
+/// `dL/dw [o, c / groups, kh, kw]` from row-major slices: `x` is `[n, c, h, w]` with a reader, patches
+/// `[n, c * kh * kw, t]` without.
+pub(super) fn weight_grads<T: Real>(
+    shape: &ConvShape,
+    n: usize,
+    x: &[T],
+    reader: Option<&Reader>,
+    gy: &[T],
+) -> Vec<T> {
+    let (groups, t) = (shape.groups, shape.positions());
+    let (outputs, features) = (shape.group_outputs(), shape.group_features());
+    let x_part = x.len() / (n * groups).max(1);
+    let rows = Runs::of_rows(shape, features);
+    // Samples whose products are added up in registers.
+    let together = (1024 / t).clamp(1, 16);
+    // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
+    // the result does not depend on the number of threads.
+    let length = groups * outputs * features;
+    let parts = ((1 << 22) / length).clamp(1, 16);
+    let samples = n.div_ceil(parts);
+    let mut sums = vec![T::ZERO; parts * length];
+    sums.par_chunks_exact_mut(outputs * features).enumerate().for_each_init(Vec::new, |buffers, (at, gw)| {
+        let (part, group) = (at / groups, at % groups);
+        let part = part * samples..((part + 1) * samples).min(n);
+        let of_sample = |sample: usize| {
+            let at = sample * groups + group;
+            (&gy[at * outputs * t..][..outputs * t], &x[at * x_part..][..x_part])
+        };
+        let Some(reader) = reader else {
+            let batch: Vec<_> = part.map(of_sample).collect();
+            return batch.chunks(together).for_each(|batch| products(&rows, t, batch, gw));
+        };
+        buffers.resize_with(together, || (Vec::new(), Vec::new()));
+        for first in part.clone().step_by(together) {
+            let batch = first..(first + together).min(part.end);
+            for ((spread, runs), (gy, x)) in buffers.iter_mut().zip(batch.clone().map(of_sample)) {
+                reader.runs.spread(gy, spread);
+                reader.read(x, runs);
+            }
+            let batch: Vec<_> = buffers[..batch.len()].iter().map(|(g, x)| (&g[..], &x[..])).collect();
+            products(&reader.runs, reader.runs.spread_length(), &batch, gw);
+        }
+    });
+    let (first, rest) = sums.split_at_mut(length);
+    for part in rest.chunks_exact(length) {
+        first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);
+    }
+    sums.truncate(length);
+    sums
+}
+
+/// The sum of a run, kept in several partial sums so that it vectorizes.
+pub(super) fn sum_lanes<T: Element>(run: &[T]) -> T::Acc {
+    let (chunks, rest) = run.as_chunks::<16>();
+    let mut lanes = [T::Acc::ZERO; 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += v.widen());
+    }
+    let values = lanes.into_iter().chain(rest.iter().map(|v| v.widen()));
+    values.fold(T::Acc::ZERO, |sum, v| sum + v)
+}

@@ -1,0 +1,299 @@
+//! The two loops that a convolution and its gradients consist of.
+//!
+//! An image with its padding is one run of numbers, a channel after the other. Over that run, kernel element
+//! `(c, ki, kj)` is the image shifted by some `s_k`, so all outputs `y_o[i] = sum_k w[k][o] x[s_k + i]` of whole rows are
+//! sums of shifted runs, and no patches need to be stored; the few positions that straddle two rows are computed and
+//! dropped. Where the stride is not 1, patches are stored and their rows take the place of the shifted runs.
+
+use super::{
+    element::Real,
+    lanes::{Lanes, MANY_REGISTERS},
+    patches::ConvShape,
+};
+
+/// Numbers that may be read behind the last one that counts; no vector is longer.
+pub(crate) const SPARE: usize = 16;
+
+/// The shifted runs of one sample's group, and where its outputs lie in them.
+pub(crate) struct Runs {
+    /// `s_k` for each feature.
+    shifts: Vec<usize>,
+    /// Rows of the output, the outputs in a row, and the distance from one row to the next.
+    rows: usize,
+    cols: usize,
+    row_step: usize,
+}
+
+impl Runs {
+    /// Shifts of the padded input of a convolution of stride 1.
+    pub(crate) fn of_image(shape: &ConvShape) -> Self {
+        let (kh, kw) = shape.kernel;
+        let row_step = shape.input.1 + 2 * shape.padding.1;
+        let plane = row_step * (shape.input.0 + 2 * shape.padding.0);
+        let shift = |k: usize| {
+            let (c, i, j) = (k / (kh * kw), k / kw % kh, k % kw);
+            c * plane + i * shape.dilation.0 * row_step + j * shape.dilation.1
+        };
+        let shifts = (0..shape.group_features()).map(shift).collect();
+        Self { shifts, rows: shape.output.0, cols: shape.output.1, row_step }
+    }
+
+    /// The rows of a `[features, t]` matrix with a column for each output.
+    pub(crate) fn of_rows(shape: &ConvShape, features: usize) -> Self {
+        let (rows, cols) = shape.output;
+        let shifts = (0..features).map(|k| k * shape.positions()).collect();
+        Self { shifts, rows, cols, row_step: cols }
+    }
+
+    /// From the first output to behind the last.
+    pub(crate) fn length(&self) -> usize {
+        (self.rows - 1) * self.row_step + self.cols
+    }
+
+    /// The length of a channel that [`Runs::spread`] writes.
+    pub(crate) fn spread_length(&self) -> usize {
+        self.length().next_multiple_of(SPARE)
+    }
+
+    /// Copies outputs `[channels, t]` to where they lie in the runs, with zeros between and behind the rows:
+    /// `[channels, spread_length]`. `spread` is empty or what a former call left.
+    pub(crate) fn spread<T: Real>(&self, outputs: &[T], spread: &mut Vec<T>) {
+        let (t, length) = (self.rows * self.cols, self.spread_length());
+        // The zeros are never written to again.
+        spread.resize(outputs.len() / t * length, T::ZERO);
+        for (src, dst) in outputs.chunks_exact(t).zip(spread.chunks_exact_mut(length)) {
+            let rows = src.chunks_exact(self.cols).zip(dst.chunks_mut(self.row_step));
+            rows.for_each(|(src, dst)| dst[..self.cols].copy_from_slice(src));
+        }
+    }
+}
+
+/// Copies the channels of a sample's group between the zeros of the padding, and spare numbers after them.
+pub(crate) fn pad<T: Real>(shape: &ConvShape, x: &[T], padded: &mut Vec<T>) {
+    let ((h, w), (ph, pw)) = (shape.input, shape.padding);
+    let width = w + 2 * pw;
+    let plane = width * (h + 2 * ph);
+    // Only the inside is ever written, so that what a former call for this shape left around it is still zero.
+    padded.resize(plane * shape.group_channels() + SPARE, T::ZERO);
+    // Without padding at its sides, an image is one row.
+    let (row, step) = if pw == 0 { (h * w, h * w) } else { (w, width) };
+    for (src, dst) in x.chunks_exact(h * w).zip(padded.chunks_exact_mut(plane)) {
+        let rows = dst[ph * width..].chunks_exact_mut(step);
+        src.chunks_exact(row).zip(rows).for_each(|(src, dst)| dst[pw..pw + row].copy_from_slice(src));
+    }
+}
+
+/// The sizes of the nearly equal blocks of at most `max` that `count` is cut into.
+fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
+    let parts = count.div_ceil(max);
+    (0..parts).map(move |i| count / parts + usize::from(i < count % parts))
+}
+
+/// Output channels of a tile: as many as the processor has registers for.
+const TILE: usize = if MANY_REGISTERS { 8 } else { 6 };
+
+/// Weights in the order the tiles read them: for each block of channels, `[features, channels of the block]`.
+/// `at(o, k)` is the weight of channel `o` and feature `k`.
+pub(crate) fn pack<T: Real>(channels: usize, features: usize, at: impl Fn(usize, usize) -> T) -> Vec<T> {
+    let mut packed = Vec::with_capacity(channels * features);
+    let mut first = 0;
+    for size in blocks(channels, TILE) {
+        packed.extend((0..size * features).map(|i| at(first + i % size, i / size)));
+        first += size;
+    }
+    packed
+}
+
+/// Adds to `out [channels, rows, cols]` the sums `sum_k w[k][o] x[s_k + i]`, for weights from [`pack`]. `x` has `SPARE`
+/// numbers behind the last run; `band` is a buffer.
+pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &[T], out: &mut [T], band: &mut Vec<T>) {
+    let (features, channel) = (runs.shifts.len(), runs.rows * runs.cols);
+    // A band of rows at a time, so that what the blocks of channels read again is still in the cache.
+    let rows_of_band = ((1 << 16) / features).clamp(64, 1024).div_ceil(runs.row_step).min(runs.rows);
+    for first in (0..runs.rows).step_by(rows_of_band) {
+        let rows = rows_of_band.min(runs.rows - first);
+        let length = (rows - 1) * runs.row_step + runs.cols;
+        let x = &x[first * runs.row_step..];
+        let (mut packed, mut out) = (packed, &mut out[..]);
+        for size in blocks(out.len() / channel, TILE) {
+            let (weights, next) = packed.split_at(size * features);
+            packed = next;
+            let (block, next) = out.split_at_mut(size * channel);
+            out = next;
+            let step = match size {
+                1 => band_sums::<T, 1, 8>(runs, x, weights, length, band),
+                2 => band_sums::<T, 2, 4>(runs, x, weights, length, band),
+                3 => band_sums::<T, 3, 3>(runs, x, weights, length, band),
+                4 => band_sums::<T, 4, 2>(runs, x, weights, length, band),
+                5 => band_sums::<T, 5, 2>(runs, x, weights, length, band),
+                6 => band_sums::<T, 6, 2>(runs, x, weights, length, band),
+                7 => band_sums::<T, 7, 2>(runs, x, weights, length, band),
+                _ => band_sums::<T, 8, 2>(runs, x, weights, length, band),
+            };
+            for (sums, out) in band.chunks_exact(step).zip(block.chunks_exact_mut(channel)) {
+                let out = out[first * runs.cols..].chunks_exact_mut(runs.cols);
+                for (dst, src) in out.zip(sums.chunks(runs.row_step)).take(rows) {
+                    dst.iter_mut().zip(src).for_each(|(d, &s)| *d += s);
+                }
+            }
+        }
+    }
+}
+
+/// The sums of `O` channels over `length` positions; channel `o` at a multiple of the length that is returned.
+#[inline(always)]
+fn band_sums<T: Real, const O: usize, const V: usize>(
+    runs: &Runs,
+    x: &[T],
+    weights: &[T],
+    length: usize,
+    band: &mut Vec<T>,
+) -> usize {
+    let width = T::Lanes::WIDTH;
+    let step = length.next_multiple_of(width);
+    band.resize(step * O, T::ZERO);
+    let mut at = 0;
+    while at + V * width <= step {
+        tile::<T, O, V>(&x[at..], weights, &runs.shifts, &mut band[at..], step);
+        at += V * width;
+    }
+    while at < step {
+        tile::<T, O, 1>(&x[at..], weights, &runs.shifts, &mut band[at..], step);
+        at += width;
+    }
+    step
+}
+
+/// `sums[o step + l] = sum_k weights[k][o] x[shifts[k] + l]` for `O` channels and `V` vectors of positions.
+#[inline(always)]
+fn tile<T: Real, const O: usize, const V: usize>(
+    x: &[T],
+    weights: &[T],
+    shifts: &[usize],
+    sums: &mut [T],
+    step: usize,
+) {
+    let width = T::Lanes::WIDTH;
+    let mut acc = [[T::Lanes::splat(T::ZERO); V]; O];
+    for (weights, &shift) in weights.chunks_exact(O).zip(shifts) {
+        let run = &x[shift..shift + V * width];
+        let mut x = [T::Lanes::splat(T::ZERO); V];
+        // Plain loops: the closures of iterators are not always inlined here, and the sums then leave the registers.
+        for v in 0..V {
+            x[v] = T::Lanes::load(&run[v * width..]);
+        }
+        for o in 0..O {
+            let weight = T::Lanes::splat(weights[o]);
+            for v in 0..V {
+                acc[o][v] = acc[o][v].add_product(weight, x[v]);
+            }
+        }
+    }
+    for (o, acc) in acc.iter().enumerate() {
+        for (v, acc) in acc.iter().enumerate() {
+            acc.store(&mut sums[o * step + v * width..]);
+        }
+    }
+}
+
+/// Runs that a tile of [`products`] multiplies by each of its channels.
+const FEATURES: usize = 4;
+
+/// Adds to `sums [channels, features]` the products `sum_{i < length} g[o][i] x[s_k + i]` of some samples, each given as
+/// (`g [channels, length]`, `x`).
+pub(crate) fn products<T: Real>(runs: &Runs, length: usize, samples: &[(&[T], &[T])], sums: &mut [T]) {
+    let features = runs.shifts.len();
+    let (whole, rest) = runs.shifts.as_chunks::<FEATURES>();
+    for (at, shifts) in whole.iter().enumerate() {
+        feature_products(length, samples, shifts, &mut sums[at * FEATURES..], features);
+    }
+    for (at, &shift) in rest.iter().enumerate() {
+        let at = whole.len() * FEATURES + at;
+        feature_products(length, samples, &[shift], &mut sums[at..], features);
+    }
+}
+
+/// The products of `K` features with all channels; `sums` steps by `features` from one channel to the next.
+fn feature_products<T: Real, const K: usize>(
+    length: usize,
+    samples: &[(&[T], &[T])],
+    shifts: &[usize; K],
+    sums: &mut [T],
+    features: usize,
+) {
+    let mut first = 0;
+    let channels = sums.len().div_ceil(features);
+    for size in blocks(channels, if MANY_REGISTERS { 4 } else { 2 }) {
+        let sums = &mut sums[first * features..];
+        match size {
+            1 => product_tile::<T, 1, K>(length, samples, first, shifts, sums, features),
+            2 => product_tile::<T, 2, K>(length, samples, first, shifts, sums, features),
+            3 => product_tile::<T, 3, K>(length, samples, first, shifts, sums, features),
+            _ => product_tile::<T, 4, K>(length, samples, first, shifts, sums, features),
+        }
+        first += size;
+    }
+}
+
+/// The products of `O` channels from `first` on with `K` features.
+#[inline(always)]
+fn product_tile<T: Real, const O: usize, const K: usize>(
+    length: usize,
+    samples: &[(&[T], &[T])],
+    first: usize,
+    shifts: &[usize; K],
+    sums: &mut [T],
+    features: usize,
+) {
+    let width = T::Lanes::WIDTH;
+    let mut acc = [[T::Lanes::splat(T::ZERO); K]; O];
+    for &(g, x) in samples {
+        let (mut gs, mut xs) = ([g; O], [x; K]);
+        for o in 0..O {
+            gs[o] = &g[(first + o) * length..][..length];
+        }
+        for k in 0..K {
+            xs[k] = &x[shifts[k]..][..length];
+        }
+        let mut at = 0;
+        while at < length {
+            let (mut gv, mut xv) = ([T::Lanes::splat(T::ZERO); O], [T::Lanes::splat(T::ZERO); K]);
+            if length - at >= width {
+                for o in 0..O {
+                    // SAFETY: at least `width` of the `length` numbers follow; so too below.
+                    gv[o] = unsafe { T::Lanes::load_at(gs[o], at) };
+                }
+                for k in 0..K {
+                    xv[k] = unsafe { T::Lanes::load_at(xs[k], at) };
+                }
+            } else {
+                for o in 0..O {
+                    gv[o] = load_part(&gs[o][at..]);
+                }
+                for k in 0..K {
+                    xv[k] = load_part(&xs[k][at..]);
+                }
+            }
+            for o in 0..O {
+                for k in 0..K {
+                    acc[o][k] = acc[o][k].add_product(gv[o], xv[k]);
+                }
+            }
+            at += width;
+        }
+    }
+    for (o, acc) in acc.iter().enumerate() {
+        for (k, acc) in acc.iter().enumerate() {
+            let mut lanes = [T::ZERO; SPARE];
+            acc.store(&mut lanes);
+            sums[o * features + k] += lanes[..width].iter().fold(T::ZERO, |sum, &v| sum + v);
+        }
+    }
+}
+
+/// Fewer numbers than a vector holds, and zeros.
+fn load_part<T: Real>(data: &[T]) -> T::Lanes {
+    let mut lanes = [T::ZERO; SPARE];
+    lanes[..data.len()].copy_from_slice(data);
+    T::Lanes::load(&lanes)
+}

@@ -1,0 +1,248 @@
+//! Max pooling and the rectifier, with the derivatives that PyTorch uses where they are not unique.
+
+use std::sync::OnceLock;
+
+use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor, WithDType, bail};
+use rayon::prelude::*;
+
+use super::element::{Element, Host, Real, contiguous, float_dispatch};
+
+struct MaxPool {
+    kernel: (usize, usize),
+    stride: (usize, usize),
+    /// Position of each output's maximum within its input plane, from the forward pass.
+    at: OnceLock<Vec<u32>>,
+}
+
+impl MaxPool {
+    /// The maxima of one plane of width `w` and their positions. The first of equal ones counts; a NaN is larger than
+    /// everything.
+    fn plane<T: WithDType>(&self, x: &[T], w: usize, ow: usize, y: &mut [T], at: &mut [u32]) {
+        for (o, (y, at)) in y.iter_mut().zip(at).enumerate() {
+            let corner = o / ow * self.stride.0 * w + o % ow * self.stride.1;
+            (*y, *at) = (x[corner], corner as u32);
+            for row in 0..self.kernel.0 {
+                let first = corner + row * w;
+                for (col, &v) in x[first..first + self.kernel.1].iter().enumerate() {
+                    // `v != v` only for a NaN.
+                    #[allow(clippy::eq_op)]
+                    if v > *y || v != v {
+                        (*y, *at) = (v, (first + col) as u32);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl CustomOp1 for MaxPool {
+    fn name(&self) -> &'static str {
+        "max-pool2d"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        let (n, c, h, w) = layout.shape().dims4()?;
+        let (oh, ow) = output(h, w, self.kernel, self.stride)?;
+        float_dispatch!(self.name(), x.dtype(), T => {
+            let x = contiguous::<T>(x, layout)?;
+            let (mut y, mut at) = (vec![T::default(); n * c * oh * ow], vec![0u32; n * c * oh * ow]);
+            y.par_chunks_exact_mut(oh * ow)
+                .zip(at.par_chunks_exact_mut(oh * ow))
+                .zip(x.par_chunks_exact(h * w))
+                .with_min_len(c)
+                .for_each(|((y, at), x)| self.plane(x, w, ow, y, at));
+            // Set once: an op is applied to one tensor.
+            self.at.get_or_init(|| at);
+            Ok((T::to_cpu_storage_owned(y), Shape::from((n, c, oh, ow))))
+        })
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
+        let Some(at) = self.at.get() else { bail!("max-pool2d: backward without a forward pass") };
+        let (_, _, h, w) = x.dims4()?;
+        let (_, c, oh, ow) = gy.dims4()?;
+        float_dispatch!(self.name(), gy.dtype(), T => {
+            let gy = Host::of(gy);
+            let gy = gy.values::<T>()?;
+            let mut gx = vec![<T as Element>::Acc::ZERO; x.elem_count()];
+            gx.par_chunks_exact_mut(h * w)
+                .zip(gy.par_chunks_exact(oh * ow).zip(at.par_chunks_exact(oh * ow)))
+                .with_min_len(c)
+                .for_each(|(gx, (gy, at))| gy.iter().zip(at).for_each(|(&g, &at)| gx[at as usize] += g.widen()));
+            Ok(Some(Tensor::from_vec(T::narrow_vec(gx), x.shape(), &Device::Cpu)?))
+        })
+    }
+}
+
+fn output(h: usize, w: usize, kernel: (usize, usize), stride: (usize, usize)) -> Result<(usize, usize)> {
+    if [kernel.0, kernel.1, stride.0, stride.1].contains(&0) {
+        bail!("max-pool2d: expected kernel and stride of at least 1, got {kernel:?} and {stride:?}")
+    }
+    if h < kernel.0 || w < kernel.1 {
+        bail!("max-pool2d: kernel {kernel:?} is larger than the input {:?}", (h, w))
+    }
+    Ok(((h - kernel.0) / stride.0 + 1, (w - kernel.1) / stride.1 + 1))
+}
+
+/// The maxima of windows of `kernel` (height, width), `stride` apart, without padding: `[n, c, h, w]` to
+/// `[n, c, (h - kh) / stride + 1, (w - kw) / stride + 1]`. The gradient goes to the first maximum of a window in row-major
+/// order, as in PyTorch. A NaN in a window is its maximum. Fails on a zero kernel or stride and on a kernel larger than
+/// the input.
+pub fn max_pool2d(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) -> Result<Tensor> {
+    let &[_, _, h, w] = x.dims() else {
+        bail!("max-pool2d: expected an input [batch, channels, height, width], got {:?}", x.dims())
+    };
+    output(h, w, kernel, stride)?;
+    if x.device().is_cpu() {
+        return x.apply_op1(MaxPool { kernel, stride, at: OnceLock::new() });
+    }
+    max_pool_compose(x, kernel, stride)
+}
+
+/// The same from candle's own operations; ties go where the device's argmax says.
+fn max_pool_compose(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) -> Result<Tensor> {
+    let (n, c, h, w) = x.dims4()?;
+    let (oh, ow) = output(h, w, kernel, stride)?;
+    let taps = |out: usize, kernel: usize, stride: usize| {
+        let taps: Vec<u32> =
+            (0..out).flat_map(|o| (0..kernel).map(move |k| (o * stride + k) as u32)).collect();
+        Tensor::from_vec(taps, out * kernel, x.device())
+    };
+    let windows = x
+        .index_select(&taps(oh, kernel.0, stride.0)?, 2)?
+        .index_select(&taps(ow, kernel.1, stride.1)?, 3)?
+        .reshape(&[n, c, oh, kernel.0, ow, kernel.1])?
+        .permute([0, 1, 2, 4, 3, 5])?
+        .contiguous()?
+        .reshape((n * c * oh * ow, kernel.0 * kernel.1))?;
+    let at = windows.detach().argmax_keepdim(D::Minus1)?;
+    windows.gather(&at, 1)?.reshape((n, c, oh, ow))
+}
+
+struct Relu;
+
+impl CustomOp1 for Relu {
+    fn name(&self) -> &'static str {
+        "relu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        float_dispatch!(self.name(), x.dtype(), T => {
+            let x = contiguous::<T>(x, layout)?;
+            let zero = T::default();
+            // A NaN is not below zero, so that it passes.
+            let y: Vec<T> = x.iter().map(|&v| if v <= zero { zero } else { v }).collect();
+            Ok((T::to_cpu_storage_owned(y), layout.shape().clone()))
+        })
+    }
+
+    fn bwd(&self, _x: &Tensor, y: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
+        float_dispatch!(self.name(), gy.dtype(), T => {
+            let (ys, gys) = (Host::of(y), Host::of(gy));
+            let (ys, gys) = (ys.values::<T>()?, gys.values::<T>()?);
+            let zero = T::default();
+            let gx: Vec<T> = ys.iter().zip(&*gys).map(|(&y, &g)| if y <= zero { zero } else { g }).collect();
+            Ok(Some(Tensor::from_vec(gx, y.shape(), &Device::Cpu)?))
+        })
+    }
+}
+
+/// `max(x, 0)` element by element, of any shape, with derivative 0 at 0 (candle's own has 1). A NaN stays one.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() { x.apply_op1(Relu) } else { relu_compose(x) }
+}
+
+fn relu_compose(x: &Tensor) -> Result<Tensor> {
+    let zero = x.zeros_like()?;
+    x.detach().le(&zero)?.where_cond(&zero, x)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Var};
+
+    use super::*;
+    use crate::ops::rng;
+
+    fn random(dims: &[usize]) -> Result<Var> {
+        let values = (0..dims.iter().product::<usize>() as u64).map(|i| rng::normal(2, 0, i));
+        Var::from_tensor(&Tensor::from_vec(values.collect::<Vec<_>>(), dims, &Device::Cpu)?)
+    }
+
+    fn flat(x: &Tensor) -> Result<Vec<f64>> {
+        x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+    }
+
+    /// The gradient of `sum(weights * f(x))` for weights 1, 2, ...
+    fn gradient(x: &Var, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Vec<f64>> {
+        let y = f(x)?;
+        let weights = Tensor::arange(1., 1. + y.elem_count() as f64, &Device::Cpu)?.reshape(y.shape())?;
+        let grads = (y.to_dtype(DType::F64)? * weights)?.sum_all()?.backward()?;
+        match grads.get(x) {
+            Some(grad) => flat(grad),
+            None => bail!("no gradient"),
+        }
+    }
+
+    #[test]
+    fn maxima_and_gradients_of_overlapping_windows() -> Result<()> {
+        for (kernel, stride) in [((2, 2), (2, 2)), ((3, 2), (2, 1)), ((2, 3), (3, 4)), ((1, 1), (1, 1))] {
+            let x = random(&[2, 3, 7, 9])?;
+            let (values, y) = (flat(&x)?, max_pool2d(&x, kernel, stride)?);
+            let (_, _, oh, ow) = y.dims4()?;
+            let mut expected = vec![0.; values.len()];
+            for (o, &y) in flat(&y)?.iter().enumerate() {
+                let (plane, p, q) = (o / (oh * ow), o / ow % oh, o % ow);
+                let window = (0..kernel.0).flat_map(|a| (0..kernel.1).map(move |b| (a, b)));
+                let place = |(a, b)| (plane * 7 + p * stride.0 + a) * 9 + q * stride.1 + b;
+                let max = window.map(place).max_by(|&i, &j| values[i].total_cmp(&values[j])).unwrap_or(0);
+                assert_eq!(y, values[max]);
+                expected[max] += (o + 1) as f64;
+            }
+            assert_eq!(gradient(&x, |x| max_pool2d(x, kernel, stride))?, expected);
+            assert_eq!(gradient(&x, |x| max_pool_compose(x, kernel, stride))?, expected);
+            assert_eq!(flat(&max_pool_compose(&x, kernel, stride)?)?, flat(&y)?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn ties_go_to_the_first_and_nan_wins() -> Result<()> {
+        let nan = f32::NAN;
+        let rows = [[1f32, 3., 5., 5.], [3., 3., 5., nan]];
+        let x = Var::from_tensor(&Tensor::new(&rows, &Device::Cpu)?.reshape((1, 1, 2, 4))?)?;
+        let y = flat(&max_pool2d(&x, (2, 2), (2, 2))?)?;
+        assert!(y[0] == 3. && y[1].is_nan());
+        assert_eq!(gradient(&x, |x| max_pool2d(x, (2, 2), (2, 2)))?, [0., 1., 0., 0., 0., 0., 0., 2.]);
+        for dtype in [DType::F16, DType::BF16, DType::F64] {
+            assert_eq!(flat(&max_pool2d(&x.to_dtype(dtype)?, (2, 2), (2, 1))?)?[..2], [3., 5.]);
+        }
+        for (kernel, stride) in [((0, 1), (1, 1)), ((1, 1), (1, 0)), ((3, 1), (1, 1))] {
+            assert!(max_pool2d(&x, kernel, stride).is_err());
+        }
+        assert!(max_pool2d(&x.squeeze(0)?, (1, 1), (1, 1)).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn relu_at_zero() -> Result<()> {
+        let x = Var::new(&[-1f32, 0., -0., 2., f32::INFINITY, f32::NEG_INFINITY], &Device::Cpu)?;
+        for f in [relu, relu_compose] {
+            assert_eq!(flat(&f(&x)?)?, [0., 0., 0., 2., f64::INFINITY, 0.]);
+            assert_eq!(gradient(&x, f)?, [0., 0., 0., 4., 5., 0.]);
+            assert!(flat(&f(&Tensor::new(&[f32::NAN], &Device::Cpu)?)?)?[0].is_nan());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn candles_own_gradient_is_too_small() -> Result<()> {
+        // Why this file exists: for a window of 4 with one maximum, candle's gradient is a quarter of the true one.
+        let x = Var::new(&[[[[1f64, 2.], [3., 4.]]]], &Device::Cpu)?;
+        assert_eq!(gradient(&x, |x| max_pool2d(x, (2, 2), (2, 2)))?, [0., 0., 0., 1.]);
+        assert_eq!(gradient(&x, |x| x.max_pool2d(2))?, [0., 0., 0., 0.25]);
+        Ok(())
+    }
+}
