@@ -55,8 +55,8 @@ pub struct Args {
     #[arg(long, value_parser = positive, help_heading = TRAINING)]
     pub lr: Option<f64>,
     /// How the learning rate falls over all the --epochs: not at all, or by a half cosine to 5 %
-    #[arg(long, value_enum, default_value_t = Schedule::Cosine, help_heading = TRAINING)]
-    pub schedule: Schedule,
+    #[arg(long, value_enum, default_value_t = ScheduleKind::Cosine, help_heading = TRAINING)]
+    pub schedule: ScheduleKind,
     /// Weight decay: sgd adds it to the gradient, adamw shrinks the parameters by lr times it
     #[arg(long, default_value_t = 0.0, value_parser = not_negative, help_heading = TRAINING)]
     pub weight_decay: f64,
@@ -85,12 +85,12 @@ pub struct Args {
     /// Steps from one refresh of the inverses to the next
     #[arg(long, value_name = "N", value_parser = count, help_heading = CURVATURE)]
     pub inverse_every: Option<usize>,
-    /// Bound on a step's squared length in the metric of the curvature [default: none]
-    #[arg(long, value_name = "KL", value_parser = positive, help_heading = CURVATURE)]
-    pub kl_clip: Option<f64>,
-    /// Bound on the root mean square of a block's direction [default: none]
-    #[arg(long, value_name = "RMS", value_parser = positive, help_heading = CURVATURE)]
-    pub rms_clip: Option<f64>,
+    /// Bound on a step's squared length in the metric of the curvature, or none
+    #[arg(long, value_name = "KL", help_heading = CURVATURE)]
+    pub kl_clip: Option<Limit>,
+    /// Bound on the root mean square of a block's direction, or none [default: none]
+    #[arg(long, value_name = "RMS", help_heading = CURVATURE)]
+    pub rms_clip: Option<Limit>,
     /// Labels that the Fisher takes: the data's, sampled from the model, or all of them weighted by the model
     #[arg(long, value_enum, help_heading = CURVATURE)]
     pub fisher: Option<FisherKind>,

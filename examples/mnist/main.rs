@@ -7,7 +7,6 @@ mod idx;
 mod model;
 mod optimizer;
 mod plot;
-mod pool;
 mod random;
 mod report;
 mod sentence;

@@ -1,9 +1,9 @@
 //! The four networks, as lists of layers.
 
-use super::pool::max_pool2;
 use super::random::Stream;
 use candle_core::{Result, Tensor};
 use kronwake::nn::{Conv2d, Conv2dConfig, Linear, Module, VarBuilder, conv2d, linear};
+use kronwake::ops::pool::{max_pool2d, relu};
 
 /// Which network: what `--model` takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,8 +130,8 @@ impl Model {
             x = match layer {
                 Layer::Conv(layer) => layer.forward(&x)?,
                 Layer::Linear(layer) => layer.forward(&x)?,
-                Layer::Pool => max_pool2(&x)?,
-                Layer::Relu => x.relu()?,
+                Layer::Pool => max_pool2d(&x, (2, 2), (2, 2))?,
+                Layer::Relu => relu(&x)?,
                 Layer::Tanh => x.tanh()?,
                 Layer::Flatten => x.flatten_from(1)?,
                 Layer::Dropout => match dropout {

@@ -37,7 +37,7 @@ fn line(run: &Run, by_time: bool, accuracy: bool) -> Line {
         let x = if by_time { seconds } else { row.epoch as f64 };
         (x, if accuracy { 100.0 * row.test_accuracy } else { row.train_loss })
     };
-    (run.choice.name(), run.rows.iter().map(point).collect())
+    (run.choice.title(), run.rows.iter().map(point).collect())
 }
 
 /// The smallest range that holds `values`, a little wider on both sides; never empty.

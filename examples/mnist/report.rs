@@ -3,13 +3,13 @@
 use super::train::Run;
 use super::values::Choice;
 use candle_core::{Result, bail};
-use serde::Serialize;
+use serde_json::{Value, json};
 use std::fmt;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// An epoch's results; as JSON, the line of `--log`.
-#[derive(Clone, Debug, Serialize)]
+/// An epoch's results.
+#[derive(Clone, Debug)]
 pub struct Row {
     pub optimizer: &'static str,
     /// From 1.
@@ -82,13 +82,6 @@ pub fn comparison(runs: &[Run]) -> String {
 /// The file of `--log`, if one is wanted.
 pub struct Log(Option<(PathBuf, std::fs::File)>);
 
-#[derive(Serialize)]
-struct Step {
-    optimizer: &'static str,
-    step: usize,
-    loss: f64,
-}
-
 impl Log {
     pub fn create(path: Option<&Path>) -> Result<Self> {
         let Some(path) = path else { return Ok(Self(None)) };
@@ -100,18 +93,21 @@ impl Log {
 
     /// Writes an epoch.
     pub fn write(&mut self, row: &Row) -> Result<()> {
-        self.line(row)
+        self.line(json!({
+            "optimizer": row.optimizer, "epoch": row.epoch, "step": row.step, "lr": row.lr,
+            "train_loss": row.train_loss, "train_accuracy": row.train_accuracy,
+            "test_loss": row.test_loss, "test_accuracy": row.test_accuracy, "seconds": row.seconds,
+        }))
     }
 
     /// Writes a step.
     pub fn write_step(&mut self, choice: Choice, step: usize, loss: f64) -> Result<()> {
-        self.line(&Step { optimizer: choice.name(), step, loss })
+        self.line(json!({ "optimizer": choice.name(), "step": step, "loss": loss }))
     }
 
-    fn line(&mut self, value: &impl Serialize) -> Result<()> {
+    fn line(&mut self, value: Value) -> Result<()> {
         let Some((path, file)) = &mut self.0 else { return Ok(()) };
-        let line = serde_json::to_string(value).map_err(candle_core::Error::wrap)?;
-        match writeln!(file, "{line}") {
+        match writeln!(file, "{value}") {
             Ok(()) => Ok(()),
             Err(e) => bail!("--log {}: cannot be written ({e})", path.display()),
         }

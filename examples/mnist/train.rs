@@ -3,13 +3,15 @@
 use super::args::Args;
 use super::data::{self, Data, Part};
 use super::model::{Dropout, Model};
-use super::optimizer::{self, Train};
+use super::optimizer::{self, Pass, Train};
 use super::report::{self, Log, Row};
-use super::values::{Choice, Schedule};
+use super::values::{Choice, ScheduleKind};
 use super::weights;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
-use candle_nn::{VarBuilder, VarMap, loss::cross_entropy};
 use indicatif::{ProgressBar, ProgressStyle};
+use kronwake::nn::{VarBuilder, VarMap, loss::cross_entropy};
+use kronwake::optim::Schedule;
+use kronwake::tape::Tape;
 use std::time::Instant;
 use tracing::info_span;
 
@@ -48,14 +50,10 @@ impl Plan {
     }
 }
 
-/// The learning rate of `step` (from 0) of `horizon`.
-fn scheduled(schedule: Schedule, lr: f64, step: usize, horizon: usize) -> f64 {
-    match schedule {
-        Schedule::Constant => lr,
-        Schedule::Cosine => {
-            let turn = std::f64::consts::PI * step as f64 / horizon as f64;
-            lr * (0.05 + 0.95 * 0.5 * (1.0 + turn.cos()))
-        }
+fn schedule(kind: ScheduleKind, lr: f64, horizon: usize) -> Result<Schedule> {
+    match kind {
+        ScheduleKind::Constant => Ok(Schedule::Constant(lr)),
+        ScheduleKind::Cosine => Schedule::cosine(lr, horizon, 0, 0.05),
     }
 }
 
@@ -110,33 +108,33 @@ fn evaluate(model: &Model, data: &Data, part: &Part, dtype: DType, device: &Devi
 /// Trains a fresh model with the optimizer `choice`; prints a row an epoch and logs it.
 pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut Log) -> Result<Run> {
     let vars = VarMap::new();
-    let vb = VarBuilder::from_varmap(&vars, args.dtype, device);
-    let model = Model::new(&args.model, vb)?;
+    let tape = Tape::new();
+    let model = tape.build(|| Model::new(&args.model, VarBuilder::from_varmap(&vars, args.dtype, device)))?;
     match &args.init {
         Some(path) => weights::load(&vars, path)?,
         None => weights::draw(&vars, args.seed)?,
     }
-    let mut optimizer = optimizer::build(choice, args, &vars)?;
+    let mut optimizer = optimizer::build(choice, args, &vars, &tape)?;
+    let plan = Plan::new(args, data.train.len())?;
+    let schedule = schedule(args.schedule, optimizer.learning_rate(), plan.horizon)?;
+    println!("{}, {} parameters: {}", choice.title(), weights::count(&vars)?, optimizer.settings());
+    if let (Some(table), true) = (optimizer.summary(), args.optimizer == choice) {
+        println!("{table}");
+    }
     if let Some(path) = &args.resume {
         optimizer.resume(path)?;
     }
-    let plan = Plan::new(args, data.train.len())?;
     let start = optimizer.steps();
     if start >= plan.end {
         bail!("training already has the {start} steps of --resume: give more --epochs or --steps");
     }
-    println!(
-        "{}, {} parameters in {} tensors",
-        optimizer.title(),
-        weights::count(&vars)?,
-        vars.all_vars().len()
-    );
     println!("{}", report::HEADER);
 
     let bar = ProgressBar::new(plan.end as u64).with_position(start as u64);
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} steps, {eta} left, loss {msg}");
     bar.set_style(style.map_err(candle_core::Error::wrap)?);
-    let mut looped = Loop { choice, args, data, device, model: &model, optimizer: optimizer.as_mut(), plan };
+    let mut looped =
+        Loop { choice, args, data, device, model: &model, optimizer: optimizer.as_mut(), plan, schedule };
     let mut rows = Vec::new();
     for epoch in start / plan.per_epoch..plan.end.div_ceil(plan.per_epoch) {
         let (mut row, sums) = looped.epoch(epoch, &bar, log)?;
@@ -163,6 +161,7 @@ struct Loop<'a> {
     model: &'a Model,
     optimizer: &'a mut dyn Train,
     plan: Plan,
+    schedule: Schedule,
 }
 
 impl Loop<'_> {
@@ -178,8 +177,7 @@ impl Loop<'_> {
         let clock = Instant::now();
         for places in order.chunks(args.batch).skip(first).take(many) {
             let step = self.optimizer.steps();
-            row.lr =
-                scheduled(args.schedule, optimizer::learning_rate(self.choice, args), step, plan.horizon);
+            row.lr = self.schedule.at(step);
             self.optimizer.set_learning_rate(row.lr);
             let (loss, correct) = self.step(places, step)?;
             sums.add(loss, correct, places.len());
@@ -198,12 +196,10 @@ impl Loop<'_> {
     fn step(&mut self, places: &[usize], step: usize) -> Result<(f64, f64)> {
         let args = self.args;
         let (x, y) = self.data.batch(&self.data.train, places, args.dtype, self.device)?;
-        let dropout = Dropout { p: args.dropout, seed: args.seed, step };
-        let (logits, loss) = info_span!("forward").in_scope(|| {
-            let logits = self.model.forward(&x, Some(dropout))?;
-            let loss = mean_loss(&logits, &y)?;
-            Ok::<_, candle_core::Error>((logits, loss))
-        })?;
+        let dropout = Some(Dropout { p: args.dropout, seed: args.seed, step });
+        let forward = |dropout| info_span!("forward").in_scope(|| self.model.forward(&x, dropout));
+        let logits = forward(dropout)?;
+        let loss = mean_loss(&logits, &y)?;
         let value = scalar(&loss)?;
         if !value.is_finite() {
             let name = self.choice.name();
@@ -213,8 +209,12 @@ impl Loop<'_> {
             );
         }
         let right = correct(&logits, &y)?;
-        let model = self.model;
-        self.optimizer.step(&logits, &loss, &mut || model.forward(&x, None))?;
+        self.optimizer.step(&Pass {
+            logits: &logits,
+            loss: &loss,
+            logits_now: &|| forward(None),
+            loss_now: &|| mean_loss(&forward(dropout)?, &y),
+        })?;
         Ok((value, right))
     }
 }
@@ -235,14 +235,6 @@ mod tests {
         assert_eq!(plan("mnist --batch 100 --steps 5").unwrap(), expect(3, 5, 5));
         let error = plan("mnist --batch 100 --epochs 1 --steps 5").unwrap_err();
         assert_eq!(sentence(&error), "--steps 5 is more than the 3 steps of --epochs 1");
-    }
-
-    #[test]
-    fn cosine_falls_from_the_whole_rate_to_a_twentieth() {
-        for (step, expected) in [(0, 2.0), (50, 1.05), (100, 0.1)] {
-            assert!((scheduled(Schedule::Cosine, 2.0, step, 100) - expected).abs() < 1e-12);
-        }
-        assert_eq!(scheduled(Schedule::Constant, 2.0, 99, 100), 2.0);
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub enum Choice {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Schedule {
+pub enum ScheduleKind {
     Constant,
     Cosine,
 }
@@ -55,7 +55,35 @@ pub enum QSolveKind {
     Exact,
 }
 
+/// A bound that can be switched off: what `--kl-clip` takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limit(pub Option<f64>);
+
+impl std::str::FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        positive(text).map(|value| Self(Some(value))).map_err(|expected| format!("{expected}, or none"))
+    }
+}
+
 impl Choice {
+    /// As papers spell it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Sgd => "SGD with momentum",
+            Self::Adamw => "AdamW",
+            Self::Kfac => "K-FAC",
+            Self::So => "SO-KLD-WRM",
+            Self::Q => "Q-KLD-WRM",
+            Self::Qe => "QE-KLD-WRM",
+            Self::Compare => "comparison",
+        }
+    }
+
     /// As the command line and the log spell it.
     pub fn name(self) -> &'static str {
         match self {
