@@ -1,11 +1,11 @@
 //! The baselines: gradient descent with momentum, and AdamW. Unlike candle_nn's they can be saved, resume exactly, and
 //! keep f32 values and averages behind f16 and bf16 parameters.
 
-use super::sentence::sentence;
 use super::weights;
 use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail};
-use candle_nn::VarMap;
-use std::{collections::HashMap, path::Path};
+use kronwake::checkpoint::Checkpoint;
+use kronwake::nn::VarMap;
+use std::{collections::BTreeMap, path::Path};
 
 /// What a step does with the gradient `g` of a parameter `p`.
 #[derive(Clone, Copy, Debug)]
@@ -81,23 +81,21 @@ impl FirstOrder {
 
     /// Writes values, averages and the step number as safetensors.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let mut tensors = HashMap::from([("step".to_string(), Tensor::new(self.step as i64, &Device::Cpu)?)]);
+        let mut tensors =
+            BTreeMap::from([("step".to_string(), Tensor::new(self.step as i64, &Device::Cpu)?)]);
         for param in &self.params {
             tensors.insert(format!("value.{}", param.name), param.value.clone());
             for (i, average) in param.averages.iter().enumerate() {
                 tensors.insert(format!("average{i}.{}", param.name), average.clone());
             }
         }
-        candle_core::safetensors::save(&tensors, path)
+        Checkpoint { tensors, ..Default::default() }.write(path)
     }
 
     /// Goes on from what [`Self::save`] wrote for the same model, rule and element type. On an error nothing is changed.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         let file = path.display();
-        let mut tensors = match candle_core::safetensors::load(path, &Device::Cpu) {
-            Ok(tensors) => tensors,
-            Err(e) => bail!("--resume {file}: cannot be read as safetensors ({})", sentence(&e)),
-        };
+        let mut tensors = Checkpoint::read(path, &Device::Cpu)?.tensors;
         let mut take = |key: &str, like: &Tensor| match tensors.remove(key) {
             Some(t) if t.dims() == like.dims() && t.dtype() == like.dtype() => t.to_device(like.device()),
             Some(t) => {
@@ -114,7 +112,7 @@ impl FirstOrder {
                 (0..param.averages.len()).map(|i| take(&format!("average{i}.{}", param.name), &param.value));
             read.push((value, averages.collect::<Result<Vec<_>>>()?));
         }
-        if let Some(extra) = tensors.keys().min() {
+        if let Some(extra) = tensors.keys().next() {
             bail!("--resume {file}: {extra} has no place here: another model or optimizer wrote this file");
         }
         for (param, (value, averages)) in self.params.iter_mut().zip(read) {
@@ -128,6 +126,7 @@ impl FirstOrder {
 
 #[cfg(test)]
 mod tests {
+    use super::super::sentence::sentence;
     use super::*;
     use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 

@@ -3,7 +3,8 @@
 use super::random::Stream;
 use super::sentence::sentence;
 use candle_core::{Device, Result, Tensor, bail};
-use candle_nn::VarMap;
+use kronwake::checkpoint::Checkpoint;
+use kronwake::nn::VarMap;
 use std::path::Path;
 
 /// Sets every parameter to uniform numbers in `+-1/sqrt(fan_in)`, PyTorch's default for linear and convolution layers.
@@ -28,34 +29,12 @@ pub fn draw(vars: &VarMap, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Sets every parameter from the safetensors file `path`, converted to the parameter's dtype. Refuses, and changes
-/// nothing, if a tensor is missing, has another shape or belongs to no parameter: all differences in one error.
+/// Sets every parameter from the safetensors file `path`; all that does not fit is in one error, and nothing is changed.
 pub fn load(vars: &VarMap, path: &Path) -> Result<()> {
-    let file = path.display();
-    let mut found = match candle_core::safetensors::load(path, &Device::Cpu) {
-        Ok(found) => found,
-        Err(e) => bail!("--init {file}: cannot be read as safetensors ({})", sentence(&e)),
-    };
-    let (mut values, mut problems) = (Vec::new(), Vec::new());
-    for (name, var) in named(vars)? {
-        match found.remove(&name) {
-            None => problems.push(format!("{name} is missing")),
-            Some(value) if value.dims() != var.dims() => {
-                problems.push(format!("{name} has shape {:?}, expected {:?}", value.dims(), var.dims()));
-            }
-            Some(value) => values.push((var, value)),
-        }
+    match Checkpoint::read(path, &Device::Cpu)?.load_into(vars) {
+        Err(e) => bail!("--init {}: {}", path.display(), sentence(&e)),
+        loaded => loaded,
     }
-    let mut extra: Vec<_> = found.into_keys().map(|name| format!("{name} belongs to no parameter")).collect();
-    extra.sort();
-    problems.append(&mut extra);
-    if !problems.is_empty() {
-        bail!("--init {file} does not fit this --model: {}", problems.join("; "));
-    }
-    for (var, value) in values {
-        var.set(&value.to_dtype(var.dtype())?.to_device(var.device())?)?;
-    }
-    Ok(())
 }
 
 /// The parameters in the order of their names.
@@ -77,14 +56,13 @@ pub fn count(vars: &VarMap) -> Result<usize> {
 mod tests {
     use super::*;
     use candle_core::DType;
-    use candle_nn::VarBuilder;
-    use std::collections::HashMap;
+    use kronwake::nn::{VarBuilder, conv2d, linear};
 
     fn network(dtype: DType) -> VarMap {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, dtype, &Device::Cpu);
-        candle_nn::linear(100, 50, vb.pp("fc1")).unwrap();
-        candle_nn::conv2d(2, 3, 5, Default::default(), vb.pp("conv1")).unwrap();
+        linear(100, 50, vb.pp("fc1")).unwrap();
+        conv2d(2, 3, 5, Default::default(), vb.pp("conv1")).unwrap();
         vars
     }
 
@@ -111,36 +89,5 @@ mod tests {
         }
         draw(&again, 6).unwrap();
         assert_ne!(values(&vars, "fc1.bias")[0] as f32, values(&again, "fc1.bias")[0] as f32);
-    }
-
-    #[test]
-    fn a_file_is_loaded_or_refused_as_a_whole() {
-        let path = std::env::temp_dir().join(format!("kronwake-init-{}.safetensors", std::process::id()));
-        let (from, to) = (network(DType::F32), network(DType::F64));
-        draw(&from, 1).unwrap();
-        draw(&to, 2).unwrap();
-        from.save(&path).unwrap();
-        load(&to, &path).unwrap();
-        assert_eq!(values(&from, "conv1.weight"), values(&to, "conv1.weight"));
-
-        let mut tensors: HashMap<_, _> =
-            named(&from).unwrap().into_iter().map(|(n, v)| (n, v.as_tensor().clone())).collect();
-        tensors.remove("fc1.bias");
-        tensors.insert("head".into(), tensors["conv1.bias"].clone());
-        tensors.insert("fc1.weight".into(), tensors["conv1.bias"].clone());
-        candle_core::safetensors::save(&tensors, &path).unwrap();
-        let before = values(&to, "conv1.weight");
-        let error = sentence(&load(&to, &path).unwrap_err());
-        assert!(
-            error.ends_with(
-                "does not fit this --model: fc1.bias is missing; fc1.weight has shape [3], expected [50, 100]; \
-                 head belongs to no parameter"
-            ),
-            "{error}"
-        );
-        assert_eq!(values(&to, "conv1.weight"), before);
-        std::fs::write(&path, b"not safetensors").unwrap();
-        assert!(sentence(&load(&to, &path).unwrap_err()).contains("cannot be read as safetensors"));
-        std::fs::remove_file(&path).unwrap();
     }
 }
