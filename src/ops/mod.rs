@@ -1,2 +1,4 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
+mod cross;
 pub mod factor;
+mod record;
