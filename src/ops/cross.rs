@@ -68,7 +68,8 @@ fn compose_cross_square(e: &Tensor, a: &Tensor, groups: usize, append_one: bool)
     for start in (0..n).step_by(step) {
         let count = step.min(n - start);
         let cut = |x: &Tensor| {
-            x.narrow(0, start, count)?.reshape((count, t, groups, ()))?.transpose(1, 2)?.contiguous()
+            let width = x.dim(2)? / groups;
+            x.narrow(0, start, count)?.reshape((count, t, groups, width))?.transpose(1, 2)?.contiguous()
         };
         let (e, mut a) = (cut(e)?, cut(a)?);
         if append_one {

@@ -88,9 +88,10 @@ fn sum_products<T: WithDType + RealField>(x: &Pieces<T>, groups: usize, dim: usi
     let parts = if dim > 2 * BLOCK { 1 } else { (total * dim * dim / WORTH_A_THREAD).clamp(1, PARTS) };
     let chunks: Vec<_> = x.list.chunks(x.list.len().div_ceil(parts).max(1)).collect();
     let area = size * size;
-    let mut sums = vec![<T as WithDType>::from_f64(0.0); groups * chunks.len().max(1) * area];
+    let stride = chunks.len().max(1) * area;
+    let mut sums = vec![<T as WithDType>::from_f64(0.0); groups * stride];
     let mut tasks = Vec::new();
-    for (group, sums) in sums.chunks_mut(chunks.len().max(1) * area).enumerate() {
+    for (group, sums) in sums.chunks_mut(stride).enumerate() {
         for (chunk, sum) in chunks.iter().zip(sums.chunks_mut(area)) {
             for (block, columns) in sum[..dim * size].chunks_mut(BLOCK * size).enumerate() {
                 tasks.push((*chunk, Block { group, first: block * BLOCK, dim, size, columns }));
@@ -103,8 +104,7 @@ fn sum_products<T: WithDType + RealField>(x: &Pieces<T>, groups: usize, dim: usi
     } else {
         tasks.into_iter().for_each(run);
     }
-    let mut result = Vec::with_capacity(groups * area);
-    for sums in sums.chunks_mut(chunks.len().max(1) * area) {
+    for sums in sums.chunks_mut(stride) {
         let (first, others) = sums.split_at_mut(area);
         for other in others.chunks(area) {
             first.iter_mut().zip(other).for_each(|(sum, part)| *sum += *part);
@@ -113,9 +113,8 @@ fn sum_products<T: WithDType + RealField>(x: &Pieces<T>, groups: usize, dim: usi
             first[area - 1] = <T as WithDType>::from_f64(total as f64);
         }
         mirror_upper(first, size);
-        result.extend_from_slice(first);
     }
-    result
+    if stride == area { sums } else { sums.chunks(stride).flat_map(|sums| &sums[..area]).copied().collect() }
 }
 
 /// Adds to a block of columns of a `[size, size]` matrix, from its diagonal down, the products of its features with

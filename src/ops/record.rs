@@ -37,8 +37,8 @@ pub(super) fn in_place(layout: &Layout) -> bool {
 
 /// `[groups, n t, d']`, contiguous.
 pub(super) fn by_group(x: &Tensor, groups: usize, append_one: bool) -> Result<Tensor> {
-    let (n, t, _) = x.dims3()?;
-    let x = x.reshape((n * t, groups, ()))?.transpose(0, 1)?;
+    let (n, t, width) = x.dims3()?;
+    let x = x.reshape((n * t, groups, width / groups))?.transpose(0, 1)?;
     if append_one { Tensor::cat(&[&x, &x.narrow(2, 0, 1)?.ones_like()?], 2) } else { x.contiguous() }
 }
 
