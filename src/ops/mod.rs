@@ -4,7 +4,11 @@ mod conv_slices;
 mod correlate;
 mod element;
 mod lanes;
+pub mod norm;
 pub mod patches;
 pub mod pool;
 pub mod rng;
 pub mod sample;
+pub mod softmax;
+#[cfg(test)]
+mod testing;
