@@ -3,6 +3,7 @@ pub mod conv;
 mod conv_slices;
 mod correlate;
 mod element;
+pub mod factor;
 mod lanes;
 pub mod norm;
 pub mod patches;

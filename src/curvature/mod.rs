@@ -1,0 +1,14 @@
+//! Kronecker factors of the Fisher matrix: their sums over a batch, their averages, damping and inverses.
+
+mod damping;
+mod ekfac;
+mod inverse;
+mod sums;
+
+pub use damping::{Adaptive, Damping, DampingKind};
+pub use inverse::Inverse;
+pub use sums::Sharing;
+
+pub(crate) use ekfac::{average as average_moments, moments};
+pub(crate) use inverse::{Preconditioner, Recipe, damped_inverse, sum_inverse};
+pub(crate) use sums::{FactorSums, LayerFactors, Want, wide, wide_dtype};

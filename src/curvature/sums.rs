@@ -1,0 +1,222 @@
+//! From records to Kronecker factors: the sums over a batch, or over the micro-batches of one.
+//!
+//! With `a` a layer input (a patch, for a convolution), `e` the gradient of a *per-term* loss with respect to the
+//! layer's output, `N` loss terms and `T` positions a term:
+//!
+//! * expand: `A = 1/N sum_n sum_t a a^T`, `G = 1/(N T) sum_n sum_t e e^T`;
+//! * reduce: `A = 1/N sum_n abar abar^T`, `abar` the mean over positions, `G = 1/N sum_n ebar ebar^T`, `ebar` the sum;
+//! * a bias in a block of its own: `G = 1/N sum_n (sum_t e) (sum_t e)^T` and `A = [[1]]`.
+//!
+//! The layer's Fisher is about `A (x) G`. Sources: Martens & Grosse 2015; for convolutions Grosse & Martens 2016; expand and
+//! reduce after Eschenhagen et al. 2023. The uses of a layer that a forward pass uses several times count as positions.
+
+use crate::ops::factor::second_moment;
+use crate::tape::{Layer, Record, Reduce};
+use candle_core::{DType, Result, Tensor, bail};
+
+/// How the positions that share a weight (of a convolution, of a sequence) enter the factors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sharing {
+    /// Every position is an example of its own; exact for deep linear nets with a loss term per position.
+    #[default]
+    Expand,
+    /// Positions are averaged (inputs) and summed (gradients) first; exact for deep linear nets whose outputs are
+    /// averaged over positions before the loss. Cheaper, since a sequence then counts as one row.
+    Reduce,
+}
+
+/// What is wanted of one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Want {
+    /// The weight's own factors, with the bias folded in or not.
+    pub weight: bool,
+    pub folded: bool,
+    /// A factor for a bias that is a block of its own.
+    pub bias: bool,
+    /// Keep the records: the EKFAC correction reads them once the eigenbasis is known.
+    pub keep: bool,
+}
+
+/// One refresh of one layer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct LayerFactors {
+    /// `[groups, in (+ 1), in (+ 1)]`
+    pub a: Option<Tensor>,
+    /// `[groups, out / groups, out / groups]`
+    pub g: Option<Tensor>,
+    /// `[1, out, out]`
+    pub g_bias: Option<Tensor>,
+    /// Inputs `[n, t, groups * in]` and per-term gradients `[n, t, out]`, a pair a pass.
+    pub kept: Vec<(Tensor, Tensor)>,
+}
+
+/// A layer's running sums, and what the current pass has gathered of it.
+#[derive(Default)]
+struct Sums {
+    totals: LayerFactors,
+    groups: usize,
+    /// Rows that `a` counted; `g` counts the same ones in every pass.
+    rows: usize,
+    input_sum: Option<Tensor>,
+    grad_sum: Option<Tensor>,
+    positions: usize,
+    inputs: Vec<Tensor>,
+    grads: Vec<Tensor>,
+}
+
+/// Reduces records to the factors of every layer that is wanted.
+pub(crate) struct FactorSums {
+    wants: Vec<Option<Want>>,
+    sharing: Sharing,
+    sums: Vec<Sums>,
+    terms: usize,
+    scale: f64,
+    with_inputs: bool,
+}
+
+impl FactorSums {
+    /// `wants[i]` is for layer `i` of the tape.
+    pub fn new(wants: Vec<Option<Want>>, sharing: Sharing) -> Self {
+        let sums = wants.iter().map(|_| Sums::default()).collect();
+        Self { wants, sharing, sums, terms: 0, scale: 1.0, with_inputs: true }
+    }
+
+    /// Loss terms so far, which is the number of the next micro-batch's first row.
+    pub fn terms(&self) -> usize {
+        self.terms
+    }
+
+    /// Announces a pass over `terms` loss terms whose records' gradients are to be multiplied by `scale`. Of several
+    /// passes over one batch only the first is `fresh`: it brings the inputs and counts the terms.
+    pub fn begin(&mut self, terms: usize, scale: f64, fresh: bool) {
+        self.scale = scale;
+        self.with_inputs = fresh;
+        if fresh {
+            self.terms += terms;
+        }
+    }
+
+    /// Closes the pass: sums over positions are complete only now.
+    pub fn end(&mut self) -> Result<()> {
+        for (sums, want) in self.sums.iter_mut().zip(&self.wants) {
+            let Some(want) = want else { continue };
+            let (inputs, grads) = (sums.input_sum.take(), sums.grad_sum.take());
+            if let Some(grads) = &grads {
+                if want.bias {
+                    add(&mut sums.totals.g_bias, second_moment(grads, 1, false, "factor_g")?)?;
+                }
+                if want.weight && self.sharing == Sharing::Reduce {
+                    add(&mut sums.totals.g, second_moment(grads, sums.groups, false, "factor_g")?)?;
+                }
+            }
+            if let Some(inputs) = inputs {
+                let mean = (inputs / sums.positions.max(1) as f64)?;
+                add(&mut sums.totals.a, second_moment(&mean, sums.groups, want.folded, "factor_a")?)?;
+            }
+            sums.positions = 0;
+            if !sums.inputs.is_empty() {
+                let pair = (Tensor::cat(&sums.inputs, 1)?, Tensor::cat(&sums.grads, 1)?);
+                sums.totals.kept.push(pair);
+                sums.inputs.clear();
+                sums.grads.clear();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FactorSums {
+    /// The factors: sums divided by terms and rows. An error names the first layer that made no record.
+    pub fn finish(self, layers: &[std::sync::Arc<Layer>]) -> Result<Vec<LayerFactors>> {
+        let terms = self.terms.max(1) as f64;
+        let mut finished = Vec::with_capacity(self.sums.len());
+        for ((sums, want), layer) in self.sums.into_iter().zip(&self.wants).zip(layers) {
+            let mut factors = sums.totals;
+            if let Some(want) = want {
+                if (want.weight && (factors.a.is_none() || factors.g.is_none()))
+                    || (want.bias && factors.g_bias.is_none())
+                {
+                    bail!(
+                        "curvature: layer {} made no record; every tapped layer must take part in the forward pass \
+                         that is observed, or have its Vars frozen",
+                        layer.name
+                    )
+                }
+                let rows = match self.sharing {
+                    Sharing::Expand => sums.rows.max(1) as f64,
+                    Sharing::Reduce => terms,
+                };
+                factors.a = factors.a.map(|a| a / terms).transpose()?;
+                factors.g = factors.g.map(|g| g / rows).transpose()?;
+                factors.g_bias = factors.g_bias.map(|g| g / terms).transpose()?;
+            }
+            finished.push(factors);
+        }
+        Ok(finished)
+    }
+}
+
+impl Reduce for FactorSums {
+    fn record(&mut self, layer: &Layer, record: &Record) -> Result<()> {
+        let Some(want) = self.wants.get(layer.index).copied().flatten() else { return Ok(()) };
+        let (with_inputs, scale) = (self.with_inputs, self.scale);
+        let sums = &mut self.sums[layer.index];
+        sums.groups = layer.groups;
+        let (batch, shared, _) = record.grads.dims3()?;
+        if want.weight && self.sharing == Sharing::Expand {
+            if with_inputs {
+                let a = second_moment(&record.inputs, layer.groups, want.folded, &layer.name)?;
+                add(&mut sums.totals.a, a)?;
+                sums.rows += batch * shared;
+            }
+            let g = second_moment(&record.grads, layer.groups, false, &layer.name)?;
+            add(&mut sums.totals.g, (g * (scale * scale))?)?;
+        }
+        if want.bias || (want.weight && self.sharing == Sharing::Reduce) {
+            add_uses(&mut sums.grad_sum, &(wide(&record.grads.sum_keepdim(1)?)? * scale)?, layer)?;
+        }
+        if want.weight && self.sharing == Sharing::Reduce && with_inputs {
+            add_uses(&mut sums.input_sum, &wide(&record.inputs.sum_keepdim(1)?)?, layer)?;
+            sums.positions += shared;
+        }
+        if want.weight && want.keep {
+            sums.inputs.push(wide(&record.inputs)?.contiguous()?);
+            sums.grads.push((wide(&record.grads)? * scale)?);
+        }
+        Ok(())
+    }
+}
+
+/// f32 for the half types: the factors and all that follows from them are kept in at least single precision.
+pub(crate) fn wide(t: &Tensor) -> Result<Tensor> {
+    t.to_dtype(wide_dtype(t.dtype()))
+}
+
+/// The dtype in which the state of a Var of `dtype` is kept.
+pub(crate) fn wide_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+fn add(total: &mut Option<Tensor>, part: Tensor) -> Result<()> {
+    *total = Some(match total.take() {
+        Some(total) => (total + part)?,
+        None => part,
+    });
+    Ok(())
+}
+
+/// [`add`] for the per-example sums of a layer that one forward pass uses several times.
+fn add_uses(total: &mut Option<Tensor>, part: &Tensor, layer: &Layer) -> Result<()> {
+    if let Some(total) = total
+        && total.dims() != part.dims()
+    {
+        bail!(
+            "layer {}: its uses in one forward pass have batches of {:?} and {:?}; they must agree for a bias block of \
+             its own and for Sharing::Reduce",
+            layer.name,
+            total.dims(),
+            part.dims()
+        )
+    }
+    add(total, part.clone())
+}

@@ -1,0 +1,176 @@
+//! Cholesky factors and the inverses of symmetric positive definite matrices.
+use candle_core::{Result, Tensor, WithDType};
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::cholesky::llt::inverse::{inverse, inverse_scratch};
+use faer::prelude::default;
+use faer::{MatMut, MatRef, Par};
+
+use super::host::{Factorize, Real, by_group, distance, mirror_lower, probe, square, times, transposed};
+
+/// The lower triangular `L` with `m = L L^T`, zero above the diagonal, of positive definite `m` `[g, d, d]`.
+///
+/// Only the lower triangle of `m` is read. What fails in f32 is repeated in f64 and cast back, with a warning that
+/// names `name`. A tensor on another device is factorized on the host.
+///
+/// # Errors
+/// If `m` is not square, not f32 or f64, not finite, or not positive definite; the last names the pivot.
+pub fn cholesky(m: &Tensor, name: &str) -> Result<Tensor> {
+    let (groups, dim) = square(m, name)?;
+    let [lower] = by_group(&Cholesky, [m], name)?;
+    lower.reshape((groups, dim, dim))
+}
+
+/// The inverse of positive definite `m` `[g, d, d]`, exactly symmetric, through its Cholesky factor.
+///
+/// Only the lower triangle of `m` is read. The result is applied to `m` times one vector: where that is off by more
+/// than 1 %, f32 is given up for f64, as for matrices that are indefinite by f32 rounding, with a warning that names
+/// `name`. A tensor on another device is inverted on the host.
+///
+/// # Errors
+/// As [`cholesky`], and if the inverse is off by more than 1 % in f64.
+pub fn inverse_spd(m: &Tensor, name: &str) -> Result<Tensor> {
+    let (groups, dim) = square(m, name)?;
+    let [inverse] = by_group(&Inverse, [m], name)?;
+    inverse.reshape((groups, dim, dim))
+}
+
+struct Cholesky;
+
+impl Factorize<1, 1> for Cholesky {
+    fn factorize<T: Real>(
+        &self,
+        [m]: [&[T]; 1],
+        dim: usize,
+        par: Par,
+    ) -> std::result::Result<[Vec<T>; 1], String> {
+        let mut lower = transposed(&lower_factor(m, dim, par)?, dim);
+        for (i, row) in lower.chunks_exact_mut(dim).enumerate() {
+            row[i + 1..].fill(<T as WithDType>::from_f64(0.0));
+        }
+        Ok([lower])
+    }
+}
+
+struct Inverse;
+
+impl Factorize<1, 1> for Inverse {
+    fn factorize<T: Real>(
+        &self,
+        [m]: [&[T]; 1],
+        dim: usize,
+        par: Par,
+    ) -> std::result::Result<[Vec<T>; 1], String> {
+        let factor = lower_factor(m, dim, par)?;
+        let mut result = vec![<T as WithDType>::from_f64(0.0); dim * dim];
+        inverse(
+            MatMut::from_row_major_slice_mut(&mut result, dim, dim),
+            MatRef::from_column_major_slice(&factor, dim, dim),
+            par,
+            MemStack::new(&mut MemBuffer::new(inverse_scratch::<T>(dim, par))),
+        );
+        mirror_lower(&mut result, dim);
+        let mut full = m.to_vec();
+        mirror_lower(&mut full, dim);
+        let z = probe(dim);
+        let off = distance(&times(&full, &times(&result, &z)), &z, (dim as f64).sqrt());
+        if off <= 0.01 {
+            Ok([result])
+        } else {
+            Err(format!("the inverse is off by {off:.1e}: ill-conditioned"))
+        }
+    }
+}
+
+/// The Cholesky factor in column-major order, with leftovers of `m` above the diagonal.
+pub(crate) fn lower_factor<T: Real>(m: &[T], dim: usize, par: Par) -> std::result::Result<Vec<T>, String> {
+    let mut factor = transposed(m, dim);
+    cholesky_in_place(
+        MatMut::from_column_major_slice_mut(&mut factor, dim, dim),
+        default(),
+        par,
+        MemStack::new(&mut MemBuffer::new(cholesky_in_place_scratch::<T>(dim, par, default()))),
+        default(),
+    )
+    .map_err(|LltError::NonPositivePivot { index }| {
+        format!("expected a positive definite matrix, but pivot {index} of {dim} is not positive")
+    })?;
+    Ok(factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+    use crate::linalg::testing::{max_abs, spd};
+
+    #[test]
+    fn factor_and_inverse() -> Result<()> {
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 1e-12)] {
+            for (g, d) in [(1, 1), (3, 2), (2, 5), (1, 26), (5, 64), (1, 126), (1, 300)] {
+                let m = spd(g, d, 100.0, 3)?.to_dtype(dtype)?;
+                let l = cholesky(&m, "m")?;
+                assert!(max_abs(&(l.matmul(&l.transpose(1, 2)?.contiguous()?)? - &m)?)? < tolerance);
+                for group in l.to_dtype(DType::F64)?.to_vec3::<f64>()? {
+                    for (i, row) in group.iter().enumerate() {
+                        assert!(row[i] > 0.0 && row[i + 1..].iter().all(|v| *v == 0.0));
+                    }
+                }
+                let x = inverse_spd(&m, "m")?;
+                assert_eq!(max_abs(&(&x - x.transpose(1, 2)?)?)?, 0.0);
+                let eye = Tensor::eye(d, dtype, &Device::Cpu)?.broadcast_as((g, d, d))?;
+                assert!(max_abs(&(m.matmul(&x)? - eye)?)? < 10.0 * tolerance);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn only_the_lower_triangle_is_read() -> Result<()> {
+        let m = Tensor::new(&[[[4f64, 77.0], [2.0, 3.0]]], &Device::Cpu)?;
+        let l = cholesky(&m, "m")?.flatten_all()?.to_vec1::<f64>()?;
+        let x = inverse_spd(&m, "m")?.flatten_all()?.to_vec1::<f64>()?;
+        for (found, exact) in l.iter().chain(&x).zip([2.0, 0.0, 1.0, 2f64.sqrt(), 0.375, -0.25, -0.25, 0.5]) {
+            assert!((found - exact).abs() < 1e-15);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn ill_conditioned_is_inverted_in_f64() -> Result<()> {
+        // diag(1, 1e-9) rotated by 45 degrees, as far as f32 entries can say it: far beyond f32's own inverse.
+        let m = Tensor::new(
+            &[[[1f32, 1.0 - 4.0 * f32::EPSILON], [1.0 - 4.0 * f32::EPSILON, 1.0]]],
+            &Device::Cpu,
+        )?;
+        let x = inverse_spd(&m, "m")?.flatten_all()?.to_vec1::<f32>()?;
+        let off = 1.0 - 4.0 * f64::from(f32::EPSILON);
+        let exact = 1.0 / (1.0 - off * off);
+        assert!((f64::from(x[0]) / exact - 1.0).abs() < 1e-6, "{} {exact}", x[0]);
+        Ok(())
+    }
+
+    #[test]
+    fn refuses() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let indefinite = Tensor::new(&[[[1f32, 2.0], [2.0, 1.0]]], cpu)?;
+        let tiny = (Tensor::eye(2, DType::F32, cpu)? * 1e-39)?.unsqueeze(0)?;
+        for (m, part) in [
+            (indefinite, "pivot 1 of 2"),
+            (tiny, "overflow"),
+            (Tensor::zeros((2, 2), DType::F32, cpu)?, "[g, d, d]"),
+            (Tensor::zeros((1, 2, 2), DType::I64, cpu)?, "I64"),
+            (Tensor::full(f64::INFINITY, (1, 2, 2), cpu)?, "finite"),
+        ] {
+            for message in [
+                inverse_spd(&m, "fc1").err(),
+                (part != "overflow").then(|| cholesky(&m, "fc1").err()).flatten(),
+            ] {
+                let message = message.map(|e| e.to_string()).unwrap_or_else(|| format!("fc1 {part}"));
+                assert!(message.contains("fc1") && message.contains(part), "{message}");
+            }
+        }
+        Ok(())
+    }
+}

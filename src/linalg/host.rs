@@ -1,0 +1,231 @@
+//! Dense matrices on the host: the checks on `[g, d, d]` tensors that all of the algebra shares, and the driver that
+//! runs a factorization group by group, in f32 with a second attempt in f64.
+//!
+//! A tensor on another device is copied to the host and the results are copied back.
+use candle_core::{DType, Result, Tensor, WithDType, bail};
+use faer::Par;
+use faer::traits::RealField;
+use rayon::prelude::*;
+
+/// An element type of the dense algebra: f32 or f64.
+pub(crate) trait Real: WithDType + RealField {
+    /// Distance from 1 to the next larger number.
+    const EPSILON: f64;
+}
+
+impl Real for f32 {
+    const EPSILON: f64 = f32::EPSILON as f64;
+}
+
+impl Real for f64 {
+    const EPSILON: f64 = f64::EPSILON;
+}
+
+/// A factorization of `I` symmetric matrices of one size into `O` arrays.
+///
+/// Matrices come as row-major slices of `dim * dim` numbers and only their lower triangles need be read. An array
+/// is a row-major matrix or a vector of `dim` numbers. The error says what went wrong, without the name of the matrix.
+pub(crate) trait Factorize<const I: usize, const O: usize>: Sync {
+    /// Factorizes the matrices of one group.
+    fn factorize<T: Real>(
+        &self,
+        inputs: [&[T]; I],
+        dim: usize,
+        par: Par,
+    ) -> std::result::Result<[Vec<T>; O], String>;
+}
+
+/// `(g, d)` of a batch of square matrices.
+///
+/// # Errors
+/// If `m` is not a `[g, d, d]` tensor of f32 or f64 with `g, d >= 1`.
+pub(crate) fn square(m: &Tensor, name: &str) -> Result<(usize, usize)> {
+    match (m.dims(), m.dtype()) {
+        (&[groups, dim, columns], DType::F32 | DType::F64) if dim == columns && groups * dim > 0 => {
+            Ok((groups, dim))
+        }
+        (dims, dtype) => {
+            bail!("{name}: expected square f32 or f64 matrices [g, d, d], got {dtype:?} {dims:?}")
+        }
+    }
+}
+
+/// The numbers of `m` in row-major order.
+///
+/// # Errors
+/// If one of them is NaN or infinite.
+pub(crate) fn to_host<T: Real>(m: &Tensor, name: &str) -> Result<Vec<T>> {
+    let values = m.flatten_all()?.to_vec1::<T>()?;
+    match first_not_finite(&values) {
+        Some(at) => bail!("{name}: expected finite numbers, got {} at flat index {at}", values[at]),
+        None => Ok(values),
+    }
+}
+
+/// Runs `method` on every group of `inputs`, tensors `[g, d, d]` of one shape, dtype and device.
+///
+/// Outputs are `[g, length]`, a matrix flattened, with the dtype and device of the inputs. A group that fails in f32 is done
+/// again in f64, with a warning that names it.
+///
+/// # Errors
+/// If the inputs are not such tensors or not finite, or if a group fails in f64 (or its result overflows f32).
+pub(crate) fn by_group<const I: usize, const O: usize>(
+    method: &impl Factorize<I, O>,
+    inputs: [&Tensor; I],
+    name: &str,
+) -> Result<[Tensor; O]> {
+    match inputs[0].dtype() {
+        DType::F64 => run::<f64, I, O>(method, inputs, name),
+        _ => run::<f32, I, O>(method, inputs, name),
+    }
+}
+
+fn run<T: Real, const I: usize, const O: usize>(
+    method: &impl Factorize<I, O>,
+    inputs: [&Tensor; I],
+    name: &str,
+) -> Result<[Tensor; O]> {
+    let (groups, dim) = square(inputs[0], name)?;
+    for other in &inputs[1..] {
+        if square(other, name)? != (groups, dim) || other.dtype() != T::DTYPE {
+            bail!(
+                "{name}: expected two tensors of one shape and dtype, got {:?} {:?} and {:?} {:?}",
+                inputs[0].dtype(),
+                inputs[0].dims(),
+                other.dtype(),
+                other.dims()
+            );
+        }
+    }
+    let host = inputs.iter().map(|m| to_host::<T>(m, name)).collect::<Result<Vec<_>>>()?;
+    let size = dim * dim;
+    let par = if groups == 1 { parallelism(dim) } else { Par::Seq };
+    let one = |group: usize| {
+        let matrices = std::array::from_fn(|i| &host[i][group * size..(group + 1) * size]);
+        attempt(method, matrices, dim, par, name)
+    };
+    // Below this much arithmetic handing groups to threads costs more than it saves.
+    let results: Vec<[Vec<T>; O]> = if groups > 1 && groups * size * dim > 1 << 18 {
+        (0..groups).into_par_iter().map(one).collect::<Result<_>>()?
+    } else {
+        (0..groups).map(one).collect::<Result<_>>()?
+    };
+    let mut joined = [(); O].map(|()| Vec::new());
+    for result in results {
+        for (all, part) in joined.iter_mut().zip(result) {
+            if all.is_empty() {
+                *all = part;
+            } else {
+                all.extend_from_slice(&part);
+            }
+        }
+    }
+    let device = inputs[0].device();
+    let tensors = joined.into_iter().map(|data| {
+        let length = data.len() / groups;
+        Tensor::from_vec(data, (groups, length), device)
+    });
+    let tensors = tensors.collect::<Result<Vec<_>>>()?;
+    tensors.try_into().map_err(|_| candle_core::Error::Msg(format!("{name}: expected {O} outputs")))
+}
+
+/// One group: in `T`, and in f64 where that fails.
+fn attempt<T: Real, const I: usize, const O: usize>(
+    method: &impl Factorize<I, O>,
+    inputs: [&[T]; I],
+    dim: usize,
+    par: Par,
+    name: &str,
+) -> Result<[Vec<T>; O]> {
+    let first = checked(method, inputs, dim, par);
+    let reason = match first {
+        Ok(outputs) => return Ok(outputs),
+        Err(reason) if T::DTYPE == DType::F64 => bail!("{name}: {reason}"),
+        Err(reason) => reason,
+    };
+    tracing::warn!("{name}: {reason} in {:?}, trying again in F64", T::DTYPE);
+    let wide = inputs.map(|m| m.iter().map(|&v| WithDType::to_f64(v)).collect::<Vec<f64>>());
+    let outputs = checked(method, std::array::from_fn(|i| &wide[i][..]), dim, par)
+        .map_err(|reason| candle_core::Error::Msg(format!("{name}: {reason} (in F64 too)")))?;
+    let outputs = outputs.map(|m| m.into_iter().map(<T as WithDType>::from_f64).collect::<Vec<T>>());
+    if outputs.iter().any(|m| first_not_finite(m).is_some()) {
+        bail!("{name}: the result overflows {:?}", T::DTYPE)
+    }
+    Ok(outputs)
+}
+
+fn checked<T: Real, const I: usize, const O: usize>(
+    method: &impl Factorize<I, O>,
+    inputs: [&[T]; I],
+    dim: usize,
+    par: Par,
+) -> std::result::Result<[Vec<T>; O], String> {
+    let outputs = method.factorize(inputs, dim, par)?;
+    if outputs.iter().any(|m| first_not_finite(m).is_some()) {
+        return Err("the result is not finite".into());
+    }
+    Ok(outputs)
+}
+
+fn first_not_finite<T: Real>(values: &[T]) -> Option<usize> {
+    values.iter().position(|&v| !WithDType::to_f64(v).is_finite())
+}
+
+/// Threads for one matrix: below 256 rows starting them costs more than it saves.
+fn parallelism(dim: usize) -> Par {
+    if dim < 256 { Par::Seq } else { Par::rayon(0) }
+}
+
+/// The transpose of a row-major `[dim, dim]` matrix (or its other memory order).
+pub(crate) fn transposed<T: Real>(m: &[T], dim: usize) -> Vec<T> {
+    const TILE: usize = 16;
+    let mut out = vec![<T as WithDType>::from_f64(0.0); dim * dim];
+    for i0 in (0..dim).step_by(TILE) {
+        for j0 in (0..dim).step_by(TILE) {
+            for i in i0..dim.min(i0 + TILE) {
+                for j in j0..dim.min(j0 + TILE) {
+                    out[i * dim + j] = m[j * dim + i];
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Overwrites the upper triangle of a row-major `[dim, dim]` matrix by the lower one.
+pub(crate) fn mirror_lower<T: Copy>(m: &mut [T], dim: usize) {
+    for i in 1..dim {
+        for j in 0..i {
+            m[j * dim + i] = m[i * dim + j];
+        }
+    }
+}
+
+/// A vector of signs that looks random: what a wrong decomposition does to it shows with near certainty, at the cost
+/// of matrix-vector products.
+pub(crate) fn probe(dim: usize) -> Vec<f64> {
+    (0..dim as u64)
+        .map(|i| if (i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 63 == 0 { 1.0 } else { -1.0 })
+        .collect()
+}
+
+/// `m x` for a row-major matrix with rows of `x.len()` numbers, summed in f64.
+pub(crate) fn times<T: Real>(m: &[T], x: &[f64]) -> Vec<f64> {
+    m.chunks_exact(x.len())
+        .map(|row| row.iter().zip(x).map(|(&m, x)| WithDType::to_f64(m) * x).sum())
+        .collect()
+}
+
+/// `m^T x`, likewise.
+pub(crate) fn transpose_times<T: Real>(m: &[T], x: &[f64]) -> Vec<f64> {
+    let mut out = vec![0.0; x.len()];
+    for (row, x) in m.chunks_exact(x.len()).zip(x) {
+        out.iter_mut().zip(row).for_each(|(out, &m)| *out += WithDType::to_f64(m) * x);
+    }
+    out
+}
+
+/// `||a - b|| / scale`, Euclidean.
+pub(crate) fn distance(a: &[f64], b: &[f64], scale: f64) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt() / scale
+}

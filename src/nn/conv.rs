@@ -1,0 +1,181 @@
+//! Convolutions: candle_nn's names and configurations, tapped, with gradients for every stride, dilation and group.
+
+pub use candle_nn::conv::*;
+
+use crate::ops::patches::ConvShape;
+use crate::tape::{Tap, Tape, conv as tapped_conv};
+use candle_core::{Module, Result, Tensor};
+use candle_nn::{BatchNorm, Init, VarBuilder, init::DEFAULT_KAIMING_NORMAL};
+
+/// Cross-correlation of `[n, c, l]` with kernels `[out, c / groups, k]`: `[n, out, l']`.
+///
+/// Built inside [`Tape::build`] the layer is tapped. Clones are the same layer. The configuration's
+/// `cudnn_fwd_algo` concerns cuDNN alone, which this crate does not call.
+#[derive(Clone, Debug)]
+pub struct Conv1d {
+    name: String,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    config: Conv1dConfig,
+    tap: Option<Tap>,
+}
+
+impl Conv1d {
+    /// A layer from its weight `[out, c / groups, k]` and bias `[out]`.
+    pub fn new(weight: Tensor, bias: Option<Tensor>, config: Conv1dConfig) -> Self {
+        Self::named(String::new(), weight, bias, config)
+    }
+
+    fn named(name: String, weight: Tensor, bias: Option<Tensor>, config: Conv1dConfig) -> Self {
+        let tap = Tape::tap(&name, &weight, bias.as_ref(), config.groups);
+        Self { name, weight, bias, config, tap }
+    }
+
+    /// Padding, stride, dilation and groups.
+    pub fn config(&self) -> &Conv1dConfig {
+        &self.config
+    }
+
+    /// The weight, `[out, c / groups, k]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The bias, `[out]`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+}
+
+impl Module for Conv1d {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        // A row image of height 1.
+        let Conv1dConfig { padding, stride, dilation, groups, .. } = self.config;
+        let x = if x.rank() == 3 { x.unsqueeze(2)? } else { x.clone() };
+        let weight = self.weight.unsqueeze(2)?;
+        let shape = ConvShape::new(&self.name, x.dims(), weight.dims(), (1, stride), (0, padding), (1, dilation), groups)?;
+        tapped_conv(shape, &x, &weight, self.bias.as_ref(), self.tap.clone())?.squeeze(2)
+    }
+}
+
+/// Cross-correlation of `[n, c, h, w]` with kernels `[out, c / groups, kh, kw]`: `[n, out, h', w']`.
+///
+/// Built inside [`Tape::build`] the layer is tapped. Clones are the same layer. The configuration's
+/// `cudnn_fwd_algo` concerns cuDNN alone, which this crate does not call.
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    name: String,
+    weight: Tensor,
+    bias: Option<Tensor>,
+    config: Conv2dConfig,
+    tap: Option<Tap>,
+}
+
+impl Conv2d {
+    /// A layer from its weight `[out, c / groups, kh, kw]` and bias `[out]`.
+    pub fn new(weight: Tensor, bias: Option<Tensor>, config: Conv2dConfig) -> Self {
+        Self::named(String::new(), weight, bias, config)
+    }
+
+    fn named(name: String, weight: Tensor, bias: Option<Tensor>, config: Conv2dConfig) -> Self {
+        let tap = Tape::tap(&name, &weight, bias.as_ref(), config.groups);
+        Self { name, weight, bias, config, tap }
+    }
+
+    /// Padding, stride, dilation and groups.
+    pub fn config(&self) -> &Conv2dConfig {
+        &self.config
+    }
+
+    /// The weight, `[out, c / groups, kh, kw]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// The bias, `[out]`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// The layer that does this convolution and then `bn` in evaluation mode; its weights are no variables.
+    pub fn absorb_bn(&self, bn: &BatchNorm) -> Result<Self> {
+        let plain = candle_nn::Conv2d::new(self.weight.clone(), self.bias.clone(), self.config).absorb_bn(bn)?;
+        Ok(Self {
+            name: self.name.clone(),
+            weight: plain.weight().clone(),
+            bias: plain.bias().cloned(),
+            config: self.config,
+            tap: None,
+        })
+    }
+}
+
+impl Module for Conv2d {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let Conv2dConfig { padding, stride, dilation, groups, .. } = self.config;
+        let pair = |v| (v, v);
+        let shape =
+            ConvShape::new(&self.name, x.dims(), self.weight.dims(), pair(stride), pair(padding), pair(dilation), groups)?;
+        tapped_conv(shape, x, &self.weight, self.bias.as_ref(), self.tap.clone())
+    }
+}
+
+/// The bias's range as candle_nn has it.
+fn bias_init(in_channels: usize) -> Init {
+    let bound = 1. / (in_channels as f64).sqrt();
+    Init::Uniform { lo: -bound, up: bound }
+}
+
+/// A 1-D convolution with bias from the variables `weight` and `bias` of `vb`.
+pub fn conv1d(
+    in_channels: usize,
+    out_channels: usize,
+    kernel_size: usize,
+    cfg: Conv1dConfig,
+    vb: VarBuilder,
+) -> Result<Conv1d> {
+    let dims = (out_channels, in_channels / cfg.groups.max(1), kernel_size);
+    let weight = vb.get_with_hints(dims, "weight", DEFAULT_KAIMING_NORMAL)?;
+    let bias = vb.get_with_hints(out_channels, "bias", bias_init(in_channels))?;
+    Ok(Conv1d::named(vb.prefix(), weight, Some(bias), cfg))
+}
+
+/// A 1-D convolution without bias from the variable `weight` of `vb`.
+pub fn conv1d_no_bias(
+    in_channels: usize,
+    out_channels: usize,
+    kernel_size: usize,
+    cfg: Conv1dConfig,
+    vb: VarBuilder,
+) -> Result<Conv1d> {
+    let dims = (out_channels, in_channels / cfg.groups.max(1), kernel_size);
+    let weight = vb.get_with_hints(dims, "weight", DEFAULT_KAIMING_NORMAL)?;
+    Ok(Conv1d::named(vb.prefix(), weight, None, cfg))
+}
+
+/// A 2-D convolution with bias from the variables `weight` and `bias` of `vb`.
+pub fn conv2d(
+    in_channels: usize,
+    out_channels: usize,
+    kernel_size: usize,
+    cfg: Conv2dConfig,
+    vb: VarBuilder,
+) -> Result<Conv2d> {
+    let dims = (out_channels, in_channels / cfg.groups.max(1), kernel_size, kernel_size);
+    let weight = vb.get_with_hints(dims, "weight", DEFAULT_KAIMING_NORMAL)?;
+    let bias = vb.get_with_hints(out_channels, "bias", bias_init(in_channels))?;
+    Ok(Conv2d::named(vb.prefix(), weight, Some(bias), cfg))
+}
+
+/// A 2-D convolution without bias from the variable `weight` of `vb`.
+pub fn conv2d_no_bias(
+    in_channels: usize,
+    out_channels: usize,
+    kernel_size: usize,
+    cfg: Conv2dConfig,
+    vb: VarBuilder,
+) -> Result<Conv2d> {
+    let dims = (out_channels, in_channels / cfg.groups.max(1), kernel_size, kernel_size);
+    let weight = vb.get_with_hints(dims, "weight", DEFAULT_KAIMING_NORMAL)?;
+    Ok(Conv2d::named(vb.prefix(), weight, None, cfg))
+}

@@ -1,0 +1,150 @@
+//! Blocks: the Vars that share one Kronecker product, as one matrix, with their curvature and wake.
+
+use super::params::Bias;
+use crate::curvature::{LayerFactors, Preconditioner, wide};
+use candle_core::{Result, Tensor, Var};
+
+/// A Var that is trained.
+#[derive(Debug, Clone)]
+pub(crate) struct Param {
+    pub name: String,
+    /// Whether `name` is the Var's own and not a stand-in; state is saved by name.
+    pub named: bool,
+    pub var: Var,
+    /// The single-precision value of a half-precision Var.
+    pub master: Option<Tensor>,
+    pub lr_scale: f64,
+    pub weight_decay: f64,
+}
+
+impl Param {
+    /// The value in the dtype of the optimizer's state; an alias of the Var's storage, so read it before the next set.
+    pub fn value(&self) -> Tensor {
+        self.master.clone().unwrap_or_else(|| self.var.as_detached_tensor())
+    }
+
+    /// Writes a value that has the state's dtype.
+    pub fn write(&mut self, value: &Tensor) -> Result<()> {
+        self.show(value)?;
+        if self.master.is_some() {
+            self.master = Some(value.clone());
+        }
+        Ok(())
+    }
+
+    /// Writes the Var, for a forward pass at other values, and leaves the master alone.
+    pub fn show(&self, value: &Tensor) -> Result<()> {
+        self.var.set(&value.to_dtype(self.var.dtype())?)
+    }
+
+    /// A copy of the value that later writes do not change.
+    pub fn snapshot(&self) -> Result<Tensor> {
+        self.value().copy()
+    }
+}
+
+/// Which of its layer's Vars a block holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Weight and bias, `[W | b]`.
+    Folded,
+    /// The weight alone.
+    Weight,
+    /// The bias alone, `A = [[1]]`.
+    Bias,
+}
+
+/// What a block carries from step to step. Tensors are shared, so a clone is cheap: a step works on a clone and replaces
+/// the original only when all has gone well.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct BlockState {
+    /// Averages, `[groups, columns, columns]` and `[groups, out / groups, out / groups]`.
+    pub factor_a: Option<Tensor>,
+    pub factor_g: Option<Tensor>,
+    pub preconditioner: Option<Preconditioner>,
+    /// EKFAC's averaged second moments.
+    pub moments: Option<Tensor>,
+    /// What the next wake gradient looks back at.
+    pub carry: Option<Tensor>,
+    /// Heavy-ball momentum.
+    pub velocity: Option<Tensor>,
+}
+
+/// One Kronecker block, its gradient a matrix `[groups, out / groups, columns]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Block {
+    pub name: String,
+    /// Index of the layer on the tape.
+    pub layer: usize,
+    pub part: Part,
+    pub groups: usize,
+    /// Output features of one group.
+    pub out: usize,
+    /// Input features of one group, the homogeneous 1 included.
+    pub columns: usize,
+    /// Indices of the params: the weight, the bias.
+    pub params: Vec<usize>,
+    pub lr_scale: f64,
+    pub state: BlockState,
+}
+
+impl Block {
+    /// The block's matrix of something that every param has: values, gradients, decays.
+    pub fn matrix(&self, of: impl Fn(usize) -> Result<Tensor>) -> Result<Tensor> {
+        let mut parts = Vec::with_capacity(2);
+        for &index in &self.params {
+            parts.push(of(index)?.reshape((self.groups, self.out, ()))?);
+        }
+        match parts.as_slice() {
+            [one] => Ok(one.clone()),
+            parts => Tensor::cat(parts, 2),
+        }
+    }
+
+    /// The inverse of [`Block::matrix`]: a tensor per param, in the shapes of `params`.
+    pub fn split(&self, matrix: &Tensor, params: &[Param]) -> Result<Vec<(usize, Tensor)>> {
+        let mut from = 0;
+        let mut parts = Vec::with_capacity(self.params.len());
+        for &index in &self.params {
+            let shape = params[index].var.shape();
+            let width = shape.elem_count() / (self.groups * self.out).max(1);
+            let part = if width == self.columns { matrix.clone() } else { matrix.narrow(2, from, width)? };
+            parts.push((index, part.contiguous()?.reshape(shape)?));
+            from += width;
+        }
+        Ok(parts)
+    }
+
+    /// The factors of one refresh; a bias of its own has `A = [[1]]`.
+    pub fn refreshed(&self, layer: &LayerFactors) -> Result<(Tensor, Tensor)> {
+        let (a, g) = match self.part {
+            Part::Folded | Part::Weight => (layer.a.clone(), layer.g.clone()),
+            Part::Bias => {
+                let g = layer.g_bias.clone();
+                let one = g.as_ref().map(|g| Tensor::ones((1, 1, 1), g.dtype(), g.device())).transpose()?;
+                (one, g)
+            }
+        };
+        match (a, g) {
+            (Some(a), Some(g)) => Ok((a, g)),
+            _ => candle_core::bail!("curvature: block {} got no factors", self.name),
+        }
+    }
+}
+
+/// How a layer's trained params divide into blocks: one, unless the bias is to be (or has to be) apart.
+pub(crate) fn parts(weight: Option<&Param>, bias: Option<&Param>, wanted: Bias) -> Vec<Part> {
+    match (weight, bias) {
+        (Some(w), Some(b)) if wanted == Bias::Folded && w.lr_scale == b.lr_scale => vec![Part::Folded],
+        (Some(_), Some(_)) => vec![Part::Weight, Part::Bias],
+        (Some(_), None) => vec![Part::Weight],
+        (None, Some(_)) => vec![Part::Bias],
+        (None, None) => vec![],
+    }
+}
+
+/// A param's single-precision master, where its Var is in half precision.
+pub(crate) fn master(var: &Var) -> Result<Option<Tensor>> {
+    let value = var.as_detached_tensor();
+    if wide(&value)?.dtype() == value.dtype() { Ok(None) } else { Ok(Some(wide(&value)?)) }
+}

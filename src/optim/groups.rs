@@ -1,0 +1,117 @@
+//! Groups of Vars by name: rates, decay, freezing and rules.
+
+use candle_core::{Result, bail};
+
+/// Which update a Var gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// Its layer's Kronecker block; the default of tapped layers.
+    Kronecker,
+    /// Adam, see [`super::Params::rest`]; the default of everything else.
+    Adam,
+}
+
+/// What holds for the Vars whose name matches `pattern`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Group {
+    /// A name in which `*` stands for any run of characters and `?` for any one: `encoder.*.bias`.
+    pub pattern: String,
+    /// Multiplies the learning rate; 1 by default.
+    pub lr_scale: f64,
+    /// Replaces the weight decay.
+    pub weight_decay: Option<f64>,
+    /// Frozen Vars are not updated and may lack a gradient.
+    pub frozen: bool,
+    /// Replaces the rule.
+    pub rule: Option<Rule>,
+}
+
+impl Group {
+    /// A group that changes nothing yet: `Group { frozen: true, ..Group::named("conv*") }`.
+    pub fn named(pattern: impl Into<String>) -> Self {
+        Self { pattern: pattern.into(), lr_scale: 1.0, weight_decay: None, frozen: false, rule: None }
+    }
+}
+
+/// An ordered list of groups; of several that match a name, the last one alone holds.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Groups(pub Vec<Group>);
+
+impl Groups {
+    /// The group that holds for `name`, if any matches.
+    pub fn of(&self, name: &str) -> Option<&Group> {
+        self.0.iter().rev().find(|g| matches(g.pattern.as_bytes(), name.as_bytes()))
+    }
+
+    /// Refuses senseless values, and patterns that match none of `names`: most likely misspelt.
+    pub(crate) fn check(&self, names: &[&str]) -> Result<()> {
+        for group in &self.0 {
+            if !(group.lr_scale.is_finite() && group.lr_scale >= 0.0) {
+                bail!("group {:?}: expected lr_scale to be zero or more, got {}", group.pattern, group.lr_scale)
+            }
+            if let Some(decay) = group.weight_decay
+                && !(decay.is_finite() && decay >= 0.0)
+            {
+                bail!("group {:?}: expected weight_decay to be zero or more, got {decay}", group.pattern)
+            }
+            if !names.iter().any(|n| matches(group.pattern.as_bytes(), n.as_bytes())) {
+                bail!("group {:?}: matches no Var; the Vars are {}", group.pattern, names.join(", "))
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `name` matches `pattern`, by the usual scan that returns to the last `*`.
+fn matches(pattern: &[u8], name: &[u8]) -> bool {
+    let (mut p, mut n) = (0, 0);
+    let mut star: Option<(usize, usize)> = None;
+    while n < name.len() {
+        if p < pattern.len() && pattern[p] == b'*' {
+            star = Some((p, n));
+            p += 1;
+        } else if p < pattern.len() && (pattern[p] == b'?' || pattern[p] == name[n]) {
+            p += 1;
+            n += 1;
+        } else if let Some((at, from)) = star {
+            star = Some((at, from + 1));
+            p = at + 1;
+            n = from + 1;
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|&c| c == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, expected) in [
+            ("*", "", true),
+            ("fc1.weight", "fc1.weight", true),
+            ("fc?.weight", "fc1.weight", true),
+            ("fc?.weight", "fc12.weight", false),
+            ("*.bias", "encoder.0.bias", true),
+            ("enc*.b*s", "encoder.0.bias", true),
+            ("enc*.b*s", "encoder.0.biases.x", false),
+            ("a*b*c", "aXbXbXc", true),
+            ("", "x", false),
+        ] {
+            assert_eq!(matches(pattern.as_bytes(), name.as_bytes()), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn the_last_match_holds() {
+        let groups = Groups(vec![
+            Group { frozen: true, ..Group::named("*") },
+            Group { lr_scale: 0.1, ..Group::named("fc*") },
+        ]);
+        assert!(groups.of("conv1.weight").is_some_and(|g| g.frozen));
+        assert!(groups.of("fc1.weight").is_some_and(|g| !g.frozen && g.lr_scale == 0.1));
+    }
+}

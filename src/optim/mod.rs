@@ -1,0 +1,28 @@
+//! The optimizers: one step loop, four wake rules.
+
+mod block;
+mod groups;
+mod kfac;
+mod natural;
+mod params;
+mod q;
+mod qe;
+mod rest;
+mod rule;
+mod schedule;
+mod so;
+mod state;
+mod step;
+mod summary;
+
+pub use candle_nn::{Optimizer, ParamsAdamW};
+pub use groups::{Group, Groups, Rule};
+pub use kfac::{KFac, KFacRule, ParamsKFac};
+pub use natural::Natural;
+pub use params::{Bias, Decay, Every, NonFinite, Params};
+pub use q::{ParamsQKldWrm, Q, QKldWrm};
+pub use qe::{Inner, ParamsQeKldWrm, Qe, QeKldWrm};
+pub use rule::{Defaults, Model, QSolve, WakeRule};
+pub use schedule::Schedule;
+pub use so::{ParamsSoKldWrm, So, SoKldWrm};
+pub use summary::{Summary, SummaryBlock, SummaryRow};

@@ -1,0 +1,426 @@
+//! One step, in two halves: `propose` computes everything and changes nothing, `commit` writes it. So a step that fails
+//! leaves parameters and state as they were.
+
+use super::block::{Block, BlockState};
+use super::natural::{Natural, Predicted};
+use super::params::{Decay, NonFinite};
+use super::rest::Adam;
+use super::rule::{Model, QSolve, WakeRule};
+use crate::curvature::{
+    Inverse, LayerFactors, Preconditioner, Recipe, average_moments, damped_inverse, moments, sum_inverse,
+};
+use crate::ops::factor::ema;
+use candle_core::{DType, Result, Tensor, bail};
+
+/// What a step would do.
+pub(super) struct Proposal {
+    pub blocks: Vec<BlockProposal>,
+    /// Adam's state with the value that it leads to.
+    pub rest: Vec<(Adam, Tensor)>,
+}
+
+/// What a step would do to one block.
+pub(super) struct BlockProposal {
+    pub state: BlockState,
+    /// The gradient of the loss, `[groups, out, columns]`.
+    pub gradient: Tensor,
+    /// The model's curvature at this step: the factors of this batch where it refreshed them, else the averages.
+    pub factors: (Tensor, Tensor),
+    /// The change of the parameters.
+    pub step: Tensor,
+}
+
+/// Why there is no proposal.
+pub(super) enum Refusal {
+    /// NaN or infinity, and where.
+    NonFinite(String),
+    Failed(candle_core::Error),
+}
+
+impl From<candle_core::Error> for Refusal {
+    fn from(error: candle_core::Error) -> Self {
+        Refusal::Failed(error)
+    }
+}
+
+/// The factors of a refresh, a set a layer, with the number of their loss terms.
+type Refresh = Option<(Vec<LayerFactors>, usize)>;
+
+/// A block's direction before the clip that all blocks share.
+struct Direction {
+    state: BlockState,
+    gradient: Tensor,
+    factors: (Tensor, Tensor),
+    direction: Tensor,
+    /// `<V, g>`, the squared length of the direction in the damped metric.
+    length: f64,
+}
+
+impl<R: WakeRule> Natural<R> {
+    /// A whole step on gradients in the order of `vars`.
+    pub(super) fn advance(&mut self, grads: Vec<Tensor>, loss: Option<f64>) -> Result<()> {
+        let Some((proposal, predicted)) = self.proposed(grads, loss)? else { return Ok(()) };
+        let carries = self.carries(&proposal, None)?;
+        let values = self.proposed_values(&proposal)?;
+        self.commit(proposal, carries, &values)?;
+        self.predicted = predicted;
+        Ok(())
+    }
+
+    /// The proposal, or `None` where the step is to be left out.
+    pub(super) fn proposed(
+        &mut self,
+        grads: Vec<Tensor>,
+        loss: Option<f64>,
+    ) -> Result<Option<(Proposal, Option<Predicted>)>> {
+        let _span = tracing::info_span!("step").entered();
+        if self.predicted.is_some() {
+            self.forget();
+            bail!(
+                "{}: adaptive damping waits for the loss after step {}; call adapt_damping(&loss) when \
+                 wants_loss_after() says so",
+                R::NAME,
+                self.steps
+            )
+        }
+        if !(self.params.lr.is_finite() && self.params.lr >= 0.0) {
+            self.forget();
+            bail!("{}: expected a learning rate of zero or more, got {}", R::NAME, self.params.lr)
+        }
+        let refresh = match self.take_factors() {
+            Ok(refresh) => refresh,
+            Err(error) => {
+                self.forget();
+                return Err(error);
+            }
+        };
+        let refused = match self.propose(&grads, refresh, loss) {
+            Ok(proposal) => {
+                let predicted = self.predict(&proposal, loss)?;
+                return Ok(Some((proposal, predicted)));
+            }
+            Err(refused) => refused,
+        };
+        match refused {
+            Refusal::NonFinite(_) if self.params.non_finite == NonFinite::Skip => {
+                self.skipped += 1;
+                Ok(None)
+            }
+            Refusal::NonFinite(what) => {
+                bail!("{}: step {}: {what}; parameters and state are unchanged", R::NAME, self.steps)
+            }
+            Refusal::Failed(error) => Err(error),
+        }
+    }
+
+    fn propose(&self, grads: &[Tensor], refresh: Refresh, loss: Option<f64>) -> std::result::Result<Proposal, Refusal> {
+        if let Some(loss) = loss
+            && !loss.is_finite()
+        {
+            return Err(Refusal::NonFinite(format!("the loss is {loss}")));
+        }
+        let mut directions = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            directions.push(self.direction(block, grads, refresh.as_ref())?);
+        }
+        let rest = self.rest_steps(grads)?;
+
+        let lr = self.params.lr;
+        let rate = |block: &Block| lr * block.lr_scale;
+        let kl: f64 = self.blocks.iter().zip(&directions).map(|(b, d)| rate(b).powi(2) * d.length).sum();
+        let clip = match self.params.kl_clip {
+            Some(limit) if kl > limit => (limit / kl).sqrt(),
+            _ => 1.0,
+        };
+        let mut blocks = Vec::with_capacity(directions.len());
+        for (block, Direction { mut state, gradient, factors, direction, .. }) in self.blocks.iter().zip(directions) {
+            // Both clips measure the direction as it was solved for.
+            let mut direction = self.rms_clipped(direction)?;
+            if clip < 1.0 {
+                direction = (direction * clip)?;
+            }
+            if self.params.momentum > 0.0 {
+                if let Some(velocity) = &state.velocity {
+                    direction = ((velocity * self.params.momentum)? + direction)?;
+                }
+                state.velocity = Some(direction.clone());
+            }
+            let mut step = (direction * -rate(block))?;
+            if self.params.decay == Decay::Decoupled
+                && let Some(decay) = self.decayed(block)?
+            {
+                step = (step - (decay * rate(block))?)?;
+            }
+            blocks.push(BlockProposal { state, gradient, factors, step });
+        }
+        Ok(Proposal { blocks, rest })
+    }
+
+    /// Refreshes a block's curvature and turns its wake gradient into a direction.
+    fn direction(
+        &self,
+        block: &Block,
+        grads: &[Tensor],
+        refresh: Option<&(Vec<LayerFactors>, usize)>,
+    ) -> std::result::Result<Direction, Refusal> {
+        let mut state = block.state.clone();
+        let current = match refresh {
+            None => None,
+            Some((layers, terms)) => {
+                let layer = &layers[block.layer];
+                let current = block.refreshed(layer)?;
+                for (factor, name) in [(&current.0, "A"), (&current.1, "G")] {
+                    if !sum(factor)?.is_finite() {
+                        return Err(Refusal::NonFinite(format!(
+                            "factor {name} of block {} has NaN or infinite elements",
+                            block.name
+                        )));
+                    }
+                }
+                state.factor_a = Some(ema(state.factor_a.as_ref(), &current.0, self.params.stat_decay)?);
+                state.factor_g = Some(ema(state.factor_g.as_ref(), &current.1, self.params.stat_decay)?);
+                Some((current, layer, *terms))
+            }
+        };
+        let (Some(bar_a), Some(bar_g)) = (&state.factor_a, &state.factor_g) else {
+            return Err(Refusal::Failed(candle_core::Error::Msg(format!(
+                "{}: block {} has no curvature yet",
+                R::NAME,
+                block.name
+            ))));
+        };
+        let bar = (bar_a.clone(), bar_g.clone());
+        let factors = current.as_ref().map_or_else(|| bar.clone(), |(current, ..)| current.clone());
+
+        if self.inverses_due() {
+            let _span = tracing::info_span!("inverse").entered();
+            match self.invert(block, &bar, &factors) {
+                Ok(new) => state.preconditioner = Some(new),
+                Err(error) if state.preconditioner.is_some() => {
+                    tracing::warn!("block {}: {error}; the last inverse stays", block.name)
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if self.params.ekfac
+            && let Some((_, layer, terms)) = current
+        {
+            self.correct(block, &mut state, layer, terms)?;
+        }
+
+        let gradient = block.matrix(|i| Ok(grads[i].clone()))?;
+        let decay = self.decayed(block)?;
+        let gradient = match (&decay, self.params.decay) {
+            (Some(decay), Decay::Loss) => (gradient + decay)?,
+            _ => gradient,
+        };
+        let mut wake_gradient = match (self.params.wake.wake_decay(self.params.stat_decay), &state.carry) {
+            (Some(rho), Some(carry)) if rho > 0.0 => {
+                // At a rate of 0 nothing moves, whatever is looked back at.
+                let lr = self.params.lr;
+                let ratio = if lr > 0.0 { self.previous_lr.map_or(1.0, |previous| previous / lr) } else { 0.0 };
+                (&gradient - (carry * (rho * ratio))?)?
+            }
+            _ => gradient.clone(),
+        };
+        if let (Some(decay), Decay::AfterWake) = (&decay, self.params.decay) {
+            wake_gradient = (wake_gradient + decay)?;
+        }
+        let Some(preconditioner) = &state.preconditioner else {
+            return Err(Refusal::Failed(candle_core::Error::Msg(format!(
+                "{}: block {} has no inverse yet",
+                R::NAME,
+                block.name
+            ))));
+        };
+        let direction = preconditioner.apply(&wake_gradient)?;
+        let length = sum(&(&direction * &wake_gradient)?)?;
+        if !length.is_finite() {
+            return Err(Refusal::NonFinite(self.culprit(block, grads)?));
+        }
+        Ok(Direction { state, gradient, factors, direction, length })
+    }
+
+    /// Inverses are renewed every `inverses` steps. A quadratic wake's matrix holds the factors of the step itself, which
+    /// one step later are the averages again: it is renewed then too.
+    fn inverses_due(&self) -> bool {
+        let phase = self.steps % self.params.every.inverses;
+        phase == 0 || (phase == 1 && matches!(self.params.wake.model(), Model::Quadratic(_)))
+    }
+
+    fn invert(
+        &self,
+        block: &Block,
+        bar: &(Tensor, Tensor),
+        current: &(Tensor, Tensor),
+    ) -> Result<Preconditioner> {
+        let recipe = Recipe {
+            kind: self.params.damping.kind(),
+            damping: self.damping,
+            // A 1 x 1 factor has no use for an iteration.
+            inverse: if block.columns * block.out == 1 { Inverse::Eigen } else { self.params.inverse },
+            floor: self.params.eigenvalue_floor,
+        };
+        let lr = self.params.lr * block.lr_scale;
+        let last = block.state.preconditioner.as_ref();
+        match self.params.wake.model() {
+            Model::Linear => damped_inverse(&bar.0, &bar.1, recipe, last, &block.name),
+            Model::Quadratic(QSolve::Factor) => {
+                let a = (&bar.0 + (&current.0 * lr)?)?;
+                let g = (&bar.1 + (&current.1 * lr)?)?;
+                damped_inverse(&a, &g, recipe, last, &block.name)
+            }
+            Model::Quadratic(QSolve::Exact) => {
+                sum_inverse((&bar.0, &bar.1), (&current.0, &current.1), lr, self.damping, &block.name)
+            }
+        }
+    }
+
+    /// `V min(1, rms_clip / rms(V))`.
+    pub(super) fn rms_clipped(&self, direction: Tensor) -> Result<Tensor> {
+        let Some(limit) = self.params.rms_clip else { return Ok(direction) };
+        let rms = (sum(&direction.sqr()?)? / direction.elem_count().max(1) as f64).sqrt();
+        if rms > limit { direction * (limit / rms) } else { Ok(direction) }
+    }
+
+    /// Replaces the scaling of the eigenbasis by the averaged second moments.
+    fn correct(
+        &self,
+        block: &Block,
+        state: &mut BlockState,
+        layer: &LayerFactors,
+        terms: usize,
+    ) -> std::result::Result<(), Refusal> {
+        let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else { return Ok(()) };
+        let (basis_a, basis_g) = (basis_a.clone(), basis_g.clone());
+        let scaled = if block.part == super::block::Part::Bias {
+            // One input, the constant 1: the factor G is the second moment itself.
+            let Some(g) = &state.factor_g else { return Ok(()) };
+            let rotated = basis_g.t()?.matmul(g)?.matmul(&basis_g)?;
+            let eye = Tensor::eye(rotated.dim(1)?, rotated.dtype(), rotated.device())?;
+            (rotated.broadcast_mul(&eye)?).sum_keepdim(2)?
+        } else {
+            let folded = block.part == super::block::Part::Folded;
+            let current = moments(&layer.kept, &basis_a, &basis_g, folded, terms)?;
+            let last = match (&block.state.moments, &block.state.preconditioner) {
+                (Some(moments), Some(Preconditioner::Basis { basis_a, basis_g, .. })) => {
+                    Some((moments, basis_a, basis_g))
+                }
+                _ => None,
+            };
+            average_moments(last, &basis_a, &basis_g, &current, self.params.stat_decay)?
+        };
+        let scale = (&scaled + self.damping)?.recip()?;
+        state.moments = Some(scaled);
+        state.preconditioner = Some(Preconditioner::Basis { basis_a, basis_g, scale });
+        Ok(())
+    }
+
+    /// `wd theta` of a block, where it has any decay.
+    fn decayed(&self, block: &Block) -> Result<Option<Tensor>> {
+        if block.params.iter().all(|&i| self.vars[i].weight_decay == 0.0) {
+            return Ok(None);
+        }
+        block.matrix(|i| self.vars[i].value() * self.vars[i].weight_decay).map(Some)
+    }
+
+    fn rest_steps(&self, grads: &[Tensor]) -> std::result::Result<Vec<(Adam, Tensor)>, Refusal> {
+        let mut rest = Vec::with_capacity(self.rest.len());
+        for adam in &self.rest {
+            let (next, value) = adam.next(&self.vars[adam.param], &grads[adam.param], &self.params.rest)?;
+            if !sum(&value)?.is_finite() {
+                return Err(Refusal::NonFinite(format!(
+                    "the gradient of {} has NaN or infinite elements",
+                    self.vars[adam.param].name
+                )));
+            }
+            rest.push((next, value));
+        }
+        Ok(rest)
+    }
+
+    /// Names the tensor that made a direction NaN or infinite.
+    fn culprit(&self, block: &Block, grads: &[Tensor]) -> Result<String> {
+        for &index in &block.params {
+            if !sum(&grads[index])?.is_finite() {
+                return Ok(format!("the gradient of {} has NaN or infinite elements", self.vars[index].name));
+            }
+        }
+        Ok(format!("the direction of block {} overflows; a larger damping would bound it", block.name))
+    }
+
+    /// The quadratic model's change of the loss, `<g, s> + 1/2 s^T (F_bar + la) s`, when it is due to be compared.
+    fn predict(&self, proposal: &Proposal, loss: Option<f64>) -> Result<Option<Predicted>> {
+        let Some(adaptive) = self.adaptive() else { return Ok(None) };
+        if !(self.steps + 1).is_multiple_of(adaptive.every) {
+            return Ok(None);
+        }
+        let Some(loss) = loss else {
+            bail!("{}: adaptive damping needs the loss; call backward_step(&loss) in place of step(&grads)", R::NAME)
+        };
+        let mut change = 0.0;
+        for block in &proposal.blocks {
+            let (Some(a), Some(g)) = (&block.state.factor_a, &block.state.factor_g) else { continue };
+            let curved = g.matmul(&block.step)?.matmul(a)?;
+            let quadratic = sum(&(&block.step * (curved + (&block.step * self.damping)?)?)?)?;
+            change += sum(&(&block.gradient * &block.step)?)? + 0.5 * quadratic;
+        }
+        Ok(Some(Predicted { loss, change }))
+    }
+
+    /// The next step's carries, from the steps really taken: `taken` where later inner steps changed them.
+    pub(super) fn carries(&self, proposal: &Proposal, taken: Option<&[Tensor]>) -> Result<Vec<Option<Tensor>>> {
+        let carry = |(index, block): (usize, &BlockProposal)| -> Result<Option<Tensor>> {
+            if self.params.wake.wake_decay(self.params.stat_decay).is_none() {
+                return Ok(None);
+            }
+            match self.params.wake.model() {
+                Model::Linear => Ok(Some(block.gradient.clone())),
+                Model::Quadratic(_) => {
+                    let step = taken.map_or(&block.step, |taken| &taken[index]);
+                    let (a, g) = &block.factors;
+                    Ok(Some((&block.gradient + g.matmul(step)?.matmul(a)?)?))
+                }
+            }
+        };
+        proposal.blocks.iter().enumerate().map(carry).collect()
+    }
+
+    /// The parameters after the proposal, in the order of `vars`.
+    pub(super) fn proposed_values(&self, proposal: &Proposal) -> Result<Vec<Tensor>> {
+        let mut values: Vec<Tensor> = self.vars.iter().map(|p| p.value()).collect();
+        for (block, proposed) in self.blocks.iter().zip(&proposal.blocks) {
+            for (index, step) in block.split(&proposed.step, &self.vars)? {
+                values[index] = (&values[index] + step)?;
+            }
+        }
+        for (adam, value) in &proposal.rest {
+            values[adam.param] = value.clone();
+        }
+        Ok(values)
+    }
+
+    /// Makes a proposal true: values into the Vars, state into the blocks.
+    pub(super) fn commit(
+        &mut self,
+        proposal: Proposal,
+        carries: Vec<Option<Tensor>>,
+        values: &[Tensor],
+    ) -> Result<()> {
+        for (param, value) in self.vars.iter_mut().zip(values) {
+            param.write(value)?;
+        }
+        for ((block, proposed), carry) in self.blocks.iter_mut().zip(proposal.blocks).zip(carries) {
+            block.state = BlockState { carry, ..proposed.state };
+        }
+        self.rest = proposal.rest.into_iter().map(|(adam, _)| adam).collect();
+        self.previous_lr = Some(self.params.lr);
+        self.steps += 1;
+        Ok(())
+    }
+}
+
+/// The sum of all elements, in f64.
+pub(super) fn sum(t: &Tensor) -> Result<f64> {
+    t.sum_all()?.to_dtype(DType::F64)?.to_scalar()
+}

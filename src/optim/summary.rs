@@ -1,0 +1,167 @@
+//! What an optimizer does with each Var, and what it costs.
+
+use super::block::Block;
+use super::natural::Natural;
+use super::rule::{Model, WakeRule};
+use crate::curvature::wide_dtype;
+use std::fmt;
+
+/// One line of a [`Summary`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct SummaryRow {
+    /// The Var's name.
+    pub var: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// The Kronecker block it belongs to, `adam` or `frozen`.
+    pub rule: String,
+}
+
+/// One Kronecker block of a [`Summary`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct SummaryBlock {
+    /// The block's name.
+    pub name: String,
+    /// Groups, rows (outputs) and columns (inputs, with the bias's 1) of its gradient matrix.
+    pub dims: [usize; 3],
+    /// Bytes of its averaged factors.
+    pub factor_bytes: usize,
+    /// Bytes of its damped inverse.
+    pub inverse_bytes: usize,
+    /// Bytes of its other state in steady operation: carry, momentum, second moments.
+    pub other_bytes: usize,
+    /// Multiplications of one factor update, for every row (example, or position of one) of the batch.
+    pub factor_cost: usize,
+    /// Multiplications of one update of the inverse, to leading order.
+    pub inverse_cost: usize,
+    /// Multiplications of preconditioning one gradient.
+    pub step_cost: usize,
+}
+
+/// Which Var is in which block, with bytes and cost; its `Display` is a table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// The optimizer's name.
+    pub optimizer: &'static str,
+    /// A row for each Var.
+    pub rows: Vec<SummaryRow>,
+    /// The Kronecker blocks.
+    pub blocks: Vec<SummaryBlock>,
+    /// Bytes of the Adam moments, single-precision masters and stored models.
+    pub other_bytes: usize,
+}
+
+impl Summary {
+    /// Bytes of all state in steady operation.
+    pub fn bytes(&self) -> usize {
+        let blocks: usize = self.blocks.iter().map(|b| b.factor_bytes + b.inverse_bytes + b.other_bytes).sum();
+        blocks + self.other_bytes
+    }
+}
+
+impl<R: WakeRule> Natural<R> {
+    /// Which Var is in which block, with bytes and cost; known before the first step.
+    pub fn summary(&self) -> Summary {
+        let rule = |index: usize| {
+            let block = self.blocks.iter().find(|b| b.params.contains(&index));
+            block.map_or("adam".to_string(), |b| b.name.clone())
+        };
+        let mut rows: Vec<SummaryRow> = self
+            .vars
+            .iter()
+            .enumerate()
+            .map(|(i, p)| SummaryRow { var: p.name.clone(), shape: p.var.dims().to_vec(), rule: rule(i) })
+            .collect();
+        rows.extend(self.frozen.iter().map(|(name, var)| SummaryRow {
+            var: name.clone(),
+            shape: var.dims().to_vec(),
+            rule: "frozen".to_string(),
+        }));
+        rows.sort_by(|a, b| a.var.cmp(&b.var));
+        let size = |index: usize| {
+            let var = &self.vars[index].var;
+            var.elem_count() * wide_dtype(var.dtype()).size_in_bytes()
+        };
+        let masters: usize = (0..self.vars.len()).filter(|&i| self.vars[i].master.is_some()).map(size).sum();
+        let adam: usize = self.rest.iter().map(|a| 2 * size(a.param)).sum();
+        // Beside the current one, which the Vars hold.
+        let stored = self.params.wake.inner().map_or(0, |inner| inner.models - 1);
+        let models: usize = stored * (0..self.vars.len()).map(size).sum::<usize>();
+        Summary {
+            optimizer: R::NAME,
+            rows,
+            blocks: self.blocks.iter().map(|b| self.summary_block(b)).collect(),
+            other_bytes: masters + adam + models,
+        }
+    }
+
+    fn summary_block(&self, block: &Block) -> SummaryBlock {
+        let Block { groups, out, columns, .. } = *block;
+        let element = wide_dtype(self.vars[block.params[0]].var.dtype()).size_in_bytes();
+        let eigen = self.params.inverse == crate::curvature::Inverse::Eigen
+            && self.params.damping.kind() == crate::curvature::DampingKind::Eigenvalue
+            || matches!(self.params.wake.model(), Model::Quadratic(super::QSolve::Exact));
+        let squares = groups * (out * out + columns * columns);
+        let matrix = groups * out * columns;
+        let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
+        let matrices =
+            usize::from(wake) + usize::from(self.params.momentum > 0.0) + usize::from(self.params.ekfac);
+        let products = groups * (out * out * columns + out * columns * columns);
+        SummaryBlock {
+            name: block.name.clone(),
+            dims: [groups, out, columns],
+            factor_bytes: squares * element,
+            inverse_bytes: (squares + if eigen { matrix } else { 0 }) * element,
+            other_bytes: matrices * matrix * element,
+            factor_cost: squares / 2,
+            // A symmetric eigendecomposition with vectors takes about 9 d^3 multiplications, a Cholesky inverse d^3 / 2.
+            inverse_cost: groups * (out.pow(3) + columns.pow(3)) * if eigen { 9 } else { 1 },
+            step_cost: products * if eigen { 2 } else { 1 },
+        }
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.rows.iter().map(|r| r.var.len()).chain([3]).max().unwrap_or(3);
+        writeln!(f, "{}: {} Vars, {} of state", self.optimizer, self.rows.len(), Bytes(self.bytes()))?;
+        writeln!(f, "{:width$}  {:16}  block", "Var", "shape")?;
+        for row in &self.rows {
+            writeln!(f, "{:width$}  {:16}  {}", row.var, format!("{:?}", row.shape), row.rule)?;
+        }
+        let width = self.blocks.iter().map(|b| b.name.len()).chain([5]).max().unwrap_or(5);
+        writeln!(
+            f,
+            "{:width$}  {:>16}  {:>10}  {:>10}  {:>12}  {:>12}",
+            "block", "groups x out x in", "factors", "inverses", "mults/invert", "mults/step"
+        )?;
+        for b in &self.blocks {
+            let [groups, out, columns] = b.dims;
+            writeln!(
+                f,
+                "{:width$}  {:>16}  {:>10}  {:>10}  {:>12}  {:>12}",
+                b.name,
+                format!("{groups} x {out} x {columns}"),
+                Bytes(b.factor_bytes).to_string(),
+                Bytes(b.inverse_bytes).to_string(),
+                b.inverse_cost,
+                b.step_cost
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes in the unit that suits them.
+struct Bytes(usize);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            b if b < 1 << 10 => write!(f, "{b} B"),
+            b if b < 1 << 20 => write!(f, "{:.1} KiB", b as f64 / 1024.0),
+            b if b < 1 << 30 => write!(f, "{:.1} MiB", b as f64 / (1 << 20) as f64),
+            b => write!(f, "{:.1} GiB", b as f64 / (1u64 << 30) as f64),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The tapped affine map `y = x W^T + b`, the whole of a linear layer as one op.
+
+use super::{Owed, Record, Tap};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// `x W^T + b` for `x` of shape `[.., in]`, `weight` `[out, in]`, `bias` `[out]`: `[.., out]`.
+pub(crate) fn affine(
+    name: &str,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    tap: Option<Tap>,
+) -> Result<Tensor> {
+    let (_, inputs) = weight.dims2()?;
+    if x.rank() < 2 || x.dims().last() != Some(&inputs) {
+        bail!("layer {name}: expected an input of shape [.., {inputs}] and rank 2 or more, got {:?}", x.dims())
+    }
+    if x.dtype() != weight.dtype() {
+        bail!("layer {name}: the weight is {:?}, the input {:?}", weight.dtype(), x.dtype())
+    }
+    let x = x.contiguous()?;
+    let weight = if weight.is_contiguous() { weight.clone() } else { weight.contiguous()? };
+    match bias {
+        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Affine { tap }),
+        None => x.apply_op2(&weight, Affine { tap }),
+    }
+}
+
+struct Affine {
+    tap: Option<Tap>,
+}
+
+/// Rows, outputs and inputs of the product; the operands are contiguous.
+fn sizes(x: &Layout, w: &Layout) -> Result<(usize, usize, usize)> {
+    let (out, inputs) = w.shape().dims2()?;
+    Ok((x.shape().elem_count() / inputs.max(1), out, inputs))
+}
+
+fn product<S: BackendStorage>(x: &S, x_l: &Layout, w: &S, w_l: &Layout) -> Result<(S, Shape)> {
+    let (rows, out, inputs) = sizes(x_l, w_l)?;
+    let flat = Layout::contiguous_with_offset((rows, inputs), x_l.start_offset());
+    let y = x.matmul(w, (1, rows, out, inputs), &flat, &w_l.transpose(0, 1)?)?;
+    let mut dims = x_l.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = out;
+    }
+    Ok((y, Shape::from(dims)))
+}
+
+/// Adds `bias` to every row of `y`.
+fn add_to_rows(y: &mut CpuStorage, bias: &CpuStorage, layout: &Layout) -> Result<()> {
+    fn rows<T: Copy + std::ops::AddAssign + Send + Sync>(y: &mut [T], bias: &[T]) {
+        let add = |row: &mut [T]| row.iter_mut().zip(bias).for_each(|(y, b)| *y += *b);
+        // Below some thousand elements the hand-over to other threads costs more than the sum.
+        if y.len() < 1 << 16 {
+            y.chunks_mut(bias.len().max(1)).for_each(add)
+        } else {
+            y.par_chunks_mut(bias.len().max(1)).with_min_len(64).for_each(add)
+        }
+    }
+    let at = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
+    match (y, bias) {
+        (CpuStorage::F32(y), CpuStorage::F32(b)) => rows::<f32>(y, &b[at]),
+        (CpuStorage::F64(y), CpuStorage::F64(b)) => rows::<f64>(y, &b[at]),
+        (CpuStorage::F16(y), CpuStorage::F16(b)) => rows::<f16>(y, &b[at]),
+        (CpuStorage::BF16(y), CpuStorage::BF16(b)) => rows::<bf16>(y, &b[at]),
+        (y, b) => bail!("linear layer: the outputs are {:?}, the bias {:?}", y.dtype(), b.dtype()),
+    }
+    Ok(())
+}
+
+impl Affine {
+    /// Gradients of x, W and b, as far as they are owed; the record on the way.
+    fn grads(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: Option<&Tensor>,
+        gy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let owed = Owed::new(self.tap.as_ref(), x, w, b);
+        let (out, inputs) = w.dims2()?;
+        let rows = x.elem_count() / inputs.max(1);
+        let gy = gy.contiguous()?.reshape((rows, out))?;
+        let flat = x.detach().reshape((rows, inputs))?;
+        if let (true, Some(tap)) = (owed.record, &self.tap) {
+            let batch = x.dim(0)?;
+            tap.record(&Record {
+                inputs: flat.reshape((batch, (), inputs))?,
+                grads: gy.reshape((batch, (), out))?,
+            })?;
+        }
+        let dx = if owed.input { Some(gy.matmul(&w.detach())?.reshape(x.shape())?) } else { None };
+        let dw = if owed.weight { Some(gy.t()?.matmul(&flat)?) } else { None };
+        let db = if owed.bias { Some(sum_rows(&gy)?) } else { None };
+        Ok((dx, dw, db))
+    }
+}
+
+/// The sum of the rows of `[rows, out]`, as a product with ones: a reduction over a leading dimension is candle's
+/// slowest, a matrix product its fastest, and half types accumulate in f32.
+fn sum_rows(gy: &Tensor) -> Result<Tensor> {
+    let ones = Tensor::ones((1, gy.dim(0)?), gy.dtype(), gy.device())?;
+    ones.matmul(gy)?.squeeze(0)
+}
+
+impl CustomOp3 for Affine {
+    fn name(&self) -> &'static str {
+        "affine"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_l: &Layout,
+        w: &CpuStorage,
+        w_l: &Layout,
+        b: &CpuStorage,
+        b_l: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (mut y, shape) = product(x, x_l, w, w_l)?;
+        add_to_rows(&mut y, b, b_l)?;
+        Ok((y, shape))
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_l: &Layout,
+        w: &CudaStorage,
+        w_l: &Layout,
+        b: &CudaStorage,
+        b_l: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (y, shape) = product(x, x_l, w, w_l)?;
+        let y_l = Layout::contiguous(&shape);
+        let y = y.binary_impl::<candle_core::op::Add>(b, &y_l, &b_l.broadcast_as(&shape)?)?;
+        Ok((y, shape))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        gy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        self.grads(x, w, Some(b), gy)
+    }
+}
+
+impl CustomOp2 for Affine {
+    fn name(&self) -> &'static str {
+        "affine-no-bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_l: &Layout,
+        w: &CpuStorage,
+        w_l: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        product(x, x_l, w, w_l)
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        x_l: &Layout,
+        w: &CudaStorage,
+        w_l: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        product(x, x_l, w, w_l)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        gy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (dx, dw, _) = self.grads(x, w, None, gy)?;
+        Ok((dx, dw))
+    }
+}

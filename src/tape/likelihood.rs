@@ -1,0 +1,132 @@
+//! Likelihoods, and the cotangents whose backward passes make a Fisher matrix.
+//!
+//! For one example with outputs `z` the Fisher of the outputs is `H = E[r r^T]`, `r` the gradient of the negative log
+//! likelihood at a label drawn from the *model*. A cotangent per column of a square root of `H` gives the exact Fisher
+//! (type 2), one drawn `r` an unbiased sample of it. With the training labels instead (the empirical Fisher) `r` is the
+//! ordinary gradient: no pass of its own, and a different matrix.
+
+use crate::ops::sample::{self, DrawKey};
+use candle_core::{DType, Result, Tensor, bail};
+
+/// How the model's outputs (the last dimension) make a distribution over labels.
+///
+/// Every other dimension counts loss terms: outputs `[n, c]` are `n` terms, `[n, t, c]` are `n t`. The loss to train on
+/// is the *mean* over terms of the negative log likelihood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Likelihood {
+    /// Softmax over the last dimension; the loss is the mean cross-entropy.
+    Categorical,
+    /// An independent sigmoid for every output; the loss sums over the last dimension.
+    Bernoulli,
+    /// Unit-variance normal around every output; the loss is `1/2 |y - z|^2`, summed over the last dimension.
+    /// (candle's `loss::mse` also divides by the number of outputs and lacks the half: scale it by `c / 2`.)
+    Gaussian,
+}
+
+/// Which labels the Fisher is taken with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fisher {
+    /// The training labels: free, since the records come from the ordinary backward pass.
+    Empirical,
+    /// `draws` labels a term from the model, one backward pass each, keyed by `(seed, step, term)`.
+    Sampled {
+        /// Backward passes at each refresh; 1 is the usual choice.
+        draws: usize,
+        /// Seed of the labels.
+        seed: u64,
+    },
+    /// Every column of the square root of the outputs' Hessian: as many backward passes as outputs.
+    Exact,
+}
+
+impl Likelihood {
+    /// The number of loss terms in `outputs`.
+    ///
+    /// # Errors
+    /// When `outputs` is a scalar or empty.
+    pub fn terms(&self, outputs: &Tensor) -> Result<usize> {
+        let classes = outputs.dims().last().copied().unwrap_or(0);
+        if classes == 0 || outputs.elem_count() == 0 {
+            bail!("observe: expected outputs of shape [.., classes] with at least one example, got {:?}", outputs.dims())
+        }
+        Ok(outputs.elem_count() / classes)
+    }
+
+    /// The mean of the distribution, in the outputs' shape; carries gradients.
+    pub(crate) fn mean(&self, outputs: &Tensor) -> Result<Tensor> {
+        match self {
+            Likelihood::Categorical => crate::ops::softmax::softmax_last_dim(outputs),
+            // 1 / (1 + e^-z) by way of tanh, which cannot overflow.
+            Likelihood::Bernoulli => ((outputs * 0.5)?.tanh()? * 0.5)? + 0.5,
+            Likelihood::Gaussian => Ok(outputs.clone()),
+        }
+    }
+
+    /// Cotangents `s_c` of the *summed* loss with `sum_c s_c s_c^T = H` for every term, one per output.
+    pub(crate) fn exact_cotangents(&self, outputs: &Tensor) -> Result<Vec<Tensor>> {
+        let outputs = &outputs.detach();
+        let classes = outputs.dim(candle_core::D::Minus1)?;
+        let mean = self.mean(outputs)?;
+        let unit = |c: usize| -> Result<Tensor> {
+            let ids = Tensor::arange(0u32, classes as u32, outputs.device())?;
+            ids.eq(c as u32)?.to_dtype(outputs.dtype())?.broadcast_as(outputs.shape())
+        };
+        let column = |c: usize| -> Result<Tensor> {
+            let at_c = || mean.narrow(candle_core::D::Minus1, c, 1);
+            match self {
+                // diag(p) - p p^T = sum_c p_c (e_c - p) (e_c - p)^T
+                Likelihood::Categorical => (unit(c)? - &mean)?.broadcast_mul(&at_c()?.sqrt()?),
+                Likelihood::Bernoulli => {
+                    let p = at_c()?;
+                    unit(c)?.broadcast_mul(&((&p * (1.0 - &p)?)?.sqrt()?))
+                }
+                Likelihood::Gaussian => unit(c)?.contiguous(),
+            }
+        };
+        (0..classes).map(column).collect()
+    }
+
+    /// The summed loss's gradient `r` at labels drawn from the model.
+    pub(crate) fn sampled_cotangent(&self, outputs: &Tensor, key: DrawKey) -> Result<Tensor> {
+        let outputs = outputs.detach();
+        let classes = outputs.dim(candle_core::D::Minus1)?;
+        let rows = outputs.reshape(((), classes))?;
+        let labels = match self {
+            Likelihood::Categorical => {
+                let labels = sample::categorical(&rows, key)?;
+                return self.label_cotangent(&outputs, &Tensor::from_vec(labels, rows.dim(0)?, rows.device())?);
+            }
+            Likelihood::Bernoulli => sample::bernoulli(&rows, key)?,
+            Likelihood::Gaussian => (&rows + sample::normal(&rows, key)?)?,
+        };
+        (self.mean(&outputs)? - labels.reshape(outputs.shape())?)?.contiguous()
+    }
+
+    /// The summed loss's gradient at given labels: class numbers `[..]` for a categorical likelihood (any integer
+    /// dtype), targets in the outputs' shape for the others.
+    pub(crate) fn label_cotangent(&self, outputs: &Tensor, labels: &Tensor) -> Result<Tensor> {
+        let outputs = outputs.detach();
+        let mean = self.mean(&outputs)?;
+        let targets = match self {
+            Likelihood::Categorical => {
+                let classes = outputs.dim(candle_core::D::Minus1)?;
+                let terms = self.terms(&outputs)?;
+                if labels.elem_count() != terms || !labels.dtype().is_int() {
+                    bail!(
+                        "labels: expected {terms} class numbers for outputs {:?}, got {:?} of {:?}",
+                        outputs.dims(),
+                        labels.dims(),
+                        labels.dtype()
+                    )
+                }
+                let labels = labels.to_device(outputs.device())?.flatten_all()?.to_dtype(DType::U32)?;
+                let ids = Tensor::arange(0u32, classes as u32, outputs.device())?;
+                let hot = labels.unsqueeze(1)?.broadcast_eq(&ids.unsqueeze(0)?)?;
+                hot.to_dtype(outputs.dtype())?.reshape(outputs.shape())?
+            }
+            _ if labels.dims() == outputs.dims() => labels.to_dtype(outputs.dtype())?,
+            _ => bail!("labels: expected targets of shape {:?}, got {:?}", outputs.dims(), labels.dims()),
+        };
+        (mean - targets)?.contiguous()
+    }
+}

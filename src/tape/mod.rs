@@ -1,0 +1,212 @@
+//! The tape: how curvature sees the inside of a model.
+//!
+//! Layers that are built inside [`Tape::build`] are *tapped*: in a backward pass that somebody listens to, each hands a
+//! [`Record`] of its inputs and of the gradients of its outputs to a [`Reduce`]. Nothing is stored otherwise, and a
+//! pass that nobody listens to costs nothing more than candle's own.
+
+mod affine;
+mod conv;
+mod likelihood;
+mod record;
+
+pub use likelihood::{Fisher, Likelihood};
+pub use record::{Keep, Layer, Record, Reduce};
+
+pub(crate) use affine::affine;
+pub(crate) use conv::conv;
+
+use candle_core::{Result, Tensor, bail};
+use std::cell::RefCell;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+thread_local! {
+    /// The tape of the `Tape::build` that runs on this thread: layer constructors keep candle_nn's signatures.
+    static BUILDING: RefCell<Option<Tape>> = const { RefCell::new(None) };
+}
+
+/// A register of tapped layers and the switchboard of their records. Clones share everything.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use kronwake::{nn::{self, Module, VarBuilder, VarMap}, tape::{Keep, Tape}};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let varmap = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu);
+/// let tape = Tape::new();
+/// let layer = tape.build(|| nn::linear(3, 2, vb.pp("fc1")))?;
+/// let logits = layer.forward(&Tensor::ones((5, 3), DType::F64, &Device::Cpu)?)?;
+/// let kept = tape.reduce(&logits, &logits.ones_like()?, Keep::default())?;
+/// assert_eq!(kept.0[0].1.inputs.dims(), [5, 1, 3]);
+/// assert_eq!(kept.0[0].1.grads.dims(), [5, 1, 2]);
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Default)]
+pub struct Tape(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    layers: Vec<Arc<Layer>>,
+    pass: Option<Pass>,
+}
+
+/// A backward pass that somebody listens to.
+struct Pass {
+    reducer: Arc<Mutex<dyn Reduce>>,
+    /// Whether the weight gradients are wanted too; a pass for the curvature alone leaves them out.
+    weight_grads: bool,
+    records: usize,
+}
+
+impl std::fmt::Debug for Tape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.layers().iter().map(|l| l.name.clone()).collect();
+        f.debug_tuple("Tape").field(&names).finish()
+    }
+}
+
+impl Tape {
+    /// An empty tape.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Runs `build`, tapping every layer of [`crate::nn`] that it constructs on this thread.
+    pub fn build<M>(&self, build: impl FnOnce() -> Result<M>) -> Result<M> {
+        struct Restore(Option<Tape>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                BUILDING.with(|b| *b.borrow_mut() = self.0.take());
+            }
+        }
+        let outer = BUILDING.with(|b| b.borrow_mut().replace(self.clone()));
+        let _restore = Restore(outer);
+        build()
+    }
+
+    /// The tapped layers in order of construction.
+    pub fn layers(&self) -> Vec<Arc<Layer>> {
+        self.state().layers.clone()
+    }
+
+    /// Runs one backward pass of `<cotangent, outputs>` for its records alone: weight gradients are not computed.
+    ///
+    /// `cotangent` has the shape of `outputs` and is what the records' gradients start from. The forward graph stays
+    /// usable, so several passes may follow one forward.
+    ///
+    /// # Errors
+    /// When the shapes differ, when no tapped layer lies between the Vars and `outputs`, when another pass is being
+    /// listened to, or when the reducer or the backward pass fails.
+    pub fn reduce<R: Reduce + 'static>(&self, outputs: &Tensor, cotangent: &Tensor, reducer: R) -> Result<R> {
+        let shared = Arc::new(Mutex::new(reducer));
+        self.reduce_into(outputs, cotangent, shared.clone())?;
+        match Arc::try_unwrap(shared).map(Mutex::into_inner) {
+            Ok(Ok(reducer)) => Ok(reducer),
+            _ => bail!("tape: the reducer is still in use after its pass"),
+        }
+    }
+
+    /// [`Tape::reduce`] into a reducer that outlives the pass.
+    pub(crate) fn reduce_into(
+        &self,
+        outputs: &Tensor,
+        cotangent: &Tensor,
+        reducer: Arc<Mutex<dyn Reduce>>,
+    ) -> Result<()> {
+        if outputs.dims() != cotangent.dims() {
+            bail!("tape: the cotangent has shape {:?}, the outputs {:?}", cotangent.dims(), outputs.dims())
+        }
+        let root = (outputs * cotangent.detach())?.sum_all()?;
+        self.arm(reducer, false)?;
+        let done = root.backward();
+        let records = self.disarm();
+        done?;
+        if records == 0 {
+            bail!(
+                "tape: no tapped layer took part in the backward pass; build the model inside Tape::build from \
+                 kronwake::nn layers, and pass the outputs of that model's forward"
+            )
+        }
+        Ok(())
+    }
+
+    /// Sends the records of the next backward pass, the user's own, to `reducer`.
+    pub(crate) fn arm(&self, reducer: Arc<Mutex<dyn Reduce>>, weight_grads: bool) -> Result<()> {
+        let mut state = self.state();
+        if state.pass.is_some() {
+            bail!("tape: another pass is being recorded; finish it with a step first")
+        }
+        state.pass = Some(Pass { reducer, weight_grads, records: 0 });
+        Ok(())
+    }
+
+    /// Stops listening; the number of records since [`Tape::arm`].
+    pub(crate) fn disarm(&self) -> usize {
+        self.state().pass.take().map_or(0, |p| p.records)
+    }
+
+    /// The tap of a layer that is being built, if a tape is being recorded on this thread.
+    pub(crate) fn tap(name: &str, weight: &Tensor, bias: Option<&Tensor>, groups: usize) -> Option<Tap> {
+        let tape = BUILDING.with(|b| b.borrow().clone())?;
+        let mut state = tape.state();
+        let known = state.layers.iter().find(|l| l.shares_weight(weight.id())).cloned();
+        let layer = known.unwrap_or_else(|| {
+            let index = state.layers.len();
+            let name = if name.is_empty() { format!("layer{index}") } else { name.to_string() };
+            let layer = Layer { index, name, weight: weight.clone(), bias: bias.cloned(), groups };
+            let layer = Arc::new(layer);
+            state.layers.push(layer.clone());
+            layer
+        });
+        drop(state);
+        Some(Tap { tape, layer })
+    }
+
+    /// The state; a panic elsewhere while it was locked leaves it usable, since every change is one assignment.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// A layer's line to its tape. Clones are the same layer: using it again shares its weights.
+#[derive(Clone, Debug)]
+pub struct Tap {
+    tape: Tape,
+    layer: Arc<Layer>,
+}
+
+impl Tap {
+    /// Whether the running backward pass wants this layer's weight gradients, and whether it wants a record.
+    fn wanted(&self) -> (bool, bool) {
+        self.tape.state().pass.as_ref().map_or((true, false), |p| (p.weight_grads, true))
+    }
+
+    fn record(&self, record: &Record) -> Result<()> {
+        let reducer = match self.tape.state().pass.as_mut() {
+            None => return Ok(()),
+            Some(pass) => {
+                pass.records += 1;
+                pass.reducer.clone()
+            }
+        };
+        let mut reducer = reducer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        reducer.record(&self.layer, record)
+    }
+}
+
+/// What an op's backward pass owes: decided once, from the arguments and from the pass.
+struct Owed {
+    input: bool,
+    weight: bool,
+    bias: bool,
+    record: bool,
+}
+
+impl Owed {
+    /// A gradient that nobody reads is left out, except that candle requires one for every argument with a history.
+    fn new(tap: Option<&Tap>, input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Self {
+        let (weight_grads, record) = tap.map_or((true, false), Tap::wanted);
+        let owes = |t: &Tensor| t.track_op() && (weight_grads || !t.is_variable());
+        Owed { input: input.track_op(), weight: owes(weight), bias: bias.is_some_and(owes), record }
+    }
+}
