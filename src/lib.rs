@@ -1,5 +1,22 @@
-//! kronwake
+//! Curvature-aware optimizers for [candle](https://docs.rs/candle-core): K-FAC and the KLD-WRM family, on one set of Kronecker
+//! factors.
+//!
+//! Data flows one way: layers -> capture -> curvature -> optimizer -> parameters.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`nn`] | candle_nn under its own names, with gradients everywhere, and tapped |
+//! | [`tape`] | what a layer reports of a backward pass; likelihoods and Fisher matrices |
+//! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
+//! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm) |
+//! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
+//! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
+//!
+//! The README, with its example, follows.
+//!
+#![doc = include_str!("../README.md")]
 #![warn(missing_docs)]
+
 pub mod checkpoint;
 pub mod curvature;
 pub mod linalg;

@@ -5,8 +5,16 @@
 //! name and signature.
 
 pub mod conv;
+pub mod dropout;
 pub mod linear;
+pub mod norm;
+pub mod ops;
 
 pub use candle_nn::*;
 pub use conv::{Conv1d, Conv2d, conv1d, conv1d_no_bias, conv2d, conv2d_no_bias};
+pub use dropout::Dropout;
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
+// The function and, under candle's name, the module.
+pub use norm::{
+    self as layer_norm, LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
+};

@@ -6,8 +6,8 @@
 //! All sums run over the batch: nothing is divided by its size.
 
 use super::{
-    conv_slices::{Reader, conv_slices, grad_input_slices, sum_lanes, weight_grads},
-    element::{Element, Host, Real, contiguous, float_dispatch},
+    conv_slices::{Reader, conv_slices, grad_input_slices, weight_grads},
+    element::{Element, Host, Real, contiguous, float_dispatch, sum},
     patches::{ConvShape, fold_compose, unfold_compose},
 };
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
@@ -166,8 +166,8 @@ pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
         let gy = host.values::<T>()?;
         let mut sums = vec![<T as Element>::Acc::ZERO; o];
         for sample in gy.chunks_exact((o * oh * ow).max(1)).take(n) {
-            for (sum, run) in sums.iter_mut().zip(sample.chunks_exact((oh * ow).max(1))) {
-                *sum += sum_lanes(run);
+            for (total, run) in sums.iter_mut().zip(sample.chunks_exact((oh * ow).max(1))) {
+                *total += sum(run, |v| v);
             }
         }
         Tensor::from_vec(T::narrow_vec(sums), o, &Device::Cpu)
@@ -179,7 +179,10 @@ mod tests {
     use candle_core::CustomOp3;
 
     use super::*;
-    use crate::ops::{patches::patches, rng};
+    use crate::ops::{
+        patches::patches,
+        testing::{assert_close, random, values},
+    };
 
     /// Input `[n, c, h, w]`, output channels, kernel, stride, padding, dilation, groups.
     type Case = ([usize; 4], usize, (usize, usize), (usize, usize), (usize, usize), (usize, usize), usize);
@@ -217,26 +220,6 @@ mod tests {
         ) -> Result<(CpuStorage, Shape)> {
             conv_cpu(x, lx, w, lw, Some((b, lb)), &self.0)
         }
-    }
-
-    fn random(stream: u64, dims: &[usize]) -> Result<Tensor> {
-        let values: Vec<f64> =
-            (0..dims.iter().product::<usize>() as u64).map(|i| rng::normal(1, stream, i)).collect();
-        Tensor::from_vec(values, dims, &Device::Cpu)
-    }
-
-    fn values(x: &Tensor) -> Result<Vec<f64>> {
-        x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
-    }
-
-    #[track_caller]
-    fn same(what: &str, x: &Tensor, expected: &[f64], tolerance: f64) -> Result<()> {
-        let x = values(x)?;
-        assert_eq!(x.len(), expected.len(), "{what}");
-        let scale = expected.iter().fold(1f64, |m, v| m.max(v.abs()));
-        let error = x.iter().zip(expected).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
-        assert!(error <= tolerance * scale, "{what}: {error} of {scale}");
-        Ok(())
     }
 
     /// Calls `f` with the positions in x, w and y of every product that the definition of a convolution sums.
@@ -283,34 +266,24 @@ mod tests {
             let turned = x.permute((3, 1, 0, 2))?.contiguous()?.permute((2, 1, 3, 0))?;
             let back = Tensor::cat(&[&w, &w], 0)?.narrow(0, o, o)?;
             for (x, w) in [(&x, &w), (&turned, &back)] {
-                same("conv_cpu", &x.apply_op3_no_bwd(w, &b, &Conv(shape))?, &y, 1e-13)?;
+                assert_close(&x.apply_op3_no_bwd(w, &b, &Conv(shape))?, &y, 1e-13);
             }
             let p = patches(&x, &shape)?;
-            same("grad_input", &grad_input(&gy, &w, &shape)?, &gx, 1e-13)?;
-            same("grad_weight", &grad_weight(&p, &gy, &shape)?, &gw, 1e-13)?;
-            same("grad_weight_from_input", &grad_weight_from_input(&x, &gy, &shape)?, &gw, 1e-13)?;
-            same("grad_bias", &grad_bias(&gy)?, &gb, 1e-13)?;
+            assert_close(&grad_input(&gy, &w, &shape)?, &gx, 1e-13);
+            assert_close(&grad_weight(&p, &gy, &shape)?, &gw, 1e-13);
+            assert_close(&grad_weight_from_input(&x, &gy, &shape)?, &gw, 1e-13);
+            assert_close(&grad_bias(&gy)?, &gb, 1e-13);
             if n > 0 {
-                same("conv_compose", &conv_compose(&x, &w, Some(&b), &shape)?, &y, 1e-13)?;
-                same("grad_input_compose", &grad_input_compose(&gy, &w, &shape)?, &gx, 1e-13)?;
-                same(
-                    "grad_weight_compose",
-                    &grad_weight_compose(&p.transpose(1, 2)?, &gy, &shape)?,
-                    &gw,
-                    1e-13,
-                )?;
+                assert_close(&conv_compose(&x, &w, Some(&b), &shape)?, &y, 1e-13);
+                assert_close(&grad_input_compose(&gy, &w, &shape)?, &gx, 1e-13);
+                assert_close(&grad_weight_compose(&p.transpose(1, 2)?, &gy, &shape)?, &gw, 1e-13);
             }
             for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 5e-2)] {
                 let to = |t: &Tensor| t.to_dtype(dtype);
-                same(
-                    "conv_cpu",
-                    &to(&x)?.apply_op3_no_bwd(&to(&w)?, &to(&b)?, &Conv(shape))?,
-                    &y,
-                    tolerance,
-                )?;
-                same("grad_input", &grad_input(&to(&gy)?, &to(&w)?, &shape)?, &gx, tolerance)?;
-                same("grad_weight", &grad_weight(&to(&p)?, &to(&gy)?, &shape)?, &gw, tolerance)?;
-                same("grad_bias", &grad_bias(&to(&gy)?)?, &gb, tolerance)?;
+                assert_close(&to(&x)?.apply_op3_no_bwd(&to(&w)?, &to(&b)?, &Conv(shape))?, &y, tolerance);
+                assert_close(&grad_input(&to(&gy)?, &to(&w)?, &shape)?, &gx, tolerance);
+                assert_close(&grad_weight(&to(&p)?, &to(&gy)?, &shape)?, &gw, tolerance);
+                assert_close(&grad_bias(&to(&gy)?)?, &gb, tolerance);
             }
         }
         Ok(())

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{
     correlate::{Runs, SPARE, correlate, pack, pad, products},
-    element::{Element, Real},
+    element::Real,
     patches::{ConvShape, fold_plane, unfold_plane},
 };
 
@@ -166,15 +166,4 @@ pub(super) fn weight_grads<T: Real>(
     }
     sums.truncate(length);
     sums
-}
-
-/// The sum of a run, kept in several partial sums so that it vectorizes.
-pub(super) fn sum_lanes<T: Element>(run: &[T]) -> T::Acc {
-    let (chunks, rest) = run.as_chunks::<16>();
-    let mut lanes = [T::Acc::ZERO; 16];
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, v)| *lane += v.widen());
-    }
-    let values = lanes.into_iter().chain(rest.iter().map(|v| v.widen()));
-    values.fold(T::Acc::ZERO, |sum, v| sum + v)
 }

@@ -127,6 +127,37 @@ macro_rules! float_dispatch {
 }
 pub(crate) use float_dispatch;
 
+/// Partial sums that a sum is kept in, so that it vectorizes.
+const PARTS: usize = 16;
+
+/// `sum f(x)` in the accumulator type.
+#[inline(always)]
+pub(crate) fn sum<T: Element>(x: &[T], f: impl Fn(T::Acc) -> T::Acc) -> T::Acc {
+    let (chunks, rest) = x.as_chunks::<PARTS>();
+    let mut parts = [T::Acc::ZERO; PARTS];
+    for chunk in chunks {
+        for i in 0..PARTS {
+            parts[i] += f(chunk[i].widen());
+        }
+    }
+    let rest = rest.iter().map(|v| f(v.widen()));
+    parts.into_iter().chain(rest).fold(T::Acc::ZERO, |sum, v| sum + v)
+}
+
+/// `sum x y` in the accumulator type.
+#[inline(always)]
+pub(crate) fn dot<T: Element>(x: &[T], y: &[T]) -> T::Acc {
+    let ((xs, x_rest), (ys, y_rest)) = (x.as_chunks::<PARTS>(), y.as_chunks::<PARTS>());
+    let mut parts = [T::Acc::ZERO; PARTS];
+    for (x, y) in xs.iter().zip(ys) {
+        for i in 0..PARTS {
+            parts[i] += x[i].widen() * y[i].widen();
+        }
+    }
+    let rest = x_rest.iter().zip(y_rest).map(|(x, y)| x.widen() * y.widen());
+    parts.into_iter().chain(rest).fold(T::Acc::ZERO, |sum, v| sum + v)
+}
+
 /// The elements of a CPU storage in row-major order of `layout`; borrowed where they already lie so.
 pub(crate) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [T]>> {
     let data = T::cpu_storage_as_slice(storage)?;

@@ -14,23 +14,33 @@ struct MaxPool {
     at: OnceLock<Vec<u32>>,
 }
 
-impl MaxPool {
-    /// The maxima of one plane of width `w` and their positions. The first of equal ones counts; a NaN is larger than
-    /// everything.
-    fn plane<T: WithDType>(&self, x: &[T], w: usize, ow: usize, y: &mut [T], at: &mut [u32]) {
-        for (o, (y, at)) in y.iter_mut().zip(at).enumerate() {
-            let corner = o / ow * self.stride.0 * w + o % ow * self.stride.1;
-            (*y, *at) = (x[corner], corner as u32);
-            for row in 0..self.kernel.0 {
-                let first = corner + row * w;
-                for (col, &v) in x[first..first + self.kernel.1].iter().enumerate() {
-                    // `v != v` only for a NaN.
+/// The maxima of one plane of width `w` and their positions. The first of equal ones counts; a NaN is larger than
+/// everything. Inlined, so that a kernel and stride that are known unroll.
+#[inline(always)]
+fn plane<T: WithDType>(
+    (x, w): (&[T], usize),
+    (kernel, stride): ((usize, usize), (usize, usize)),
+    ow: usize,
+    y: &mut [T],
+    at: &mut [u32],
+) {
+    for (p, (y, at)) in y.chunks_exact_mut(ow).zip(at.chunks_exact_mut(ow)).enumerate() {
+        let corner = p * stride.0 * w;
+        let rows = &x[corner..corner + (kernel.0 - 1) * w + (ow - 1) * stride.1 + kernel.1];
+        for (q, (y, at)) in y.iter_mut().zip(at).enumerate() {
+            let mut first = q * stride.1;
+            let (mut max, mut place) = (rows[first], first);
+            for _ in 0..kernel.0 {
+                for (col, &v) in rows[first..first + kernel.1].iter().enumerate() {
+                    // Without a branch, which the maxima of an image would mispredict. `v != v` only for a NaN.
                     #[allow(clippy::eq_op)]
-                    if v > *y || v != v {
-                        (*y, *at) = (v, (first + col) as u32);
-                    }
+                    let larger = (v > max) | (v != v);
+                    max = if larger { v } else { max };
+                    place = if larger { first + col } else { place };
                 }
+                first += w;
             }
+            (*y, *at) = (max, (corner + place) as u32);
         }
     }
 }
@@ -51,7 +61,10 @@ impl CustomOp1 for MaxPool {
                 .zip(at.par_chunks_exact_mut(oh * ow))
                 .zip(x.par_chunks_exact(h * w))
                 .with_min_len(c)
-                .for_each(|((y, at), x)| self.plane(x, w, ow, y, at));
+                .for_each(|((y, at), x)| match (self.kernel, self.stride) {
+                    ((2, 2), (2, 2)) => plane((x, w), ((2, 2), (2, 2)), ow, y, at),
+                    window => plane((x, w), window, ow, y, at),
+                });
             // Set once: an op is applied to one tensor.
             self.at.get_or_init(|| at);
             Ok((T::to_cpu_storage_owned(y), Shape::from((n, c, oh, ow))))
@@ -164,16 +177,7 @@ mod tests {
     use candle_core::{DType, Var};
 
     use super::*;
-    use crate::ops::rng;
-
-    fn random(dims: &[usize]) -> Result<Var> {
-        let values = (0..dims.iter().product::<usize>() as u64).map(|i| rng::normal(2, 0, i));
-        Var::from_tensor(&Tensor::from_vec(values.collect::<Vec<_>>(), dims, &Device::Cpu)?)
-    }
-
-    fn flat(x: &Tensor) -> Result<Vec<f64>> {
-        x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
-    }
+    use crate::ops::testing::{random_var, values};
 
     /// The gradient of `sum(weights * f(x))` for weights 1, 2, ...
     fn gradient(x: &Var, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Vec<f64>> {
@@ -181,7 +185,7 @@ mod tests {
         let weights = Tensor::arange(1., 1. + y.elem_count() as f64, &Device::Cpu)?.reshape(y.shape())?;
         let grads = (y.to_dtype(DType::F64)? * weights)?.sum_all()?.backward()?;
         match grads.get(x) {
-            Some(grad) => flat(grad),
+            Some(grad) => values(grad),
             None => bail!("no gradient"),
         }
     }
@@ -189,21 +193,21 @@ mod tests {
     #[test]
     fn maxima_and_gradients_of_overlapping_windows() -> Result<()> {
         for (kernel, stride) in [((2, 2), (2, 2)), ((3, 2), (2, 1)), ((2, 3), (3, 4)), ((1, 1), (1, 1))] {
-            let x = random(&[2, 3, 7, 9])?;
-            let (values, y) = (flat(&x)?, max_pool2d(&x, kernel, stride)?);
+            let x = random_var(0, &[2, 3, 7, 9])?;
+            let (inputs, y) = (values(&x)?, max_pool2d(&x, kernel, stride)?);
             let (_, _, oh, ow) = y.dims4()?;
-            let mut expected = vec![0.; values.len()];
-            for (o, &y) in flat(&y)?.iter().enumerate() {
+            let mut expected = vec![0.; inputs.len()];
+            for (o, &y) in values(&y)?.iter().enumerate() {
                 let (plane, p, q) = (o / (oh * ow), o / ow % oh, o % ow);
                 let window = (0..kernel.0).flat_map(|a| (0..kernel.1).map(move |b| (a, b)));
                 let place = |(a, b)| (plane * 7 + p * stride.0 + a) * 9 + q * stride.1 + b;
-                let max = window.map(place).max_by(|&i, &j| values[i].total_cmp(&values[j])).unwrap_or(0);
-                assert_eq!(y, values[max]);
+                let max = window.map(place).max_by(|&i, &j| inputs[i].total_cmp(&inputs[j])).unwrap_or(0);
+                assert_eq!(y, inputs[max]);
                 expected[max] += (o + 1) as f64;
             }
             assert_eq!(gradient(&x, |x| max_pool2d(x, kernel, stride))?, expected);
             assert_eq!(gradient(&x, |x| max_pool_compose(x, kernel, stride))?, expected);
-            assert_eq!(flat(&max_pool_compose(&x, kernel, stride)?)?, flat(&y)?);
+            assert_eq!(values(&max_pool_compose(&x, kernel, stride)?)?, values(&y)?);
         }
         Ok(())
     }
@@ -213,11 +217,11 @@ mod tests {
         let nan = f32::NAN;
         let rows = [[1f32, 3., 5., 5.], [3., 3., 5., nan]];
         let x = Var::from_tensor(&Tensor::new(&rows, &Device::Cpu)?.reshape((1, 1, 2, 4))?)?;
-        let y = flat(&max_pool2d(&x, (2, 2), (2, 2))?)?;
+        let y = values(&max_pool2d(&x, (2, 2), (2, 2))?)?;
         assert!(y[0] == 3. && y[1].is_nan());
         assert_eq!(gradient(&x, |x| max_pool2d(x, (2, 2), (2, 2)))?, [0., 1., 0., 0., 0., 0., 0., 2.]);
         for dtype in [DType::F16, DType::BF16, DType::F64] {
-            assert_eq!(flat(&max_pool2d(&x.to_dtype(dtype)?, (2, 2), (2, 1))?)?[..2], [3., 5.]);
+            assert_eq!(values(&max_pool2d(&x.to_dtype(dtype)?, (2, 2), (2, 1))?)?[..2], [3., 5.]);
         }
         for (kernel, stride) in [((0, 1), (1, 1)), ((1, 1), (1, 0)), ((3, 1), (1, 1))] {
             assert!(max_pool2d(&x, kernel, stride).is_err());
@@ -230,9 +234,9 @@ mod tests {
     fn relu_at_zero() -> Result<()> {
         let x = Var::new(&[-1f32, 0., -0., 2., f32::INFINITY, f32::NEG_INFINITY], &Device::Cpu)?;
         for f in [relu, relu_compose] {
-            assert_eq!(flat(&f(&x)?)?, [0., 0., 0., 2., f64::INFINITY, 0.]);
+            assert_eq!(values(&f(&x)?)?, [0., 0., 0., 2., f64::INFINITY, 0.]);
             assert_eq!(gradient(&x, f)?, [0., 0., 0., 4., 5., 0.]);
-            assert!(flat(&f(&Tensor::new(&[f32::NAN], &Device::Cpu)?)?)?[0].is_nan());
+            assert!(values(&f(&Tensor::new(&[f32::NAN], &Device::Cpu)?)?)?[0].is_nan());
         }
         Ok(())
     }

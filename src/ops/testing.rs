@@ -1,0 +1,56 @@
+//! What the tests of the operations share.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+
+use super::rng;
+
+/// Standard normal numbers in f64, from the random stream `stream`.
+pub(crate) fn random(stream: u64, dims: &[usize]) -> Result<Tensor> {
+    let values = (0..dims.iter().product::<usize>() as u64).map(|i| rng::normal(1, stream, i));
+    Tensor::from_vec(values.collect::<Vec<_>>(), dims, &Device::Cpu)
+}
+
+/// The same, as a variable.
+pub(crate) fn random_var(stream: u64, dims: &[usize]) -> Result<Var> {
+    Var::from_tensor(&random(stream, dims)?)
+}
+
+/// The elements in f64, in row-major order.
+pub(crate) fn values(x: &Tensor) -> Result<Vec<f64>> {
+    x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+}
+
+/// Panics unless all elements lie within `tolerance`, relative to the largest expected number and at least to 1.
+#[track_caller]
+pub(crate) fn assert_close(x: &Tensor, expected: &[f64], tolerance: f64) {
+    let x = values(x).expect("readable");
+    assert_eq!(x.len(), expected.len());
+    let scale = expected.iter().fold(1f64, |m, v| m.max(v.abs()));
+    let error = x.iter().zip(expected).fold(0f64, |m, (a, b)| if a == b { m } else { m.max((a - b).abs()) });
+    assert!(error <= tolerance * scale, "error {error} at scale {scale}");
+}
+
+/// Compares the gradients of `sum_i c_i f(args)_i`, for fixed random `c`, with central differences in f64.
+#[track_caller]
+pub(crate) fn check_gradients(args: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let loss = |args: &[Tensor]| -> Result<Tensor> {
+        let y = f(args)?;
+        y.mul(&random(99, y.dims())?)?.sum_all()
+    };
+    let tensors: Vec<Tensor> = args.iter().map(|a| a.as_tensor().clone()).collect();
+    let grads = loss(&tensors).and_then(|l| l.backward()).expect("a gradient");
+    for (at, arg) in args.iter().enumerate() {
+        let flat = values(arg).expect("readable");
+        let h = 1e-5;
+        let moved = |i: usize, h: f64| -> Result<f64> {
+            let mut flat = flat.clone();
+            flat[i] += h;
+            let mut tensors = tensors.clone();
+            tensors[at] = Tensor::from_vec(flat, arg.dims(), &Device::Cpu)?;
+            loss(&tensors)?.to_scalar()
+        };
+        let differences: Result<Vec<f64>> =
+            (0..flat.len()).map(|i| Ok((moved(i, h)? - moved(i, -h)?) / (2. * h))).collect();
+        assert_close(grads.get(arg).expect("a gradient"), &differences.expect("finite"), 1e-8);
+    }
+}
