@@ -14,14 +14,20 @@ impl Folder {
         Self(path)
     }
 
-    /// Runs the example here with the words of `line`.
-    fn run(&self, line: &str) -> Output {
+    /// The example, to be run here, with the words of `line`.
+    fn command(&self, line: &str) -> Command {
         // This test is target/PROFILE/deps/NAME, the example target/PROFILE/examples/mnist; `cargo test` builds both.
         let test = std::env::current_exe().unwrap();
         let profile = test.parent().and_then(Path::parent).unwrap();
         let program = profile.join("examples").join(format!("mnist{}", std::env::consts::EXE_SUFFIX));
         assert!(program.exists(), "{} is missing: `cargo build --example mnist` makes it", program.display());
-        Command::new(program).args(line.split_whitespace()).current_dir(&self.0).output().unwrap()
+        let mut command = Command::new(program);
+        command.args(line.split_whitespace()).current_dir(&self.0);
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
     }
 
     /// Runs the example and requires success.
@@ -108,6 +114,20 @@ fn other_errors_are_one_sentence() {
         let error = folder.fail(line, 1);
         assert!(error.contains(sentence) && error.starts_with("error: "), "{line}: {error}");
         assert_eq!(error.trim_end().lines().count(), 1, "{line}: {error}");
+    }
+}
+
+#[test]
+fn without_a_network_the_full_set_asks_for_a_folder() {
+    let folder = Folder::new("offline");
+    // A cache that is empty, and an address where nothing answers.
+    let offline = [("HF_HOME", "cache"), ("HF_ENDPOINT", "http://127.0.0.1:9")];
+    for (line, name) in [("--dataset mnist", "MNIST"), ("--dataset fashion-mnist", "Fashion-MNIST")] {
+        let output = folder.command(line).envs(offline).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        let sentence = "cannot be downloaded: give the folder of its four IDX files with --data-dir DIR";
+        assert!(error.starts_with(&format!("error: {name} {sentence}")), "{error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{error}");
     }
 }
 

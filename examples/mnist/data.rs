@@ -14,6 +14,13 @@ pub enum Name {
 }
 
 impl Name {
+    fn title(self) -> &'static str {
+        match self {
+            Self::Mnist => "MNIST",
+            Self::FashionMnist => "Fashion-MNIST",
+        }
+    }
+
     /// Mean and standard deviation of the training set's pixels, on the scale 0 to 1.
     pub fn moments(self) -> (f64, f64) {
         match self {
@@ -59,7 +66,12 @@ impl Data {
             let labels = open(dir, &format!("{prefix}-labels"), "idx1-ubyte")?;
             Part::parse((&images.0, &images.1), (&labels.0, &labels.1))
         };
-        Ok(Self::new(&format!("{name:?} from {}", dir.display()), part("train")?, part("t10k")?, name))
+        Ok(Self::new(
+            &format!("{} from {}", name.title(), dir.display()),
+            part("train")?,
+            part("t10k")?,
+            name,
+        ))
     }
 
     /// The full set by way of candle-datasets: from its cache, else from the network.
@@ -71,13 +83,14 @@ impl Data {
         let set = match loaded {
             Ok(set) => set,
             Err(e) => bail!(
-                "{name:?} could not be downloaded ({}): give the folder of its four IDX files with --data-dir DIR",
+                "{} cannot be downloaded: give the folder of its four IDX files with --data-dir DIR ({})",
+                name.title(),
                 sentence(&e)
             ),
         };
         let train = Part::from_tensors(&set.train_images, &set.train_labels)?;
         let test = Part::from_tensors(&set.test_images, &set.test_labels)?;
-        Ok(Self::new(&format!("{name:?}, downloaded"), train, test, name))
+        Ok(Self::new(&format!("{}, downloaded", name.title()), train, test, name))
     }
 
     fn new(title: &str, train: Part, test: Part, name: Name) -> Self {

@@ -1,6 +1,7 @@
 //! `--trace`: how much time passes inside the spans forward, backward, factors, inverse and step.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tracing::{Subscriber, span};
@@ -36,11 +37,12 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Times {
 }
 
 impl Times {
-    /// Shows warnings on the error output, and measures spans if `measure`.
+    /// Shows the library's warnings on the error output, and measures spans if `measure`.
     pub fn install(measure: bool) -> Self {
         let times = Self::default();
-        let warnings =
-            fmt::layer().without_time().with_writer(std::io::stderr).with_filter(LevelFilter::WARN);
+        let stderr = std::io::stderr;
+        let warnings = fmt::layer().without_time().with_ansi(stderr().is_terminal()).with_writer(stderr);
+        let warnings = warnings.with_filter(Targets::new().with_target("kronwake", LevelFilter::WARN));
         let spans =
             Targets::new().with_target("kronwake", LevelFilter::INFO).with_target("mnist", LevelFilter::INFO);
         let measured = measure.then(|| times.clone().with_filter(spans));
