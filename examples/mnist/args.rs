@@ -113,6 +113,9 @@ pub struct Args {
     /// Models in the wake of qe, the current one included
     #[arg(long, value_name = "N", value_parser = count, help_heading = WAKE)]
     pub qe_models: Option<usize>,
+    /// Precondition the inner steps as q's step is; then --qe-lr below 1 is stable
+    #[arg(long, help_heading = WAKE)]
+    pub qe_preconditioned: bool,
 
     /// Start from these parameters (safetensors with the model's tensor names) instead of random ones
     #[arg(long, value_name = "FILE", help_heading = FILES)]
@@ -172,6 +175,7 @@ const ONLY: &[(&str, &[Choice])] = &[
     ("qe_lr", &[Qe]),
     ("qe_momentum", &[Qe]),
     ("qe_models", &[Qe]),
+    ("qe_preconditioned", &[Qe]),
     ("save", SINGLE),
     ("resume", SINGLE),
 ];

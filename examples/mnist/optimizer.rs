@@ -57,6 +57,7 @@ pub fn build(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<
         lr: args.qe_lr.unwrap_or(default.lr),
         momentum: args.qe_momentum.unwrap_or(default.momentum),
         models: args.qe_models.unwrap_or(default.models),
+        preconditioned: args.qe_preconditioned,
         ..default
     };
     match choice {
