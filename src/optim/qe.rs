@@ -1,6 +1,6 @@
 //! QE-KLD-WRM: Q's step, then steps on the exact symmetric divergence from earlier models.
 
-use super::natural::Natural;
+use super::natural::{Natural, scalar};
 use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake};
 use super::step::{Proposal, sum};
 use crate::curvature::Damping;
@@ -22,23 +22,19 @@ pub struct Inner {
     /// Multiplies the divergences; 1 is the theory's.
     pub scale: f64,
     /// Whether the inner directions are preconditioned as Q's is. Plain SGD (the published form) is stable only while
-    /// `lr` is below two over the largest eigenvalue of the Fisher matrix; preconditioned, the average's noise is what
-    /// bounds it.
+    /// `lr` is below two over the largest eigenvalue of the Fisher matrix.
     pub preconditioned: bool,
-    /// How far the inner steps may move a block's parameters from Q's step, as a multiple of that step's length;
-    /// beyond, they are pulled back. It keeps too high a rate from doing harm; infinity is no bound.
-    pub trust: f64,
 }
 
 impl Default for Inner {
     fn default() -> Self {
-        Self { steps: 1, lr: 0.1, momentum: 0.5, models: 2, scale: 1.0, preconditioned: false, trust: 1.0 }
+        Self { steps: 1, lr: 0.1, momentum: 0.5, models: 2, scale: 1.0, preconditioned: false }
     }
 }
 
 /// Q's step, then [`Inner::steps`] of momentum SGD on
 /// `<g, s> + 1/2 s^T B s + lambda sum_j w_j D_j` with the exact symmetric KL divergences `D_j` on the current batch
-/// (Puiu 2022, section 4.3).
+/// (Puiu 2022, section 4.3). Inner steps that end higher than they began, at too high a rate, are dropped: Q's step holds.
 #[derive(Debug, Clone, Default)]
 pub struct Qe {
     /// `rho` of the wake, in [0, 1); `None` takes `stat_decay`, as the theory has it.
@@ -77,10 +73,7 @@ impl WakeRule for Qe {
     fn check(&self, damping: Damping, ekfac: bool) -> Result<()> {
         check_wake(Self::NAME, self.wake_decay)?;
         check_quadratic(Self::NAME, self.solve, damping, ekfac)?;
-        let Inner { lr, momentum, models, scale, trust, .. } = self.inner;
-        if trust.is_nan() || trust < 0.0 {
-            bail!("{}: expected a trust of zero or more, got {trust}", Self::NAME)
-        }
+        let Inner { lr, momentum, models, scale, .. } = self.inner;
         if !(lr.is_finite() && lr >= 0.0 && scale.is_finite() && scale >= 0.0) {
             bail!("{}: expected inner lr and scale to be zero or more, got {lr} and {scale}", Self::NAME)
         }
@@ -160,10 +153,15 @@ impl Natural<Qe> {
         let Some(start) = models.last() else { bail!("{}: an empty wake", Qe::NAME) };
         let mut steps: Vec<Tensor> = proposal.blocks.iter().map(|b| b.step.clone()).collect();
         let mut buffers: Vec<Option<Tensor>> = vec![None; steps.len()];
-        for _ in 0..inner.steps {
+        let from_q = values.to_vec();
+        let mut before = f64::INFINITY;
+        for index in 0..inner.steps {
             self.show_all(values)?;
-            let distance = wake_distance(likelihood, &outputs()?, &wake)?;
-            let store = (distance * (inner.scale / lr))?.backward()?;
+            let distance = (wake_distance(likelihood, &outputs()?, &wake)? * (inner.scale / lr))?;
+            if index == 0 {
+                before = scalar(&distance)? + self.modelled(proposal, &steps)?;
+            }
+            let store = distance.backward()?;
             let grads = self.gradients(&store)?;
             for (index, (block, proposed)) in self.blocks.iter().zip(&proposal.blocks).enumerate() {
                 let (a, g) = &proposed.factors;
@@ -181,17 +179,34 @@ impl Natural<Qe> {
                 let change = (&buffer * -(inner.lr * lr * block.lr_scale))?;
                 buffers[index] = Some(buffer);
                 let moved = (&steps[index] + change)?;
-                let moved = within(inner.trust, &proposed.step, moved)?;
-                if !sum(&moved)?.is_finite() {
-                    bail!("{}: the inner steps of block {} diverge", Qe::NAME, block.name)
-                }
                 for (param, part) in block.split(&moved, &self.vars)? {
                     values[param] = (&start[param] + part)?;
                 }
                 steps[index] = moved;
             }
         }
+        if inner.steps == 0 {
+            return Ok(steps);
+        }
+        self.show_all(values)?;
+        let reached = scalar(&wake_distance(likelihood, &outputs()?, &wake)?)? * inner.scale / lr;
+        let lower = reached + self.modelled(proposal, &steps)? <= before;
+        if !lower {
+            values.clone_from_slice(&from_q);
+            steps = proposal.blocks.iter().map(|b| b.step.clone()).collect();
+        }
         Ok(steps)
+    }
+
+    /// `<g, s> + 1/2 s^T B s`, summed over blocks.
+    fn modelled(&self, proposal: &Proposal, steps: &[Tensor]) -> Result<f64> {
+        let mut total = 0.0;
+        for (block, step) in proposal.blocks.iter().zip(steps) {
+            let (a, g) = &block.factors;
+            let slope = (&block.gradient + (g.matmul(step)?.matmul(a)? * 0.5)?)?;
+            total += sum(&(slope * step)?)?;
+        }
+        Ok(total)
     }
 
     fn show_all(&self, values: &[Tensor]) -> Result<()> {
@@ -211,16 +226,6 @@ impl Natural<Qe> {
         self.closure_checked = true;
         Ok(())
     }
-}
-
-/// `moved`, no farther from `step` than `trust` times the length of `step`.
-fn within(trust: f64, step: &Tensor, moved: Tensor) -> Result<Tensor> {
-    if trust.is_infinite() {
-        return Ok(moved);
-    }
-    let apart = (&moved - step)?;
-    let (length, limit) = (sum(&apart.sqr()?)?.sqrt(), trust * sum(&step.sqr()?)?.sqrt());
-    if length <= limit { Ok(moved) } else { step + (apart * (limit / length))? }
 }
 
 /// `sum_j w_j D_j`, the mean over loss terms of symmetric divergences. For an exponential family with natural parameters
