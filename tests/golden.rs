@@ -149,6 +149,7 @@ fn qe(config: &Value) -> Qe {
             momentum: config["qe_momentum"].as_f64().unwrap(),
             models: config["qe_cap"].as_u64().unwrap() as usize,
             scale: config["qe_kl_scale"].as_f64().unwrap(),
+            ..Inner::default()
         },
     }
 }

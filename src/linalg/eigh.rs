@@ -2,10 +2,12 @@
 use candle_core::{Result, Tensor, WithDType};
 use faer::diag::DiagMut;
 use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
+use faer::linalg::evd::{
+    ComputeEigenvectors, SelfAdjointEvdParams, self_adjoint_evd, self_adjoint_evd_scratch,
+};
 use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::prelude::{ReborrowMut, default};
-use faer::{MatMut, MatRef, Par};
+use faer::{MatMut, MatRef, Par, Spec};
 
 use super::cholesky::lower_factor;
 use super::host::{Factorize, Real, by_group, distance, probe, square, times, transpose_times, transposed};
@@ -100,18 +102,21 @@ fn symmetrize<T: Real>(m: &mut [T], dim: usize) {
 fn decompose<T: Real>(m: &[T], dim: usize, par: Par) -> std::result::Result<(Vec<T>, Vec<T>), String> {
     let zero = <T as WithDType>::from_f64(0.0);
     let (mut values, mut rows) = (vec![zero; dim], vec![zero; dim * dim]);
-    // faer's divide and conquer (0.24.4, more than 128 rows) loses all digits of matrices far from 1 in size.
+    // faer's divide and conquer (0.24.4) loses all digits of matrices far from 1 in size.
     let largest = m.iter().fold(0.0, |largest: f64, &v| largest.max(WithDType::to_f64(v).abs()));
     let scale = <T as WithDType>::from_f64(if largest > 0.0 { largest } else { 1.0 });
     let m: Vec<T> = m.iter().map(|&v| v / scale).collect();
-    let scratch = self_adjoint_evd_scratch::<T>(dim, ComputeEigenvectors::Yes, par, default());
+    // From 64 rows on faer's divide and conquer is faster than its QR iteration, and more exact.
+    let mut params: Spec<SelfAdjointEvdParams, T> = default();
+    params.config.recursion_threshold = 64;
+    let scratch = self_adjoint_evd_scratch::<T>(dim, ComputeEigenvectors::Yes, par, params);
     self_adjoint_evd(
         MatRef::from_row_major_slice(&m, dim, dim),
         DiagMut::from_slice_mut(&mut values),
         Some(MatMut::from_column_major_slice_mut(&mut rows, dim, dim)),
         par,
         MemStack::new(&mut MemBuffer::new(scratch)),
-        default(),
+        params,
     )
     .map_err(|_| "the eigenvalue iteration did not converge".to_string())?;
     verify(&m, &values, &rows, dim)?;

@@ -1,4 +1,6 @@
 //! Inverses by Newton's iteration: matrix products alone, on the device of the matrix, from an earlier inverse.
+//!
+//! For devices that multiply fast. On a CPU the Cholesky inverse costs less than three of these updates.
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::host::square;

@@ -2,12 +2,14 @@
 pub mod conv;
 mod conv_slices;
 mod correlate;
+mod cross;
 mod element;
 pub mod factor;
 mod lanes;
 pub mod norm;
 pub mod patches;
 pub mod pool;
+mod record;
 pub mod rng;
 pub mod sample;
 pub mod softmax;

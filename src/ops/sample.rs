@@ -9,7 +9,7 @@ use super::rng;
 /// Which draw it is. Equal keys give equal samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DrawKey {
-    /// The seed of all draws.
+    /// Seed of the whole run.
     pub seed: u64,
     /// The optimizer's step, below 2^43.
     pub step: u64,

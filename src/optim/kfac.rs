@@ -30,7 +30,7 @@ impl WakeRule for KFacRule {
         Defaults {
             lr: 0.083,
             damping: Damping::Eigenvalue(0.0114),
-            stat_decay: 0.5,
+            stat_decay: 0.95,
             kl_clip: Some(0.015),
             fisher: Fisher::Sampled { draws: 1, seed: 0 },
         }

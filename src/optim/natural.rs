@@ -6,7 +6,8 @@ use super::groups::Rule;
 use super::params::{NonFinite, Params};
 use super::rest::Adam;
 use super::rule::WakeRule;
-use crate::curvature::{Adaptive, Damping, FactorSums, LayerFactors, Want};
+use super::step::{Refresh, Refusal, sum};
+use crate::curvature::{Adaptive, Damping, FactorSums, Want};
 use crate::ops::sample::DrawKey;
 use crate::tape::{Fisher, Layer, Likelihood};
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
@@ -50,6 +51,8 @@ pub(super) struct Observed {
     pub sums: Arc<Mutex<FactorSums>>,
     /// The tape listens to the user's backward pass (empirical Fisher).
     pub armed: bool,
+    /// Why the step has to be left out, under [`NonFinite::Skip`].
+    pub unusable: Option<String>,
 }
 
 impl std::fmt::Debug for Observed {
@@ -204,6 +207,9 @@ impl<R: WakeRule> Natural<R> {
             let group = params.groups.of(&param.name);
             param.weight_decay = group.and_then(|g| g.weight_decay).unwrap_or(params.weight_decay);
         }
+        if params.lr > 0.0 {
+            self.rest_ratio = params.rest.lr / params.lr;
+        }
         self.params = params;
         Ok(())
     }
@@ -271,6 +277,14 @@ impl<R: WakeRule> Natural<R> {
             Some(observed) => observed.sums.clone(),
             None => Arc::new(Mutex::new(FactorSums::new(self.wants.clone(), self.params.sharing))),
         };
+        if !sum(&outputs.detach())?.is_finite() {
+            let what = format!("the observed outputs {:?} have NaN or infinite elements", outputs.dims());
+            if self.params.non_finite == NonFinite::Error {
+                bail!("{}: step {}: {what}; parameters and state are unchanged", R::NAME, self.steps)
+            }
+            self.observed = Some(Observed { sums, armed: false, unusable: Some(what) });
+            return Ok(());
+        }
         let first = lock(&sums).terms() as u64;
         let tape = self.params.tape.clone();
         let step = self.steps as u64;
@@ -303,7 +317,8 @@ impl<R: WakeRule> Natural<R> {
         for (index, cotangent) in passes.iter().enumerate() {
             pass(cotangent, scale, index == 0)?;
         }
-        self.observed = Some(Observed { sums, armed });
+        let unusable = self.observed.take().and_then(|observed| observed.unusable);
+        self.observed = Some(Observed { sums, armed, unusable });
         Ok(())
     }
 
@@ -328,23 +343,25 @@ impl<R: WakeRule> Natural<R> {
     }
 
     /// The factors of the coming step with their number of loss terms, when they are due.
-    pub(super) fn take_factors(&mut self) -> Result<Option<(Vec<LayerFactors>, usize)>> {
+    pub(super) fn take_factors(&mut self) -> std::result::Result<Refresh, Refusal> {
         self.close_pass()?;
         let observed = self.observed.take();
         if !self.curvature_due() {
             return Ok(None);
         }
+        let failed = |what: String| Refusal::Failed(candle_core::Error::Msg(format!("{}: {what}", R::NAME)));
         let Some(observed) = observed else {
-            bail!(
-                "{}: step {} needs the curvature; call observe(&outputs, likelihood) between the forward pass and the \
-                 step",
-                R::NAME,
+            return Err(failed(format!(
+                "step {} needs the curvature; call observe(&outputs, likelihood) between the forward pass and the step",
                 self.steps
-            )
+            )));
         };
+        if let Some(what) = observed.unusable {
+            return Err(Refusal::NonFinite(what));
+        }
         let Ok(sums) = Arc::try_unwrap(observed.sums).map(|m| m.into_inner().unwrap_or_else(|p| p.into_inner()))
         else {
-            bail!("{}: the observed curvature is still in use", R::NAME)
+            return Err(failed("the observed curvature is still in use".into()));
         };
         let terms = sums.terms();
         Ok(Some((sums.finish(&self.layers)?, terms)))

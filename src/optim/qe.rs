@@ -21,11 +21,18 @@ pub struct Inner {
     pub models: usize,
     /// Multiplies the divergences; 1 is the theory's.
     pub scale: f64,
+    /// Whether the inner directions are preconditioned as Q's is. Plain SGD (the published form) is stable only while
+    /// `lr` is below two over the largest eigenvalue of the Fisher matrix; preconditioned, the average's noise is what
+    /// bounds it.
+    pub preconditioned: bool,
+    /// How far the inner steps may move a block's parameters from Q's step, as a multiple of that step's length;
+    /// beyond, they are pulled back. It keeps too high a rate from doing harm; infinity is no bound.
+    pub trust: f64,
 }
 
 impl Default for Inner {
     fn default() -> Self {
-        Self { steps: 1, lr: 0.1, momentum: 0.5, models: 2, scale: 1.0 }
+        Self { steps: 1, lr: 0.1, momentum: 0.5, models: 2, scale: 1.0, preconditioned: false, trust: 1.0 }
     }
 }
 
@@ -70,7 +77,10 @@ impl WakeRule for Qe {
     fn check(&self, damping: Damping, ekfac: bool) -> Result<()> {
         check_wake(Self::NAME, self.wake_decay)?;
         check_quadratic(Self::NAME, self.solve, damping, ekfac)?;
-        let Inner { lr, momentum, models, scale, .. } = self.inner;
+        let Inner { lr, momentum, models, scale, trust, .. } = self.inner;
+        if trust.is_nan() || trust < 0.0 {
+            bail!("{}: expected a trust of zero or more, got {trust}", Self::NAME)
+        }
         if !(lr.is_finite() && lr >= 0.0 && scale.is_finite() && scale >= 0.0) {
             bail!("{}: expected inner lr and scale to be zero or more, got {lr} and {scale}", Self::NAME)
         }
@@ -147,6 +157,7 @@ impl Natural<Qe> {
         }
         self.check_closure(&wake, outputs)?;
 
+        let Some(start) = models.last() else { bail!("{}: an empty wake", Qe::NAME) };
         let mut steps: Vec<Tensor> = proposal.blocks.iter().map(|b| b.step.clone()).collect();
         let mut buffers: Vec<Option<Tensor>> = vec![None; steps.len()];
         for _ in 0..inner.steps {
@@ -158,6 +169,10 @@ impl Natural<Qe> {
                 let (a, g) = &proposed.factors;
                 let model = (&proposed.gradient + g.matmul(&steps[index])?.matmul(a)?)?;
                 let direction = (block.matrix(|i| Ok(grads[i].clone()))? + model)?;
+                let direction = match &proposed.state.preconditioner {
+                    Some(preconditioner) if inner.preconditioned => preconditioner.apply(&direction)?,
+                    _ => direction,
+                };
                 let direction = self.rms_clipped(direction)?;
                 let buffer = match buffers[index].take() {
                     Some(buffer) => ((buffer * inner.momentum)? + direction)?,
@@ -165,13 +180,15 @@ impl Natural<Qe> {
                 };
                 let change = (&buffer * -(inner.lr * lr * block.lr_scale))?;
                 buffers[index] = Some(buffer);
-                steps[index] = (&steps[index] + &change)?;
-                if !sum(&steps[index])?.is_finite() {
+                let moved = (&steps[index] + change)?;
+                let moved = within(inner.trust, &proposed.step, moved)?;
+                if !sum(&moved)?.is_finite() {
                     bail!("{}: the inner steps of block {} diverge", Qe::NAME, block.name)
                 }
-                for (param, part) in block.split(&change, &self.vars)? {
-                    values[param] = (&values[param] + part)?;
+                for (param, part) in block.split(&moved, &self.vars)? {
+                    values[param] = (&start[param] + part)?;
                 }
+                steps[index] = moved;
             }
         }
         Ok(steps)
@@ -194,6 +211,16 @@ impl Natural<Qe> {
         self.closure_checked = true;
         Ok(())
     }
+}
+
+/// `moved`, no farther from `step` than `trust` times the length of `step`.
+fn within(trust: f64, step: &Tensor, moved: Tensor) -> Result<Tensor> {
+    if trust.is_infinite() {
+        return Ok(moved);
+    }
+    let apart = (&moved - step)?;
+    let (length, limit) = (sum(&apart.sqr()?)?.sqrt(), trust * sum(&step.sqr()?)?.sqrt());
+    if length <= limit { Ok(moved) } else { step + (apart * (limit / length))? }
 }
 
 /// `sum_j w_j D_j`, the mean over loss terms of symmetric divergences. For an exponential family with natural parameters

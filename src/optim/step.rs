@@ -7,7 +7,7 @@ use super::params::{Decay, NonFinite};
 use super::rest::Adam;
 use super::rule::{Model, QSolve, WakeRule};
 use crate::curvature::{
-    Inverse, LayerFactors, Preconditioner, Recipe, average_moments, damped_inverse, moments, sum_inverse,
+    Inverse, LayerFactors, Preconditioner, Recipe, average_moments, damped_inverse, moments, sum_inverse, wide,
 };
 use crate::ops::factor::ema;
 use candle_core::{DType, Result, Tensor, bail};
@@ -44,7 +44,7 @@ impl From<candle_core::Error> for Refusal {
 }
 
 /// The factors of a refresh, a set a layer, with the number of their loss terms.
-type Refresh = Option<(Vec<LayerFactors>, usize)>;
+pub(super) type Refresh = Option<(Vec<LayerFactors>, usize)>;
 
 /// A block's direction before the clip that all blocks share.
 struct Direction {
@@ -87,14 +87,12 @@ impl<R: WakeRule> Natural<R> {
             self.forget();
             bail!("{}: expected a learning rate of zero or more, got {}", R::NAME, self.params.lr)
         }
-        let refresh = match self.take_factors() {
-            Ok(refresh) => refresh,
-            Err(error) => {
-                self.forget();
-                return Err(error);
-            }
+        let proposal = match loss {
+            Some(loss) if !loss.is_finite() => Err(Refusal::NonFinite(format!("the loss is {loss}"))),
+            _ => self.take_factors().and_then(|refresh| self.propose(&grads, refresh)),
         };
-        let refused = match self.propose(&grads, refresh, loss) {
+        self.forget();
+        let refused = match proposal {
             Ok(proposal) => {
                 let predicted = self.predict(&proposal, loss)?;
                 return Ok(Some((proposal, predicted)));
@@ -113,12 +111,7 @@ impl<R: WakeRule> Natural<R> {
         }
     }
 
-    fn propose(&self, grads: &[Tensor], refresh: Refresh, loss: Option<f64>) -> std::result::Result<Proposal, Refusal> {
-        if let Some(loss) = loss
-            && !loss.is_finite()
-        {
-            return Err(Refusal::NonFinite(format!("the loss is {loss}")));
-        }
+    fn propose(&self, grads: &[Tensor], refresh: Refresh) -> std::result::Result<Proposal, Refusal> {
         let mut directions = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
             directions.push(self.direction(block, grads, refresh.as_ref())?);
@@ -420,7 +413,7 @@ impl<R: WakeRule> Natural<R> {
     }
 }
 
-/// The sum of all elements, in f64.
+/// The sum of all elements, in f64; half types are widened first, or a sum of small numbers could overflow.
 pub(super) fn sum(t: &Tensor) -> Result<f64> {
-    t.sum_all()?.to_dtype(DType::F64)?.to_scalar()
+    wide(t)?.sum_all()?.to_dtype(DType::F64)?.to_scalar()
 }

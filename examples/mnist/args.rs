@@ -1,0 +1,275 @@
+//! The command line: every option with its default, and which optimizers each option applies to.
+
+use super::data::Name;
+use super::model::Spec;
+use super::values::*;
+use candle_core::DType;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, error::ErrorKind};
+use std::path::PathBuf;
+
+/// Train a small network on 28x28 images with the optimizers of kronwake.
+///
+/// Without arguments: trains the CNN of the KLD-WRM paper on a bundled subset of Fashion-MNIST with SO-KLD-WRM, then
+/// with K-FAC and AdamW from the same initial parameters on the same batches, and compares them.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "mnist", after_long_help = LOG_FORMAT)]
+pub struct Args {
+    /// How to train; `compare` runs so, kfac and adamw from the same start on the same batches
+    #[arg(long, value_enum, default_value_t = Choice::Compare)]
+    pub optimizer: Choice,
+
+    /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh]
+    #[arg(long, default_value = "cnn", help_heading = DATA)]
+    pub model: Spec,
+    /// Full data set, from the cache of Hugging Face or the network, or with --data-dir from a folder [default: bundled
+    /// subset of Fashion-MNIST; with --data-dir: mnist]
+    #[arg(long, value_enum, help_heading = DATA)]
+    pub dataset: Option<Name>,
+    /// Folder with the four IDX files of --dataset, gzip or raw
+    #[arg(long, value_name = "DIR", help_heading = DATA)]
+    pub data_dir: Option<PathBuf>,
+    /// Probability that a unit before the last layer is dropped in training
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = fraction, help_heading = DATA)]
+    pub dropout: f64,
+    /// Element type of parameters and activations: f32 | f64 | bf16 | f16 (the loss is in f32 or f64)
+    #[arg(long, default_value = "f32", value_parser = dtype, help_heading = DATA)]
+    pub dtype: DType,
+    /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
+    #[arg(long, default_value = "cpu", help_heading = DATA)]
+    pub device: Place,
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = DATA)]
+    pub threads: Option<usize>,
+
+    /// Passes over the training set, those before --resume included [default: 10, or as many as --steps needs]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = TRAINING)]
+    pub epochs: Option<usize>,
+    /// Stop after this many steps, those before --resume included; each step's loss goes to --log
+    #[arg(long, value_name = "N", value_parser = count, help_heading = TRAINING)]
+    pub steps: Option<usize>,
+    /// Examples a step; an epoch's last batch may be smaller
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = count, help_heading = TRAINING)]
+    pub batch: usize,
+    /// Learning rate [default: sgd 0.05, adamw 0.003]
+    #[arg(long, value_parser = positive, help_heading = TRAINING)]
+    pub lr: Option<f64>,
+    /// How the learning rate falls over all the --epochs: not at all, or by a half cosine to 5 %
+    #[arg(long, value_enum, default_value_t = ScheduleKind::Cosine, help_heading = TRAINING)]
+    pub schedule: ScheduleKind,
+    /// Weight decay: sgd adds it to the gradient, adamw shrinks the parameters by lr times it
+    #[arg(long, default_value_t = 0.0, value_parser = not_negative, help_heading = TRAINING)]
+    pub weight_decay: f64,
+    /// Seed of initial parameters, data order, dropout and sampled labels
+    #[arg(long, default_value_t = 0, help_heading = TRAINING)]
+    pub seed: u64,
+    /// Keep the examples in file order (no seed involved), for comparisons with other implementations
+    #[arg(long, help_heading = TRAINING)]
+    pub no_shuffle: bool,
+
+    /// Damping added to the curvature, > 0
+    #[arg(long, value_parser = positive, help_heading = CURVATURE)]
+    pub damping: Option<f64>,
+    /// Where the damping is added: to the products of eigenvalues, to both factors, or adapted to the loss's decrease
+    #[arg(long, value_enum, help_heading = CURVATURE)]
+    pub damping_kind: Option<DampingKind>,
+    /// A layer's bias in the block of its weight or in a block of its own
+    #[arg(long, value_enum, help_heading = CURVATURE)]
+    pub bias: Option<BiasKind>,
+    /// rho of the factors' exponential average, in [0, 1)
+    #[arg(long, value_name = "RHO", value_parser = fraction, help_heading = CURVATURE)]
+    pub stat_decay: Option<f64>,
+    /// Steps from one refresh of the factors to the next
+    #[arg(long, value_name = "N", value_parser = count, help_heading = CURVATURE)]
+    pub factor_every: Option<usize>,
+    /// Steps from one refresh of the inverses to the next
+    #[arg(long, value_name = "N", value_parser = count, help_heading = CURVATURE)]
+    pub inverse_every: Option<usize>,
+    /// Bound on a step's squared length in the metric of the curvature, or none
+    #[arg(long, value_name = "KL", help_heading = CURVATURE)]
+    pub kl_clip: Option<Limit>,
+    /// Bound on the root mean square of a block's direction, or none [default: none]
+    #[arg(long, value_name = "RMS", help_heading = CURVATURE)]
+    pub rms_clip: Option<Limit>,
+    /// Labels that the Fisher takes: the data's, sampled from the model, or all of them weighted by the model
+    #[arg(long, value_enum, help_heading = CURVATURE)]
+    pub fisher: Option<FisherKind>,
+
+    /// rho of the wake, in [0, 1) [default: that of --stat-decay]
+    #[arg(long, value_name = "RHO", value_parser = fraction, help_heading = WAKE)]
+    pub wake_decay: Option<f64>,
+    /// How q solves (F_bar + lr F) s = -lr g: factor by factor, or exactly
+    #[arg(long, value_enum, help_heading = WAKE)]
+    pub q_solve: Option<QSolveKind>,
+    /// Inner steps of qe on the exact divergence
+    #[arg(long, value_name = "N", value_parser = count, help_heading = WAKE)]
+    pub qe_steps: Option<usize>,
+    /// Learning rate of the inner steps, in units of --lr
+    #[arg(long, value_parser = positive, help_heading = WAKE)]
+    pub qe_lr: Option<f64>,
+    /// Momentum of the inner steps, in [0, 1)
+    #[arg(long, value_parser = fraction, help_heading = WAKE)]
+    pub qe_momentum: Option<f64>,
+    /// Models in the wake of qe, the current one included
+    #[arg(long, value_name = "N", value_parser = count, help_heading = WAKE)]
+    pub qe_models: Option<usize>,
+    /// Precondition the inner steps as q's step is; then --qe-lr below 1 is stable
+    #[arg(long, help_heading = WAKE)]
+    pub qe_preconditioned: bool,
+
+    /// Start from these parameters (safetensors with the model's tensor names) instead of random ones
+    #[arg(long, value_name = "FILE", help_heading = FILES)]
+    pub init: Option<PathBuf>,
+    /// Write parameters and optimizer state here at the end
+    #[arg(long, value_name = "FILE", help_heading = FILES)]
+    pub save: Option<PathBuf>,
+    /// Go on from the file of --save; give the same other options, only --epochs or --steps larger
+    #[arg(long, value_name = "FILE", help_heading = FILES)]
+    pub resume: Option<PathBuf>,
+    /// Write one JSON object a line here; the format is below
+    #[arg(long, value_name = "FILE", help_heading = FILES)]
+    pub log: Option<PathBuf>,
+    /// Folder of curves.svg and model.safetensors, made if missing
+    #[arg(long, value_name = "DIR", default_value = ".", help_heading = FILES)]
+    pub out: PathBuf,
+    /// Print at the end how much time forward, backward, factors, inverse and step took
+    #[arg(long, help_heading = FILES)]
+    pub trace: bool,
+}
+
+const DATA: &str = "Model, data and machine";
+const TRAINING: &str = "Training";
+const CURVATURE: &str = "Curvature (kfac, so, q, qe, compare)";
+const WAKE: &str = "Wake (so, q, qe, compare; see each)";
+const FILES: &str = "Files and reports";
+
+const LOG_FORMAT: &str = "\
+Format of --log: one JSON object a line. An epoch gives
+  {\"optimizer\":\"so\",\"epoch\":1,\"step\":94,\"lr\":0.01,\"train_loss\":0.93,\"train_accuracy\":0.66,
+   \"test_loss\":0.66,\"test_accuracy\":0.75,\"seconds\":0.71}
+where step counts from the start of training, train_* are means over the epoch's batches, each before its step and with
+dropout if there is any, test_* are measured after the epoch without dropout, accuracies are in 0..1 and seconds are
+those of training alone. With --steps each step also gives
+  {\"optimizer\":\"so\",\"step\":1,\"loss\":2.31}
+with the loss of its batch before the step.";
+
+use Choice::{Adamw, Compare, Kfac, Q, Qe, Sgd, So};
+const SINGLE: &[Choice] = &[Sgd, Adamw, Kfac, So, Q, Qe];
+const CURVED: &[Choice] = &[Kfac, So, Q, Qe, Compare];
+
+/// The options that not every optimizer has, and the optimizers that have them.
+const ONLY: &[(&str, &[Choice])] = &[
+    ("lr", SINGLE),
+    ("damping", CURVED),
+    ("damping_kind", CURVED),
+    ("bias", CURVED),
+    ("stat_decay", CURVED),
+    ("factor_every", CURVED),
+    ("inverse_every", CURVED),
+    ("kl_clip", CURVED),
+    ("rms_clip", CURVED),
+    ("fisher", CURVED),
+    ("wake_decay", &[So, Q, Qe, Compare]),
+    ("q_solve", &[Q, Qe]),
+    ("qe_steps", &[Qe]),
+    ("qe_lr", &[Qe]),
+    ("qe_momentum", &[Qe]),
+    ("qe_models", &[Qe]),
+    ("qe_preconditioned", &[Qe]),
+    ("save", SINGLE),
+    ("resume", SINGLE),
+];
+
+impl Args {
+    /// The command line of this process; ends the process with a message if it is wrong.
+    pub fn from_command_line() -> Self {
+        Self::read(std::env::args_os()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Parses `words` (the program's name first) and refuses options that the optimizer does not have.
+    fn read<T: Into<std::ffi::OsString> + Clone>(
+        words: impl IntoIterator<Item = T>,
+    ) -> clap::error::Result<Self> {
+        let matches = Self::command().try_get_matches_from(words)?;
+        let args = Self::from_arg_matches(&matches)?;
+        match args.stray_option(&matches) {
+            Some(message) => Err(Self::command().error(ErrorKind::ArgumentConflict, message)),
+            None => Ok(args),
+        }
+    }
+
+    /// A sentence about the first given option that does not apply to the optimizer.
+    fn stray_option(&self, matches: &ArgMatches) -> Option<String> {
+        let (option, owners) = ONLY.iter().find(|(option, owners)| {
+            matches.value_source(option) == Some(ValueSource::CommandLine)
+                && !owners.contains(&self.optimizer)
+        })?;
+        let owners: Vec<_> = owners.iter().map(|owner| owner.name()).collect();
+        let option = option.replace('_', "-");
+        Some(format!(
+            "--{option} does not apply to --optimizer {}, only to {}",
+            self.optimizer.name(),
+            owners.join(", ")
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::ValueEnum;
+
+    fn read(line: &str) -> std::result::Result<Args, String> {
+        Args::read(["mnist"].into_iter().chain(line.split_whitespace())).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Args::command().debug_assert();
+        let command = Args::command();
+        for (option, _) in ONLY {
+            assert!(command.get_arguments().any(|arg| arg.get_id() == option), "{option} is no option");
+        }
+    }
+
+    #[test]
+    fn every_option_is_refused_by_the_optimizers_that_lack_it() {
+        for (option, owners) in ONLY {
+            let values = ["0.5", "2", "pi", "split", "exact"];
+            let flag = option.replace('_', "-");
+            for optimizer in Choice::value_variants() {
+                let line = |value| format!("--optimizer {} --{flag} {value}", optimizer.name());
+                // One of the values fits the option's type.
+                let results: Vec<_> = values.iter().map(|value| read(&line(value))).collect();
+                let fits = results.iter().any(|r| r.is_ok());
+                assert_eq!(fits, owners.contains(optimizer), "--{flag} with {}", optimizer.name());
+                let sentence =
+                    format!("--{flag} does not apply to --optimizer {}, only to ", optimizer.name());
+                let refused = results.iter().any(|r| r.as_ref().is_err_and(|e| e.contains(&sentence)));
+                assert_eq!(refused, !fits, "--{flag} with {}", optimizer.name());
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_values_are_refused_with_what_was_expected() {
+        for (line, message) in [
+            ("--lr 0 --optimizer sgd", "expected a number above 0"),
+            ("--lr nan --optimizer sgd", "expected a number above 0"),
+            ("--weight-decay=-1", "expected a number of at least 0"),
+            ("--dropout 1", "expected a number of at least 0 and below 1"),
+            ("--batch 0", "expected a whole number of at least 1"),
+            ("--dtype f8", "expected f32, f64, bf16 or f16"),
+            ("--device tpu", "expected cpu, cuda or cuda:N"),
+            ("--device cuda:x", "number of the GPU: invalid digit"),
+            ("--model vgg", "expected cnn, lenet300, lenet5 or mlp"),
+            ("--optimizer lbfgs", "[possible values: sgd, adamw, kfac, so, q, qe, compare]"),
+            ("--dataset cifar", "[possible values: mnist, fashion-mnist]"),
+        ] {
+            let error = read(line).unwrap_err();
+            assert!(error.contains(message), "{line}: {error}");
+        }
+        assert_eq!(read("--device cuda:3").unwrap().device, Place::Cuda(3));
+        assert_eq!(read("--device cuda").unwrap().device, Place::Cuda(0));
+    }
+}

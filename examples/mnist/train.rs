@@ -1,0 +1,251 @@
+//! The training loop: steps in epochs, an evaluation after each, stops on a loss that is no number.
+
+use super::args::Args;
+use super::data::{self, Data, Part};
+use super::model::{Dropout, Model};
+use super::optimizer::{self, Pass, Train};
+use super::report::{self, Log, Row};
+use super::values::{Choice, ScheduleKind};
+use super::weights;
+use candle_core::{D, DType, Device, Result, Tensor, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use kronwake::nn::{VarBuilder, VarMap, loss::cross_entropy};
+use kronwake::optim::Schedule;
+use kronwake::tape::Tape;
+use std::time::Instant;
+use tracing::info_span;
+
+/// Examples of an evaluation batch; the result does not depend on it.
+const EVALUATION_BATCH: usize = 250;
+
+/// A finished training.
+pub struct Run {
+    pub choice: Choice,
+    pub rows: Vec<Row>,
+    pub vars: VarMap,
+}
+
+/// How many steps there are, in steps since the start of training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Plan {
+    per_epoch: usize,
+    /// The length that the learning rate's schedule has.
+    horizon: usize,
+    /// Where to stop.
+    end: usize,
+}
+
+impl Plan {
+    fn new(args: &Args, examples: usize) -> Result<Self> {
+        let per_epoch = examples.div_ceil(args.batch);
+        let horizon = match (args.epochs, args.steps) {
+            (None, Some(steps)) => steps,
+            (epochs, _) => epochs.unwrap_or(10) * per_epoch,
+        };
+        let end = args.steps.unwrap_or(horizon);
+        if end > horizon {
+            bail!("--steps {end} is more than the {horizon} steps of --epochs {}", horizon / per_epoch);
+        }
+        Ok(Self { per_epoch, horizon, end })
+    }
+}
+
+fn schedule(kind: ScheduleKind, lr: f64, horizon: usize) -> Result<Schedule> {
+    match kind {
+        ScheduleKind::Constant => Ok(Schedule::Constant(lr)),
+        ScheduleKind::Cosine => Schedule::cosine(lr, horizon, 0, 0.05),
+    }
+}
+
+/// Sums over the examples seen so far.
+#[derive(Default)]
+struct Sums {
+    loss: f64,
+    correct: f64,
+    examples: f64,
+}
+
+impl Sums {
+    /// Adds a batch with the mean loss `loss`; `correct` of its `examples` are right.
+    fn add(&mut self, loss: f64, correct: f64, examples: usize) {
+        self.loss += loss * examples as f64;
+        self.correct += correct;
+        self.examples += examples as f64;
+    }
+
+    /// Mean loss and accuracy.
+    fn means(&self) -> (f64, f64) {
+        (self.loss / self.examples, self.correct / self.examples)
+    }
+}
+
+/// The mean cross-entropy of `logits [n, 10]`, in f32 at least.
+fn mean_loss(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let wide = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    cross_entropy(&logits.to_dtype(wide)?, labels)
+}
+
+/// How many of the `logits [n, 10]` are largest at their label.
+fn correct(logits: &Tensor, labels: &Tensor) -> Result<f64> {
+    logits.argmax(D::Minus1)?.eq(labels)?.to_dtype(DType::F64)?.sum_all()?.to_scalar()
+}
+
+fn scalar(loss: &Tensor) -> Result<f64> {
+    loss.to_dtype(DType::F64)?.to_scalar()
+}
+
+/// Mean loss and accuracy on `part`, without dropout.
+fn evaluate(model: &Model, data: &Data, part: &Part, dtype: DType, device: &Device) -> Result<(f64, f64)> {
+    let mut sums = Sums::default();
+    for places in data::order(part.len(), None, 0).chunks(EVALUATION_BATCH) {
+        let (x, y) = data.batch(part, places, dtype, device)?;
+        let logits = model.forward(&x, None)?.detach();
+        sums.add(scalar(&mean_loss(&logits, &y)?)?, correct(&logits, &y)?, places.len());
+    }
+    Ok(sums.means())
+}
+
+/// Trains a fresh model with the optimizer `choice`; prints a row an epoch and logs it.
+pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut Log) -> Result<Run> {
+    let vars = VarMap::new();
+    let tape = Tape::new();
+    let model = tape.build(|| Model::new(&args.model, VarBuilder::from_varmap(&vars, args.dtype, device)))?;
+    match &args.init {
+        Some(path) => weights::load(&vars, path)?,
+        None => weights::draw(&vars, args.seed)?,
+    }
+    let mut optimizer = optimizer::build(choice, args, &vars, &tape)?;
+    let plan = Plan::new(args, data.train.len())?;
+    let schedule = schedule(args.schedule, optimizer.learning_rate(), plan.horizon)?;
+    println!("{}, {} parameters: {}", choice.title(), weights::count(&vars)?, optimizer.settings());
+    if let (Some(table), true) = (optimizer.summary(), args.optimizer == choice) {
+        println!("{table}");
+    }
+    if let Some(path) = &args.resume {
+        optimizer.resume(path)?;
+    }
+    let start = optimizer.steps();
+    if start >= plan.end {
+        bail!("training already has the {start} steps of --resume: give more --epochs or --steps");
+    }
+    println!("{}", report::HEADER);
+
+    let bar = ProgressBar::new(plan.end as u64).with_position(start as u64);
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} steps, {eta} left, loss {msg}");
+    bar.set_style(style.map_err(candle_core::Error::wrap)?);
+    let mut looped =
+        Loop { choice, args, data, device, model: &model, optimizer: optimizer.as_mut(), plan, schedule };
+    let mut rows = Vec::new();
+    for epoch in start / plan.per_epoch..plan.end.div_ceil(plan.per_epoch) {
+        let (mut row, sums) = looped.epoch(epoch, &bar, log)?;
+        (row.train_loss, row.train_accuracy) = sums.means();
+        (row.test_loss, row.test_accuracy) = evaluate(&model, data, &data.test, args.dtype, device)?;
+        bar.suspend(|| println!("{row}"));
+        log.write(&row)?;
+        rows.push(row);
+    }
+    bar.finish_and_clear();
+    if let Some(path) = &args.save {
+        optimizer.save(path)?;
+        println!("state for --resume: {}", path.display());
+    }
+    Ok(Run { choice, rows, vars })
+}
+
+/// What stays the same during a training.
+struct Loop<'a> {
+    choice: Choice,
+    args: &'a Args,
+    data: &'a Data,
+    device: &'a Device,
+    model: &'a Model,
+    optimizer: &'a mut dyn Train,
+    plan: Plan,
+    schedule: Schedule,
+}
+
+impl Loop<'_> {
+    /// The steps of `epoch` (from 0) that are still to be done; the row has no results yet.
+    fn epoch(&mut self, epoch: usize, bar: &ProgressBar, log: &mut Log) -> Result<(Row, Sums)> {
+        let (args, plan) = (self.args, self.plan);
+        let shuffle = (!args.no_shuffle).then_some(args.seed);
+        let order = data::order(self.data.train.len(), shuffle, epoch);
+        let first = self.optimizer.steps() - epoch * plan.per_epoch;
+        let many = plan.end - self.optimizer.steps();
+        let mut sums = Sums::default();
+        let mut row = Row::new(self.choice, epoch + 1);
+        let clock = Instant::now();
+        for places in order.chunks(args.batch).skip(first).take(many) {
+            let step = self.optimizer.steps();
+            row.lr = self.schedule.at(step);
+            self.optimizer.set_learning_rate(row.lr);
+            let (loss, correct) = self.step(places, step)?;
+            sums.add(loss, correct, places.len());
+            bar.set_message(format!("{loss:.3}"));
+            bar.inc(1);
+            if args.steps.is_some() {
+                log.write_step(self.choice, step + 1, loss)?;
+            }
+        }
+        row.seconds = clock.elapsed().as_secs_f64();
+        row.step = self.optimizer.steps();
+        Ok((row, sums))
+    }
+
+    /// One step on the examples at `places`; the batch's mean loss before it, and how many were right.
+    fn step(&mut self, places: &[usize], step: usize) -> Result<(f64, f64)> {
+        let args = self.args;
+        let (x, y) = self.data.batch(&self.data.train, places, args.dtype, self.device)?;
+        let dropout = Some(Dropout { p: args.dropout, seed: args.seed, step });
+        let forward = |dropout| info_span!("forward").in_scope(|| self.model.forward(&x, dropout));
+        let logits = forward(dropout)?;
+        let loss = mean_loss(&logits, &y)?;
+        let value = scalar(&loss)?;
+        if !value.is_finite() {
+            let name = self.choice.name();
+            bail!(
+                "{name}: the loss of step {} is {value}; a lower --lr or more --damping may help",
+                step + 1
+            );
+        }
+        let right = correct(&logits, &y)?;
+        self.optimizer.step(&Pass {
+            logits: &logits,
+            loss: &loss,
+            logits_now: &|| forward(None),
+            loss_now: &|| mean_loss(&forward(dropout)?, &y),
+        })?;
+        Ok((value, right))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{idx::CLASSES, sentence::sentence};
+    use super::*;
+    use clap::Parser;
+
+    #[test]
+    fn the_plan_counts_steps_from_the_start_of_training() {
+        let plan = |line: &str| Plan::new(&Args::parse_from(line.split(' ')), 250);
+        let expect = |per_epoch, horizon, end| Plan { per_epoch, horizon, end };
+        assert_eq!(plan("mnist --batch 100").unwrap(), expect(3, 30, 30));
+        assert_eq!(plan("mnist --batch 100 --epochs 4").unwrap(), expect(3, 12, 12));
+        assert_eq!(plan("mnist --batch 100 --epochs 4 --steps 5").unwrap(), expect(3, 12, 5));
+        assert_eq!(plan("mnist --batch 100 --steps 5").unwrap(), expect(3, 5, 5));
+        let error = plan("mnist --batch 100 --epochs 1 --steps 5").unwrap_err();
+        assert_eq!(sentence(&error), "--steps 5 is more than the 3 steps of --epochs 1");
+    }
+
+    #[test]
+    fn loss_and_accuracy_of_known_logits() {
+        let mut logits = vec![0.0f64; 2 * CLASSES];
+        logits[3] = 2.0;
+        logits[CLASSES] = 1.0;
+        let logits = Tensor::from_vec(logits, (2, CLASSES), &Device::Cpu).unwrap();
+        let labels = Tensor::new(&[3u32, 1], &Device::Cpu).unwrap();
+        let expected = ((9.0 + 2f64.exp()).ln() - 2.0 + (9.0 + 1f64.exp()).ln()) / 2.0;
+        assert!((scalar(&mean_loss(&logits, &labels).unwrap()).unwrap() - expected).abs() < 1e-12);
+        assert_eq!(correct(&logits, &labels).unwrap(), 1.0);
+    }
+}

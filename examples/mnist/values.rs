@@ -1,0 +1,167 @@
+//! The values that options take, and how they are read.
+
+use super::sentence::sentence;
+use candle_core::{DType, Device, Result, bail};
+use clap::ValueEnum;
+
+/// What `--optimizer` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Choice {
+    /// Gradient descent with momentum 0.9
+    Sgd,
+    /// AdamW with 0.9, 0.999, 1e-8
+    Adamw,
+    /// K-FAC
+    Kfac,
+    /// SO-KLD-WRM
+    So,
+    /// Q-KLD-WRM
+    Q,
+    /// QE-KLD-WRM
+    Qe,
+    /// so, then kfac and adamw
+    Compare,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleKind {
+    Constant,
+    Cosine,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DampingKind {
+    Eigenvalue,
+    Pi,
+    Adaptive,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BiasKind {
+    Folded,
+    Split,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FisherKind {
+    Empirical,
+    Sampled,
+    Exact,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum QSolveKind {
+    Factor,
+    Exact,
+}
+
+/// A bound that can be switched off: what `--kl-clip` takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limit(pub Option<f64>);
+
+impl std::str::FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        positive(text).map(|value| Self(Some(value))).map_err(|expected| format!("{expected}, or none"))
+    }
+}
+
+impl Choice {
+    /// As papers spell it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Sgd => "SGD with momentum",
+            Self::Adamw => "AdamW",
+            Self::Kfac => "K-FAC",
+            Self::So => "SO-KLD-WRM",
+            Self::Q => "Q-KLD-WRM",
+            Self::Qe => "QE-KLD-WRM",
+            Self::Compare => "comparison",
+        }
+    }
+
+    /// As the command line and the log spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sgd => "sgd",
+            Self::Adamw => "adamw",
+            Self::Kfac => "kfac",
+            Self::So => "so",
+            Self::Q => "q",
+            Self::Qe => "qe",
+            Self::Compare => "compare",
+        }
+    }
+}
+
+/// What `--device` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match (text, text.strip_prefix("cuda:")) {
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(number)) => {
+                number.parse().map(Self::Cuda).map_err(|e| format!("number of the GPU: {e}"))
+            }
+            _ => Err("expected cpu, cuda or cuda:N".into()),
+        }
+    }
+}
+
+impl Place {
+    /// The candle device, or why there is none.
+    pub fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(n) => match Device::new_cuda(n) {
+                Ok(device) => Ok(device),
+                Err(e) => bail!("--device cuda:{n}: {}", sentence(&e)),
+            },
+        }
+    }
+}
+
+fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && fits(value) => Ok(value),
+        _ => Err(format!("expected {expected}")),
+    }
+}
+
+pub fn positive(text: &str) -> std::result::Result<f64, String> {
+    number(text, |v| v > 0.0, "a number above 0")
+}
+
+pub fn not_negative(text: &str) -> std::result::Result<f64, String> {
+    number(text, |v| v >= 0.0, "a number of at least 0")
+}
+
+pub fn fraction(text: &str) -> std::result::Result<f64, String> {
+    number(text, |v| (0.0..1.0).contains(&v), "a number of at least 0 and below 1")
+}
+
+pub fn count(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
+}
+
+pub fn dtype(text: &str) -> std::result::Result<DType, String> {
+    match text {
+        "f32" => Ok(DType::F32),
+        "f64" => Ok(DType::F64),
+        "bf16" => Ok(DType::BF16),
+        "f16" => Ok(DType::F16),
+        _ => Err("expected f32, f64, bf16 or f16".into()),
+    }
+}

@@ -1,0 +1,212 @@
+//! The example from end to end, as a user starts it.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// A folder of its own for a test, removed at its end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("kronwake-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// The example, to be run here, with the words of `line`.
+    fn command(&self, line: &str) -> Command {
+        // This test is target/PROFILE/deps/NAME, the example target/PROFILE/examples/mnist; `cargo test` builds both.
+        let test = std::env::current_exe().unwrap();
+        let profile = test.parent().and_then(Path::parent).unwrap();
+        let program = profile.join("examples").join(format!("mnist{}", std::env::consts::EXE_SUFFIX));
+        assert!(program.exists(), "{} is missing: `cargo build --example mnist` makes it", program.display());
+        let mut command = Command::new(program);
+        command.args(line.split_whitespace()).current_dir(&self.0);
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    /// Runs the example and requires success.
+    fn train(&self, line: &str) -> String {
+        let output = self.run(line);
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{line}\n{out}\n{err}");
+        out.into_owned()
+    }
+
+    /// Runs the example and requires failure with `code`; the error output.
+    fn fail(&self, line: &str, code: i32) -> String {
+        let output = self.run(line);
+        assert_eq!(output.status.code(), Some(code), "{line}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    fn read(&self, file: &str) -> Vec<u8> {
+        std::fs::read(self.0.join(file)).unwrap()
+    }
+
+    /// The objects of a log.
+    fn log(&self, file: &str) -> Vec<Value> {
+        let text = String::from_utf8(self.read(file)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/fashion-mnist-6k");
+
+#[test]
+fn options_that_do_not_apply_are_errors() {
+    let folder = Folder::new("options");
+    for (line, sentence) in [
+        ("--lr 0.1", "--lr does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe"),
+        (
+            "--optimizer adamw --damping 1",
+            "--damping does not apply to --optimizer adamw, only to kfac, so, q, qe, compare",
+        ),
+        (
+            "--optimizer kfac --wake-decay 0.5",
+            "--wake-decay does not apply to --optimizer kfac, only to so, q, qe, compare",
+        ),
+        ("--optimizer so --q-solve exact", "--q-solve does not apply to --optimizer so, only to q, qe"),
+        ("--optimizer q --qe-lr 0.1", "--qe-lr does not apply to --optimizer q, only to qe"),
+        ("--save x", "--save does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe"),
+    ] {
+        let error = folder.fail(line, 2);
+        assert!(error.starts_with(&format!("error: {sentence}\n")), "{line}: {error}");
+    }
+}
+
+#[test]
+fn other_errors_are_one_sentence() {
+    let folder = Folder::new("errors");
+    std::fs::write(folder.0.join("junk"), "no safetensors").unwrap();
+    let mut cases = vec![
+        (
+            "--data-dir nowhere",
+            "nowhere: neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz is in this folder",
+        ),
+        ("--steps 9 --epochs 1 --batch 3000", "--steps 9 is more than the 2 steps of --epochs 1"),
+        ("--init junk", "junk: not a whole safetensors file (14 bytes)"),
+        ("--optimizer sgd --resume junk", "junk: not a whole safetensors file (14 bytes)"),
+        ("--optimizer so --resume junk", "junk: not a whole safetensors file (14 bytes)"),
+        ("--out junk/there", "--out junk/there: cannot be made"),
+        ("--log no/log", "--log no/log: cannot be written"),
+        ("--optimizer sgd --lr 1e30", "sgd: the loss of step"),
+        ("--optimizer q --q-solve exact", "q-kld-wrm: the exact solve needs pi damping"),
+    ];
+    if !cfg!(feature = "cuda") {
+        cases.push((
+            "--device cuda:1",
+            "--device cuda:1: the candle crate has not been built with cuda support",
+        ));
+    }
+    for (line, sentence) in cases {
+        let error = folder.fail(line, 1);
+        assert!(error.contains(sentence) && error.starts_with("error: "), "{line}: {error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{line}: {error}");
+    }
+}
+
+#[test]
+fn without_a_network_the_full_set_asks_for_a_folder() {
+    let folder = Folder::new("offline");
+    // A cache that is empty, and an address where nothing answers.
+    let offline = [("HF_HOME", "cache"), ("HF_ENDPOINT", "http://127.0.0.1:9")];
+    for (line, name) in [("--dataset mnist", "MNIST"), ("--dataset fashion-mnist", "Fashion-MNIST")] {
+        let output = folder.command(line).envs(offline).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        let sentence = "cannot be downloaded: give the folder of its four IDX files with --data-dir DIR";
+        assert!(error.starts_with(&format!("error: {name} {sentence}")), "{error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+    }
+}
+
+#[test]
+fn three_steps_in_file_order_with_every_optimizer() {
+    let folder = Folder::new("steps");
+    let mut first = vec![];
+    for optimizer in ["sgd", "adamw", "kfac", "so", "q", "qe"] {
+        let line =
+            format!("--optimizer {optimizer} --no-shuffle --steps 3 --batch 50 --log {optimizer}.jsonl");
+        let out = folder.train(&line);
+        assert!(out.contains("curves: ./curves.svg") && out.contains("model.safetensors"), "{out}");
+        let log = folder.log(&format!("{optimizer}.jsonl"));
+        assert_eq!(log.len(), 4, "{log:?}");
+        let losses: Vec<f64> = log[..3].iter().map(|step| step["loss"].as_f64().unwrap()).collect();
+        assert_eq!(log[..3].iter().map(|step| step["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3]);
+        let epoch = &log[3];
+        assert_eq!((epoch["epoch"].as_u64(), epoch["step"].as_u64()), (Some(1), Some(3)));
+        assert_eq!(epoch["optimizer"], optimizer);
+        let mean = losses.iter().sum::<f64>() / 3.0;
+        assert!((epoch["train_loss"].as_f64().unwrap() - mean).abs() < 1e-12);
+        for accuracy in ["train_accuracy", "test_accuracy"] {
+            assert!((0.0..=1.0).contains(&epoch[accuracy].as_f64().unwrap()), "{epoch}");
+        }
+        assert!(epoch["test_loss"].as_f64().unwrap() < 3.0 && epoch["seconds"].as_f64().unwrap() > 0.0);
+        first.push(losses[0]);
+        assert!(folder.read("curves.svg").starts_with(b"<svg"));
+    }
+    assert!(first.iter().all(|loss| *loss == first[0]), "the same parameters and batch: {first:?}");
+    let model = candle_core::safetensors::load(folder.0.join("model.safetensors"), &candle_core::Device::Cpu)
+        .unwrap();
+    let mut names: Vec<_> = model.keys().map(String::as_str).collect();
+    names.sort_unstable();
+    let layers = ["conv1", "conv2", "fc1", "fc2"];
+    let expected: Vec<_> = layers.iter().flat_map(|l| [format!("{l}.bias"), format!("{l}.weight")]).collect();
+    assert_eq!(names, expected);
+}
+
+#[test]
+fn a_resumed_training_is_the_uninterrupted_one() {
+    let folder = Folder::new("resume");
+    for optimizer in ["sgd", "adamw", "kfac --damping-kind adaptive", "so", "q", "qe --qe-models 3"] {
+        let mut line = format!("--optimizer {optimizer} --batch 100 --epochs 1 --dropout 0.3 --dtype f64");
+        if !["sgd", "adamw"].contains(&optimizer) {
+            line.push_str(" --factor-every 2 --inverse-every 3");
+        }
+        folder.train(&format!("{line} --steps 9 --out whole"));
+        folder.train(&format!("{line} --steps 4 --save state --out part"));
+        folder.train(&format!("{line} --steps 9 --resume state --out part"));
+        assert!(
+            folder.read("whole/model.safetensors") == folder.read("part/model.safetensors"),
+            "{optimizer}"
+        );
+        let error = folder.fail(&format!("{line} --steps 4 --resume state"), 1);
+        assert!(error.contains("already has the 4 steps of --resume"), "{error}");
+    }
+}
+
+#[test]
+fn a_folder_and_a_start_from_a_file_give_the_same_training() {
+    let folder = Folder::new("folder");
+    let line = "--optimizer kfac --steps 2 --batch 100 --model mlp:784-16-10:tanh";
+    folder.train(&format!("{line} --out a"));
+    folder.train(&format!("{line} --out b --dataset fashion-mnist --data-dir {BUNDLED}"));
+    assert!(folder.read("a/model.safetensors") == folder.read("b/model.safetensors"));
+    folder.train(&format!("{line} --seed 5 --no-shuffle --out c --init a/model.safetensors"));
+    folder.train(&format!("{line} --seed 5 --no-shuffle --out d --init b/model.safetensors"));
+    assert!(folder.read("c/model.safetensors") == folder.read("d/model.safetensors"));
+    let error = folder.fail("--init a/model.safetensors", 1);
+    assert!(error.contains("conv1.weight"), "{error}");
+}
+
+#[test]
+fn the_comparison_names_what_it_wrote_and_where_the_time_went() {
+    let folder = Folder::new("compare");
+    let out = folder.train("--epochs 1 --batch 500 --trace --model mlp:784-16-10");
+    let expected =
+        ["SO-KLD-WRM", "K-FAC", "AdamW", "curves.svg", "parameters after so", "./model.safetensors"];
+    for word in expected.into_iter().chain(["forward", "backward", "factors", "inverse", "step"]) {
+        assert!(out.contains(word), "{word} in {out}");
+    }
+}
