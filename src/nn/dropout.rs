@@ -10,6 +10,9 @@ use rayon::prelude::*;
 
 use crate::ops::rng;
 
+/// Places of the random stream, of four elements each, that are worth a task of their own.
+const PLACES: usize = 1024;
+
 /// Sets each element to 0 with probability `p` in training and divides the others by `1 - p`; the identity otherwise.
 ///
 /// Built by [`Dropout::seeded`], the mask is a function of the seed, the step and the element's place: two passes in one
@@ -67,9 +70,12 @@ impl Dropout {
         // 32 random bits an element: the probability is exact to 2^-33.
         let (threshold, kept) = ((p * 2f64.powi(32)).round() as u64, (1. / (1. - p)) as f32);
         let mut mask = vec![0f32; xs.elem_count()];
-        mask.par_chunks_mut(4).enumerate().with_min_len(1024).for_each(|(at, mask)| {
-            for (mask, bits) in mask.iter_mut().zip(rng::bits(seed, stream, at as u64)) {
-                *mask = if u64::from(bits) < threshold { 0. } else { kept };
+        mask.par_chunks_mut(4 * PLACES).enumerate().for_each(|(part, mask)| {
+            for (at, mask) in mask.chunks_mut(4).enumerate() {
+                let bits = rng::bits(seed, stream, (part * PLACES + at) as u64);
+                for (mask, bits) in mask.iter_mut().zip(bits) {
+                    *mask = if u64::from(bits) < threshold { 0. } else { kept };
+                }
             }
         });
         let mask = Tensor::from_vec(mask, xs.shape(), &Device::Cpu)?.to_dtype(xs.dtype())?;

@@ -7,7 +7,7 @@ pub use candle_nn::ops::*;
 pub use super::dropout::Dropout;
 pub use crate::ops::{
     pool::{max_pool2d, relu},
-    softmax::{cross_entropy, softmax_last_dim},
+    softmax::softmax_last_dim,
 };
 
 /// Softmax over `dim`; the fused version if that is the last.

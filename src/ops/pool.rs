@@ -100,8 +100,8 @@ fn output(h: usize, w: usize, kernel: (usize, usize), stride: (usize, usize)) ->
 
 /// The maxima of windows of `kernel` (height, width), `stride` apart, without padding: `[n, c, h, w]` to
 /// `[n, c, (h - kh) / stride + 1, (w - kw) / stride + 1]`. The gradient goes to the first maximum of a window in row-major
-/// order, as in PyTorch. A NaN in a window is its maximum. Fails on a zero kernel or stride and on a kernel larger than
-/// the input.
+/// order, as in PyTorch. A NaN in a window is its maximum. (On devices other than the CPU, ties and NaN go where the
+/// device's argmax says.) Fails on a zero kernel or stride and on a kernel larger than the input.
 pub fn max_pool2d(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) -> Result<Tensor> {
     let &[_, _, h, w] = x.dims() else {
         bail!("max-pool2d: expected an input [batch, channels, height, width], got {:?}", x.dims())
@@ -113,7 +113,7 @@ pub fn max_pool2d(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) ->
     max_pool_compose(x, kernel, stride)
 }
 
-/// The same from candle's own operations; ties go where the device's argmax says.
+/// The same from candle's own operations.
 fn max_pool_compose(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) -> Result<Tensor> {
     let (n, c, h, w) = x.dims4()?;
     let (oh, ow) = output(h, w, kernel, stride)?;

@@ -31,6 +31,14 @@ fn log_sum_exp<T: Element>(row: &[T]) -> (T::Acc, T::Acc) {
     (max, sum(row, |v| (v - max).exp()).ln())
 }
 
+/// The exponentials `exp(x - m)` of a row in `exps`, and one over their sum.
+fn exponentials<T: Element>(row: &[T], exps: &mut Vec<T::Acc>) -> T::Acc {
+    let max = row.iter().fold(T::Acc::NEG_INFINITY, |m, v| m.max(v.widen()));
+    exps.clear();
+    exps.extend(row.iter().map(|v| (v.widen() - max).exp()));
+    T::Acc::from_f64(1.) / sum(exps, |v| v)
+}
+
 /// Rows that are worth a task of their own.
 fn rows_of_part(d: usize) -> usize {
     (1024 / d).max(1)
@@ -60,12 +68,13 @@ impl Softmax {
     fn forward<T: Element>(self, x: &[T], d: usize) -> Vec<T> {
         let mut y = vec![T::narrow(T::Acc::ZERO); x.len()];
         let rows = y.par_chunks_exact_mut(d).zip(x.par_chunks_exact(d));
-        rows.with_min_len(rows_of_part(d)).for_each(|(y, x)| {
-            let (max, log_sum) = log_sum_exp(x);
-            let pairs = y.iter_mut().zip(x).map(|(y, x)| (y, x.widen() - max - log_sum));
-            match self.log {
-                true => pairs.for_each(|(y, v)| *y = T::narrow(v)),
-                false => pairs.for_each(|(y, v)| *y = T::narrow(v.exp())),
+        rows.with_min_len(rows_of_part(d)).for_each_init(Vec::new, |exps, (y, x)| {
+            if self.log {
+                let (max, log_sum) = log_sum_exp(x);
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = T::narrow(x.widen() - max - log_sum));
+            } else {
+                let scale = exponentials(x, exps);
+                y.iter_mut().zip(exps).for_each(|(y, e)| *y = T::narrow(*e * scale));
             }
         });
         y
@@ -162,11 +171,10 @@ impl CrossEntropy {
         let scale = T::Acc::from_f64(scale / self.labels.len() as f64);
         let mut grad = vec![T::narrow(T::Acc::ZERO); logits.len()];
         let rows = grad.par_chunks_exact_mut(c).zip(logits.par_chunks_exact(c).zip(&self.labels));
-        rows.with_min_len(rows_of_part(c)).for_each(|(grad, (row, &label))| {
-            let (max, log_sum) = log_sum_exp(row);
-            let p = |x: &T| (x.widen() - max - log_sum).exp();
-            grad.iter_mut().zip(row).for_each(|(g, x)| *g = T::narrow(p(x) * scale));
-            grad[label] = T::narrow((p(&row[label]) - T::Acc::from_f64(1.)) * scale);
+        rows.with_min_len(rows_of_part(c)).for_each_init(Vec::new, |exps, (grad, (row, &label))| {
+            let one_over_sum = exponentials(row, exps);
+            grad.iter_mut().zip(&*exps).for_each(|(g, e)| *g = T::narrow(*e * one_over_sum * scale));
+            grad[label] = T::narrow((exps[label] * one_over_sum - T::Acc::from_f64(1.)) * scale);
         });
         grad
     }
