@@ -1,6 +1,7 @@
 //! The command line: every option with its default, and which optimizers each option applies to.
 
 use super::data::Name;
+use super::defaults;
 use super::model::Spec;
 use super::values::*;
 use candle_core::DType;
@@ -13,7 +14,7 @@ use std::path::PathBuf;
 /// Without arguments: trains the CNN of the KLD-WRM paper on a bundled subset of Fashion-MNIST with SO-KLD-WRM, then
 /// with K-FAC and AdamW from the same initial parameters on the same batches, and compares them.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "mnist", after_long_help = LOG_FORMAT)]
+#[command(name = "mnist", after_long_help = format!("{}\n{}\n{LOG_FORMAT}", owners(), defaults::table()))]
 pub struct Args {
     /// How to train; `compare` runs so, kfac and adamw from the same start on the same batches
     #[arg(long, value_enum, default_value_t = Choice::Compare)]
@@ -51,15 +52,16 @@ pub struct Args {
     /// Examples a step; an epoch's last batch may be smaller
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count, help_heading = TRAINING)]
     pub batch: usize,
-    /// Learning rate [default: sgd 0.05, adamw 0.003]
+    /// Learning rate [default: by optimizer, see below]
     #[arg(long, value_parser = positive, help_heading = TRAINING)]
     pub lr: Option<f64>,
     /// How the learning rate falls over all the --epochs: not at all, or by a half cosine to 5 %
     #[arg(long, value_enum, default_value_t = ScheduleKind::Cosine, help_heading = TRAINING)]
     pub schedule: ScheduleKind,
-    /// Weight decay: sgd adds it to the gradient, adamw shrinks the parameters by lr times it
-    #[arg(long, default_value_t = 0.0, value_parser = not_negative, help_heading = TRAINING)]
-    pub weight_decay: f64,
+    /// Weight decay: adamw shrinks the parameters by lr times it, sgd adds it to the gradient, the others to the gradient
+    /// that the wake has made [default: by optimizer, see below]
+    #[arg(long, value_parser = not_negative, help_heading = TRAINING)]
+    pub weight_decay: Option<f64>,
     /// Seed of initial parameters, data order, dropout and sampled labels
     #[arg(long, default_value_t = 0, help_heading = TRAINING)]
     pub seed: u64,
@@ -67,7 +69,7 @@ pub struct Args {
     #[arg(long, help_heading = TRAINING)]
     pub no_shuffle: bool,
 
-    /// Damping added to the curvature, > 0
+    /// Damping added to the curvature, above 0; adaptive starts there
     #[arg(long, value_parser = positive, help_heading = CURVATURE)]
     pub damping: Option<f64>,
     /// Where the damping is added: to the products of eigenvalues, to both factors, or adapted to the loss's decrease
@@ -98,7 +100,7 @@ pub struct Args {
     /// rho of the wake, in [0, 1) [default: that of --stat-decay]
     #[arg(long, value_name = "RHO", value_parser = fraction, help_heading = WAKE)]
     pub wake_decay: Option<f64>,
-    /// How q solves (F_bar + lr F) s = -lr g: factor by factor, or exactly
+    /// How q solves (F_bar + lr F) s = -lr g: factor by factor, or exactly (with --damping-kind pi)
     #[arg(long, value_enum, help_heading = WAKE)]
     pub q_solve: Option<QSolveKind>,
     /// Inner steps of qe on the exact divergence
@@ -139,8 +141,8 @@ pub struct Args {
 
 const DATA: &str = "Model, data and machine";
 const TRAINING: &str = "Training";
-const CURVATURE: &str = "Curvature (kfac, so, q, qe, compare)";
-const WAKE: &str = "Wake (so, q, qe, compare; see each)";
+const CURVATURE: &str = "Curvature (defaults below)";
+const WAKE: &str = "Wake (defaults below)";
 const FILES: &str = "Files and reports";
 
 const LOG_FORMAT: &str = "\
@@ -160,6 +162,8 @@ const CURVED: &[Choice] = &[Kfac, So, Q, Qe, Compare];
 /// The options that not every optimizer has, and the optimizers that have them.
 const ONLY: &[(&str, &[Choice])] = &[
     ("lr", SINGLE),
+    ("save", SINGLE),
+    ("resume", SINGLE),
     ("damping", CURVED),
     ("damping_kind", CURVED),
     ("bias", CURVED),
@@ -176,9 +180,19 @@ const ONLY: &[(&str, &[Choice])] = &[
     ("qe_momentum", &[Qe]),
     ("qe_models", &[Qe]),
     ("qe_preconditioned", &[Qe]),
-    ("save", SINGLE),
-    ("resume", SINGLE),
 ];
+
+/// [`ONLY`] for the user, options of the same optimizers on one line.
+fn owners() -> String {
+    let mut text = String::from("Options that not every optimizer has:\n");
+    for group in ONLY.chunk_by(|a, b| a.1 == b.1) {
+        let flags: Vec<_> =
+            group.iter().map(|(option, _)| format!("--{}", option.replace('_', "-"))).collect();
+        let names: Vec<_> = group[0].1.iter().map(|owner| owner.name()).collect();
+        text.push_str(&format!("  {}: {}\n", names.join(", "), flags.join(" ")));
+    }
+    text
+}
 
 impl Args {
     /// The command line of this process; ends the process with a message if it is wrong.
@@ -235,7 +249,7 @@ mod tests {
     #[test]
     fn every_option_is_refused_by_the_optimizers_that_lack_it() {
         for (option, owners) in ONLY {
-            let values = ["0.5", "2", "pi", "split", "exact"];
+            let values = ["", "0.5", "2", "pi", "split", "exact"];
             let flag = option.replace('_', "-");
             for optimizer in Choice::value_variants() {
                 let line = |value| format!("--optimizer {} --{flag} {value}", optimizer.name());

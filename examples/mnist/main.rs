@@ -2,6 +2,7 @@
 
 mod args;
 mod data;
+mod defaults;
 mod first_order;
 mod idx;
 mod model;

@@ -1,6 +1,7 @@
 //! One interface to every optimizer of this example.
 
 use super::args::Args;
+use super::defaults;
 use super::first_order::{FirstOrder, Rule};
 use super::values::{BiasKind, Choice, DampingKind, FisherKind, QSolveKind};
 use candle_core::{Result, Tensor, bail};
@@ -61,8 +62,8 @@ pub fn build(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<
         ..default
     };
     match choice {
-        Choice::Sgd => first_order(Rule::Sgd { momentum: 0.9 }, 0.05, args, vars),
-        Choice::Adamw => first_order(Rule::AdamW, 0.003, args, vars),
+        Choice::Sgd => first_order(Rule::Sgd { momentum: 0.9 }, defaults::SGD, args, vars),
+        Choice::Adamw => first_order(Rule::AdamW, defaults::ADAMW, args, vars),
         Choice::Kfac => curved(KFacRule, args, vars, tape),
         Choice::So => curved(So { wake_decay }, args, vars, tape),
         Choice::Q => curved(Q { wake_decay, solve }, args, vars, tape),
@@ -71,8 +72,14 @@ pub fn build(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<
     }
 }
 
-fn first_order(rule: Rule, lr: f64, args: &Args, vars: &VarMap) -> Result<Box<dyn Train>> {
-    Ok(Box::new(FirstOrder::new(vars, rule, args.lr.unwrap_or(lr), args.weight_decay)?))
+fn first_order(
+    rule: Rule,
+    default: defaults::FirstOrder,
+    args: &Args,
+    vars: &VarMap,
+) -> Result<Box<dyn Train>> {
+    let decay = args.weight_decay.unwrap_or(default.weight_decay);
+    Ok(Box::new(FirstOrder::new(vars, rule, args.lr.unwrap_or(default.lr), decay)?))
 }
 
 fn curved<R: Stepping>(wake: R, args: &Args, vars: &VarMap, tape: &Tape) -> Result<Box<dyn Train>> {
@@ -113,7 +120,7 @@ fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Params<R> {
         },
         kl_clip: args.kl_clip.map_or(default.kl_clip, |limit| limit.0),
         rms_clip: args.rms_clip.map_or(default.rms_clip, |limit| limit.0),
-        weight_decay: args.weight_decay,
+        weight_decay: args.weight_decay.unwrap_or(defaults::WEIGHT_DECAY),
         wake,
         ..default
     }

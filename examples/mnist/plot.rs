@@ -50,6 +50,11 @@ fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
     low - margin..high + margin
 }
 
+/// A number on an axis.
+fn short(value: &f64) -> String {
+    ((value * 1e3).round() / 1e3).to_string()
+}
+
 fn draw(panel: &Area, lines: &[Line], x: &str, y: &str) -> Result<()> {
     let points = || lines.iter().flat_map(|(_, points)| points.iter());
     let text = ("sans-serif", 15);
@@ -62,6 +67,8 @@ fn draw(panel: &Area, lines: &[Line], x: &str, y: &str) -> Result<()> {
     chart
         .configure_mesh()
         .max_light_lines(0)
+        .x_label_formatter(&short)
+        .y_label_formatter(&short)
         .x_desc(x)
         .y_desc(y)
         .label_style(text)
@@ -74,7 +81,8 @@ fn draw(panel: &Area, lines: &[Line], x: &str, y: &str) -> Result<()> {
         chart
             .draw_series(series)
             .map_err(Error::wrap)?
-            .label(*name)
+            // The backend estimates widths, without a font: the blanks leave room.
+            .label(format!("{name}  "))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
     }
     let corner =
