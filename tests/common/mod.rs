@@ -4,8 +4,10 @@
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use faer::{Mat, linalg::solvers::Solve};
 pub use kronwake::checkpoint::Checkpoint;
+use kronwake::curvature::Sharing;
 use kronwake::nn::{VarBuilder, VarMap};
-use kronwake::tape::{Likelihood, Tape};
+use kronwake::optim::{Bias, Every, KFac, ParamsKFac};
+use kronwake::tape::{Fisher, Likelihood, Tape};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::path::Path;
 
@@ -90,6 +92,14 @@ impl Net {
 
     pub fn set(&self, values: &[Tensor]) -> Result<()> {
         self.names().iter().zip(values).try_for_each(|(n, v)| self.var(n).set(v))
+    }
+
+    /// Groups of a block whose layer was tapped; a bias of its own has one.
+    pub fn groups(&self, block: &str) -> usize {
+        let layer = |l: &&std::sync::Arc<kronwake::tape::Layer>| {
+            block == l.name || block == format!("{}.weight", l.name)
+        };
+        self.tape.layers().iter().find(layer).map_or(1, |l| l.groups)
     }
 
     /// The elements of a block's matrix `[out, columns]` of group `group`, column by column: row `i` of column `j` is
@@ -233,4 +243,16 @@ pub fn mean_loss(likelihood: Likelihood, outputs: &Tensor, targets: &Tensor) -> 
 #[track_caller]
 pub fn assert_same(found: &Mat<f64>, expected: &Mat<f64>, tolerance: f64, what: &str) {
     assert_close(&tensor(found), &tensor(expected), tolerance, what)
+}
+
+/// An optimizer that observes every step and moves nothing.
+pub fn observer(net: &Net, fisher: Fisher, sharing: Sharing, bias: Bias) -> Result<KFac> {
+    let every = Every { factors: 1, inverses: 1 };
+    let params = ParamsKFac { lr: 0.0, every, fisher, sharing, bias, ..ParamsKFac::on(&net.tape) };
+    KFac::from_varmap(&net.varmap, params)
+}
+
+/// `[n, c, ..]` as `[n, positions, c]`.
+pub fn positions(z: &Tensor) -> Result<Tensor> {
+    z.flatten_from(2)?.transpose(1, 2)?.contiguous()
 }
