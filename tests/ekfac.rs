@@ -138,8 +138,7 @@ fn check(what: &str, net: &Net, dims: &[usize], fisher: Fisher, bias: Bias, ever
             let groups = net.groups(&key.0);
             let value = |values: &[Tensor]| -> Result<Mat<f64>> {
                 net.set(values)?;
-                let elements = net.elements(&key.0, key.1, groups);
-                Ok(Mat::from_fn(elements.len(), 1, |i, _| flat(elements[i].0.as_tensor())[elements[i].1]))
+                Ok(values_at(&net.elements(&key.0, key.1, groups)))
             };
             let found = value(&after)? - value(&before)?;
             net.set(&after)?;

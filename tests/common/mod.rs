@@ -121,6 +121,16 @@ impl Net {
     }
 }
 
+/// A column of the values that `of` has at `elements`.
+pub fn column(elements: &[(Var, usize)], of: impl Fn(&Var) -> Tensor) -> Mat<f64> {
+    Mat::from_fn(elements.len(), 1, |i, _| flat(&of(&elements[i].0))[elements[i].1])
+}
+
+/// A column of the values at `elements`.
+pub fn values_at(elements: &[(Var, usize)]) -> Mat<f64> {
+    column(elements, |var| var.as_detached_tensor())
+}
+
 /// All elements as f64.
 pub fn flat(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1()).unwrap()
@@ -245,10 +255,11 @@ pub fn assert_same(found: &Mat<f64>, expected: &Mat<f64>, tolerance: f64, what: 
     assert_close(&tensor(found), &tensor(expected), tolerance, what)
 }
 
-/// An optimizer that observes every step and moves nothing.
+/// An optimizer that observes every step and moves nothing; its factors are those of the last batch alone.
 pub fn observer(net: &Net, fisher: Fisher, sharing: Sharing, bias: Bias) -> Result<KFac> {
     let every = Every { factors: 1, inverses: 1 };
-    let params = ParamsKFac { lr: 0.0, every, fisher, sharing, bias, ..ParamsKFac::on(&net.tape) };
+    let params =
+        ParamsKFac { lr: 0.0, stat_decay: 0.0, every, fisher, sharing, bias, ..ParamsKFac::on(&net.tape) };
     KFac::from_varmap(&net.varmap, params)
 }
 
