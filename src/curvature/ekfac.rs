@@ -4,7 +4,7 @@
 //! `S_ij = 1/N sum_n (Qg^T D_n Qa)_ij^2` with `D_n` the n-th example's weight gradient, is the best diagonal in that basis
 //! (George et al. 2018, equation 11 and theorem 2).
 
-use crate::ops::factor::{cross_square, ema};
+use crate::ops::factor::cross_square;
 use candle_core::{Result, Tensor};
 
 /// `S` of one batch, `[groups, out, in]`; `kept` are a layer's records, the columns of `basis` its eigenvectors.
@@ -46,22 +46,17 @@ fn rotate(x: &Tensor, basis: &Tensor, groups: usize, folded: bool) -> Result<Ten
     rotated.transpose(0, 1)?.contiguous()?.reshape((n, t, groups * columns))
 }
 
-/// The average after a refresh. When the eigenbasis has turned, the old average is carried over as the diagonal matrix that
-/// it is: `S'_ij = sum_kl (Qg'^T Qg)_ik^2 S_kl (Qa'^T Qa)_jl^2`.
-pub(crate) fn average(
-    last: Option<(&Tensor, &Tensor, &Tensor)>,
-    basis_a: &Tensor,
-    basis_g: &Tensor,
-    current: &Tensor,
-    stat_decay: f64,
+/// Moments of one eigenbasis `(last_a, last_g)` in another: the old ones are carried over as the diagonal matrix that they are,
+/// `S'_ij = sum_kl (Qg'^T Qg)_ik^2 S_kl (Qa'^T Qa)_jl^2`.
+pub(crate) fn turned(
+    moments: &Tensor,
+    (last_a, last_g): (&Tensor, &Tensor),
+    (basis_a, basis_g): (&Tensor, &Tensor),
 ) -> Result<Tensor> {
-    let Some((moments, last_a, last_g)) = last else { return Ok(current.clone()) };
-    let turned = if last_a.id() == basis_a.id() {
-        moments.clone()
-    } else {
-        let turn_a = basis_a.t()?.matmul(last_a)?.sqr()?;
-        let turn_g = basis_g.t()?.matmul(last_g)?.sqr()?;
-        turn_g.matmul(moments)?.matmul(&turn_a.t()?)?
-    };
-    ema(Some(&turned), current, stat_decay)
+    if last_a.id() == basis_a.id() {
+        return Ok(moments.clone());
+    }
+    let turn_a = basis_a.t()?.matmul(last_a)?.sqr()?;
+    let turn_g = basis_g.t()?.matmul(last_g)?.sqr()?;
+    turn_g.matmul(moments)?.matmul(&turn_a.t()?)
 }

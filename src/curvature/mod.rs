@@ -9,6 +9,6 @@ pub use damping::{Adaptive, Damping, DampingKind};
 pub use inverse::Inverse;
 pub use sums::Sharing;
 
-pub(crate) use ekfac::{average as average_moments, moments};
+pub(crate) use ekfac::{moments, turned as turned_moments};
 pub(crate) use inverse::{Preconditioner, Recipe, damped_inverse, sum_inverse};
 pub(crate) use sums::{FactorSums, LayerFactors, Want, wide, wide_dtype};

@@ -294,28 +294,26 @@ impl<R: WakeRule> Natural<R> {
             lock(&sums).end()
         };
         let mut armed = false;
-        let passes = match (labels, self.params.fisher) {
-            (Some(labels), _) => vec![likelihood.label_cotangent(outputs, labels)?],
+        let passes: Box<dyn Iterator<Item = Result<Tensor>>> = match (labels, self.params.fisher) {
+            (Some(labels), _) => Box::new([likelihood.label_cotangent(outputs, labels)].into_iter()),
             (None, Fisher::Empirical) => {
                 lock(&sums).begin(terms, terms as f64, true);
                 tape.arm(sums.clone(), true)?;
                 armed = true;
-                vec![]
+                Box::new(std::iter::empty())
             }
-            (None, Fisher::Sampled { draws, seed }) => (0..draws as u64)
-                .map(|draw| {
-                    likelihood.sampled_cotangent(outputs, DrawKey { seed, step, draw, first_row: first })
-                })
-                .collect::<Result<_>>()?,
-            (None, Fisher::Exact) => likelihood.exact_cotangents(outputs)?,
+            (None, Fisher::Sampled { draws, seed }) => Box::new((0..draws as u64).map(move |draw| {
+                likelihood.sampled_cotangent(outputs, DrawKey { seed, step, draw, first_row: first })
+            })),
+            (None, Fisher::Exact) => Box::new(likelihood.exact_cotangents(outputs)?),
         };
         // Draws are averaged, the columns of an exact square root add up.
         let scale = match self.params.fisher {
             Fisher::Sampled { draws, .. } if labels.is_none() => 1.0 / (draws as f64).sqrt(),
             _ => 1.0,
         };
-        for (index, cotangent) in passes.iter().enumerate() {
-            pass(cotangent, scale, index == 0)?;
+        for (index, cotangent) in passes.enumerate() {
+            pass(&cotangent?, scale, index == 0)?;
         }
         let unusable = self.observed.take().and_then(|observed| observed.unusable);
         self.observed = Some(Observed { sums, armed, unusable });

@@ -7,7 +7,7 @@ use super::params::{Decay, NonFinite};
 use super::rest::Adam;
 use super::rule::{Model, QSolve, WakeRule};
 use crate::curvature::{
-    Inverse, LayerFactors, Preconditioner, Recipe, average_moments, damped_inverse, moments, sum_inverse, wide,
+    Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, moments, sum_inverse, turned_moments, wide,
 };
 use crate::ops::factor::ema;
 use candle_core::{DType, Result, Tensor, bail};
@@ -195,10 +195,9 @@ impl<R: WakeRule> Natural<R> {
                 Err(error) => return Err(error.into()),
             }
         }
-        if self.params.ekfac
-            && let Some((_, layer, terms)) = current
-        {
-            self.correct(block, &mut state, layer, terms)?;
+        // A new inverse has the scaling of one Kronecker product, and new records change the moments.
+        if self.params.ekfac && (current.is_some() || self.inverses_due()) {
+            self.correct(block, &mut state, current.map(|(_, layer, terms)| (layer, terms)))?;
         }
 
         let gradient = block.matrix(|i| Ok(grads[i].clone()))?;
@@ -276,13 +275,12 @@ impl<R: WakeRule> Natural<R> {
         if rms > limit { direction * (limit / rms) } else { Ok(direction) }
     }
 
-    /// Replaces the scaling of the eigenbasis by the averaged second moments.
+    /// Replaces the scaling of the eigenbasis by the averaged second moments; `refresh` holds new records.
     fn correct(
         &self,
         block: &Block,
         state: &mut BlockState,
-        layer: &LayerFactors,
-        terms: usize,
+        refresh: Option<(&LayerFactors, usize)>,
     ) -> std::result::Result<(), Refusal> {
         let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else { return Ok(()) };
         let (basis_a, basis_g) = (basis_a.clone(), basis_g.clone());
@@ -293,15 +291,21 @@ impl<R: WakeRule> Natural<R> {
             let eye = Tensor::eye(rotated.dim(1)?, rotated.dtype(), rotated.device())?;
             (rotated.broadcast_mul(&eye)?).sum_keepdim(2)?
         } else {
-            let folded = block.part == super::block::Part::Folded;
-            let current = moments(&layer.kept, &basis_a, &basis_g, folded, terms)?;
             let last = match (&block.state.moments, &block.state.preconditioner) {
-                (Some(moments), Some(Preconditioner::Basis { basis_a, basis_g, .. })) => {
-                    Some((moments, basis_a, basis_g))
+                (Some(moments), Some(Preconditioner::Basis { basis_a: last_a, basis_g: last_g, .. })) => {
+                    Some(turned_moments(moments, (last_a, last_g), (&basis_a, &basis_g))?)
                 }
                 _ => None,
             };
-            average_moments(last, &basis_a, &basis_g, &current, self.params.stat_decay)?
+            match (refresh, last) {
+                (Some((layer, terms)), last) => {
+                    let folded = block.part == super::block::Part::Folded;
+                    let current = moments(&layer.kept, &basis_a, &basis_g, folded, terms)?;
+                    ema(last.as_ref(), &current, self.params.stat_decay)?
+                }
+                (None, Some(last)) => last,
+                (None, None) => return Ok(()),
+            }
         };
         let scale = (&scaled + self.damping)?.recip()?;
         state.moments = Some(scaled);

@@ -6,7 +6,7 @@
 //! ordinary gradient: no pass of its own, and a different matrix.
 
 use crate::ops::sample::{self, DrawKey};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 /// How the model's outputs (the last dimension) make a distribution over labels.
 ///
@@ -35,7 +35,8 @@ pub enum Fisher {
         /// Seed of the labels.
         seed: u64,
     },
-    /// Every column of the square root of the outputs' Hessian: as many backward passes as outputs.
+    /// Every column of the square root of the outputs' Hessian: as many backward passes as an example has outputs, which
+    /// for `[n, t, c]` are `t c`.
     Exact,
 }
 
@@ -62,34 +63,44 @@ impl Likelihood {
         }
     }
 
-    /// Cotangents `s_c` of the *summed* loss with `sum_c s_c s_c^T = H` for every term, one per output.
-    pub(crate) fn exact_cotangents(&self, outputs: &Tensor) -> Result<Vec<Tensor>> {
-        let outputs = &outputs.detach();
-        let classes = outputs.dim(candle_core::D::Minus1)?;
-        let mean = self.mean(outputs)?;
-        let unit = |c: usize| -> Result<Tensor> {
-            let ids = Tensor::arange(0u32, classes as u32, outputs.device())?;
-            ids.eq(c as u32)?.to_dtype(outputs.dtype())?.broadcast_as(outputs.shape())
-        };
-        let column = |c: usize| -> Result<Tensor> {
-            let at_c = || mean.narrow(candle_core::D::Minus1, c, 1);
-            match self {
+    /// Cotangents `s` of the *summed* loss, the columns of a square root of an example's Hessian: one per output of an
+    /// example, `classes` times the loss terms of one example (`t` for outputs `[n, t, c]`). The terms of an example have
+    /// passes of their own because their gradients meet in a layer that mixes or sums positions, where one pass would add
+    /// their products too. Terms in the first dimension share a pass: nothing there mixes.
+    pub(crate) fn exact_cotangents(&self, outputs: &Tensor) -> Result<impl Iterator<Item = Result<Tensor>>> {
+        let likelihood = *self;
+        let outputs = outputs.detach();
+        let classes = outputs.dim(D::Minus1)?;
+        let terms = self.terms(&outputs)?;
+        let examples = if outputs.rank() > 1 { outputs.dim(0)? } else { 1 };
+        let positions = terms / examples;
+        let mean = self.mean(&outputs)?;
+        let column = move |position: usize, c: usize| -> Result<Tensor> {
+            // 1 at `at`, 0 elsewhere, `[of]`.
+            let unit = |at: usize, of: usize| -> Result<Tensor> {
+                Tensor::arange(0u32, of as u32, mean.device())?.eq(at as u32)?.to_dtype(mean.dtype())
+            };
+            let at_c = mean.narrow(D::Minus1, c, 1)?;
+            let unit_c = unit(c, classes)?.broadcast_as(mean.shape())?;
+            let column = match likelihood {
                 // diag(p) - p p^T = sum_c p_c (e_c - p) (e_c - p)^T
-                Likelihood::Categorical => (unit(c)? - &mean)?.broadcast_mul(&at_c()?.sqrt()?),
-                Likelihood::Bernoulli => {
-                    let p = at_c()?;
-                    unit(c)?.broadcast_mul(&((&p * (1.0 - &p)?)?.sqrt()?))
-                }
-                Likelihood::Gaussian => unit(c)?.contiguous(),
+                Likelihood::Categorical => (unit_c - &mean)?.broadcast_mul(&at_c.sqrt()?)?,
+                Likelihood::Bernoulli => unit_c.broadcast_mul(&(&at_c * (1.0 - &at_c)?)?.sqrt()?)?,
+                Likelihood::Gaussian => unit_c.contiguous()?,
+            };
+            if positions == 1 {
+                return Ok(column);
             }
+            let here = unit(position, positions)?.reshape((1, positions, 1))?;
+            column.reshape((examples, positions, classes))?.broadcast_mul(&here)?.reshape(mean.shape())
         };
-        (0..classes).map(column).collect()
+        Ok((0..positions * classes).map(move |index| column(index / classes, index % classes)))
     }
 
     /// The summed loss's gradient `r` at labels drawn from the model.
     pub(crate) fn sampled_cotangent(&self, outputs: &Tensor, key: DrawKey) -> Result<Tensor> {
         let outputs = outputs.detach();
-        let classes = outputs.dim(candle_core::D::Minus1)?;
+        let classes = outputs.dim(D::Minus1)?;
         let rows = outputs.reshape(((), classes))?;
         let labels = match self {
             Likelihood::Categorical => {
@@ -109,7 +120,7 @@ impl Likelihood {
         let mean = self.mean(&outputs)?;
         let targets = match self {
             Likelihood::Categorical => {
-                let classes = outputs.dim(candle_core::D::Minus1)?;
+                let classes = outputs.dim(D::Minus1)?;
                 let terms = self.terms(&outputs)?;
                 if labels.elem_count() != terms || !labels.dtype().is_int() {
                     bail!(

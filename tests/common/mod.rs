@@ -1,8 +1,14 @@
 //! What several test files share.
 #![allow(dead_code)] // each test file uses its own part
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use faer::{Mat, linalg::solvers::Solve};
 pub use kronwake::checkpoint::Checkpoint;
+use kronwake::curvature::Sharing;
+use kronwake::nn::{VarBuilder, VarMap};
+use kronwake::optim::{Bias, Every, KFac, ParamsKFac};
+use kronwake::tape::{Fisher, Likelihood, Tape};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::path::Path;
 
 /// A file of `tests/golden`.
@@ -24,4 +30,240 @@ pub fn relative(found: &Tensor, expected: &Tensor) -> Result<f64> {
 pub fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64, what: &str) {
     let difference = relative(found, expected).unwrap_or(f64::NAN);
     assert!(difference <= tolerance, "{what}: differs by {difference:e}, tolerance {tolerance:e}");
+}
+
+/// Numbers in (-1, 1), the same for the same seed.
+pub fn random(seed: u64, dims: &[usize]) -> Result<Tensor> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let values: Vec<f64> = (0..dims.iter().product()).map(|_| rng.random_range(-1.0..1.0)).collect();
+    Tensor::from_vec(values, dims, &Device::Cpu)
+}
+
+/// Class numbers below `classes`.
+pub fn labels(seed: u64, n: usize, classes: u32) -> Result<Tensor> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    Tensor::from_vec((0..n).map(|_| rng.random_range(0..classes)).collect::<Vec<_>>(), n, &Device::Cpu)
+}
+
+pub type Forward = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
+/// A model on a tape of its own.
+pub struct Net {
+    pub varmap: VarMap,
+    pub tape: Tape,
+    pub forward: Forward,
+}
+
+impl Net {
+    /// Builds a model of `dtype` and fills its Vars from `seed`.
+    pub fn of(dtype: DType, seed: u64, build: impl FnOnce(VarBuilder) -> Result<Forward>) -> Result<Self> {
+        let (varmap, tape) = (VarMap::new(), Tape::new());
+        let vb = VarBuilder::from_varmap(&varmap, dtype, &Device::Cpu);
+        let forward = tape.build(|| build(vb))?;
+        let net = Self { varmap, tape, forward };
+        for (index, name) in net.names().iter().enumerate() {
+            let var = net.var(name);
+            let fan_in: usize = var.dims().iter().skip(1).product();
+            let value = (random(1000 * seed + index as u64, var.dims())? * (2.0 / (fan_in as f64).sqrt()))?;
+            var.set(&value.to_dtype(dtype)?)?;
+        }
+        Ok(net)
+    }
+
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.varmap.data().lock().unwrap().keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    #[track_caller]
+    pub fn var(&self, name: &str) -> Var {
+        self.varmap.data().lock().unwrap().get(name).unwrap_or_else(|| panic!("no Var {name}")).clone()
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.varmap.data().lock().unwrap().contains_key(name)
+    }
+
+    /// Copies of all values, in the order of [`Net::names`].
+    pub fn values(&self) -> Result<Vec<Tensor>> {
+        self.names().iter().map(|n| self.var(n).as_detached_tensor().copy()).collect()
+    }
+
+    pub fn set(&self, values: &[Tensor]) -> Result<()> {
+        self.names().iter().zip(values).try_for_each(|(n, v)| self.var(n).set(v))
+    }
+
+    /// Groups of a block whose layer was tapped; a bias of its own has one.
+    pub fn groups(&self, block: &str) -> usize {
+        let layer = |l: &&std::sync::Arc<kronwake::tape::Layer>| {
+            block == l.name || block == format!("{}.weight", l.name)
+        };
+        self.tape.layers().iter().find(layer).map_or(1, |l| l.groups)
+    }
+
+    /// The elements of a block's matrix `[out, columns]` of group `group`, column by column: row `i` of column `j` is
+    /// element `j out + i`, so that `A (x) G` is the block's Fisher.
+    pub fn elements(&self, block: &str, group: usize, groups: usize) -> Vec<(Var, usize)> {
+        let is_part = block.ends_with(".weight") || block.ends_with(".bias");
+        let weight = if is_part { self.var(block) } else { self.var(&format!("{block}.weight")) };
+        let out = weight.dim(0).unwrap() / groups;
+        let columns = weight.elem_count() / weight.dim(0).unwrap();
+        let mut elements = vec![];
+        for column in 0..columns {
+            elements.extend((0..out).map(|row| (weight.clone(), (group * out + row) * columns + column)));
+        }
+        if !is_part && self.has(&format!("{block}.bias")) {
+            let bias = self.var(&format!("{block}.bias"));
+            elements.extend((0..out).map(|row| (bias.clone(), group * out + row)));
+        }
+        elements
+    }
+}
+
+/// A column of the values that `of` has at `elements`.
+pub fn column(elements: &[(Var, usize)], of: impl Fn(&Var) -> Tensor) -> Mat<f64> {
+    Mat::from_fn(elements.len(), 1, |i, _| flat(&of(&elements[i].0))[elements[i].1])
+}
+
+/// A column of the values at `elements`.
+pub fn values_at(elements: &[(Var, usize)]) -> Mat<f64> {
+    column(elements, |var| var.as_detached_tensor())
+}
+
+/// All elements as f64.
+pub fn flat(t: &Tensor) -> Vec<f64> {
+    t.to_dtype(DType::F64).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1()).unwrap()
+}
+
+/// The derivatives of `f`'s elements with respect to `elements` of Vars, `[elements of f, elements]`, by central
+/// differences of width `h` with one Richardson extrapolation: exact but for rounding where `f` is a polynomial of degree
+/// 4 in each element, off by `h^4` times a fifth derivative otherwise.
+pub fn jacobian(elements: &[(Var, usize)], h: f64, f: &dyn Fn() -> Result<Tensor>) -> Result<Mat<f64>> {
+    let mut columns = vec![];
+    for (var, index) in elements {
+        let before = var.as_detached_tensor().copy()?;
+        let values = flat(&before);
+        let at = |shift: f64| -> Result<Vec<f64>> {
+            let mut values = values.clone();
+            values[*index] += shift;
+            var.set(&Tensor::from_vec(values, before.dims(), &Device::Cpu)?)?;
+            Ok(flat(&f()?))
+        };
+        let slope = |h: f64| -> Result<Vec<f64>> {
+            Ok(at(h)?.iter().zip(at(-h)?).map(|(up, down)| (up - down) / (2.0 * h)).collect())
+        };
+        let (wide, narrow) = (slope(h)?, slope(h / 2.0)?);
+        var.set(&before)?;
+        columns.push(wide.iter().zip(narrow).map(|(w, n)| (4.0 * n - w) / 3.0).collect::<Vec<f64>>());
+    }
+    let rows = columns.first().map_or(0, |c| c.len());
+    Ok(Mat::from_fn(rows, columns.len(), |i, j| columns[j][i]))
+}
+
+/// A tensor of rank 2 as a matrix.
+pub fn matrix(t: &Tensor) -> Mat<f64> {
+    let (rows, columns) = t.dims2().unwrap();
+    let values = flat(t);
+    Mat::from_fn(rows, columns, |i, j| values[i * columns + j])
+}
+
+/// A matrix as a tensor of rank 2.
+pub fn tensor(m: &Mat<f64>) -> Tensor {
+    let values: Vec<f64> = (0..m.nrows()).flat_map(|i| (0..m.ncols()).map(move |j| m[(i, j)])).collect();
+    Tensor::from_vec(values, (m.nrows(), m.ncols()), &Device::Cpu).unwrap()
+}
+
+/// Group `group` of factors `[groups, d, d]` as a matrix.
+pub fn of_group(factor: &Tensor, group: usize) -> Mat<f64> {
+    matrix(&factor.get(group).unwrap())
+}
+
+/// `a (x) g` by its definition.
+pub fn kron(a: &Mat<f64>, g: &Mat<f64>) -> Mat<f64> {
+    let (p, q) = (g.nrows(), g.ncols());
+    Mat::from_fn(a.nrows() * p, a.ncols() * q, |i, j| a[(i / p, j / q)] * g[(i % p, j % q)])
+}
+
+pub fn eye(n: usize) -> Mat<f64> {
+    Mat::identity(n, n)
+}
+
+/// `m^-1 b`.
+pub fn solve(m: &Mat<f64>, b: &Mat<f64>) -> Mat<f64> {
+    m.partial_piv_lu().solve(b)
+}
+
+/// The Hessian of one loss term with respect to its outputs `z`.
+pub fn hessian(likelihood: Likelihood, z: &[f64]) -> Mat<f64> {
+    let c = z.len();
+    match likelihood {
+        Likelihood::Gaussian => eye(c),
+        Likelihood::Categorical => {
+            let p = softmax(z);
+            Mat::from_fn(c, c, |i, j| if i == j { p[i] - p[i] * p[i] } else { -p[i] * p[j] })
+        }
+        Likelihood::Bernoulli => {
+            Mat::from_fn(c, c, |i, j| if i == j { sigmoid(z[i]) * (1.0 - sigmoid(z[i])) } else { 0.0 })
+        }
+    }
+}
+
+pub fn softmax(z: &[f64]) -> Vec<f64> {
+    let total: f64 = z.iter().map(|v| v.exp()).sum();
+    z.iter().map(|v| v.exp() / total).collect()
+}
+
+pub fn sigmoid(z: f64) -> f64 {
+    1.0 / (1.0 + (-z).exp())
+}
+
+/// Random targets that suit `outputs`: class numbers, zeros and ones, numbers.
+pub fn targets(seed: u64, likelihood: Likelihood, outputs: &Tensor) -> Result<Tensor> {
+    let (terms, classes) = (likelihood.terms(outputs)?, outputs.dim(D::Minus1)?);
+    match likelihood {
+        Likelihood::Categorical => labels(seed, terms, classes as u32),
+        Likelihood::Bernoulli => random(seed, outputs.dims())?.gt(0.0)?.to_dtype(outputs.dtype()),
+        Likelihood::Gaussian => random(seed, outputs.dims())?.to_dtype(outputs.dtype()),
+    }
+}
+
+/// The loss of every term, `[terms]`, from candle's own operations.
+pub fn term_losses(likelihood: Likelihood, outputs: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let z = outputs.reshape(((), outputs.dim(D::Minus1)?))?;
+    match likelihood {
+        Likelihood::Categorical => {
+            let picked = z.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?;
+            z.log_sum_exp(1)? - picked
+        }
+        Likelihood::Bernoulli => {
+            let y = targets.reshape(z.shape())?;
+            ((z.exp()? + 1.0)?.log()? - (y * z)?)?.sum(1)
+        }
+        Likelihood::Gaussian => ((z.clone() - targets.reshape(z.shape())?)?.sqr()? * 0.5)?.sum(1),
+    }
+}
+
+/// The mean over terms of [`term_losses`].
+pub fn mean_loss(likelihood: Likelihood, outputs: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    term_losses(likelihood, outputs, targets)?.mean_all()
+}
+
+/// Asserts that `found` is `expected` to `tolerance` of its largest element.
+#[track_caller]
+pub fn assert_same(found: &Mat<f64>, expected: &Mat<f64>, tolerance: f64, what: &str) {
+    assert_close(&tensor(found), &tensor(expected), tolerance, what)
+}
+
+/// An optimizer that observes every step and moves nothing; its factors are those of the last batch alone.
+pub fn observer(net: &Net, fisher: Fisher, sharing: Sharing, bias: Bias) -> Result<KFac> {
+    let every = Every { factors: 1, inverses: 1 };
+    let params =
+        ParamsKFac { lr: 0.0, stat_decay: 0.0, every, fisher, sharing, bias, ..ParamsKFac::on(&net.tape) };
+    KFac::from_varmap(&net.varmap, params)
+}
+
+/// `[n, c, ..]` as `[n, positions, c]`.
+pub fn positions(z: &Tensor) -> Result<Tensor> {
+    z.flatten_from(2)?.transpose(1, 2)?.contiguous()
 }

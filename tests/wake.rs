@@ -1,0 +1,345 @@
+//! The recursions of SO, Q and QE against the wake objective that they stand for, minimized literally.
+
+mod common;
+
+use candle_core::{DType, Result, Tensor};
+use common::*;
+use faer::Mat;
+use kronwake::curvature::{Damping, Sharing};
+use kronwake::nn::{self, Module, VarBuilder};
+use kronwake::optim::{
+    Bias, Every, Inner, Model, Natural, Optimizer, Params, Q, QSolve, Qe, QeKldWrm, So, WakeRule,
+};
+use kronwake::tape::{Fisher, Likelihood};
+
+const DAMPING: f64 = 0.05;
+const DECAY: f64 = 0.45;
+
+fn net(seed: u64) -> Result<Net> {
+    Net::of(DType::F64, seed, |vb: VarBuilder| {
+        let (a, b) = (nn::linear(3, 4, vb.pp("a"))?, nn::linear(4, 2, vb.pp("b"))?);
+        Ok(Box::new(move |x| b.forward(&a.forward(x)?.tanh()?)))
+    })
+}
+
+fn params<R: WakeRule>(net: &Net, wake: R, damping: Damping) -> Params<R> {
+    Params {
+        damping,
+        stat_decay: DECAY,
+        every: Every { factors: 1, inverses: 1 },
+        fisher: Fisher::Exact,
+        kl_clip: None,
+        wake,
+        ..Params::on(&net.tape)
+    }
+}
+
+/// The factors of one batch, per block.
+fn current(
+    net: &Net,
+    outputs: &Tensor,
+    likelihood: Likelihood,
+    bias: Bias,
+) -> Result<Vec<(Mat<f64>, Mat<f64>)>> {
+    let mut opt = observer(net, Fisher::Exact, Sharing::Expand, bias)?;
+    opt.observe(outputs, likelihood)?;
+    opt.backward_step(&outputs.sqr()?.sum_all()?)?;
+    let of = |block: &&str| opt.factors(block).map(|(a, g)| (of_group(&a, 0), of_group(&g, 0)));
+    Ok(opt.block_names().iter().filter_map(of).collect())
+}
+
+/// `rho old + (1 - rho) new` of both factors.
+fn average(old: Option<&(Mat<f64>, Mat<f64>)>, new: &(Mat<f64>, Mat<f64>)) -> (Mat<f64>, Mat<f64>) {
+    let mix = |old: &Mat<f64>, new: &Mat<f64>| old * DECAY + new * (1.0 - DECAY);
+    old.map_or(new.clone(), |old| (mix(&old.0, &new.0), mix(&old.1, &new.1)))
+}
+
+/// `A (x) G` with its damping.
+fn damped((a, g): &(Mat<f64>, Mat<f64>), damping: Damping) -> Mat<f64> {
+    match damping {
+        Damping::Pi(la) => {
+            let mean = |m: &Mat<f64>| m.diagonal().column_vector().sum() / m.nrows() as f64;
+            let pi = (mean(a) / mean(g)).sqrt();
+            kron(&(a + eye(a.nrows()) * (pi * la.sqrt())), &(g + eye(g.nrows()) * (la.sqrt() / pi)))
+        }
+        _ => kron(a, g) + eye(a.nrows() * g.nrows()) * DAMPING,
+    }
+}
+
+/// The matrix that a rule solves with at rate `lr`.
+fn solved(
+    model: Model,
+    bar: &(Mat<f64>, Mat<f64>),
+    now: &(Mat<f64>, Mat<f64>),
+    lr: f64,
+    damping: Damping,
+) -> Mat<f64> {
+    match model {
+        Model::Linear => damped(bar, damping),
+        Model::Quadratic(QSolve::Exact) => damped(bar, damping) + kron(&now.0, &now.1) * lr,
+        Model::Quadratic(QSolve::Factor) => damped(&(&bar.0 + &now.0 * lr, &bar.1 + &now.1 * lr), damping),
+    }
+}
+
+/// `argmin_s <g, s> + 1/2 s^T B s + 1/lr sum_i w_i 1/2 |theta_k + s - theta_i|^2_{F_i}`, from its normal equations;
+/// `wake` holds `(theta_i, F_i)` of all steps, the last of them `k`.
+fn literal(wake: &[(Mat<f64>, Mat<f64>)], g: &Mat<f64>, b: Option<&Mat<f64>>, lr: f64) -> Mat<f64> {
+    let k = wake.len() - 1;
+    let theta = &wake[k].0;
+    let mut matrix = b.map_or(Mat::zeros(g.nrows(), g.nrows()), |b| b.clone());
+    let mut right = -g;
+    for (i, (old, f)) in wake.iter().enumerate() {
+        let kappa = if i == 0 { 1.0 } else { 1.0 - DECAY };
+        let weight = kappa * DECAY.powi((k - i) as i32) / lr;
+        matrix += f * weight;
+        right -= f * (theta - old) * weight;
+    }
+    solve(&matrix, &right)
+}
+
+/// What the distances of the wake are measured with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Metric {
+    /// The Fisher of every iterate, damped.
+    Own,
+    /// The matrices whose averages are what the rule solves with, its own curvature apart. They differ from the former since a
+    /// product of averages is no average of products, nor pi damping linear.
+    Implied,
+}
+
+fn check_literal<R: WakeRule>(wake: R, damping: Damping, metric: Metric, rates: &[f64]) -> Result<()> {
+    let net = net(1)?;
+    let model = wake.model();
+    let mut opt = Natural::from_varmap(&net.varmap, params(&net, wake, damping))?;
+    let blocks = ["a", "b"];
+    let elements = blocks.map(|b| net.elements(b, 0, 1));
+    let mut bars: [Option<(Mat<f64>, Mat<f64>)>; 2] = [None, None];
+    let mut means: [Option<Mat<f64>>; 2] = [None, None];
+    let mut wakes: [Vec<(Mat<f64>, Mat<f64>)>; 2] = [vec![], vec![]];
+    // With the inputs fixed and squared loss either A or G of a layer stays, and averages of products are products of
+    // averages: the metric may be the iterates' own.
+    let x = random(2, &[7, 3])?;
+    for (k, &lr) in rates.iter().enumerate() {
+        opt.set_learning_rate(lr);
+        let z = (net.forward)(&x)?;
+        let loss = mean_loss(Likelihood::Gaussian, &z, &random(10 + k as u64, &[7, 2])?)?;
+        let grads = loss.backward()?;
+        let now = current(&net, &z, Likelihood::Gaussian, Bias::Folded)?;
+        let before: Vec<_> = elements.iter().map(|e| values_at(e)).collect();
+        opt.observe(&z, Likelihood::Gaussian)?;
+        opt.backward_step(&loss)?;
+        for (i, elements) in elements.iter().enumerate() {
+            let g = column(elements, |var| grads.get(var).unwrap().clone());
+            let bar = average(bars[i].as_ref(), &now[i]);
+            let b = (model != Model::Linear).then(|| kron(&now[i].0, &now[i].1));
+            let mut mean = solved(model, &bar, &now[i], lr, damping);
+            if let Some(b) = &b {
+                mean -= b * lr;
+            }
+            let fisher = match (metric, &means[i]) {
+                (Metric::Own, _) => damped(&now[i], damping),
+                (Metric::Implied, None) => mean.clone(),
+                (Metric::Implied, Some(last)) => (&mean - last * DECAY) * (1.0 / (1.0 - DECAY)),
+            };
+            wakes[i].push((before[i].clone(), fisher));
+            let expected = literal(&wakes[i], &g, b.as_ref(), lr);
+            let what = format!("{model:?}, {damping:?}, {metric:?}, block {}, step {k}", blocks[i]);
+            assert_same(&(values_at(elements) - &before[i]), &expected, 1e-10, &what);
+            (bars[i], means[i]) = (Some(bar), Some(mean));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn literal_minimization() -> Result<()> {
+    let (eigenvalue, pi) = (Damping::Eigenvalue(DAMPING), Damping::Pi(DAMPING));
+    let q = |solve| Q { wake_decay: None, solve };
+    for rates in [[0.3; 8], [0.3, 0.2, 0.25, 0.1, 0.4, 0.4, 0.05, 0.3]] {
+        check_literal(So::default(), eigenvalue, Metric::Own, &rates)?;
+        check_literal(So::default(), pi, Metric::Implied, &rates)?;
+        check_literal(q(QSolve::Exact), pi, Metric::Implied, &rates)?;
+        check_literal(q(QSolve::Factor), pi, Metric::Implied, &rates)?;
+        check_literal(q(QSolve::Factor), eigenvalue, Metric::Implied, &rates)?;
+    }
+    Ok(())
+}
+
+/// The documented recursion, dense, where the theory has no objective to offer: rates of the wake and of the averages apart,
+/// and periods of more than one step.
+fn check_recursion<R: WakeRule>(wake: R, damping: Damping, every: Every, bias: Bias) -> Result<()> {
+    let (net, likelihood) = (net(3)?, Likelihood::Categorical);
+    let (model, rho) = (wake.model(), wake.wake_decay(DECAY).unwrap());
+    let options = Params { every, bias, ..params(&net, wake, damping) };
+    let mut opt = Natural::from_varmap(&net.varmap, options)?;
+    let blocks: Vec<String> = opt.block_names().iter().map(|b| b.to_string()).collect();
+    let elements: Vec<_> = blocks.iter().map(|b| net.elements(b, 0, 1)).collect();
+    let mut bars = vec![None; blocks.len()];
+    let mut carries = vec![None; blocks.len()];
+    let mut matrices = vec![Mat::zeros(0, 0); blocks.len()];
+    let mut last_lr = 1.0;
+    for k in 0..8 {
+        let lr = 0.3 / (1.0 + k as f64);
+        opt.set_learning_rate(lr);
+        let x = random(20 + k as u64, &[7, 3])?;
+        let z = (net.forward)(&x)?;
+        let loss = mean_loss(likelihood, &z, &labels(30 + k as u64, 7, 2)?)?;
+        let grads = loss.backward()?;
+        let now = current(&net, &z, likelihood, bias)?;
+        let before: Vec<_> = elements.iter().map(|e| values_at(e)).collect();
+        opt.observe(&z, likelihood)?;
+        opt.backward_step(&loss)?;
+        for (i, elements) in elements.iter().enumerate() {
+            let fresh = k % every.factors == 0;
+            let bar = if fresh { average(bars[i].as_ref(), &now[i]) } else { bars[i].clone().unwrap() };
+            let now = if fresh { &now[i] } else { &bar };
+            let phase = k % every.inverses;
+            if phase == 0 || (phase == 1 && model != Model::Linear) {
+                matrices[i] = solved(model, &bar, now, lr, damping);
+            }
+            let g = column(elements, |var| grads.get(var).unwrap().clone());
+            let wake_gradient = match &carries[i] {
+                Some(carry) => &g - carry * (rho * last_lr / lr),
+                None => g.clone(),
+            };
+            let step = solve(&matrices[i], &wake_gradient) * -lr;
+            let what = format!("{model:?}, {damping:?}, {every:?}, block {}, step {k}", blocks[i]);
+            assert_same(&(values_at(elements) - &before[i]), &step, 1e-10, &what);
+            carries[i] = Some(if model == Model::Linear { g } else { g + kron(&now.0, &now.1) * step });
+            bars[i] = Some(bar);
+        }
+        last_lr = lr;
+    }
+    Ok(())
+}
+
+#[test]
+fn documented_recursion() -> Result<()> {
+    let (eigenvalue, pi) = (Damping::Eigenvalue(DAMPING), Damping::Pi(DAMPING));
+    for (factors, inverses) in [(1, 1), (2, 3), (3, 3), (2, 4)] {
+        let every = Every { factors, inverses };
+        for bias in [Bias::Folded, Bias::Split] {
+            for wake_decay in [Some(0.7), None] {
+                check_recursion(So { wake_decay }, eigenvalue, every, bias)?;
+                check_recursion(So { wake_decay }, pi, every, bias)?;
+                check_recursion(Q { wake_decay, solve: QSolve::Factor }, eigenvalue, every, bias)?;
+                check_recursion(Q { wake_decay, solve: QSolve::Exact }, pi, every, bias)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The mean over terms of `(KL(p || q) + KL(q || p)) / 2`, from the definitions of the divergences.
+fn symmetric_kl(likelihood: Likelihood, z: &Tensor, old: &Tensor) -> f64 {
+    let kl = |p: &[f64], q: &[f64]| -> f64 { p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum() };
+    let both = |p: &[f64], q: &[f64]| 0.5 * (kl(p, q) + kl(q, p));
+    let classes = z.dim(1).unwrap();
+    let (z, old) = (flat(z), flat(old));
+    let term = |(z, old): (&[f64], &[f64])| match likelihood {
+        Likelihood::Categorical => both(&softmax(z), &softmax(old)),
+        Likelihood::Bernoulli => {
+            let two = |z: f64| [sigmoid(z), 1.0 - sigmoid(z)];
+            z.iter().zip(old).map(|(&z, &old)| both(&two(z), &two(old))).sum()
+        }
+        // Of unit-variance normals both divergences are half the squared distance of the means.
+        Likelihood::Gaussian => z.iter().zip(old).map(|(z, old)| 0.5 * (z - old).powi(2)).sum(),
+    };
+    let terms = z.len() / classes;
+    z.chunks(classes).zip(old.chunks(classes)).map(term).sum::<f64>() / terms as f64
+}
+
+fn check_inner(likelihood: Likelihood, inner: Inner, steps: usize) -> Result<()> {
+    let (rho, lr) = (0.4, 0.2);
+    let with = |inner_lr: f64| {
+        let inner = Inner { lr: inner_lr, ..inner.clone() };
+        Qe { wake_decay: Some(rho), solve: QSolve::Factor, inner }
+    };
+    // Two runs that part at the last step but one, where the second makes no inner steps.
+    let (net, twin) = (net(5)?, net(5)?);
+    let optimizer = |net: &Net| -> Result<QeKldWrm> {
+        let options = params(net, with(inner.lr), Damping::Eigenvalue(DAMPING));
+        QeKldWrm::from_varmap(&net.varmap, Params { lr, ..options })
+    };
+    let (mut opt, mut opt_twin) = (optimizer(&net)?, optimizer(&twin)?);
+    let blocks = ["a", "b"].map(|b| net.elements(b, 0, 1));
+    let all: Vec<_> = blocks.concat();
+    let mut models = vec![];
+    for k in 0..=steps {
+        models.push(net.values()?);
+        let x = random(40 + k as u64, &[6, 3])?;
+        let y = targets(50 + k as u64, likelihood, &(net.forward)(&x)?)?;
+        let go = |net: &Net, opt: &mut QeKldWrm| -> Result<()> {
+            let z = (net.forward)(&x)?;
+            opt.observe(&z, likelihood)?;
+            opt.step_with(&mean_loss(likelihood, &z, &y)?, likelihood, &mut || (net.forward)(&x))
+        };
+        if k < steps {
+            go(&net, &mut opt)?;
+            go(&twin, &mut opt_twin)?;
+            continue;
+        }
+        let z = (net.forward)(&x)?;
+        let grads = mean_loss(likelihood, &z, &y)?.backward()?;
+        let g = column(&all, |var| grads.get(var).unwrap().clone());
+        let mut b = Mat::<f64>::zeros(all.len(), all.len());
+        let mut from = 0;
+        for (a, g) in current(&net, &z, likelihood, Bias::Folded)? {
+            let f = kron(&a, &g);
+            b.submatrix_mut(from, from, f.nrows(), f.nrows()).copy_from(&f);
+            from += f.nrows();
+        }
+        let start = values_at(&all);
+        go(&net, &mut opt)?;
+        opt_twin.set_params(Params { wake: with(0.0), ..opt_twin.params().clone() })?;
+        go(&twin, &mut opt_twin)?;
+        let (found, quadratic) = (net.values()?, twin.values()?);
+
+        let wake = &models[models.len() - inner.models..];
+        let mut outputs = vec![];
+        for model in wake {
+            net.set(model)?;
+            outputs.push((net.forward)(&x)?);
+        }
+        let objective = || -> Result<Tensor> {
+            let s = values_at(&all) - &start;
+            let z = (net.forward)(&x)?;
+            let mut value = (g.transpose() * &s)[(0, 0)] + 0.5 * (s.transpose() * &b * &s)[(0, 0)];
+            for (j, old) in outputs.iter().rev().enumerate() {
+                let kappa = if j + 1 == outputs.len() { 1.0 } else { 1.0 - rho };
+                value += inner.scale / lr * kappa * rho.powi(j as i32) * symmetric_kl(likelihood, &z, old);
+            }
+            Tensor::new(&[value], z.device())
+        };
+        net.set(&quadratic)?;
+        let mut buffer = Mat::<f64>::zeros(all.len(), 1);
+        for _ in 0..inner.steps {
+            let gradient = jacobian(&all, 2e-3, &objective)?;
+            buffer = buffer * inner.momentum + gradient.transpose();
+            for (i, (var, index)) in all.iter().enumerate() {
+                let mut values = flat(var.as_tensor());
+                values[*index] -= inner.lr * lr * buffer[(i, 0)];
+                var.set(&Tensor::from_vec(values, var.dims(), var.device())?)?;
+            }
+        }
+        let expected = values_at(&all);
+        net.set(&quadratic)?;
+        let quadratic = values_at(&all);
+        net.set(&found)?;
+        let what = format!("{likelihood:?}, {inner:?}");
+        assert_same(&(values_at(&all) - &quadratic), &(expected - &quadratic), 1e-8, &what);
+    }
+    Ok(())
+}
+
+#[test]
+fn exact_divergence() -> Result<()> {
+    for likelihood in [Likelihood::Categorical, Likelihood::Bernoulli, Likelihood::Gaussian] {
+        for (steps, momentum, models, scale) in
+            [(1, 0.0, 2, 1.0), (1, 0.0, 3, 0.3), (3, 0.5, 2, 1.0), (2, 0.9, 4, 1.0)]
+        {
+            check_inner(likelihood, Inner { steps, lr: 0.3, momentum, models, scale }, 5)?;
+        }
+    }
+    Ok(())
+}
