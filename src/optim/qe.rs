@@ -28,7 +28,7 @@ pub struct Inner {
 
 impl Default for Inner {
     fn default() -> Self {
-        Self { steps: 1, lr: 0.1, momentum: 0.5, models: 2, scale: 1.0, preconditioned: false }
+        Self { steps: 1, lr: 0.001, momentum: 0.5, models: 2, scale: 1.0, preconditioned: false }
     }
 }
 
