@@ -338,7 +338,7 @@ fn exact_divergence() -> Result<()> {
         for (steps, momentum, models, scale) in
             [(1, 0.0, 2, 1.0), (1, 0.0, 3, 0.3), (3, 0.5, 2, 1.0), (2, 0.9, 4, 1.0)]
         {
-            check_inner(likelihood, Inner { steps, lr: 0.3, momentum, models, scale }, 5)?;
+            check_inner(likelihood, Inner { steps, lr: 0.3, momentum, models, scale, ..Inner::default() }, 5)?;
         }
     }
     Ok(())
