@@ -64,14 +64,13 @@ impl Plain<'_> {
     }
 }
 
+/// Inputs and output gradients of a layer's use, a row a position.
+type Rows = (Mat<f64>, Mat<f64>);
+
 type PlainForward = for<'a, 'b> fn(&'a mut Plain<'b>, &Tensor) -> Result<Tensor>;
 
 /// `A` and `G` of a block by their definitions, from the uses of its layer by every example.
-fn by_definition(
-    examples: &[Vec<(Mat<f64>, Mat<f64>)>],
-    sharing: Sharing,
-    part: Part,
-) -> (Mat<f64>, Mat<f64>) {
+fn by_definition(examples: &[Vec<Rows>], sharing: Sharing, part: Part) -> (Mat<f64>, Mat<f64>) {
     let n = examples.len() as f64;
     let sum = |m: &Mat<f64>| Mat::from_fn(1, m.ncols(), |_, j| m.col(j).sum());
     let square = |m: &Mat<f64>| m.transpose() * m;
@@ -80,7 +79,7 @@ fn by_definition(
         *total = Some(total.take().map_or(part.clone(), |total| total + part));
     };
     for uses in examples {
-        let stack = |pick: fn(&(Mat<f64>, Mat<f64>)) -> &Mat<f64>| {
+        let stack = |pick: fn(&Rows) -> &Mat<f64>| {
             let rows: Vec<Vec<f64>> = uses
                 .iter()
                 .flat_map(|u| pick(u).row_iter().map(|r| r.iter().copied().collect()).collect::<Vec<_>>())
@@ -156,14 +155,14 @@ fn empirical_factors() -> Result<()> {
         let likelihood = Likelihood::Categorical;
         let x = random(9, dims)?;
         let y = labels(10, dims[0], 3)?;
-        let mut uses: Vec<Vec<(&str, Mat<f64>, Mat<f64>)>> = vec![];
+        let mut uses: Vec<Vec<(&str, Rows)>> = vec![];
         for i in 0..dims[0] {
             let mut pass = Plain { net, uses: vec![] };
             let z = plain(&mut pass, &x.narrow(0, i, 1)?)?;
             let grads = mean_loss(likelihood, &z, &y.narrow(0, i, 1)?)?.backward()?;
             let of = |u: Use| {
                 let inputs = Mat::from_fn(u.inputs.len(), u.inputs[0].len(), |i, j| u.inputs[i][j]);
-                (u.layer, inputs, matrix(grads.get(&u.probe).unwrap()))
+                (u.layer, (inputs, matrix(grads.get(&u.probe).unwrap())))
             };
             uses.push(pass.uses.into_iter().map(of).collect());
         }
@@ -185,7 +184,7 @@ fn empirical_factors() -> Result<()> {
                 };
                 let of_layer: Vec<_> = uses
                     .iter()
-                    .map(|u| u.iter().filter(|u| u.0 == layer).map(|u| (u.1.clone(), u.2.clone())).collect())
+                    .map(|u| u.iter().filter(|u| u.0 == layer).map(|u| u.1.clone()).collect())
                     .collect();
                 let (a, g) = by_definition(&of_layer, sharing, part);
                 let found = opt.factors(block).unwrap();

@@ -115,7 +115,8 @@ fn deep_linear_nets() -> Result<()> {
     let row = Conv1dConfig { stride: 2, padding: 2, dilation: 2, ..Default::default() };
     let row_grouped = Conv1dConfig { padding: 1, groups: 2, ..Default::default() };
     type Build<'a> = Box<dyn Fn(VarBuilder) -> Result<Forward> + 'a>;
-    let cases: Vec<(&str, Build, Vec<usize>, &[(Sharing, Bias)])> = vec![
+    type Case<'a> = (&'a str, Build<'a>, Vec<usize>, &'a [(Sharing, Bias)]);
+    let cases: Vec<Case> = vec![
         ("linear", Box::new(|vb| deep(vb, true)), vec![7, 4], &both),
         ("linear without bias", Box::new(|vb| deep(vb, false)), vec![7, 4], &both),
         ("sequence, a term a position", Box::new(|vb| deep(vb, true)), vec![3, 5, 4], &expand),

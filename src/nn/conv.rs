@@ -54,7 +54,7 @@ impl Module for Conv1d {
         let x = if x.rank() == 3 { x.unsqueeze(2)? } else { x.clone() };
         let weight = self.weight.unsqueeze(2)?;
         let shape = ConvShape::new(&self.name, x.dims(), weight.dims(), (1, stride), (0, padding), (1, dilation), groups)?;
-        tapped_conv(shape, &x, &weight, self.bias.as_ref(), self.tap.clone())?.squeeze(2)
+        tapped_conv(&self.name, shape, &x, &weight, self.bias.as_ref(), self.tap.clone())?.squeeze(2)
     }
 }
 
@@ -116,7 +116,7 @@ impl Module for Conv2d {
         let pair = |v| (v, v);
         let shape =
             ConvShape::new(&self.name, x.dims(), self.weight.dims(), pair(stride), pair(padding), pair(dilation), groups)?;
-        tapped_conv(shape, x, &self.weight, self.bias.as_ref(), self.tap.clone())
+        tapped_conv(&self.name, shape, x, &self.weight, self.bias.as_ref(), self.tap.clone())
     }
 }
 

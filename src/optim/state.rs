@@ -95,6 +95,7 @@ impl<R: WakeRule> Natural<R> {
         note("damping", self.damping.to_string());
         note("models", self.models.len().to_string());
         note("closure_checked", self.closure_checked.to_string());
+        note("tensors", tensors.len().to_string());
         if let Some(previous_lr) = self.previous_lr {
             note("previous_lr", previous_lr.to_string());
         }
@@ -127,8 +128,8 @@ impl<R: WakeRule> Natural<R> {
         let steps: usize = numbers.needed("steps")?;
         let skipped = numbers.needed("skipped")?;
         let lr: f64 = numbers.needed("lr")?;
-        let previous_lr = numbers.optional("previous_lr")?;
-        let damping = numbers.needed("damping")?;
+        let previous_lr: Option<f64> = numbers.optional("previous_lr")?;
+        let damping: f64 = numbers.needed("damping")?;
         let closure_checked = numbers.needed("closure_checked")?;
         let model_count: usize = numbers.needed("models")?;
         let predicted = numbers.optional("predicted_loss")?.zip(numbers.optional("predicted_change")?);
@@ -136,6 +137,19 @@ impl<R: WakeRule> Natural<R> {
         let mut wanted = Wanted { file: &file, wrong: vec![], used: BTreeSet::new() };
         if optimizer != R::NAME {
             wanted.wrong.push(format!("state of {optimizer}, expected {}", R::NAME));
+        }
+        // Not every tensor is needed by every optimizer, but none that was written may have been lost.
+        let (count, found) = (numbers.needed::<usize>("tensors")?, file.tensors.len());
+        if count != found {
+            wanted.wrong.push(format!("{found} tensors, expected {count}"));
+        }
+        for (name, value) in [("lr", lr), ("previous_lr", previous_lr.unwrap_or(lr)), ("damping", damping)] {
+            if !(value.is_finite() && value >= 0.0) {
+                wanted.wrong.push(format!("{name} is {value}, expected zero or more"));
+            }
+        }
+        if model_count > found {
+            bail!("{}: {model_count} stored models in {found} tensors", path.display())
         }
         let mut values = vec![];
         for param in &self.vars {

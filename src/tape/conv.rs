@@ -8,12 +8,16 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result,
 
 /// The cross-correlation of `x` `[n, c, h, w]` with `weight` `[o, c / groups, kh, kw]`, plus `bias` `[o]`.
 pub(crate) fn conv(
+    name: &str,
     shape: ConvShape,
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
     tap: Option<Tap>,
 ) -> Result<Tensor> {
+    if x.dtype() != weight.dtype() {
+        bail!("layer {name}: the weight is {:?}, the input {:?}", weight.dtype(), x.dtype())
+    }
     // Other devices compute the value from candle's own ops; the op below then only carries it into the graph.
     let value = if x.device().is_cpu() {
         None

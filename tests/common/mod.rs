@@ -5,11 +5,14 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use faer::{Mat, linalg::solvers::Solve};
 pub use kronwake::checkpoint::Checkpoint;
 use kronwake::curvature::Sharing;
-use kronwake::nn::{VarBuilder, VarMap};
-use kronwake::optim::{Bias, Every, KFac, ParamsKFac};
+use kronwake::nn::{self, Module, VarBuilder, VarMap};
+use kronwake::optim::{Bias, Every, KFac, Natural, ParamsKFac, WakeRule};
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use std::path::Path;
+use safetensors::{SafeTensors, tensor::TensorView};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A file of `tests/golden`.
 pub fn golden(name: &str) -> Result<Checkpoint> {
@@ -266,4 +269,71 @@ pub fn observer(net: &Net, fisher: Fisher, sharing: Sharing, bias: Bias) -> Resu
 /// `[n, c, ..]` as `[n, positions, c]`.
 pub fn positions(z: &Tensor) -> Result<Tensor> {
     z.flatten_from(2)?.transpose(1, 2)?.contiguous()
+}
+
+/// A path for a file of this test run.
+pub fn scratch(name: &str) -> PathBuf {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("kronwake-{}-{count}-{name}", std::process::id()))
+}
+
+/// All that an optimizer would save: tensors as dtype, shape and bytes, then the metadata.
+pub type Saved = (BTreeMap<String, (String, Vec<usize>, Vec<u8>)>, BTreeMap<String, String>);
+
+pub fn saved<R: WakeRule>(opt: &Natural<R>) -> Result<Saved> {
+    let path = scratch("state");
+    opt.save(&path)?;
+    let bytes = std::fs::read(&path)?;
+    std::fs::remove_file(&path)?;
+    let file = SafeTensors::deserialize(&bytes).map_err(candle_core::Error::wrap)?;
+    let tensor = |(name, view): (String, TensorView)| {
+        (name, (format!("{:?}", view.dtype()), view.shape().to_vec(), view.data().to_vec()))
+    };
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(candle_core::Error::wrap)?;
+    let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+    Ok((file.tensors().into_iter().map(tensor).collect(), metadata))
+}
+
+/// Asserts that two states are the same to the last bit, but for metadata that `except` names.
+#[track_caller]
+pub fn assert_same_state(found: &Saved, expected: &Saved, except: &[&str], what: &str) {
+    let names = |s: &Saved| s.0.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(found), names(expected), "{what}");
+    let differing: Vec<_> =
+        found.0.iter().filter(|(name, tensor)| expected.0[*name] != **tensor).map(|t| t.0).collect();
+    assert!(differing.is_empty(), "{what}: {differing:?} differ");
+    let rest = |s: &Saved| {
+        s.1.iter()
+            .filter(|(k, _)| !except.contains(&k.as_str()))
+            .map(|e| format!("{e:?}"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(rest(found), rest(expected), "{what}");
+}
+
+/// A small convolution net with three classes for images `[n, 1, 3, 3]`, with a Var `gain` that belongs to no layer.
+pub fn small(vb: VarBuilder) -> Result<Forward> {
+    let conv = nn::conv2d(1, 2, 2, Default::default(), vb.pp("conv"))?;
+    let gain = vb.get(8, "gain")?;
+    let (fc1, fc2) = (nn::linear(8, 4, vb.pp("fc1"))?, nn::linear(4, 3, vb.pp("fc2"))?);
+    Ok(Box::new(move |x| {
+        let x = conv.forward(x)?.tanh()?.flatten_from(1)?.broadcast_mul(&gain)?;
+        fc2.forward(&fc1.forward(&x)?.tanh()?)
+    }))
+}
+
+/// Batch `k` for [`small`]: `n` images of `dtype` and their classes.
+pub fn small_batch(k: u64, n: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
+    Ok((random(700 + k, &[n, 1, 3, 3])?.to_dtype(dtype)?, labels(900 + k, n, 3)?))
+}
+
+/// Asserts that `result` is an error whose message, without a backtrace, says all of `parts`.
+#[track_caller]
+pub fn assert_says<T>(result: Result<T>, parts: &[&str]) {
+    let message = result.err().map(|e| e.to_string()).unwrap_or_default();
+    let message = message.lines().next().unwrap_or_default();
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is not in {message:?}");
+    }
 }
