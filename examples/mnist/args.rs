@@ -125,7 +125,8 @@ pub struct Args {
     /// Write parameters and optimizer state here at the end
     #[arg(long, value_name = "FILE", help_heading = FILES)]
     pub save: Option<PathBuf>,
-    /// Go on from the file of --save; give the same other options, only --epochs or --steps larger
+    /// Go on from the file of --save. With the same other options and the same --epochs, training in parts by --steps is
+    /// the uninterrupted training, bit for bit
     #[arg(long, value_name = "FILE", help_heading = FILES)]
     pub resume: Option<PathBuf>,
     /// Write one JSON object a line here; the format is below
