@@ -48,8 +48,9 @@ impl Checkpoint {
     /// When the folder or the file cannot be written; the message names the file.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
-        let failed =
-            |error: String| candle_core::Error::Msg(format!("{}: cannot be written: {error}", path.display()));
+        let failed = |error: String| {
+            candle_core::Error::Msg(format!("{}: cannot be written: {error}", path.display()))
+        };
         let mut name = path.file_name().ok_or_else(|| failed("not a file name".into()))?.to_os_string();
         name.push(format!(".{}.part", std::process::id()));
         let part = path.with_file_name(name);
@@ -86,7 +87,9 @@ impl Checkpoint {
                 Some(_) => {}
             }
         }
-        wrong.extend(self.tensors.keys().filter(|n| !data.contains_key(*n)).map(|n| format!("unexpected {n}")));
+        wrong.extend(
+            self.tensors.keys().filter(|n| !data.contains_key(*n)).map(|n| format!("unexpected {n}")),
+        );
         if !wrong.is_empty() {
             wrong.sort();
             bail!("checkpoint does not fit the model: {}", wrong.join("; "))

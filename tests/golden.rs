@@ -8,7 +8,8 @@ use kronwake::curvature::Damping;
 use kronwake::nn::{self, Conv2d, Linear, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::max_pool2d;
 use kronwake::optim::{
-    Bias, Decay, Every, Inner, KFacRule, Model, Natural, Optimizer, Params, Q, QSolve, Qe, QeKldWrm, So, WakeRule,
+    Bias, Decay, Every, Inner, KFacRule, Model, Natural, Optimizer, Params, Q, QSolve, Qe, QeKldWrm, So,
+    WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use serde_json::Value;

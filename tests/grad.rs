@@ -55,7 +55,9 @@ fn linear() -> Result<()> {
 
 #[test]
 fn conv() -> Result<()> {
-    for (stride, padding, dilation, groups) in [(1, 0, 1, 1), (2, 1, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2), (2, 1, 2, 4)] {
+    for (stride, padding, dilation, groups) in
+        [(1, 0, 1, 1), (2, 1, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2), (2, 1, 2, 4)]
+    {
         let what = format!("stride {stride} padding {padding} dilation {dilation} groups {groups}");
         let config = Conv2dConfig { stride, padding, dilation, groups, cudnn_fwd_algo: None };
         let (x, w, b) = (var(&[2, 4, 6, 5])?, var(&[4, 4 / groups, 3, 2])?, var(&[4])?);

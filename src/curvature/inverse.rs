@@ -109,6 +109,24 @@ pub(crate) fn pi_damped(a: &Tensor, g: &Tensor, damping: f64, name: &str) -> Res
     Ok((add_diagonal_each(a, &(&pi * root)?, name)?, add_diagonal_each(g, &(pi.recip()? * root)?, name)?))
 }
 
+/// `(A (x) G + damping) x` for `x` of shape `[groups, out, in]`.
+pub(crate) fn damped_product(
+    a: &Tensor,
+    g: &Tensor,
+    kind: DampingKind,
+    damping: f64,
+    x: &Tensor,
+    name: &str,
+) -> Result<Tensor> {
+    match kind {
+        DampingKind::Eigenvalue => g.matmul(x)?.matmul(a)? + (x * damping)?,
+        DampingKind::Pi => {
+            let (a, g) = pi_damped(a, g, damping, name)?;
+            g.matmul(x)?.matmul(&a)
+        }
+    }
+}
+
 /// `(A_bar (x) G_bar + lr A (x) G)^-1` with pi-damped averages: the exact solve of the quadratic wake. Two generalized
 /// eigenproblems make both terms diagonal at once.
 pub(crate) fn sum_inverse(

@@ -53,7 +53,15 @@ impl Module for Conv1d {
         let Conv1dConfig { padding, stride, dilation, groups, .. } = self.config;
         let x = if x.rank() == 3 { x.unsqueeze(2)? } else { x.clone() };
         let weight = self.weight.unsqueeze(2)?;
-        let shape = ConvShape::new(&self.name, x.dims(), weight.dims(), (1, stride), (0, padding), (1, dilation), groups)?;
+        let shape = ConvShape::new(
+            &self.name,
+            x.dims(),
+            weight.dims(),
+            (1, stride),
+            (0, padding),
+            (1, dilation),
+            groups,
+        )?;
         tapped_conv(&self.name, shape, &x, &weight, self.bias.as_ref(), self.tap.clone())?.squeeze(2)
     }
 }
@@ -99,7 +107,8 @@ impl Conv2d {
 
     /// The layer that does this convolution and then `bn` in evaluation mode; its weights are no variables.
     pub fn absorb_bn(&self, bn: &BatchNorm) -> Result<Self> {
-        let plain = candle_nn::Conv2d::new(self.weight.clone(), self.bias.clone(), self.config).absorb_bn(bn)?;
+        let plain =
+            candle_nn::Conv2d::new(self.weight.clone(), self.bias.clone(), self.config).absorb_bn(bn)?;
         Ok(Self {
             name: self.name.clone(),
             weight: plain.weight().clone(),
@@ -114,8 +123,15 @@ impl Module for Conv2d {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Conv2dConfig { padding, stride, dilation, groups, .. } = self.config;
         let pair = |v| (v, v);
-        let shape =
-            ConvShape::new(&self.name, x.dims(), self.weight.dims(), pair(stride), pair(padding), pair(dilation), groups)?;
+        let shape = ConvShape::new(
+            &self.name,
+            x.dims(),
+            self.weight.dims(),
+            pair(stride),
+            pair(padding),
+            pair(dilation),
+            groups,
+        )?;
         tapped_conv(&self.name, shape, x, &self.weight, self.bias.as_ref(), self.tap.clone())
     }
 }

@@ -47,7 +47,11 @@ impl Groups {
     pub(crate) fn check(&self, names: &[&str]) -> Result<()> {
         for group in &self.0 {
             if !(group.lr_scale.is_finite() && group.lr_scale >= 0.0) {
-                bail!("group {:?}: expected lr_scale to be zero or more, got {}", group.pattern, group.lr_scale)
+                bail!(
+                    "group {:?}: expected lr_scale to be zero or more, got {}",
+                    group.pattern,
+                    group.lr_scale
+                )
             }
             if let Some(decay) = group.weight_decay
                 && !(decay.is_finite() && decay >= 0.0)

@@ -22,7 +22,7 @@ pub use natural::Natural;
 pub use params::{Bias, Decay, Every, NonFinite, Params};
 pub use q::{ParamsQKldWrm, Q, QKldWrm};
 pub use qe::{Inner, ParamsQeKldWrm, Qe, QeKldWrm};
-pub use rule::{Defaults, Model, QSolve, WakeRule};
+pub use rule::{Carry, Defaults, Model, QSolve, WakeRule};
 pub use schedule::Schedule;
 pub use so::{ParamsSoKldWrm, So, SoKldWrm};
 pub use summary::{Summary, SummaryBlock, SummaryRow};

@@ -148,7 +148,11 @@ impl<R: WakeRule> Natural<R> {
         for (index, param) in trained.iter().enumerate() {
             let rule = params.groups.of(&param.name).and_then(|g| g.rule);
             if rule == Some(Rule::Kronecker) && !blocks.iter().any(|b| b.params.contains(&index)) {
-                bail!("{}: group asks for a Kronecker block, but {} belongs to no tapped layer", R::NAME, param.name)
+                bail!(
+                    "{}: group asks for a Kronecker block, but {} belongs to no tapped layer",
+                    R::NAME,
+                    param.name
+                )
             }
         }
         let rest = (0..trained.len())
@@ -260,11 +264,21 @@ impl<R: WakeRule> Natural<R> {
     /// [`Natural::observe`] with given labels in place of drawn ones: one pass, whatever [`Params::fisher`] says.
     ///
     /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
-    pub fn observe_labels(&mut self, outputs: &Tensor, likelihood: Likelihood, labels: &Tensor) -> Result<()> {
+    pub fn observe_labels(
+        &mut self,
+        outputs: &Tensor,
+        likelihood: Likelihood,
+        labels: &Tensor,
+    ) -> Result<()> {
         self.observe_pass(outputs, likelihood, Some(labels))
     }
 
-    fn observe_pass(&mut self, outputs: &Tensor, likelihood: Likelihood, labels: Option<&Tensor>) -> Result<()> {
+    fn observe_pass(
+        &mut self,
+        outputs: &Tensor,
+        likelihood: Likelihood,
+        labels: Option<&Tensor>,
+    ) -> Result<()> {
         let terms = likelihood.terms(outputs)?;
         if !self.curvature_due() {
             return Ok(());
@@ -357,7 +371,8 @@ impl<R: WakeRule> Natural<R> {
         if let Some(what) = observed.unusable {
             return Err(Refusal::NonFinite(what));
         }
-        let Ok(sums) = Arc::try_unwrap(observed.sums).map(|m| m.into_inner().unwrap_or_else(|p| p.into_inner()))
+        let Ok(sums) =
+            Arc::try_unwrap(observed.sums).map(|m| m.into_inner().unwrap_or_else(|p| p.into_inner()))
         else {
             return Err(failed("the observed curvature is still in use".into()));
         };
@@ -532,7 +547,17 @@ fn block(
     let indices: Vec<usize> = indices.into_iter().flatten().collect();
     let lr_scale = indices.first().map_or(1.0, |&i| params[i].lr_scale);
     let state = BlockState::default();
-    Ok(Block { name, layer: layer.index, part, groups, out: out / groups, columns, params: indices, lr_scale, state })
+    Ok(Block {
+        name,
+        layer: layer.index,
+        part,
+        groups,
+        out: out / groups,
+        columns,
+        params: indices,
+        lr_scale,
+        state,
+    })
 }
 
 /// A loss as a number.

@@ -1,7 +1,7 @@
 //! The options that every optimizer of the crate has.
 
 use super::groups::Groups;
-use super::rule::WakeRule;
+use super::rule::{Carry, WakeRule};
 use crate::curvature::{Damping, DampingKind, Inverse, Sharing};
 use crate::tape::{Fisher, Tape};
 use candle_core::{Result, bail};
@@ -92,6 +92,8 @@ pub struct Params<R> {
     pub groups: Groups,
     /// Adam, for Vars that have no Kronecker block. Its rate keeps its ratio to `lr` when that is changed.
     pub rest: ParamsAdamW,
+    /// What the wake looks back at, where a step is not the objective's minimizer.
+    pub carry: Carry,
     /// What is this optimizer's own.
     pub wake: R,
 }
@@ -121,6 +123,7 @@ impl<R: WakeRule> Params<R> {
             non_finite: NonFinite::Error,
             groups: Groups::default(),
             rest: ParamsAdamW { weight_decay: 0.0, ..ParamsAdamW::default() },
+            carry: Carry::Gradient,
             wake,
         }
     }
@@ -175,7 +178,15 @@ impl<R: WakeRule> Params<R> {
             bail!("{optimizer}: ekfac needs eigenvalue damping, got {:?}", self.damping)
         }
         if self.ekfac && self.sharing == Sharing::Reduce {
-            bail!("{optimizer}: ekfac takes the true per-example gradients, so it needs Sharing::Expand, got Reduce")
+            bail!(
+                "{optimizer}: ekfac takes the true per-example gradients, so it needs Sharing::Expand, got Reduce"
+            )
+        }
+        if self.carry == Carry::Literal && self.wake.wake_decay(self.stat_decay).is_none() {
+            bail!("{optimizer}: Carry::Literal is a wake's, and {optimizer} has none")
+        }
+        if self.carry == Carry::Literal && self.ekfac {
+            bail!("{optimizer}: Carry::Literal needs the Kronecker average itself, which ekfac replaces")
         }
         self.wake.check(self.damping, self.ekfac)
     }

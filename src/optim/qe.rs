@@ -81,7 +81,10 @@ impl WakeRule for Qe {
             bail!("{}: expected an inner momentum in [0, 1), got {momentum}", Self::NAME)
         }
         if models < 2 {
-            bail!("{}: expected 2 or more models in the wake, the current one included, got {models}", Self::NAME)
+            bail!(
+                "{}: expected 2 or more models in the wake, the current one included, got {models}",
+                Self::NAME
+            )
         }
         Ok(())
     }
@@ -96,7 +99,12 @@ impl Natural<Qe> {
     ///
     /// # Errors
     /// As for any step, and when two calls of `outputs` differ. Parameters and state are then unchanged.
-    pub fn step_with(&mut self, loss: &Tensor, likelihood: Likelihood, outputs: &mut Outputs<'_>) -> Result<()> {
+    pub fn step_with(
+        &mut self,
+        loss: &Tensor,
+        likelihood: Likelihood,
+        outputs: &mut Outputs<'_>,
+    ) -> Result<()> {
         let (value, grads) = match self.backward(loss) {
             Ok(found) => found,
             Err(error) => {

@@ -21,7 +21,7 @@
 //! | Q | `g, B = F` | `(F_bar + lr F) s = -lr wake_gradient` | `g + B s` |
 //! | QE | Q's step, then steps on the exact symmetric KL | as Q | `g + B s` |
 //!
-//! The carry holds the step that was really taken, clips and all.
+//! The carry holds the step that was really taken, clips and all; [`Carry`] says how.
 
 use crate::curvature::{Damping, DampingKind};
 use crate::tape::Fisher;
@@ -35,6 +35,21 @@ pub enum QSolve {
     Factor,
     /// The sum itself, with pi-damped averages, by two generalized eigenproblems; needs [`DampingKind::Pi`].
     Exact,
+}
+
+/// What the next wake gradient looks back at.
+///
+/// The objective's linear terms add up to `-lambda (M + F_bar s)`, `M` the earlier distances' part. Where `s` minimizes the
+/// objective that equals `g + B s`, which is all that the published recursions keep. A clip, momentum, or QE's inner steps
+/// end elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Carry {
+    /// `g + B s` (SO: `g`), with the step really taken: the published form.
+    #[default]
+    Gradient,
+    /// `g - wake_gradient - lambda F_bar s` with the damped average: what the objective says for any step `s`. Costs a
+    /// product with both factors a step.
+    Literal,
 }
 
 /// The model of the loss that a rule minimizes.

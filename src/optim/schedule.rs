@@ -47,7 +47,9 @@ impl Schedule {
     pub fn at(&self, step: usize) -> f64 {
         match *self {
             Schedule::Constant(lr) => lr,
-            Schedule::Cosine { peak, warmup, .. } if step < warmup => peak * (step + 1) as f64 / warmup as f64,
+            Schedule::Cosine { peak, warmup, .. } if step < warmup => {
+                peak * (step + 1) as f64 / warmup as f64
+            }
             Schedule::Cosine { peak, steps, warmup, floor } => {
                 let span = steps.saturating_sub(warmup + 1).max(1) as f64;
                 let progress = ((step - warmup) as f64 / span).min(1.0);

@@ -35,7 +35,8 @@ impl BlockState {
             ("carry", &self.carry),
             ("velocity", &self.velocity),
         ];
-        let mut slots: Vec<_> = optional.into_iter().filter_map(|(n, t)| t.as_ref().map(|t| (n, t))).collect();
+        let mut slots: Vec<_> =
+            optional.into_iter().filter_map(|(n, t)| t.as_ref().map(|t| (n, t))).collect();
         slots.extend(self.preconditioner.iter().flat_map(|p| p.parts()));
         slots
     }
@@ -123,7 +124,9 @@ impl<R: WakeRule> Natural<R> {
         match format {
             Some(FORMAT) => {}
             Some(other) => bail!("{}: state of format {other}, expected {FORMAT}", path.display()),
-            None => bail!("{}: holds no optimizer state, only {} tensors", path.display(), file.tensors.len()),
+            None => {
+                bail!("{}: holds no optimizer state, only {} tensors", path.display(), file.tensors.len())
+            }
         }
         let steps: usize = numbers.needed("steps")?;
         let skipped = numbers.needed("skipped")?;
@@ -155,11 +158,15 @@ impl<R: WakeRule> Natural<R> {
         for param in &self.vars {
             let (dims, dtype) = (param.var.dims(), param.var.dtype());
             let value = wanted.tensor(&param.name, dims, dtype, true);
-            let master = wanted.tensor(&slot(&param.name, "master"), dims, wide_dtype(dtype), param.master.is_some());
+            let master =
+                wanted.tensor(&slot(&param.name, "master"), dims, wide_dtype(dtype), param.master.is_some());
             values.push((value, master));
         }
-        let frozen: Vec<_> =
-            self.frozen.iter().map(|(name, var)| wanted.tensor(name, var.dims(), var.dtype(), true)).collect();
+        let frozen: Vec<_> = self
+            .frozen
+            .iter()
+            .map(|(name, var)| wanted.tensor(name, var.dims(), var.dtype(), true))
+            .collect();
         let started = steps > 0;
         let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
         let states: Vec<BlockState> = self
@@ -231,7 +238,9 @@ impl Numbers<'_> {
         let Some(text) = self.metadata.get(&entry(name)) else { return Ok(None) };
         match text.parse() {
             Ok(value) => Ok(Some(value)),
-            Err(_) => bail!("{}: metadata {} is {text:?}, expected a number", self.path.display(), entry(name)),
+            Err(_) => {
+                bail!("{}: metadata {} is {text:?}, expected a number", self.path.display(), entry(name))
+            }
         }
     }
 
@@ -286,7 +295,9 @@ impl Wanted<'_> {
         let scale = get("scale", &matrix, false);
         let preconditioner = match (inverse, basis.zip(scale)) {
             (Some((inv_a, inv_g)), None) => Some(Preconditioner::Factors { inv_a, inv_g }),
-            (None, Some(((basis_a, basis_g), scale))) => Some(Preconditioner::Basis { basis_a, basis_g, scale }),
+            (None, Some(((basis_a, basis_g), scale))) => {
+                Some(Preconditioner::Basis { basis_a, basis_g, scale })
+            }
             _ => None,
         };
         let state = BlockState {

@@ -5,9 +5,10 @@ use super::block::{Block, BlockState};
 use super::natural::{Natural, Predicted};
 use super::params::{Decay, NonFinite};
 use super::rest::Adam;
-use super::rule::{Model, QSolve, WakeRule};
+use super::rule::{Carry, Model, QSolve, WakeRule};
 use crate::curvature::{
-    Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, moments, sum_inverse, turned_moments, wide,
+    Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, damped_product, moments, sum_inverse,
+    turned_moments, wide,
 };
 use crate::ops::factor::ema;
 use candle_core::{DType, Result, Tensor, bail};
@@ -24,6 +25,8 @@ pub(super) struct BlockProposal {
     pub state: BlockState,
     /// The gradient of the loss, `[groups, out, columns]`.
     pub gradient: Tensor,
+    /// The gradient less what the wake looks back at.
+    pub wake_gradient: Tensor,
     /// The model's curvature at this step: the factors of this batch where it refreshed them, else the averages.
     pub factors: (Tensor, Tensor),
     /// The change of the parameters.
@@ -50,6 +53,7 @@ pub(super) type Refresh = Option<(Vec<LayerFactors>, usize)>;
 struct Direction {
     state: BlockState,
     gradient: Tensor,
+    wake_gradient: Tensor,
     factors: (Tensor, Tensor),
     direction: Tensor,
     /// `<V, g>`, the squared length of the direction in the damped metric.
@@ -126,7 +130,8 @@ impl<R: WakeRule> Natural<R> {
             _ => 1.0,
         };
         let mut blocks = Vec::with_capacity(directions.len());
-        for (block, Direction { mut state, gradient, factors, direction, .. }) in self.blocks.iter().zip(directions) {
+        for (block, found) in self.blocks.iter().zip(directions) {
+            let Direction { mut state, gradient, wake_gradient, factors, direction, .. } = found;
             // Both clips measure the direction as it was solved for.
             let mut direction = self.rms_clipped(direction)?;
             if clip < 1.0 {
@@ -144,7 +149,7 @@ impl<R: WakeRule> Natural<R> {
             {
                 step = (step - (decay * rate(block))?)?;
             }
-            blocks.push(BlockProposal { state, gradient, factors, step });
+            blocks.push(BlockProposal { state, gradient, wake_gradient, factors, step });
         }
         Ok(Proposal { blocks, rest })
     }
@@ -206,18 +211,20 @@ impl<R: WakeRule> Natural<R> {
             (Some(decay), Decay::Loss) => (gradient + decay)?,
             _ => gradient,
         };
-        let mut wake_gradient = match (self.params.wake.wake_decay(self.params.stat_decay), &state.carry) {
+        let wake_gradient = match (self.params.wake.wake_decay(self.params.stat_decay), &state.carry) {
             (Some(rho), Some(carry)) if rho > 0.0 => {
                 // At a rate of 0 nothing moves, whatever is looked back at.
                 let lr = self.params.lr;
-                let ratio = if lr > 0.0 { self.previous_lr.map_or(1.0, |previous| previous / lr) } else { 0.0 };
+                let ratio =
+                    if lr > 0.0 { self.previous_lr.map_or(1.0, |previous| previous / lr) } else { 0.0 };
                 (&gradient - (carry * (rho * ratio))?)?
             }
             _ => gradient.clone(),
         };
-        if let (Some(decay), Decay::AfterWake) = (&decay, self.params.decay) {
-            wake_gradient = (wake_gradient + decay)?;
-        }
+        let decayed = match (&decay, self.params.decay) {
+            (Some(decay), Decay::AfterWake) => (&wake_gradient + decay)?,
+            _ => wake_gradient.clone(),
+        };
         let Some(preconditioner) = &state.preconditioner else {
             return Err(Refusal::Failed(candle_core::Error::Msg(format!(
                 "{}: block {} has no inverse yet",
@@ -225,12 +232,12 @@ impl<R: WakeRule> Natural<R> {
                 block.name
             ))));
         };
-        let direction = preconditioner.apply(&wake_gradient)?;
-        let length = sum(&(&direction * &wake_gradient)?)?;
+        let direction = preconditioner.apply(&decayed)?;
+        let length = sum(&(&direction * &decayed)?)?;
         if !length.is_finite() {
             return Err(Refusal::NonFinite(self.culprit(block, grads)?));
         }
-        Ok(Direction { state, gradient, factors, direction, length })
+        Ok(Direction { state, gradient, wake_gradient, factors, direction, length })
     }
 
     /// Inverses are renewed every `inverses` steps. A quadratic wake's matrix holds the factors of the step itself, which
@@ -282,7 +289,9 @@ impl<R: WakeRule> Natural<R> {
         state: &mut BlockState,
         refresh: Option<(&LayerFactors, usize)>,
     ) -> std::result::Result<(), Refusal> {
-        let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else { return Ok(()) };
+        let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else {
+            return Ok(());
+        };
         let (basis_a, basis_g) = (basis_a.clone(), basis_g.clone());
         let scaled = if block.part == super::block::Part::Bias {
             // One input, the constant 1: the factor G is the second moment itself.
@@ -353,7 +362,10 @@ impl<R: WakeRule> Natural<R> {
             return Ok(None);
         }
         let Some(loss) = loss else {
-            bail!("{}: adaptive damping needs the loss; call backward_step(&loss) in place of step(&grads)", R::NAME)
+            bail!(
+                "{}: adaptive damping needs the loss; call backward_step(&loss) in place of step(&grads)",
+                R::NAME
+            )
         };
         let mut change = 0.0;
         for block in &proposal.blocks {
@@ -366,15 +378,29 @@ impl<R: WakeRule> Natural<R> {
     }
 
     /// The next step's carries, from the steps really taken: `taken` where later inner steps changed them.
-    pub(super) fn carries(&self, proposal: &Proposal, taken: Option<&[Tensor]>) -> Result<Vec<Option<Tensor>>> {
+    pub(super) fn carries(
+        &self,
+        proposal: &Proposal,
+        taken: Option<&[Tensor]>,
+    ) -> Result<Vec<Option<Tensor>>> {
         let carry = |(index, block): (usize, &BlockProposal)| -> Result<Option<Tensor>> {
             if self.params.wake.wake_decay(self.params.stat_decay).is_none() {
                 return Ok(None);
             }
+            let step = taken.map_or(&block.step, |taken| &taken[index]);
+            let lr = self.params.lr * self.blocks[index].lr_scale;
+            match (self.params.carry, &block.state.factor_a, &block.state.factor_g) {
+                // At a rate of 0 there was no step, and the next one looks back at nothing.
+                (Carry::Literal, Some(a), Some(g)) if lr > 0.0 => {
+                    let kind = self.params.damping.kind();
+                    let curved = damped_product(a, g, kind, self.damping, step, &self.blocks[index].name)?;
+                    return Ok(Some(((&block.gradient - &block.wake_gradient)? - (curved / lr)?)?));
+                }
+                _ => {}
+            }
             match self.params.wake.model() {
                 Model::Linear => Ok(Some(block.gradient.clone())),
                 Model::Quadratic(_) => {
-                    let step = taken.map_or(&block.step, |taken| &taken[index]);
                     let (a, g) = &block.factors;
                     Ok(Some((&block.gradient + g.matmul(step)?.matmul(a)?)?))
                 }

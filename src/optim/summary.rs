@@ -54,7 +54,8 @@ pub struct Summary {
 impl Summary {
     /// Bytes of all state in steady operation.
     pub fn bytes(&self) -> usize {
-        let blocks: usize = self.blocks.iter().map(|b| b.factor_bytes + b.inverse_bytes + b.other_bytes).sum();
+        let blocks: usize =
+            self.blocks.iter().map(|b| b.factor_bytes + b.inverse_bytes + b.other_bytes).sum();
         blocks + self.other_bytes
     }
 }

@@ -16,7 +16,10 @@ pub(crate) fn affine(
 ) -> Result<Tensor> {
     let (_, inputs) = weight.dims2()?;
     if x.rank() < 2 || x.dims().last() != Some(&inputs) {
-        bail!("layer {name}: expected an input of shape [.., {inputs}] and rank 2 or more, got {:?}", x.dims())
+        bail!(
+            "layer {name}: expected an input of shape [.., {inputs}] and rank 2 or more, got {:?}",
+            x.dims()
+        )
     }
     if x.dtype() != weight.dtype() {
         bail!("layer {name}: the weight is {:?}, the input {:?}", weight.dtype(), x.dtype())

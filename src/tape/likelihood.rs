@@ -48,7 +48,10 @@ impl Likelihood {
     pub fn terms(&self, outputs: &Tensor) -> Result<usize> {
         let classes = outputs.dims().last().copied().unwrap_or(0);
         if classes == 0 || outputs.elem_count() == 0 {
-            bail!("observe: expected outputs of shape [.., classes] with at least one example, got {:?}", outputs.dims())
+            bail!(
+                "observe: expected outputs of shape [.., classes] with at least one example, got {:?}",
+                outputs.dims()
+            )
         }
         Ok(outputs.elem_count() / classes)
     }
@@ -105,7 +108,8 @@ impl Likelihood {
         let labels = match self {
             Likelihood::Categorical => {
                 let labels = sample::categorical(&rows, key)?;
-                return self.label_cotangent(&outputs, &Tensor::from_vec(labels, rows.dim(0)?, rows.device())?);
+                return self
+                    .label_cotangent(&outputs, &Tensor::from_vec(labels, rows.dim(0)?, rows.device())?);
             }
             Likelihood::Bernoulli => sample::bernoulli(&rows, key)?,
             Likelihood::Gaussian => (&rows + sample::normal(&rows, key)?)?,
