@@ -18,7 +18,7 @@ use serde_json::Value;
 struct Net {
     varmap: VarMap,
     tape: Tape,
-    forward: Box<dyn Fn(&Tensor) -> Result<Tensor>>,
+    forward: Forward,
 }
 
 fn net(init: &common::Checkpoint, build: impl FnOnce(VarBuilder) -> Result<Forward>) -> Result<Net> {
@@ -97,7 +97,7 @@ fn run<R: WakeRule>(
     let expected = golden(&format!("{kind}_{name}.safetensors"))?;
     let net = if kind == "mlp" { net(&inputs, mlp)? } else { net(&inputs, cnn)? };
     let mut opt = Natural::from_varmap(&net.varmap, params(&net.tape, wake(config), config))?;
-    let images = (kind == "cnn").then(|| cnn_batch()).transpose()?;
+    let images = (kind == "cnn").then(cnn_batch).transpose()?;
     for k in 0..meta["steps"].as_u64().unwrap() as usize {
         let (x, y) = match &images {
             Some((x, y)) => (x.clone(), y.clone()),

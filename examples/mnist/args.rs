@@ -103,6 +103,9 @@ pub struct Args {
     /// How q solves (F_bar + lr F) s = -lr g: factor by factor, or exactly (with --damping-kind pi)
     #[arg(long, value_enum, help_heading = WAKE)]
     pub q_solve: Option<QSolveKind>,
+    /// What the wake looks back at: the gradient that a minimizer leaves, or what the step really taken leaves
+    #[arg(long, value_enum, help_heading = WAKE)]
+    pub carry: Option<CarryKind>,
     /// Inner steps of qe on the exact divergence
     #[arg(long, value_name = "N", value_parser = count, help_heading = WAKE)]
     pub qe_steps: Option<usize>,
@@ -176,6 +179,7 @@ const ONLY: &[(&str, &[Choice])] = &[
     ("fisher", CURVED),
     ("wake_decay", &[So, Q, Qe, Compare]),
     ("q_solve", &[Q, Qe]),
+    ("carry", &[So, Q, Qe]),
     ("qe_steps", &[Qe]),
     ("qe_lr", &[Qe]),
     ("qe_momentum", &[Qe]),

@@ -3,12 +3,12 @@
 use super::args::Args;
 use super::defaults;
 use super::first_order::{FirstOrder, Rule};
-use super::values::{BiasKind, Choice, DampingKind, FisherKind, QSolveKind};
+use super::values::{BiasKind, CarryKind, Choice, DampingKind, FisherKind, QSolveKind};
 use candle_core::{Result, Tensor, bail};
 use kronwake::curvature::{self, Adaptive, Damping};
 use kronwake::nn::VarMap;
 use kronwake::optim::{
-    Bias, Every, Inner, KFacRule, Natural, Optimizer, Params, Q, QSolve, Qe, So, WakeRule,
+    Bias, Carry, Every, Inner, KFacRule, Natural, Optimizer, Params, Q, QSolve, Qe, So, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use std::path::Path;
@@ -121,6 +121,11 @@ fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Params<R> {
         kl_clip: args.kl_clip.map_or(default.kl_clip, |limit| limit.0),
         rms_clip: args.rms_clip.map_or(default.rms_clip, |limit| limit.0),
         weight_decay: args.weight_decay.unwrap_or(defaults::WEIGHT_DECAY),
+        carry: match args.carry {
+            Some(CarryKind::Gradient) => Carry::Gradient,
+            Some(CarryKind::Literal) => Carry::Literal,
+            None => default.carry,
+        },
         wake,
         ..default
     }

@@ -55,6 +55,13 @@ pub enum QSolveKind {
     Exact,
 }
 
+/// What the wake looks back at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CarryKind {
+    Gradient,
+    Literal,
+}
+
 /// A bound that can be switched off: what `--kl-clip` takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limit(pub Option<f64>);

@@ -34,7 +34,7 @@ impl Schedule {
     /// # Errors
     /// When `warmup` exceeds `steps`, `floor` is outside [0, 1], or `peak` is not a non-negative number.
     pub fn cosine(peak: f64, steps: usize, warmup: usize, floor: f64) -> Result<Self> {
-        if !(peak.is_finite() && peak >= 0.0) || !(0.0..=1.0).contains(&floor) || warmup > steps {
+        if !(peak.is_finite() && peak >= 0.0 && (0.0..=1.0).contains(&floor) && warmup <= steps) {
             bail!(
                 "schedule: expected peak >= 0, floor in [0, 1] and warmup <= steps, got peak {peak}, floor {floor}, \
                  warmup {warmup}, steps {steps}"
