@@ -254,7 +254,7 @@ mod tests {
     #[test]
     fn every_option_is_refused_by_the_optimizers_that_lack_it() {
         for (option, owners) in ONLY {
-            let values = ["", "0.5", "2", "pi", "split", "exact"];
+            let values = ["", "0.5", "2", "pi", "split", "exact", "literal"];
             let flag = option.replace('_', "-");
             for optimizer in Choice::value_variants() {
                 let line = |value| format!("--optimizer {} --{flag} {value}", optimizer.name());

@@ -1,9 +1,12 @@
 //! The optimizers: one step loop, four wake rules.
 
 mod block;
+mod build;
+mod direction;
 mod groups;
 mod kfac;
 mod natural;
+mod observe;
 mod params;
 mod q;
 mod qe;

@@ -1,18 +1,16 @@
-//! The optimizer that all members of the family are: construction, observation of the curvature, and the public face.
-//! The step itself is in `step.rs`, its wake in `rule.rs`.
+//! The optimizer that all members of the family are, and its public face. `build.rs` constructs it, `observe.rs` takes in the
+//! curvature, `direction.rs` and `step.rs` step, and what the members differ in is `rule.rs`.
 
-use super::block::{Block, BlockState, Param, Part, master, parts};
-use super::groups::Rule;
+use super::block::{Block, Param};
+use super::observe::Observed;
 use super::params::{NonFinite, Params};
 use super::rest::Adam;
 use super::rule::WakeRule;
-use super::step::{Refresh, Refusal, sum};
-use crate::curvature::{Adaptive, Damping, FactorSums, Want};
-use crate::ops::sample::DrawKey;
-use crate::tape::{Fisher, Layer, Likelihood};
+use crate::curvature::{Adaptive, Damping, Want};
+use crate::tape::Layer;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
-use candle_nn::{Optimizer, VarMap};
-use std::sync::{Arc, Mutex};
+use candle_nn::Optimizer;
+use std::sync::Arc;
 
 /// A curvature-aware optimizer with the wake rule `R`; see [`super::KFac`], [`super::SoKldWrm`], [`super::QKldWrm`] and
 /// [`super::QeKldWrm`].
@@ -46,21 +44,6 @@ pub struct Natural<R> {
     pub(super) closure_checked: bool,
 }
 
-/// Factor sums of the coming step.
-pub(super) struct Observed {
-    pub sums: Arc<Mutex<FactorSums>>,
-    /// The tape listens to the user's backward pass (empirical Fisher).
-    pub armed: bool,
-    /// Why the step has to be left out, under [`NonFinite::Skip`].
-    pub unusable: Option<String>,
-}
-
-impl std::fmt::Debug for Observed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Observed").field("armed", &self.armed).finish_non_exhaustive()
-    }
-}
-
 /// Gradients of micro-batches, each times its number of loss terms.
 #[derive(Debug)]
 pub(super) struct Accumulated {
@@ -77,110 +60,6 @@ pub(super) struct Predicted {
 }
 
 impl<R: WakeRule> Natural<R> {
-    /// An optimizer of every float Var of `varmap`, which also gives their names. Prefer this to `new`: state is saved and
-    /// groups are matched by name, and a `Vec<Var>` has none for Vars outside tapped layers.
-    pub fn from_varmap(varmap: &VarMap, params: Params<R>) -> Result<Self> {
-        let mut vars: Vec<(String, Var)> = match varmap.data().lock() {
-            Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
-            Err(_) => bail!("{}: the VarMap's lock is poisoned", R::NAME),
-        };
-        vars.sort_by(|a, b| a.0.cmp(&b.0));
-        Self::build(vars.into_iter().map(|(name, var)| (Some(name), var)).collect(), params)
-    }
-
-    fn build(vars: Vec<(Option<String>, Var)>, params: Params<R>) -> Result<Self> {
-        params.check()?;
-        let layers = params.tape.layers();
-        let layer_name = |var: &Var| {
-            layers.iter().find_map(|layer| {
-                let is = |t: &Tensor| t.id() == var.id();
-                (is(&layer.weight).then(|| format!("{}.weight", layer.name)))
-                    .or_else(|| layer.bias.as_ref().is_some_and(is).then(|| format!("{}.bias", layer.name)))
-            })
-        };
-        let mut all: Vec<(String, bool, Var)> = vec![];
-        for (index, (name, var)) in vars.into_iter().enumerate() {
-            if !var.dtype().is_float() || all.iter().any(|(_, _, seen)| seen.id() == var.id()) {
-                continue;
-            }
-            let name = name.or_else(|| layer_name(&var));
-            all.push((name.clone().unwrap_or_else(|| format!("var{index}")), name.is_some(), var));
-        }
-        let names: Vec<&str> = all.iter().map(|(name, _, _)| name.as_str()).collect();
-        params.groups.check(&names)?;
-
-        let mut trained = vec![];
-        let mut frozen = vec![];
-        let mut adam_only = vec![];
-        for (name, named, var) in all {
-            let group = params.groups.of(&name);
-            if group.is_some_and(|g| g.frozen) {
-                frozen.push((name, var));
-                continue;
-            }
-            adam_only.push(group.and_then(|g| g.rule) == Some(Rule::Adam));
-            trained.push(Param {
-                master: master(&var)?,
-                lr_scale: group.map_or(1.0, |g| g.lr_scale),
-                weight_decay: group.and_then(|g| g.weight_decay).unwrap_or(params.weight_decay),
-                name,
-                named,
-                var,
-            });
-        }
-        let find = |t: &Tensor| (0..trained.len()).find(|&i| trained[i].var.id() == t.id() && !adam_only[i]);
-        let mut blocks = vec![];
-        let mut wants = vec![];
-        for layer in &layers {
-            let weight = find(&layer.weight);
-            let bias = layer.bias.as_ref().and_then(find);
-            let parts = parts(weight.map(|i| &trained[i]), bias.map(|i| &trained[i]), params.bias);
-            wants.push((!parts.is_empty()).then(|| Want {
-                weight: weight.is_some(),
-                folded: parts.contains(&Part::Folded),
-                bias: parts.contains(&Part::Bias),
-                keep: params.ekfac,
-            }));
-            for part in parts {
-                blocks.push(block(layer, part, weight, bias, &trained)?);
-            }
-        }
-        for (index, param) in trained.iter().enumerate() {
-            let rule = params.groups.of(&param.name).and_then(|g| g.rule);
-            if rule == Some(Rule::Kronecker) && !blocks.iter().any(|b| b.params.contains(&index)) {
-                bail!(
-                    "{}: group asks for a Kronecker block, but {} belongs to no tapped layer",
-                    R::NAME,
-                    param.name
-                )
-            }
-        }
-        let rest = (0..trained.len())
-            .filter(|i| !blocks.iter().any(|b| b.params.contains(i)))
-            .map(|param| Adam { param, steps: 0, moments: None })
-            .collect();
-        let rest_ratio = if params.lr > 0.0 { params.rest.lr / params.lr } else { 1.0 };
-        Ok(Self {
-            damping: params.damping.initial(),
-            params,
-            vars: trained,
-            frozen,
-            blocks,
-            rest,
-            layers,
-            wants,
-            steps: 0,
-            skipped: 0,
-            previous_lr: None,
-            rest_ratio,
-            observed: None,
-            accumulated: None,
-            predicted: None,
-            models: vec![],
-            closure_checked: false,
-        })
-    }
-
     /// The options, with the learning rate as it is now.
     pub fn params(&self) -> &Params<R> {
         &self.params
@@ -242,142 +121,6 @@ impl<R: WakeRule> Natural<R> {
     pub fn factors(&self, block: &str) -> Option<(Tensor, Tensor)> {
         let state = &self.blocks.iter().find(|b| b.name == block)?.state;
         Some((state.factor_a.clone()?, state.factor_g.clone()?))
-    }
-
-    /// Whether the coming step needs [`Natural::observe`].
-    pub fn curvature_due(&self) -> bool {
-        self.steps.is_multiple_of(self.params.every.factors) && !self.blocks.is_empty()
-    }
-
-    /// Shows the optimizer the outputs of the forward pass whose step comes next. No work unless curvature is due.
-    ///
-    /// `outputs` are what the likelihood takes, `[.., classes]`, with their graph. With the empirical Fisher the
-    /// backward pass that follows is listened to; its loss must be the mean over loss terms. Otherwise the passes for
-    /// the curvature run here.
-    ///
-    /// # Errors
-    /// When the batch is empty, the outputs hold no graph to a tapped layer, or are not finite.
-    pub fn observe(&mut self, outputs: &Tensor, likelihood: Likelihood) -> Result<()> {
-        self.observe_pass(outputs, likelihood, None)
-    }
-
-    /// [`Natural::observe`] with given labels in place of drawn ones: one pass, whatever [`Params::fisher`] says.
-    ///
-    /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
-    pub fn observe_labels(
-        &mut self,
-        outputs: &Tensor,
-        likelihood: Likelihood,
-        labels: &Tensor,
-    ) -> Result<()> {
-        self.observe_pass(outputs, likelihood, Some(labels))
-    }
-
-    fn observe_pass(
-        &mut self,
-        outputs: &Tensor,
-        likelihood: Likelihood,
-        labels: Option<&Tensor>,
-    ) -> Result<()> {
-        let terms = likelihood.terms(outputs)?;
-        if !self.curvature_due() {
-            return Ok(());
-        }
-        let _span = tracing::info_span!("factors").entered();
-        let sums = match &self.observed {
-            Some(observed) if observed.armed => {
-                bail!("{}: observe was called twice before a backward pass", R::NAME)
-            }
-            Some(observed) => observed.sums.clone(),
-            None => Arc::new(Mutex::new(FactorSums::new(self.wants.clone(), self.params.sharing))),
-        };
-        if !sum(&outputs.detach())?.is_finite() {
-            let what = format!("the observed outputs {:?} have NaN or infinite elements", outputs.dims());
-            if self.params.non_finite == NonFinite::Error {
-                bail!("{}: step {}: {what}; parameters and state are unchanged", R::NAME, self.steps)
-            }
-            self.observed = Some(Observed { sums, armed: false, unusable: Some(what) });
-            return Ok(());
-        }
-        let first = lock(&sums).terms() as u64;
-        let tape = self.params.tape.clone();
-        let step = self.steps as u64;
-        let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<()> {
-            lock(&sums).begin(terms, scale, fresh);
-            tape.reduce_into(outputs, cotangent, sums.clone())?;
-            lock(&sums).end()
-        };
-        let mut armed = false;
-        let passes: Box<dyn Iterator<Item = Result<Tensor>>> = match (labels, self.params.fisher) {
-            (Some(labels), _) => Box::new([likelihood.label_cotangent(outputs, labels)].into_iter()),
-            (None, Fisher::Empirical) => {
-                lock(&sums).begin(terms, terms as f64, true);
-                tape.arm(sums.clone(), true)?;
-                armed = true;
-                Box::new(std::iter::empty())
-            }
-            (None, Fisher::Sampled { draws, seed }) => Box::new((0..draws as u64).map(move |draw| {
-                likelihood.sampled_cotangent(outputs, DrawKey { seed, step, draw, first_row: first })
-            })),
-            (None, Fisher::Exact) => Box::new(likelihood.exact_cotangents(outputs)?),
-        };
-        // Draws are averaged, the columns of an exact square root add up.
-        let scale = match self.params.fisher {
-            Fisher::Sampled { draws, .. } if labels.is_none() => 1.0 / (draws as f64).sqrt(),
-            _ => 1.0,
-        };
-        for (index, cotangent) in passes.enumerate() {
-            pass(&cotangent?, scale, index == 0)?;
-        }
-        let unusable = self.observed.take().and_then(|observed| observed.unusable);
-        self.observed = Some(Observed { sums, armed, unusable });
-        Ok(())
-    }
-
-    /// Stops listening and closes the pass, if the tape was armed.
-    pub(super) fn close_pass(&mut self) -> Result<()> {
-        let Some(observed) = &mut self.observed else { return Ok(()) };
-        if std::mem::take(&mut observed.armed) {
-            self.params.tape.disarm();
-            lock(&observed.sums).end()?;
-        }
-        Ok(())
-    }
-
-    /// Forgets what was observed; the state of a step that failed or is left out.
-    pub(super) fn forget(&mut self) {
-        if let Some(observed) = self.observed.take()
-            && observed.armed
-        {
-            self.params.tape.disarm();
-        }
-        self.accumulated = None;
-    }
-
-    /// The factors of the coming step with their number of loss terms, when they are due.
-    pub(super) fn take_factors(&mut self) -> std::result::Result<Refresh, Refusal> {
-        self.close_pass()?;
-        let observed = self.observed.take();
-        if !self.curvature_due() {
-            return Ok(None);
-        }
-        let failed = |what: String| Refusal::Failed(candle_core::Error::Msg(format!("{}: {what}", R::NAME)));
-        let Some(observed) = observed else {
-            return Err(failed(format!(
-                "step {} needs the curvature; call observe(&outputs, likelihood) between the forward pass and the step",
-                self.steps
-            )));
-        };
-        if let Some(what) = observed.unusable {
-            return Err(Refusal::NonFinite(what));
-        }
-        let Ok(sums) =
-            Arc::try_unwrap(observed.sums).map(|m| m.into_inner().unwrap_or_else(|p| p.into_inner()))
-        else {
-            return Err(failed("the observed curvature is still in use".into()));
-        };
-        let terms = sums.terms();
-        Ok(Some((sums.finish(&self.layers)?, terms)))
     }
 
     /// The gradients of a micro-batch, added up for [`Natural::step_accumulated`]. `loss` is the mean over its `terms` loss
@@ -525,49 +268,10 @@ impl<R: WakeRule> Optimizer for Natural<R> {
     }
 }
 
-/// One block of a layer.
-fn block(
-    layer: &Layer,
-    part: Part,
-    weight: Option<usize>,
-    bias: Option<usize>,
-    params: &[Param],
-) -> Result<Block> {
-    let (out, columns, groups) = (layer.out_features(), layer.in_features(), layer.groups.max(1));
-    let base = match weight {
-        Some(w) => params[w].name.strip_suffix(".weight").unwrap_or(&params[w].name).to_string(),
-        None => layer.name.clone(),
-    };
-    let (indices, name, groups, columns) = match part {
-        Part::Folded => (vec![weight, bias], base, groups, columns + 1),
-        Part::Weight if layer.bias.is_none() => (vec![weight], base, groups, columns),
-        Part::Weight => (vec![weight], format!("{base}.weight"), groups, columns),
-        Part::Bias => (vec![bias], format!("{base}.bias"), 1, 1),
-    };
-    let indices: Vec<usize> = indices.into_iter().flatten().collect();
-    let lr_scale = indices.first().map_or(1.0, |&i| params[i].lr_scale);
-    let state = BlockState::default();
-    Ok(Block {
-        name,
-        layer: layer.index,
-        part,
-        groups,
-        out: out / groups,
-        columns,
-        params: indices,
-        lr_scale,
-        state,
-    })
-}
-
 /// A loss as a number.
 pub(super) fn scalar(loss: &Tensor) -> Result<f64> {
     if loss.elem_count() != 1 {
         bail!("loss: expected a scalar, got shape {:?}", loss.dims())
     }
     loss.detach().flatten_all()?.to_dtype(candle_core::DType::F64)?.get(0)?.to_scalar()
-}
-
-pub(super) fn lock(sums: &Mutex<FactorSums>) -> std::sync::MutexGuard<'_, FactorSums> {
-    sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -1,0 +1,153 @@
+//! From Vars and a tape to blocks: which Var is trained how.
+
+use super::block::{Block, BlockState, Param, Part, master, parts};
+use super::groups::Rule;
+use super::natural::Natural;
+use super::params::Params;
+use super::rest::Adam;
+use super::rule::WakeRule;
+use crate::curvature::Want;
+use crate::tape::Layer;
+use candle_core::{Result, Tensor, Var, bail};
+use candle_nn::VarMap;
+
+impl<R: WakeRule> Natural<R> {
+    /// An optimizer of every float Var of `varmap`, which also gives their names. Prefer this to `new`: state is saved and
+    /// groups are matched by name, and a `Vec<Var>` has none for Vars outside tapped layers.
+    pub fn from_varmap(varmap: &VarMap, params: Params<R>) -> Result<Self> {
+        let mut vars: Vec<(String, Var)> = match varmap.data().lock() {
+            Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
+            Err(_) => bail!("{}: the VarMap's lock is poisoned", R::NAME),
+        };
+        vars.sort_by(|a, b| a.0.cmp(&b.0));
+        Self::build(vars.into_iter().map(|(name, var)| (Some(name), var)).collect(), params)
+    }
+
+    pub(super) fn build(vars: Vec<(Option<String>, Var)>, params: Params<R>) -> Result<Self> {
+        params.check()?;
+        let layers = params.tape.layers();
+        let layer_name = |var: &Var| {
+            layers.iter().find_map(|layer| {
+                let is = |t: &Tensor| t.id() == var.id();
+                (is(&layer.weight).then(|| format!("{}.weight", layer.name)))
+                    .or_else(|| layer.bias.as_ref().is_some_and(is).then(|| format!("{}.bias", layer.name)))
+            })
+        };
+        let mut all: Vec<(String, bool, Var)> = vec![];
+        for (index, (name, var)) in vars.into_iter().enumerate() {
+            if !var.dtype().is_float() || all.iter().any(|(_, _, seen)| seen.id() == var.id()) {
+                continue;
+            }
+            let name = name.or_else(|| layer_name(&var));
+            all.push((name.clone().unwrap_or_else(|| format!("var{index}")), name.is_some(), var));
+        }
+        let names: Vec<&str> = all.iter().map(|(name, _, _)| name.as_str()).collect();
+        params.groups.check(&names)?;
+
+        let mut trained = vec![];
+        let mut frozen = vec![];
+        let mut adam_only = vec![];
+        for (name, named, var) in all {
+            let group = params.groups.of(&name);
+            if group.is_some_and(|g| g.frozen) {
+                frozen.push((name, var));
+                continue;
+            }
+            adam_only.push(group.and_then(|g| g.rule) == Some(Rule::Adam));
+            trained.push(Param {
+                master: master(&var)?,
+                lr_scale: group.map_or(1.0, |g| g.lr_scale),
+                weight_decay: group.and_then(|g| g.weight_decay).unwrap_or(params.weight_decay),
+                name,
+                named,
+                var,
+            });
+        }
+        let find = |t: &Tensor| (0..trained.len()).find(|&i| trained[i].var.id() == t.id() && !adam_only[i]);
+        let mut blocks = vec![];
+        let mut wants = vec![];
+        for layer in &layers {
+            let weight = find(&layer.weight);
+            let bias = layer.bias.as_ref().and_then(find);
+            let parts = parts(weight.map(|i| &trained[i]), bias.map(|i| &trained[i]), params.bias);
+            wants.push((!parts.is_empty()).then(|| Want {
+                weight: weight.is_some(),
+                folded: parts.contains(&Part::Folded),
+                bias: parts.contains(&Part::Bias),
+                keep: params.ekfac,
+            }));
+            for part in parts {
+                blocks.push(block(layer, part, weight, bias, &trained)?);
+            }
+        }
+        for (index, param) in trained.iter().enumerate() {
+            let rule = params.groups.of(&param.name).and_then(|g| g.rule);
+            if rule == Some(Rule::Kronecker) && !blocks.iter().any(|b| b.params.contains(&index)) {
+                bail!(
+                    "{}: group asks for a Kronecker block, but {} belongs to no tapped layer",
+                    R::NAME,
+                    param.name
+                )
+            }
+        }
+        let rest = (0..trained.len())
+            .filter(|i| !blocks.iter().any(|b| b.params.contains(i)))
+            .map(|param| Adam { param, steps: 0, moments: None })
+            .collect();
+        let rest_ratio = if params.lr > 0.0 { params.rest.lr / params.lr } else { 1.0 };
+        Ok(Self {
+            damping: params.damping.initial(),
+            params,
+            vars: trained,
+            frozen,
+            blocks,
+            rest,
+            layers,
+            wants,
+            steps: 0,
+            skipped: 0,
+            previous_lr: None,
+            rest_ratio,
+            observed: None,
+            accumulated: None,
+            predicted: None,
+            models: vec![],
+            closure_checked: false,
+        })
+    }
+}
+
+/// One block of a layer.
+fn block(
+    layer: &Layer,
+    part: Part,
+    weight: Option<usize>,
+    bias: Option<usize>,
+    params: &[Param],
+) -> Result<Block> {
+    let (out, columns, groups) = (layer.out_features(), layer.in_features(), layer.groups.max(1));
+    let base = match weight {
+        Some(w) => params[w].name.strip_suffix(".weight").unwrap_or(&params[w].name).to_string(),
+        None => layer.name.clone(),
+    };
+    let (indices, name, groups, columns) = match part {
+        Part::Folded => (vec![weight, bias], base, groups, columns + 1),
+        Part::Weight if layer.bias.is_none() => (vec![weight], base, groups, columns),
+        Part::Weight => (vec![weight], format!("{base}.weight"), groups, columns),
+        Part::Bias => (vec![bias], format!("{base}.bias"), 1, 1),
+    };
+    let indices: Vec<usize> = indices.into_iter().flatten().collect();
+    let lr_scale = indices.first().map_or(1.0, |&i| params[i].lr_scale);
+    let state = BlockState::default();
+    Ok(Block {
+        name,
+        layer: layer.index,
+        part,
+        groups,
+        out: out / groups,
+        columns,
+        params: indices,
+        lr_scale,
+        state,
+    })
+}

@@ -1,0 +1,168 @@
+//! The curvature of the coming step: from a model's outputs to the factors of a batch.
+
+use super::natural::Natural;
+use super::params::NonFinite;
+use super::rule::WakeRule;
+use super::step::{Refresh, Refusal, sum};
+use crate::curvature::FactorSums;
+use crate::ops::sample::DrawKey;
+use crate::tape::{Fisher, Likelihood};
+use candle_core::{Result, Tensor, bail};
+use std::sync::{Arc, Mutex};
+
+/// Factor sums of the coming step.
+pub(super) struct Observed {
+    pub sums: Arc<Mutex<FactorSums>>,
+    /// The tape listens to the user's backward pass (empirical Fisher).
+    pub armed: bool,
+    /// Why the step has to be left out, under [`NonFinite::Skip`].
+    pub unusable: Option<String>,
+}
+
+impl std::fmt::Debug for Observed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Observed").field("armed", &self.armed).finish_non_exhaustive()
+    }
+}
+
+impl<R: WakeRule> Natural<R> {
+    /// Whether the coming step needs [`Natural::observe`].
+    pub fn curvature_due(&self) -> bool {
+        self.steps.is_multiple_of(self.params.every.factors) && !self.blocks.is_empty()
+    }
+
+    /// Shows the optimizer the outputs of the forward pass whose step comes next. No work unless curvature is due.
+    ///
+    /// `outputs` are what the likelihood takes, `[.., classes]`, with their graph. With the empirical Fisher the
+    /// backward pass that follows is listened to; its loss must be the mean over loss terms. Otherwise the passes for
+    /// the curvature run here.
+    ///
+    /// # Errors
+    /// When the batch is empty, the outputs hold no graph to a tapped layer, or are not finite.
+    pub fn observe(&mut self, outputs: &Tensor, likelihood: Likelihood) -> Result<()> {
+        self.observe_pass(outputs, likelihood, None)
+    }
+
+    /// [`Natural::observe`] with given labels in place of drawn ones: one pass, whatever [`Params::fisher`] says.
+    ///
+    /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
+    pub fn observe_labels(
+        &mut self,
+        outputs: &Tensor,
+        likelihood: Likelihood,
+        labels: &Tensor,
+    ) -> Result<()> {
+        self.observe_pass(outputs, likelihood, Some(labels))
+    }
+
+    fn observe_pass(
+        &mut self,
+        outputs: &Tensor,
+        likelihood: Likelihood,
+        labels: Option<&Tensor>,
+    ) -> Result<()> {
+        let terms = likelihood.terms(outputs)?;
+        if !self.curvature_due() {
+            return Ok(());
+        }
+        let _span = tracing::info_span!("factors").entered();
+        let sums = match &self.observed {
+            Some(observed) if observed.armed => {
+                bail!("{}: observe was called twice before a backward pass", R::NAME)
+            }
+            Some(observed) => observed.sums.clone(),
+            None => Arc::new(Mutex::new(FactorSums::new(self.wants.clone(), self.params.sharing))),
+        };
+        if !sum(&outputs.detach())?.is_finite() {
+            let what = format!("the observed outputs {:?} have NaN or infinite elements", outputs.dims());
+            if self.params.non_finite == NonFinite::Error {
+                bail!("{}: step {}: {what}; parameters and state are unchanged", R::NAME, self.steps)
+            }
+            self.observed = Some(Observed { sums, armed: false, unusable: Some(what) });
+            return Ok(());
+        }
+        let first = lock(&sums).terms() as u64;
+        let tape = self.params.tape.clone();
+        let step = self.steps as u64;
+        let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<()> {
+            lock(&sums).begin(terms, scale, fresh);
+            tape.reduce_into(outputs, cotangent, sums.clone())?;
+            lock(&sums).end()
+        };
+        let mut armed = false;
+        let passes: Box<dyn Iterator<Item = Result<Tensor>>> = match (labels, self.params.fisher) {
+            (Some(labels), _) => Box::new([likelihood.label_cotangent(outputs, labels)].into_iter()),
+            (None, Fisher::Empirical) => {
+                lock(&sums).begin(terms, terms as f64, true);
+                tape.arm(sums.clone(), true)?;
+                armed = true;
+                Box::new(std::iter::empty())
+            }
+            (None, Fisher::Sampled { draws, seed }) => Box::new((0..draws as u64).map(move |draw| {
+                likelihood.sampled_cotangent(outputs, DrawKey { seed, step, draw, first_row: first })
+            })),
+            (None, Fisher::Exact) => Box::new(likelihood.exact_cotangents(outputs)?),
+        };
+        // Draws are averaged, the columns of an exact square root add up.
+        let scale = match self.params.fisher {
+            Fisher::Sampled { draws, .. } if labels.is_none() => 1.0 / (draws as f64).sqrt(),
+            _ => 1.0,
+        };
+        for (index, cotangent) in passes.enumerate() {
+            pass(&cotangent?, scale, index == 0)?;
+        }
+        let unusable = self.observed.take().and_then(|observed| observed.unusable);
+        self.observed = Some(Observed { sums, armed, unusable });
+        Ok(())
+    }
+
+    /// Stops listening and closes the pass, if the tape was armed.
+    pub(super) fn close_pass(&mut self) -> Result<()> {
+        let Some(observed) = &mut self.observed else { return Ok(()) };
+        if std::mem::take(&mut observed.armed) {
+            self.params.tape.disarm();
+            lock(&observed.sums).end()?;
+        }
+        Ok(())
+    }
+
+    /// Forgets what was observed; the state of a step that failed or is left out.
+    pub(super) fn forget(&mut self) {
+        if let Some(observed) = self.observed.take()
+            && observed.armed
+        {
+            self.params.tape.disarm();
+        }
+        self.accumulated = None;
+    }
+
+    /// The factors of the coming step with their number of loss terms, when they are due.
+    pub(super) fn take_factors(&mut self) -> std::result::Result<Refresh, Refusal> {
+        self.close_pass()?;
+        let observed = self.observed.take();
+        if !self.curvature_due() {
+            return Ok(None);
+        }
+        let failed = |what: String| Refusal::Failed(candle_core::Error::Msg(format!("{}: {what}", R::NAME)));
+        let Some(observed) = observed else {
+            return Err(failed(format!(
+                "step {} needs the curvature; call observe(&outputs, likelihood) between the forward pass and the step",
+                self.steps
+            )));
+        };
+        if let Some(what) = observed.unusable {
+            return Err(Refusal::NonFinite(what));
+        }
+        let Ok(sums) =
+            Arc::try_unwrap(observed.sums).map(|m| m.into_inner().unwrap_or_else(|p| p.into_inner()))
+        else {
+            return Err(failed("the observed curvature is still in use".into()));
+        };
+        let terms = sums.terms();
+        Ok(Some((sums.finish(&self.layers)?, terms)))
+    }
+}
+
+pub(super) fn lock(sums: &Mutex<FactorSums>) -> std::sync::MutexGuard<'_, FactorSums> {
+    sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
