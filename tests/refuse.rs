@@ -222,7 +222,7 @@ fn non_finite() -> Result<()> {
             let before = saved(&opt)?;
             bad(&net, &mut opt)?;
             assert_eq!((opt.skipped(), opt.steps()), (1, 2), "{part}");
-            assert_same_state(&saved(&opt)?, &before, &["kronwake.skipped"], part);
+            assert_same_state(&saved(&opt)?, &before, &["skipped"], part);
             good_step(&net, &mut opt)?;
         }
     }

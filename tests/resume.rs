@@ -235,8 +235,8 @@ fn mismatches() -> Result<()> {
         (|c| replace(c, "gain", f64::NAN), &["gain has NaN"]),
         (|c| remove(c, "kronwake/fc1/scale"), &["missing the inverse of block fc1"]),
         (|c| remove(c, "kronwake/fc1/velocity"), &["tensors, expected"]),
-        (|c| note(c, "steps", None), &["metadata kronwake.steps is missing"]),
-        (|c| note(c, "steps", Some("few")), &["kronwake.steps is \"few\""]),
+        (|c| note(c, "steps", None), &["metadata kronwake: steps is missing"]),
+        (|c| note(c, "steps", Some("few")), &["kronwake: steps is \"few\""]),
         (|c| note(c, "format", Some("2")), &["state of format 2, expected 1"]),
         (|c| note(c, "format", None), &["no optimizer state"]),
         (|c| note(c, "lr", Some("NaN")), &["lr is NaN"]),
@@ -283,11 +283,10 @@ fn remove(file: &mut Checkpoint, name: &str) -> Result<()> {
 }
 
 fn note(file: &mut Checkpoint, name: &str, value: Option<&str>) -> Result<()> {
-    let key = format!("kronwake.{name}");
-    match value {
-        Some(value) => file.metadata.insert(key, value.into()),
-        None => file.metadata.remove(&key),
-    };
+    let text = file.metadata.entry("kronwake".into()).or_default();
+    let kept = text.lines().filter(|line| !line.starts_with(&format!("{name} = ")));
+    *text =
+        kept.map(str::to_string).chain(value.map(|v| format!("{name} = {v}"))).collect::<Vec<_>>().join("\n");
     Ok(())
 }
 

@@ -1,8 +1,9 @@
 //! Saving and resuming: parameters and all state in one safetensors file, bit for bit.
 //!
 //! Parameters stand under their own names, so that the file is a model checkpoint too; state stands under
-//! `kronwake/{block or param}/{slot}`, and what are numbers in metadata entries `kronwake.{name}`, written such that they
-//! are read back exactly.
+//! `kronwake/{block or param}/{slot}`, and what are numbers in the metadata entry `kronwake`, a line `name = value` each, such
+//! that they are read back exactly. (One entry, since the format's writer does not keep the order of several: equal states
+//! are equal files.)
 
 use super::block::{Block, BlockState};
 use super::natural::{Natural, Predicted};
@@ -11,16 +12,12 @@ use super::step::sum;
 use crate::checkpoint::Checkpoint;
 use crate::curvature::{Preconditioner, wide_dtype};
 use candle_core::{DType, Device, Result, Tensor, bail};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::str::FromStr;
 
 const FORMAT: u32 = 1;
 const KEY: &str = "kronwake";
-
-fn entry(name: &str) -> String {
-    format!("{KEY}.{name}")
-}
 
 fn slot(owner: &str, slot: &str) -> String {
     format!("{KEY}/{owner}/{slot}")
@@ -86,8 +83,8 @@ impl<R: WakeRule> Natural<R> {
                 tensors.insert(slot(&param.name, &format!("model{index}")), value.clone());
             }
         }
-        let mut metadata = HashMap::new();
-        let mut note = |name: &str, value: String| metadata.insert(entry(name), value);
+        let mut numbers = String::new();
+        let mut note = |name: &str, value: String| numbers.extend([name, " = ", &value, "\n"]);
         note("format", FORMAT.to_string());
         note("optimizer", R::NAME.to_string());
         note("steps", self.steps.to_string());
@@ -107,7 +104,7 @@ impl<R: WakeRule> Natural<R> {
         for adam in &self.rest {
             note(&format!("adam_steps.{}", self.vars[adam.param].name), adam.steps.to_string());
         }
-        Checkpoint { tensors, metadata }.write(path)
+        Checkpoint { tensors, metadata: [(KEY.to_string(), numbers)].into() }.write(path)
     }
 
     /// Restores parameters and state, the learning rate included, from a file that [`Natural::save`] wrote with the same
@@ -119,7 +116,9 @@ impl<R: WakeRule> Natural<R> {
         let path = path.as_ref();
         let device = self.vars.first().map_or(Device::Cpu, |p| p.var.device().clone());
         let file = Checkpoint::read(path, &device)?;
-        let numbers = Numbers { path, metadata: &file.metadata };
+        let text = file.metadata.get(KEY).map_or("", String::as_str);
+        let numbers =
+            Numbers { path, values: text.lines().filter_map(|line| line.split_once(" = ")).collect() };
         let format: Option<u32> = numbers.optional("format")?;
         match format {
             Some(FORMAT) => {}
@@ -230,16 +229,16 @@ impl<R: WakeRule> Natural<R> {
 /// Reads the numbers of a file's metadata.
 struct Numbers<'a> {
     path: &'a Path,
-    metadata: &'a HashMap<String, String>,
+    values: BTreeMap<&'a str, &'a str>,
 }
 
 impl Numbers<'_> {
     fn optional<T: FromStr>(&self, name: &str) -> Result<Option<T>> {
-        let Some(text) = self.metadata.get(&entry(name)) else { return Ok(None) };
+        let Some(text) = self.values.get(name) else { return Ok(None) };
         match text.parse() {
             Ok(value) => Ok(Some(value)),
             Err(_) => {
-                bail!("{}: metadata {} is {text:?}, expected a number", self.path.display(), entry(name))
+                bail!("{}: metadata {KEY}: {name} is {text:?}, expected a number", self.path.display())
             }
         }
     }
@@ -247,7 +246,7 @@ impl Numbers<'_> {
     fn needed<T: FromStr>(&self, name: &str) -> Result<T> {
         match self.optional(name)? {
             Some(value) => Ok(value),
-            None => bail!("{}: metadata {} is missing", self.path.display(), entry(name)),
+            None => bail!("{}: metadata {KEY}: {name} is missing", self.path.display()),
         }
     }
 }

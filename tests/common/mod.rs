@@ -291,7 +291,9 @@ pub fn saved<R: WakeRule>(opt: &Natural<R>) -> Result<Saved> {
         (name, (format!("{:?}", view.dtype()), view.shape().to_vec(), view.data().to_vec()))
     };
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(candle_core::Error::wrap)?;
-    let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
+    let text = header.metadata().as_ref().and_then(|m| m.get("kronwake")).cloned().unwrap_or_default();
+    let line = |l: &str| l.split_once(" = ").map(|(name, value)| (name.to_string(), value.to_string()));
+    let metadata = text.lines().filter_map(line).collect();
     Ok((file.tensors().into_iter().map(tensor).collect(), metadata))
 }
 
