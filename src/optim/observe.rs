@@ -43,7 +43,7 @@ impl<R: WakeRule> Natural<R> {
         self.observe_pass(outputs, likelihood, None)
     }
 
-    /// [`Natural::observe`] with given labels in place of drawn ones: one pass, whatever [`Params::fisher`] says.
+    /// [`Natural::observe`] with given labels in place of drawn ones: one pass, whatever [`super::Params::fisher`] says.
     ///
     /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
     pub fn observe_labels(
