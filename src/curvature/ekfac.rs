@@ -20,7 +20,7 @@ pub(crate) fn moments(
     for (inputs, grads) in kept {
         let a = rotate(inputs, basis_a, groups, folded)?;
         let e = rotate(grads, basis_g, groups, false)?;
-        let part = cross_square(&e, &a, groups, false, "ekfac")?;
+        let part = cross_square(&e, &a, groups, "ekfac")?;
         total = Some(match total {
             Some(total) => (total + part)?,
             None => part,
