@@ -8,7 +8,8 @@ use faer::Mat;
 use kronwake::curvature::{Damping, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Bias, Carry, Every, Inner, Model, Natural, Optimizer, Params, Q, QSolve, Qe, QeKldWrm, So, WakeRule,
+    Bias, Carry, Every, Inner, Model, Natural, Optimizer, Params, Q, QSolve, Qe, QeKldWrm, So, StepRule,
+    TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -29,6 +30,7 @@ fn params<R: WakeRule>(net: &Net, wake: R, damping: Damping) -> Params<R> {
         every: Every { factors: 1, inverses: 1 },
         fisher: Fisher::Exact,
         kl_clip: None,
+        step_rule: StepRule::LearningRate,
         wake,
         ..Params::on(&net.tape)
     }
@@ -49,8 +51,8 @@ fn current(
 }
 
 /// `rho old + (1 - rho) new` of both factors.
-fn average(old: Option<&(Mat<f64>, Mat<f64>)>, new: &(Mat<f64>, Mat<f64>)) -> (Mat<f64>, Mat<f64>) {
-    let mix = |old: &Mat<f64>, new: &Mat<f64>| old * DECAY + new * (1.0 - DECAY);
+fn average(old: Option<&(Mat<f64>, Mat<f64>)>, new: &(Mat<f64>, Mat<f64>), rho: f64) -> (Mat<f64>, Mat<f64>) {
+    let mix = |old: &Mat<f64>, new: &Mat<f64>| old * rho + new * (1.0 - rho);
     old.map_or(new.clone(), |old| (mix(&old.0, &new.0), mix(&old.1, &new.1)))
 }
 
@@ -81,18 +83,28 @@ fn solved(
     }
 }
 
-/// `argmin_s <g, s> + 1/2 s^T B s + 1/lr sum_i w_i 1/2 |theta_k + s - theta_i|^2_{F_i}`, from its normal equations;
-/// `wake` holds `(theta_i, F_i)` of all steps, the last of them `k`.
-fn literal(wake: &[(Mat<f64>, Mat<f64>)], g: &Mat<f64>, b: Option<&Mat<f64>>, lr: f64) -> Mat<f64> {
+/// What one step leaves in the two wakes: `theta_i`, the gradient and curvature of the model made there, and the matrix
+/// of the distance to there.
+struct Past {
+    theta: Mat<f64>,
+    g: Mat<f64>,
+    b: Mat<f64>,
+    f: Mat<f64>,
+}
+
+/// `argmin_s sum_i u_i (<g_i, d_i> + 1/2 |d_i|^2_{B_i}) + 1/lr sum_i w_i 1/2 |d_i|^2_{F_i}` with `d_i = theta_k + s - theta_i`, from its
+/// normal equations; `u` decays with `model_decay`, `w` with `DECAY`.
+fn literal(wake: &[Past], model_decay: f64, lr: f64) -> Mat<f64> {
     let k = wake.len() - 1;
-    let theta = &wake[k].0;
-    let mut matrix = b.map_or(Mat::zeros(g.nrows(), g.nrows()), |b| b.clone());
-    let mut right = -g;
-    for (i, (old, f)) in wake.iter().enumerate() {
-        let kappa = if i == 0 { 1.0 } else { 1.0 - DECAY };
-        let weight = kappa * DECAY.powi((k - i) as i32) / lr;
-        matrix += f * weight;
-        right -= f * (theta - old) * weight;
+    let theta = &wake[k].theta;
+    let mut matrix = Mat::zeros(theta.nrows(), theta.nrows());
+    let mut right = Mat::zeros(theta.nrows(), 1);
+    for (i, past) in wake.iter().enumerate() {
+        let weight = |rho: f64| if i == 0 { 1.0 } else { 1.0 - rho } * rho.powi((k - i) as i32);
+        let (u, w) = (weight(model_decay), weight(DECAY) / lr);
+        let curved = &past.b * u + &past.f * w;
+        right -= &past.g * u + &curved * (theta - &past.theta);
+        matrix += curved;
     }
     solve(&matrix, &right)
 }
@@ -119,13 +131,15 @@ fn check_literal<R: WakeRule>(
     let model = wake.model();
     let (kl_clip, carry) = clip.map_or((None, Carry::Gradient), |(limit, carry)| (Some(limit), carry));
     let options = Params { kl_clip, carry, ..params(&net, wake, damping) };
-    let mut opt = Natural::from_varmap(&net.varmap, options)?;
+    let mut opt = Natural::from_varmap(&net.varmap, options.clone())?;
     let mut worst = 0f64;
     let blocks = ["a", "b"];
     let elements = blocks.map(|b| net.elements(b, 0, 1));
     let mut bars: [Option<(Mat<f64>, Mat<f64>)>; 2] = [None, None];
     let mut means: [Option<Mat<f64>>; 2] = [None, None];
-    let mut wakes: [Vec<(Mat<f64>, Mat<f64>)>; 2] = [vec![], vec![]];
+    let mut models: [Option<((Mat<f64>, Mat<f64>), Mat<f64>)>; 2] = [None, None];
+    let mut wakes: [Vec<Past>; 2] = [vec![], vec![]];
+    let (model_decay, scale) = (options.wake.model_decay(), options.wake.rate_scale(DECAY));
     // With the inputs fixed and squared loss either A or G of a layer stays, and averages of products are products of
     // averages: the metric may be the iterates' own.
     let x = random(2, &[7, 3])?;
@@ -140,19 +154,28 @@ fn check_literal<R: WakeRule>(
         opt.backward_step(&loss)?;
         for (i, elements) in elements.iter().enumerate() {
             let g = column(elements, |var| grads.get(var).unwrap().clone());
-            let bar = average(bars[i].as_ref(), &now[i]);
-            let b = (model != Model::Linear).then(|| kron(&now[i].0, &now[i].1));
-            let mut mean = solved(model, &bar, &now[i], lr, damping);
-            if let Some(b) = &b {
-                mean -= b * lr;
-            }
-            let fisher = match (metric, &means[i]) {
+            let bar = average(bars[i].as_ref(), &now[i], DECAY);
+            // The averaged models' factors, their curvature, and what this step's model must have had for it.
+            let factors = average(models[i].as_ref().map(|m| &m.0), &now[i], model_decay);
+            let curvature = if model == Model::Linear {
+                g.clone() * g.transpose() * 0.0
+            } else {
+                kron(&factors.0, &factors.1)
+            };
+            let b = match &models[i] {
+                None => curvature.clone(),
+                Some((_, last)) => (&curvature - last * model_decay) * (1.0 / (1.0 - model_decay)),
+            };
+            let rate = lr * scale;
+            let mean = solved(model, &bar, &factors, rate, damping) - &curvature * rate;
+            let f = match (metric, &means[i]) {
                 (Metric::Own, _) => damped(&now[i], damping),
                 (Metric::Implied, None) => mean.clone(),
                 (Metric::Implied, Some(last)) => (&mean - last * DECAY) * (1.0 / (1.0 - DECAY)),
             };
-            wakes[i].push((before[i].clone(), fisher));
-            let expected = literal(&wakes[i], &g, b.as_ref(), lr);
+            wakes[i].push(Past { theta: before[i].clone(), g, b, f });
+            models[i] = Some((factors, curvature));
+            let expected = literal(&wakes[i], model_decay, rate);
             let what = format!("{model:?}, {damping:?}, {metric:?}, block {}, step {k}", blocks[i]);
             let taken = values_at(elements) - &before[i];
             if clip.is_none() {
@@ -176,6 +199,13 @@ fn literal_minimization() -> Result<()> {
         check_literal(q(QSolve::Exact), pi, Metric::Implied, &rates, None)?;
         check_literal(q(QSolve::Factor), pi, Metric::Implied, &rates, None)?;
         check_literal(q(QSolve::Factor), eigenvalue, Metric::Implied, &rates, None)?;
+        for (model_decay, steady) in [(0.7, false), (DECAY, false), (0.0, true), (0.8, true)] {
+            let two = |model| TwoRate { model_decay, wake_decay: DECAY, model, steady };
+            check_literal(two(Model::Linear), eigenvalue, Metric::Own, &rates, None)?;
+            check_literal(two(Model::Linear), pi, Metric::Implied, &rates, None)?;
+            check_literal(two(Model::Quadratic(QSolve::Exact)), pi, Metric::Implied, &rates, None)?;
+            check_literal(two(Model::Quadratic(QSolve::Factor)), eigenvalue, Metric::Implied, &rates, None)?;
+        }
     }
     Ok(())
 }
@@ -188,12 +218,14 @@ fn a_clipped_step_needs_the_literal_carry() -> Result<()> {
     let q = || Q { wake_decay: None, solve: QSolve::Exact };
     for (carry, least, most) in [(Carry::Gradient, 0.05, 2.0), (Carry::Literal, 0.0, 1e-10)] {
         let clip = Some((1e-3, carry));
-        let so = check_literal(So::default(), pi, metric, &rates, clip)?;
-        let q = check_literal(q(), pi, metric, &rates, clip)?;
-        assert!(
-            (least..most).contains(&so) && (least..most).contains(&q),
-            "{carry:?}: directions off by {so}, {q}"
-        );
+        let two = |model| TwoRate { model_decay: 0.7, wake_decay: DECAY, model, steady: true };
+        let off = [
+            check_literal(So::default(), pi, metric, &rates, clip)?,
+            check_literal(q(), pi, metric, &rates, clip)?,
+            check_literal(two(Model::Linear), pi, metric, &rates, clip)?,
+            check_literal(two(Model::Quadratic(QSolve::Exact)), pi, metric, &rates, clip)?,
+        ];
+        assert!(off.iter().all(|off| (least..most).contains(off)), "{carry:?}: directions off by {off:?}");
     }
     Ok(())
 }
@@ -224,7 +256,8 @@ fn check_recursion<R: WakeRule>(wake: R, damping: Damping, every: Every, bias: B
         opt.backward_step(&loss)?;
         for (i, elements) in elements.iter().enumerate() {
             let fresh = k % every.factors == 0;
-            let bar = if fresh { average(bars[i].as_ref(), &now[i]) } else { bars[i].clone().unwrap() };
+            let bar =
+                if fresh { average(bars[i].as_ref(), &now[i], DECAY) } else { bars[i].clone().unwrap() };
             let now = if fresh { &now[i] } else { &bar };
             let phase = k % every.inverses;
             if phase == 0 || (phase == 1 && model != Model::Linear) {

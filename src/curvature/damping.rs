@@ -21,7 +21,39 @@ pub enum Damping {
     Pi(f64),
     /// Levenberg-Marquardt: `la` follows how well the quadratic model predicts the loss.
     Adaptive(Adaptive),
+    /// From the factors themselves; see [`Relative`].
+    Relative(Relative),
 }
+
+/// Damping without a knob: `la = fraction tr(F_bar^2) / tr(F_bar)`, over all blocks, at each update of the inverses.
+///
+/// Gradient noise has a covariance proportional to `F`, so `tr(F^2) / tr(F)` is the mean curvature that a step of pure noise
+/// meets. It scales with the loss as the eigenvalues do, and is blind to the many directions without curvature in which
+/// large models differ from small ones (a mean or a quantile of the eigenvalues is not: it falls by two orders of magnitude
+/// from a small convolutional net to LeNet-300-100, where the damping that trains best stays).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Relative {
+    /// Where the damping enters.
+    pub kind: DampingKind,
+    /// The fraction, 0.02 by default; anything from 0.006 to 0.06 does.
+    pub fraction: f64,
+}
+
+impl Default for Relative {
+    fn default() -> Self {
+        Self { kind: DampingKind::Eigenvalue, fraction: 0.02 }
+    }
+}
+
+impl Relative {
+    /// The damping for `squares = tr(F^2)` and `trace = tr(F)`.
+    pub(crate) fn of(&self, squares: f64, trace: f64) -> f64 {
+        // Without any curvature every direction is as good; it only has to be finite.
+        if trace > 0.0 { (self.fraction * squares / trace).max(SMALLEST) } else { SMALLEST }
+    }
+}
+
+const SMALLEST: f64 = 1e-10;
 
 /// Levenberg-Marquardt damping (Martens & Grosse 2015, section 6.5).
 ///
@@ -58,18 +90,26 @@ impl Damping {
             Damping::Eigenvalue(_) => DampingKind::Eigenvalue,
             Damping::Pi(_) => DampingKind::Pi,
             Damping::Adaptive(adaptive) => adaptive.kind,
+            Damping::Relative(relative) => relative.kind,
         }
     }
 
-    /// The value at the first step.
+    /// The value at the first step; 0 where it is not known before.
     pub fn initial(&self) -> f64 {
         match self {
             Damping::Eigenvalue(la) | Damping::Pi(la) => *la,
             Damping::Adaptive(adaptive) => adaptive.initial,
+            Damping::Relative(_) => 0.0,
         }
     }
 
     pub(crate) fn check(&self) -> Result<()> {
+        if let Damping::Relative(Relative { fraction, .. }) = self {
+            if !(fraction.is_finite() && *fraction > 0.0) {
+                bail!("damping: expected a positive fraction, got {fraction}")
+            }
+            return Ok(());
+        }
         let la = self.initial();
         if !(la.is_finite() && la > 0.0) {
             bail!("damping: expected a positive number, got {la}")

@@ -5,7 +5,7 @@ mod ekfac;
 mod inverse;
 mod sums;
 
-pub use damping::{Adaptive, Damping, DampingKind};
+pub use damping::{Adaptive, Damping, DampingKind, Relative};
 pub use inverse::Inverse;
 pub use sums::Sharing;
 

@@ -105,7 +105,7 @@ fn pair(a: &Tensor, g: &Tensor, name: &str) -> Result<(usize, usize)> {
 }
 
 /// `[g, d]` of a `[g, d, d]` tensor.
-fn diagonal(m: &Tensor) -> Result<Tensor> {
+pub(crate) fn diagonal(m: &Tensor) -> Result<Tensor> {
     let (groups, dim, _) = m.dims3()?;
     m.reshape((groups, dim * dim))?.index_select(&diagonal_indices(dim, m)?, 1)
 }

@@ -66,6 +66,11 @@ pub(crate) struct BlockState {
     pub moments: Option<Tensor>,
     /// What the next wake gradient looks back at.
     pub carry: Option<Tensor>,
+    /// The gradient of the averaged models at the parameters that the last step led to, where models are averaged.
+    pub mean: Option<Tensor>,
+    /// The averaged quadratic models' factors, where such models are averaged.
+    pub model_a: Option<Tensor>,
+    pub model_g: Option<Tensor>,
     /// Heavy-ball momentum.
     pub velocity: Option<Tensor>,
 }

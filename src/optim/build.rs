@@ -106,11 +106,12 @@ impl<R: WakeRule> Natural<R> {
             wants,
             steps: 0,
             skipped: 0,
-            previous_lr: None,
+            previous_rate: None,
             rest_ratio,
             observed: None,
             accumulated: None,
             predicted: None,
+            averages: vec![],
             models: vec![],
             closure_checked: false,
         })

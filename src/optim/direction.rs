@@ -2,19 +2,22 @@
 
 use super::block::{Block, BlockState, Part};
 use super::natural::Natural;
-use super::params::Decay;
+use super::params::{Decay, StepRule};
 use super::rule::{Model, QSolve, WakeRule};
 use super::step::{Refusal, sum};
 use crate::curvature::{
-    Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, moments, sum_inverse, turned_moments,
+    Damping, Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, moments, sum_inverse,
+    turned_moments,
 };
+use crate::linalg::kron::diagonal;
 use crate::ops::factor::ema;
 use candle_core::{Result, Tensor};
 
-/// A block's direction before the clip that all blocks share.
+/// A block's direction before the scaling that all blocks share.
 pub(super) struct Direction {
     pub state: BlockState,
     pub gradient: Tensor,
+    pub model_gradient: Tensor,
     pub wake_gradient: Tensor,
     pub factors: (Tensor, Tensor),
     pub direction: Tensor,
@@ -22,46 +25,63 @@ pub(super) struct Direction {
     pub length: f64,
 }
 
+type Factors = (Tensor, Tensor);
+
+/// A block's curvature as a step sees it.
+pub(super) struct Renewed<'a> {
+    state: BlockState,
+    average: Factors,
+    /// The model's: those of this batch where there are any, else the averages.
+    factors: Factors,
+    /// What was recorded for this step, with its number of loss terms.
+    records: Option<(&'a LayerFactors, usize)>,
+}
+
 impl<R: WakeRule> Natural<R> {
-    /// Refreshes a block's curvature and turns its wake gradient into a direction.
+    /// A block's curvature with the records of this step, where there are any, in its averages.
+    pub(super) fn renew<'a>(
+        &self,
+        block: &Block,
+        refresh: Option<&'a (Vec<LayerFactors>, usize)>,
+    ) -> std::result::Result<Renewed<'a>, Refusal> {
+        let mut state = block.state.clone();
+        let records = refresh.map(|(layers, terms)| (&layers[block.layer], *terms));
+        let current = records.map(|(layer, _)| self.refresh(block, &mut state, layer)).transpose()?;
+        let (Some(a), Some(g)) = (&state.factor_a, &state.factor_g) else {
+            return Err(Refusal::Failed(missing::<R>(block, "curvature")));
+        };
+        let average = (a.clone(), g.clone());
+        let factors = self.model_factors(&mut state, current.unwrap_or_else(|| average.clone()))?;
+        Ok(Renewed { state, average, factors, records })
+    }
+
+    /// The damping of this step's inverses; the last one's where there are no new ones.
+    pub(super) fn damping_due(&self, renewed: &[Renewed<'_>]) -> Result<f64> {
+        let Damping::Relative(relative) = self.params.damping else { return Ok(self.damping) };
+        if !self.inverses_due() {
+            return Ok(self.damping);
+        }
+        let (mut squares, mut trace) = (0.0, 0.0);
+        for Renewed { average: (a, g), .. } in renewed {
+            squares += sum(&(a.sqr()?.sum((1, 2))? * g.sqr()?.sum((1, 2))?)?)?;
+            trace += sum(&(diagonal(a)?.sum(1)? * diagonal(g)?.sum(1)?)?)?;
+        }
+        Ok(relative.of(squares, trace))
+    }
+
+    /// Turns a block's wake gradient into a direction.
     pub(super) fn direction(
         &self,
         block: &Block,
+        renewed: Renewed<'_>,
         grads: &[Tensor],
-        refresh: Option<&(Vec<LayerFactors>, usize)>,
+        damping: f64,
     ) -> std::result::Result<Direction, Refusal> {
-        let mut state = block.state.clone();
-        let current = match refresh {
-            None => None,
-            Some((layers, terms)) => {
-                let layer = &layers[block.layer];
-                let current = block.refreshed(layer)?;
-                for (factor, name) in [(&current.0, "A"), (&current.1, "G")] {
-                    if !sum(factor)?.is_finite() {
-                        return Err(Refusal::NonFinite(format!(
-                            "factor {name} of block {} has NaN or infinite elements",
-                            block.name
-                        )));
-                    }
-                }
-                state.factor_a = Some(ema(state.factor_a.as_ref(), &current.0, self.params.stat_decay)?);
-                state.factor_g = Some(ema(state.factor_g.as_ref(), &current.1, self.params.stat_decay)?);
-                Some((current, layer, *terms))
-            }
-        };
-        let (Some(bar_a), Some(bar_g)) = (&state.factor_a, &state.factor_g) else {
-            return Err(Refusal::Failed(candle_core::Error::Msg(format!(
-                "{}: block {} has no curvature yet",
-                R::NAME,
-                block.name
-            ))));
-        };
-        let bar = (bar_a.clone(), bar_g.clone());
-        let factors = current.as_ref().map_or_else(|| bar.clone(), |(current, ..)| current.clone());
-
+        let Renewed { mut state, average, factors, records } = renewed;
+        let damping = self.damping_of(block, damping);
         if self.inverses_due() {
             let _span = tracing::info_span!("inverse").entered();
-            match self.invert(block, &bar, &factors) {
+            match self.invert(block, &average, &factors, damping) {
                 Ok(new) => state.preconditioner = Some(new),
                 Err(error) if state.preconditioner.is_some() => {
                     tracing::warn!("block {}: {error}; the last inverse stays", block.name)
@@ -70,8 +90,8 @@ impl<R: WakeRule> Natural<R> {
             }
         }
         // A new inverse has the scaling of one Kronecker product, and new records change the moments.
-        if self.params.ekfac && (current.is_some() || self.inverses_due()) {
-            self.correct(block, &mut state, current.map(|(_, layer, terms)| (layer, terms)))?;
+        if self.params.ekfac && (records.is_some() || self.inverses_due()) {
+            self.correct(block, &mut state, records, damping)?;
         }
 
         let gradient = block.matrix(|i| Ok(grads[i].clone()))?;
@@ -80,33 +100,93 @@ impl<R: WakeRule> Natural<R> {
             (Some(decay), Decay::Loss) => (gradient + decay)?,
             _ => gradient,
         };
-        let wake_gradient = match (self.params.wake.wake_decay(self.params.stat_decay), &state.carry) {
-            (Some(rho), Some(carry)) if rho > 0.0 => {
-                // At a rate of 0 nothing moves, whatever is looked back at.
-                let lr = self.params.lr;
-                let ratio =
-                    if lr > 0.0 { self.previous_lr.map_or(1.0, |previous| previous / lr) } else { 0.0 };
-                (&gradient - (carry * (rho * ratio))?)?
-            }
-            _ => gradient.clone(),
-        };
+        let model_gradient = self.model_gradient(&state, &gradient)?;
+        let wake_gradient = self.wake_gradient(&state, &model_gradient)?;
         let decayed = match (&decay, self.params.decay) {
-            (Some(decay), Decay::AfterWake) => (&wake_gradient + decay)?,
+            (Some(decay), Decay::AfterWake) => {
+                // A wake that is scaled to the steady state's step takes the decay's share of the scale out again.
+                (&wake_gradient + (decay / self.rate_scale())?)?
+            }
             _ => wake_gradient.clone(),
         };
         let Some(preconditioner) = &state.preconditioner else {
-            return Err(Refusal::Failed(candle_core::Error::Msg(format!(
-                "{}: block {} has no inverse yet",
-                R::NAME,
-                block.name
-            ))));
+            return Err(Refusal::Failed(missing::<R>(block, "inverse")));
         };
         let direction = preconditioner.apply(&decayed)?;
         let length = sum(&(&direction * &decayed)?)?;
         if !length.is_finite() {
             return Err(Refusal::NonFinite(self.culprit(block, grads)?));
         }
-        Ok(Direction { state, gradient, wake_gradient, factors, direction, length })
+        Ok(Direction { state, gradient, model_gradient, wake_gradient, factors, direction, length })
+    }
+
+    /// The factors of a batch, which also enter the averages.
+    fn refresh(
+        &self,
+        block: &Block,
+        state: &mut BlockState,
+        layer: &LayerFactors,
+    ) -> std::result::Result<Factors, Refusal> {
+        let current = block.refreshed(layer)?;
+        for (factor, name) in [(&current.0, "A"), (&current.1, "G")] {
+            if !sum(factor)?.is_finite() {
+                return Err(Refusal::NonFinite(format!(
+                    "factor {name} of block {} has NaN or infinite elements",
+                    block.name
+                )));
+            }
+        }
+        state.factor_a = Some(ema(state.factor_a.as_ref(), &current.0, self.params.stat_decay)?);
+        state.factor_g = Some(ema(state.factor_g.as_ref(), &current.1, self.params.stat_decay)?);
+        Ok(current)
+    }
+
+    /// The factors of the averaged quadratic models, the newest of which has the factors `current`.
+    fn model_factors(&self, state: &mut BlockState, current: Factors) -> Result<Factors> {
+        let decay = self.params.wake.model_decay();
+        if decay == 0.0 || self.params.wake.model() == Model::Linear {
+            return Ok(current);
+        }
+        let a = ema(state.model_a.as_ref(), &current.0, decay)?;
+        let g = ema(state.model_g.as_ref(), &current.1, decay)?;
+        (state.model_a, state.model_g) = (Some(a.clone()), Some(g.clone()));
+        Ok((a, g))
+    }
+
+    /// The gradient of the averaged models at the parameters as they are: the newest one's, and what the last step left of the
+    /// earlier ones'.
+    fn model_gradient(&self, state: &BlockState, gradient: &Tensor) -> Result<Tensor> {
+        let decay = self.params.wake.model_decay();
+        match &state.mean {
+            Some(mean) if decay > 0.0 => (gradient * (1.0 - decay))? + (mean * decay)?,
+            _ => Ok(gradient.clone()),
+        }
+    }
+
+    /// The model gradient less what the distances look back at.
+    fn wake_gradient(&self, state: &BlockState, model_gradient: &Tensor) -> Result<Tensor> {
+        match (self.params.wake.wake_decay(self.params.stat_decay), &state.carry) {
+            (Some(rho), Some(carry)) if rho > 0.0 => model_gradient - (carry * (rho * self.rate_ratio()))?,
+            _ => Ok(model_gradient.clone()),
+        }
+    }
+
+    /// `lambda_k / lambda_{k-1}`.
+    fn rate_ratio(&self) -> f64 {
+        match self.params.step_rule {
+            StepRule::LearningRate => {
+                // At a rate of 0 nothing moves, whatever is looked back at.
+                let rate = self.params.lr * self.rate_scale();
+                if rate > 0.0 { self.previous_rate.map_or(1.0, |previous| previous / rate) } else { 0.0 }
+            }
+            // This step's rate follows from the wake gradient, so it is not known yet.
+            StepRule::FixedKl { .. } => 1.0,
+        }
+    }
+
+    /// See [`WakeRule::rate_scale`].
+    pub(super) fn rate_scale(&self) -> f64 {
+        self.params.wake.rate_scale(self.params.stat_decay)
     }
 
     /// Inverses are renewed every `inverses` steps. A quadratic wake's matrix holds the factors of the step itself, which
@@ -121,26 +201,42 @@ impl<R: WakeRule> Natural<R> {
         block: &Block,
         bar: &(Tensor, Tensor),
         current: &(Tensor, Tensor),
+        damping: f64,
     ) -> Result<Preconditioner> {
         let recipe = Recipe {
             kind: self.params.damping.kind(),
-            damping: self.damping,
+            damping,
             // A 1 x 1 factor has no use for an iteration.
             inverse: if block.columns * block.out == 1 { Inverse::Eigen } else { self.params.inverse },
             floor: self.params.eigenvalue_floor,
         };
-        let lr = self.params.lr * block.lr_scale;
+        let rate = block.lr_scale
+            * match self.params.step_rule {
+                StepRule::LearningRate => self.params.lr * self.rate_scale(),
+                StepRule::FixedKl { .. } => self.previous_rate.unwrap_or(self.rate_scale()),
+            };
         let last = block.state.preconditioner.as_ref();
         match self.params.wake.model() {
             Model::Linear => damped_inverse(&bar.0, &bar.1, recipe, last, &block.name),
             Model::Quadratic(QSolve::Factor) => {
-                let a = (&bar.0 + (&current.0 * lr)?)?;
-                let g = (&bar.1 + (&current.1 * lr)?)?;
+                let a = (&bar.0 + (&current.0 * rate)?)?;
+                let g = (&bar.1 + (&current.1 * rate)?)?;
                 damped_inverse(&a, &g, recipe, last, &block.name)
             }
             Model::Quadratic(QSolve::Exact) => {
-                sum_inverse((&bar.0, &bar.1), (&current.0, &current.1), lr, self.damping, &block.name)
+                sum_inverse((&bar.0, &bar.1), (&current.0, &current.1), rate, damping, &block.name)
             }
+        }
+    }
+
+    /// The damping of a block. A step of fixed KL counts the curvature of the weight decay in, which is a penalty's Hessian.
+    pub(super) fn damping_of(&self, block: &Block, damping: f64) -> f64 {
+        let penalty = |&i: &usize| self.vars[i].weight_decay;
+        match (self.params.step_rule, self.params.decay) {
+            (StepRule::FixedKl { .. }, Decay::AfterWake | Decay::Loss) => {
+                damping + block.params.iter().map(penalty).fold(0.0, f64::max)
+            }
+            _ => damping,
         }
     }
 
@@ -157,6 +253,7 @@ impl<R: WakeRule> Natural<R> {
         block: &Block,
         state: &mut BlockState,
         refresh: Option<(&LayerFactors, usize)>,
+        damping: f64,
     ) -> std::result::Result<(), Refusal> {
         let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else {
             return Ok(());
@@ -185,7 +282,7 @@ impl<R: WakeRule> Natural<R> {
                 (None, None) => return Ok(()),
             }
         };
-        let scale = (&scaled + self.damping)?.recip()?;
+        let scale = (&scaled + damping)?.recip()?;
         state.moments = Some(scaled);
         state.preconditioner = Some(Preconditioner::Basis { basis_a, basis_g, scale });
         Ok(())
@@ -208,4 +305,8 @@ impl<R: WakeRule> Natural<R> {
         }
         Ok(format!("the direction of block {} overflows; a larger damping would bound it", block.name))
     }
+}
+
+fn missing<R: WakeRule>(block: &Block, what: &str) -> candle_core::Error {
+    candle_core::Error::Msg(format!("{}: block {} has no {what} yet", R::NAME, block.name))
 }

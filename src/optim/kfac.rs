@@ -1,5 +1,6 @@
 //! K-FAC, the baseline: no wake.
 
+use super::params::StepRule;
 use super::rule::{Defaults, Model, WakeRule};
 use crate::curvature::Damping;
 use crate::tape::Fisher;
@@ -29,10 +30,12 @@ impl WakeRule for KFacRule {
     fn defaults(&self) -> Defaults {
         Defaults {
             lr: 0.083,
+            step_rule: StepRule::LearningRate,
             damping: Damping::Eigenvalue(0.0114),
             stat_decay: 0.95,
             kl_clip: Some(0.015),
             fisher: Fisher::Sampled { draws: 1, seed: 0 },
+            average: None,
         }
     }
 

@@ -29,7 +29,8 @@ pub struct Natural<R> {
     /// Steps taken.
     pub(super) steps: usize,
     pub(super) skipped: usize,
-    pub(super) previous_lr: Option<f64>,
+    /// `1 / lambda` of the last step.
+    pub(super) previous_rate: Option<f64>,
     pub(super) damping: f64,
     /// The rate of `rest` at `lr = 1`.
     pub(super) rest_ratio: f64,
@@ -38,6 +39,8 @@ pub struct Natural<R> {
     pub(super) accumulated: Option<Accumulated>,
     /// A prediction of the loss change that waits for the measured one.
     pub(super) predicted: Option<Predicted>,
+    /// The averaged parameters, one a param, under [`Params::average`] and after the first step.
+    pub(super) averages: Vec<Tensor>,
     /// QE's stored models, oldest first: a tensor for each of `vars`.
     pub(super) models: Vec<Vec<Tensor>>,
     /// Whether QE's closure has been seen to give the same outputs twice.

@@ -1,5 +1,6 @@
 //! The options that every optimizer of the crate has.
 
+use super::average::Average;
 use super::groups::Groups;
 use super::rule::{Carry, WakeRule};
 use crate::curvature::{Damping, DampingKind, Inverse, Sharing};
@@ -40,6 +41,23 @@ pub enum Decay {
     Decoupled,
 }
 
+/// How long a step is.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum StepRule {
+    /// `s = -lr V`, `V` the direction.
+    #[default]
+    LearningRate,
+    /// `s = -alpha V` with the `alpha` for which the quadratic prediction of the KL divergence between the models before and
+    /// after the step, `1/2 s^T (F_bar + la) s`, is `target lr^2`, but at most the full step `alpha = 1`. So `lr` is no rate
+    /// but a schedule's fraction of the step's length, 1 at most times. Weight decay, where it is a penalty, counts into the
+    /// damping `la` with its own curvature. `alpha` is the `1 / lambda` of the theory; what the wake looks back at takes
+    /// it as constant from one step to the next, and a quadratic wake solves with the last step's.
+    FixedKl {
+        /// The predicted divergence in nats, a mean over loss terms; about 0.0075.
+        target: f64,
+    },
+}
+
 /// What a step does on NaN or infinite gradients, factors or loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum NonFinite {
@@ -55,8 +73,10 @@ pub enum NonFinite {
 pub struct Params<R> {
     /// The tape on which the model was built.
     pub tape: Tape,
-    /// Learning rate; `1 / lr` is the weight `lambda` of the wake.
+    /// Learning rate; `1 / lr` is the weight `lambda` of the wake. Under [`StepRule::FixedKl`] a fraction of the step's length.
     pub lr: f64,
+    /// How long a step is.
+    pub step_rule: StepRule,
     /// What is added to the curvature before it is inverted.
     pub damping: Damping,
     /// How the damped factors are inverted.
@@ -94,6 +114,8 @@ pub struct Params<R> {
     pub rest: ParamsAdamW,
     /// What the wake looks back at, where a step is not the objective's minimizer.
     pub carry: Carry,
+    /// Whether averaged parameters are kept beside the ones that are stepped; see [`Average`].
+    pub average: Option<Average>,
     /// What is this optimizer's own.
     pub wake: R,
 }
@@ -106,6 +128,7 @@ impl<R: WakeRule> Params<R> {
         Self {
             tape: tape.clone(),
             lr: defaults.lr,
+            step_rule: defaults.step_rule,
             damping: defaults.damping,
             inverse: Inverse::Eigen,
             ekfac: false,
@@ -124,8 +147,14 @@ impl<R: WakeRule> Params<R> {
             groups: Groups::default(),
             rest: ParamsAdamW { weight_decay: 0.0, ..ParamsAdamW::default() },
             carry: Carry::Gradient,
+            average: defaults.average,
             wake,
         }
+    }
+
+    /// The same options with steps of fixed KL, at full length and without a clip; see [`StepRule::FixedKl`].
+    pub fn fixed_kl(self, target: f64) -> Self {
+        Self { lr: 1.0, step_rule: StepRule::FixedKl { target }, kl_clip: None, ..self }
     }
 
     /// Everything that can be said to be wrong without a model.
@@ -158,6 +187,16 @@ impl<R: WakeRule> Params<R> {
                 bail!("{optimizer}: expected {name} to be positive, got {clip}")
             }
         }
+        if let StepRule::FixedKl { target } = self.step_rule {
+            if !(target.is_finite() && target > 0.0) {
+                bail!("{optimizer}: expected a positive KL target, got {target}")
+            }
+            if let Some(clip) = self.kl_clip {
+                bail!(
+                    "{optimizer}: a step of fixed KL {target} has no use for kl_clip, got {clip}; set it to None"
+                )
+            }
+        }
         if self.every.factors == 0 || self.every.inverses == 0 {
             bail!("{optimizer}: expected periods of at least one step, got {:?}", self.every)
         }
@@ -187,6 +226,9 @@ impl<R: WakeRule> Params<R> {
         }
         if self.carry == Carry::Literal && self.ekfac {
             bail!("{optimizer}: Carry::Literal needs the Kronecker average itself, which ekfac replaces")
+        }
+        if let Some(average) = self.average {
+            non_negative("average.power", average.power)?;
         }
         self.wake.check(self.damping, self.ekfac)
     }

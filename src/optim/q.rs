@@ -1,5 +1,6 @@
 //! Q-KLD-WRM: a quadratic model under the wake.
 
+use super::params::StepRule;
 use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake};
 use crate::curvature::Damping;
 use crate::tape::Fisher;
@@ -34,10 +35,12 @@ impl WakeRule for Q {
     fn defaults(&self) -> Defaults {
         Defaults {
             lr: 0.076,
+            step_rule: StepRule::LearningRate,
             damping: Damping::Eigenvalue(0.0013),
             stat_decay: 0.5,
             kl_clip: Some(0.01),
             fisher: Fisher::Empirical,
+            average: None,
         }
     }
 

@@ -118,7 +118,7 @@ impl Natural<Qe> {
         let mut taken = None;
         let mut models = self.models.clone();
         models.push(before.clone());
-        if models.len() >= self.params.wake.inner.models && self.params.lr > 0.0 {
+        if models.len() >= self.params.wake.inner.models && proposal.rate > 0.0 {
             let moved = self.inner_steps(&proposal, &models, &mut values, likelihood, outputs);
             // The Vars hold trial values now. Whatever happened, they go back first.
             for (param, value) in self.vars.iter().zip(&before) {
@@ -148,7 +148,7 @@ impl Natural<Qe> {
         let _span = tracing::info_span!("inner").entered();
         let inner = self.params.wake.inner.clone();
         let rho = self.params.wake.wake_decay(self.params.stat_decay).unwrap_or(0.0);
-        let lr = self.params.lr;
+        let lr = proposal.rate;
         let mut wake = vec![];
         for (index, model) in models.iter().enumerate() {
             let age = models.len() - 1 - index;

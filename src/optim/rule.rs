@@ -23,6 +23,8 @@
 //!
 //! The carry holds the step that was really taken, clips and all; [`Carry`] says how.
 
+use super::average::Average;
+use super::params::StepRule;
 use crate::curvature::{Damping, DampingKind};
 use crate::tape::Fisher;
 use candle_core::{Result, bail};
@@ -66,6 +68,8 @@ pub enum Model {
 pub struct Defaults {
     /// See [`super::Params::lr`].
     pub lr: f64,
+    /// See [`super::Params::step_rule`].
+    pub step_rule: StepRule,
     /// See [`super::Params::damping`].
     pub damping: Damping,
     /// See [`super::Params::stat_decay`].
@@ -74,6 +78,8 @@ pub struct Defaults {
     pub kl_clip: Option<f64>,
     /// See [`super::Params::fisher`].
     pub fisher: Fisher,
+    /// See [`super::Params::average`].
+    pub average: Option<Average>,
 }
 
 /// One optimizer's wake. This trait is sealed in effect: the engine knows the models above and no others.
@@ -84,8 +90,18 @@ pub trait WakeRule: Default + Clone + std::fmt::Debug {
     /// The model that is minimized.
     fn model(&self) -> Model;
 
-    /// `rho` of the wake when the statistics decay with `stat_decay`; `None` without a wake.
+    /// `rho_d` of the wake of distances when the statistics decay with `stat_decay`; `None` without a wake.
     fn wake_decay(&self, stat_decay: f64) -> Option<f64>;
+
+    /// `rho_m` of the wake of models; 0 keeps the newest model alone.
+    fn model_decay(&self) -> f64 {
+        0.0
+    }
+
+    /// What the rate is multiplied by before it is used; `1 / (1 - rho_d)` makes the steady-state step independent of `rho_d`.
+    fn rate_scale(&self, _stat_decay: f64) -> f64 {
+        1.0
+    }
 
     /// The steps on the exact divergence that follow, for QE.
     fn inner(&self) -> Option<&super::qe::Inner> {

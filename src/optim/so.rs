@@ -1,5 +1,6 @@
 //! SO-KLD-WRM: the smallest-order member of the family.
 
+use super::params::StepRule;
 use super::rule::{Defaults, Model, WakeRule, check_wake};
 use crate::curvature::Damping;
 use crate::tape::Fisher;
@@ -34,10 +35,12 @@ impl WakeRule for So {
     fn defaults(&self) -> Defaults {
         Defaults {
             lr: 0.3,
+            step_rule: StepRule::LearningRate,
             damping: Damping::Eigenvalue(0.0065),
             stat_decay: 0.33,
             kl_clip: Some(0.0075),
             fisher: Fisher::Sampled { draws: 1, seed: 0 },
+            average: None,
         }
     }
 

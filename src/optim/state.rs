@@ -30,6 +30,9 @@ impl BlockState {
             ("factor_g", &self.factor_g),
             ("moments", &self.moments),
             ("carry", &self.carry),
+            ("mean", &self.mean),
+            ("model_a", &self.model_a),
+            ("model_g", &self.model_g),
             ("velocity", &self.velocity),
         ];
         let mut slots: Vec<_> =
@@ -83,6 +86,9 @@ impl<R: WakeRule> Natural<R> {
                 tensors.insert(slot(&param.name, &format!("model{index}")), value.clone());
             }
         }
+        for (param, average) in self.vars.iter().zip(&self.averages) {
+            tensors.insert(slot(&param.name, "average"), average.clone());
+        }
         let mut numbers = String::new();
         let mut note = |name: &str, value: String| numbers.extend([name, " = ", &value, "\n"]);
         note("format", FORMAT.to_string());
@@ -94,8 +100,8 @@ impl<R: WakeRule> Natural<R> {
         note("models", self.models.len().to_string());
         note("closure_checked", self.closure_checked.to_string());
         note("tensors", tensors.len().to_string());
-        if let Some(previous_lr) = self.previous_lr {
-            note("previous_lr", previous_lr.to_string());
+        if let Some(previous_rate) = self.previous_rate {
+            note("previous_rate", previous_rate.to_string());
         }
         if let Some(Predicted { loss, change }) = self.predicted {
             note("predicted_loss", loss.to_string());
@@ -130,7 +136,7 @@ impl<R: WakeRule> Natural<R> {
         let steps: usize = numbers.needed("steps")?;
         let skipped = numbers.needed("skipped")?;
         let lr: f64 = numbers.needed("lr")?;
-        let previous_lr: Option<f64> = numbers.optional("previous_lr")?;
+        let previous_rate: Option<f64> = numbers.optional("previous_rate")?;
         let damping: f64 = numbers.needed("damping")?;
         let closure_checked = numbers.needed("closure_checked")?;
         let model_count: usize = numbers.needed("models")?;
@@ -145,7 +151,9 @@ impl<R: WakeRule> Natural<R> {
         if count != found {
             wanted.wrong.push(format!("{found} tensors, expected {count}"));
         }
-        for (name, value) in [("lr", lr), ("previous_lr", previous_lr.unwrap_or(lr)), ("damping", damping)] {
+        for (name, value) in
+            [("lr", lr), ("previous_rate", previous_rate.unwrap_or(lr)), ("damping", damping)]
+        {
             if !(value.is_finite() && value >= 0.0) {
                 wanted.wrong.push(format!("{name} is {value}, expected zero or more"));
             }
@@ -195,6 +203,12 @@ impl<R: WakeRule> Natural<R> {
             }
             models.push(model);
         }
+        let averaged = started && self.params.average.is_some();
+        let mut averages = vec![];
+        for param in &self.vars {
+            let (dims, dtype) = (param.var.dims(), wide_dtype(param.var.dtype()));
+            averages.extend(wanted.tensor(&slot(&param.name, "average"), dims, dtype, averaged));
+        }
         wanted.finish(path)?;
 
         self.forget();
@@ -214,9 +228,10 @@ impl<R: WakeRule> Natural<R> {
         }
         self.rest = rest;
         self.models = models;
+        self.averages = averages;
         self.steps = steps;
         self.skipped = skipped;
-        self.previous_lr = previous_lr;
+        self.previous_rate = previous_rate;
         self.damping = damping;
         self.predicted = predicted.map(|(loss, change)| Predicted { loss, change });
         self.closure_checked = closure_checked;
@@ -302,6 +317,9 @@ impl Wanted<'_> {
         let state = BlockState {
             moments: get("moments", &matrix, false),
             carry: get("carry", &matrix, started && wake),
+            mean: get("mean", &matrix, false),
+            model_a: get("model_a", &square_a, false),
+            model_g: get("model_g", &square_g, false),
             velocity: get("velocity", &matrix, false),
             factor_a,
             factor_g,

@@ -4,7 +4,7 @@
 use super::block::{Block, BlockState};
 use super::direction::Direction;
 use super::natural::{Natural, Predicted};
-use super::params::{Decay, NonFinite};
+use super::params::{Decay, NonFinite, StepRule};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
 use crate::curvature::{LayerFactors, damped_product, wide};
@@ -15,6 +15,10 @@ pub(super) struct Proposal {
     pub blocks: Vec<BlockProposal>,
     /// Adam's state with the value that it leads to.
     pub rest: Vec<(Adam, Tensor)>,
+    /// `1 / lambda`, which multiplied the directions before any clip.
+    pub rate: f64,
+    /// The damping of the step's inverses.
+    pub damping: f64,
 }
 
 /// What a step would do to one block.
@@ -22,12 +26,23 @@ pub(super) struct BlockProposal {
     pub state: BlockState,
     /// The gradient of the loss, `[groups, out, columns]`.
     pub gradient: Tensor,
-    /// The gradient less what the wake looks back at.
+    /// The gradient of the models that the rule averages; of the newest alone, `gradient` itself.
+    pub model_gradient: Tensor,
+    /// The model gradient less what the wake looks back at.
     pub wake_gradient: Tensor,
-    /// The model's curvature at this step: the factors of this batch where it refreshed them, else the averages.
+    /// The models' curvature at this step: the factors of this batch where it refreshed them, else the averages.
     pub factors: (Tensor, Tensor),
     /// The change of the parameters.
     pub step: Tensor,
+}
+
+/// What a step leaves for the next one to look back at.
+#[derive(Default)]
+pub(super) struct Carried {
+    /// Of the distances.
+    carry: Option<Tensor>,
+    /// Of the models.
+    mean: Option<Tensor>,
 }
 
 /// Why there is no proposal.
@@ -102,22 +117,30 @@ impl<R: WakeRule> Natural<R> {
     }
 
     fn propose(&self, grads: &[Tensor], refresh: Refresh) -> std::result::Result<Proposal, Refusal> {
-        let mut directions = Vec::with_capacity(self.blocks.len());
+        let mut renewed = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
-            directions.push(self.direction(block, grads, refresh.as_ref())?);
+            renewed.push(self.renew(block, refresh.as_ref())?);
+        }
+        let damping = self.damping_due(&renewed)?;
+        let mut directions = Vec::with_capacity(self.blocks.len());
+        for (block, renewed) in self.blocks.iter().zip(renewed) {
+            directions.push(self.direction(block, renewed, grads, damping)?);
         }
         let rest = self.rest_steps(grads)?;
 
-        let lr = self.params.lr;
-        let rate = |block: &Block| lr * block.lr_scale;
-        let kl: f64 = self.blocks.iter().zip(&directions).map(|(b, d)| rate(b).powi(2) * d.length).sum();
+        let squared: f64 =
+            self.blocks.iter().zip(&directions).map(|(b, d)| b.lr_scale.powi(2) * d.length).sum();
+        let overall = self.rate(squared);
+        let rate = |block: &Block| overall * block.lr_scale;
+        let kl = overall.powi(2) * squared;
         let clip = match self.params.kl_clip {
             Some(limit) if kl > limit => (limit / kl).sqrt(),
             _ => 1.0,
         };
         let mut blocks = Vec::with_capacity(directions.len());
         for (block, found) in self.blocks.iter().zip(directions) {
-            let Direction { mut state, gradient, wake_gradient, factors, direction, .. } = found;
+            let Direction { mut state, gradient, model_gradient, wake_gradient, factors, direction, .. } =
+                found;
             // Both clips measure the direction as it was solved for.
             let mut direction = self.rms_clipped(direction)?;
             if clip < 1.0 {
@@ -135,9 +158,18 @@ impl<R: WakeRule> Natural<R> {
             {
                 step = (step - (decay * rate(block))?)?;
             }
-            blocks.push(BlockProposal { state, gradient, wake_gradient, factors, step });
+            blocks.push(BlockProposal { state, gradient, model_gradient, wake_gradient, factors, step });
         }
-        Ok(Proposal { blocks, rest })
+        Ok(Proposal { blocks, rest, rate: overall, damping })
+    }
+
+    /// `1 / lambda` of a step whose directions, not yet scaled, have the squared length `squared`.
+    fn rate(&self, squared: f64) -> f64 {
+        let (lr, scale) = (self.params.lr, self.rate_scale());
+        match self.params.step_rule {
+            StepRule::LearningRate => lr * scale,
+            StepRule::FixedKl { target } => scale.min(lr * (2.0 * target / squared.max(0.0)).sqrt()),
+        }
     }
 
     fn rest_steps(&self, grads: &[Tensor]) -> std::result::Result<Vec<(Adam, Tensor)>, Refusal> {
@@ -168,43 +200,44 @@ impl<R: WakeRule> Natural<R> {
             )
         };
         let mut change = 0.0;
-        for block in &proposal.blocks {
+        for (described, block) in self.blocks.iter().zip(&proposal.blocks) {
             let (Some(a), Some(g)) = (&block.state.factor_a, &block.state.factor_g) else { continue };
             let curved = g.matmul(&block.step)?.matmul(a)?;
-            let quadratic = sum(&(&block.step * (curved + (&block.step * self.damping)?)?)?)?;
+            let damped = (&block.step * self.damping_of(described, proposal.damping))?;
+            let quadratic = sum(&(&block.step * (curved + damped)?)?)?;
             change += sum(&(&block.gradient * &block.step)?)? + 0.5 * quadratic;
         }
         Ok(Some(Predicted { loss, change }))
     }
 
-    /// The next step's carries, from the steps really taken: `taken` where later inner steps changed them.
-    pub(super) fn carries(
-        &self,
-        proposal: &Proposal,
-        taken: Option<&[Tensor]>,
-    ) -> Result<Vec<Option<Tensor>>> {
-        let carry = |(index, block): (usize, &BlockProposal)| -> Result<Option<Tensor>> {
-            if self.params.wake.wake_decay(self.params.stat_decay).is_none() {
-                return Ok(None);
+    /// What the next step looks back at, from the steps really taken: `taken` where later inner steps changed them.
+    pub(super) fn carries(&self, proposal: &Proposal, taken: Option<&[Tensor]>) -> Result<Vec<Carried>> {
+        let carry = |(index, proposed): (usize, &BlockProposal)| -> Result<Carried> {
+            let averaged = self.params.wake.model_decay() > 0.0;
+            let waked = self.params.wake.wake_decay(self.params.stat_decay).is_some();
+            if !(averaged || waked) {
+                return Ok(Carried::default());
             }
-            let step = taken.map_or(&block.step, |taken| &taken[index]);
-            let lr = self.params.lr * self.blocks[index].lr_scale;
-            match (self.params.carry, &block.state.factor_a, &block.state.factor_g) {
-                // At a rate of 0 there was no step, and the next one looks back at nothing.
-                (Carry::Literal, Some(a), Some(g)) if lr > 0.0 => {
-                    let kind = self.params.damping.kind();
-                    let curved = damped_product(a, g, kind, self.damping, step, &self.blocks[index].name)?;
-                    return Ok(Some(((&block.gradient - &block.wake_gradient)? - (curved / lr)?)?));
-                }
-                _ => {}
-            }
-            match self.params.wake.model() {
-                Model::Linear => Ok(Some(block.gradient.clone())),
+            let (block, step) = (&self.blocks[index], taken.map_or(&proposed.step, |taken| &taken[index]));
+            let model = match self.params.wake.model() {
+                Model::Linear => proposed.model_gradient.clone(),
                 Model::Quadratic(_) => {
-                    let (a, g) = &block.factors;
-                    Ok(Some((&block.gradient + g.matmul(step)?.matmul(a)?)?))
+                    let (a, g) = &proposed.factors;
+                    (&proposed.model_gradient + g.matmul(step)?.matmul(a)?)?
                 }
-            }
+            };
+            let rate = proposal.rate * block.lr_scale;
+            let distances = match (self.params.carry, &proposed.state.factor_a, &proposed.state.factor_g) {
+                // At a rate of 0 there was no step, and the next one looks back at nothing.
+                (Carry::Literal, Some(a), Some(g)) if rate > 0.0 => {
+                    let (kind, damping) =
+                        (self.params.damping.kind(), self.damping_of(block, proposal.damping));
+                    let curved = damped_product(a, g, kind, damping, step, &block.name)?;
+                    ((&proposed.model_gradient - &proposed.wake_gradient)? - (curved / rate)?)?
+                }
+                _ => model.clone(),
+            };
+            Ok(Carried { carry: waked.then_some(distances), mean: averaged.then_some(model) })
         };
         proposal.blocks.iter().enumerate().map(carry).collect()
     }
@@ -227,17 +260,21 @@ impl<R: WakeRule> Natural<R> {
     pub(super) fn commit(
         &mut self,
         proposal: Proposal,
-        carries: Vec<Option<Tensor>>,
+        carries: Vec<Carried>,
         values: &[Tensor],
     ) -> Result<()> {
+        let averages = self.next_averages(values)?;
         for (param, value) in self.vars.iter_mut().zip(values) {
             param.write(value)?;
         }
-        for ((block, proposed), carry) in self.blocks.iter_mut().zip(proposal.blocks).zip(carries) {
-            block.state = BlockState { carry, ..proposed.state };
+        self.averages = averages;
+        for ((block, proposed), carried) in self.blocks.iter_mut().zip(proposal.blocks).zip(carries) {
+            let Carried { carry, mean } = carried;
+            block.state = BlockState { carry, mean, ..proposed.state };
         }
         self.rest = proposal.rest.into_iter().map(|(adam, _)| adam).collect();
-        self.previous_lr = Some(self.params.lr);
+        self.previous_rate = Some(proposal.rate);
+        self.damping = proposal.damping;
         self.steps += 1;
         Ok(())
     }
