@@ -4,11 +4,11 @@ mod common;
 
 use candle_core::{DType, Device, Result, Tensor, backprop::GradStore};
 use common::*;
-use kronwake::curvature::{Adaptive, Damping, Inverse, Sharing};
+use kronwake::curvature::{Adaptive, Damping, Inverse, Relative, Sharing};
 use kronwake::nn::{self, Module};
 use kronwake::optim::{
-    Bias, Every, Group, Groups, Inner, KFac, KFacRule, Natural, NonFinite, Optimizer, Params, ParamsKFac, Q,
-    QSolve, Qe, QeKldWrm, Rule, So, SoKldWrm, WakeRule,
+    Average, Bias, Every, Group, Groups, Inner, KFac, KFacRule, Natural, NonFinite, Optimizer, Params,
+    ParamsKFac, Q, QSolve, Qe, QeKldWrm, Rule, So, SoKldWrm, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -64,6 +64,19 @@ fn options() {
         ),
         (|p| P { ekfac: true, sharing: Sharing::Reduce, ..p }, &["needs Sharing::Expand, got Reduce"]),
         (
+            |p| P { damping: Damping::Relative(Relative { fraction: 0.0, ..Relative::default() }), ..p },
+            &["damping: expected a positive fraction, got 0"],
+        ),
+        (|p| p.fixed_kl(-1.0), &["kfac: expected a positive KL target, got -1"]),
+        (
+            |p| P { kl_clip: Some(0.1), ..p.fixed_kl(0.01) },
+            &["a step of fixed KL 0.01 has no use for kl_clip, got 0.1"],
+        ),
+        (
+            |p| P { average: Some(Average { power: f64::NAN }), ..p },
+            &["expected average.power to be zero or more, got NaN"],
+        ),
+        (
             |p| P { groups: group(Group::named("fc3.*")), ..p },
             &["\"fc3.*\": matches no Var", "conv.weight", "gain"],
         ),
@@ -90,6 +103,9 @@ fn options() {
         constructed(So { wake_decay: Some(1.0) }, |p| p),
         &["so-kld-wrm: expected wake_decay in [0, 1), got 1"],
     );
+    let two = |model_decay, wake_decay| TwoRate { model_decay, wake_decay, ..TwoRate::default() };
+    assert_says(constructed(two(1.0, 0.5), |p| p), &["kld-wrm: expected model_decay in [0, 1), got 1"]);
+    assert_says(constructed(two(0.5, f64::NAN), |p| p), &["kld-wrm: expected wake_decay in [0, 1), got NaN"]);
     for (inner, part) in [
         (Inner { lr: -1.0, ..Inner::default() }, "expected inner lr and scale to be zero or more, got -1"),
         (Inner { scale: f64::NAN, ..Inner::default() }, "zero or more, got"),

@@ -7,8 +7,8 @@ use common::*;
 use kronwake::curvature::{Adaptive, Damping, DampingKind, Inverse, Sharing};
 use kronwake::nn::{self, Module};
 use kronwake::optim::{
-    Bias, Every, Group, Groups, Inner, KFac, KFacRule, Natural, Optimizer, Params, ParamsAdamW, Q, QSolve,
-    Qe, Rule, So, SoKldWrm, WakeRule,
+    Bias, Carry, Every, Group, Groups, Inner, KFac, KFacRule, Natural, Optimizer, Params, ParamsAdamW, Q,
+    QSolve, Qe, Rule, So, SoKldWrm, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
@@ -109,7 +109,20 @@ fn bit_for_bit() -> Result<()> {
         check("q", dtype, plain, q(QSolve::Factor), |p| p)?;
         check("qe", dtype, with_closure, qe(Inner::default()), |p| p)?;
     }
+    for dtype in [DType::F32, DType::BF16] {
+        check("kld-wrm", dtype, plain, TwoRate::default(), |p| p)?;
+    }
     let f32 = DType::F32;
+    check(
+        "kld-wrm, quadratic",
+        f32,
+        plain,
+        TwoRate { model_decay: 0.7, ..TwoRate::q(0.3, QSolve::Factor) },
+        |p| p,
+    )?;
+    check("kld-wrm, literal", f32, plain, TwoRate::default(), |p| Params { carry: Carry::Literal, ..p })?;
+    check("so, fixed kl", f32, plain, So::default(), |p| p.fixed_kl(0.01))?;
+    check("qe, fixed kl", f32, with_closure, qe(inner.clone()), |p| p.fixed_kl(0.01))?;
     check("kfac, momentum", f32, plain, KFacRule, |p| Params { momentum: 0.9, weight_decay: 0.01, ..p })?;
     check("kfac, ekfac", f32, plain, KFacRule, |p| Params { ekfac: true, ..p })?;
     check("so, ekfac", f32, plain, So::default(), |p| Params { ekfac: true, momentum: 0.5, ..p })?;
@@ -241,7 +254,7 @@ fn mismatches() -> Result<()> {
         (|c| note(c, "format", None), &["no optimizer state"]),
         (|c| note(c, "lr", Some("NaN")), &["lr is NaN"]),
         (|c| note(c, "damping", Some("-1")), &["damping is -1"]),
-        (|c| note(c, "previous_lr", Some("inf")), &["previous_lr is inf"]),
+        (|c| note(c, "previous_rate", Some("inf")), &["previous_rate is inf"]),
         (|c| note(c, "models", Some("1000000000000")), &["1000000000000 stored models"]),
     ];
     for (edit, parts) in edits {

@@ -6,8 +6,8 @@ use super::params::{Decay, StepRule};
 use super::rule::{Model, QSolve, WakeRule};
 use super::step::{Refusal, sum};
 use crate::curvature::{
-    Damping, Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, moments, sum_inverse,
-    turned_moments,
+    Damping, Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, damped_product, moments,
+    sum_inverse, turned_moments,
 };
 use crate::linalg::kron::diagonal;
 use crate::ops::factor::ema;
@@ -21,7 +21,7 @@ pub(super) struct Direction {
     pub wake_gradient: Tensor,
     pub factors: (Tensor, Tensor),
     pub direction: Tensor,
-    /// `<V, g>`, the squared length of the direction in the damped metric.
+    /// The squared length of the direction `V` in the damped metric: `<V, g>`, where that is what was solved with.
     pub length: f64,
 }
 
@@ -113,7 +113,15 @@ impl<R: WakeRule> Natural<R> {
             return Err(Refusal::Failed(missing::<R>(block, "inverse")));
         };
         let direction = preconditioner.apply(&decayed)?;
-        let length = sum(&(&direction * &decayed)?)?;
+        let metric = match (self.params.step_rule, self.params.wake.model()) {
+            // A quadratic wake solves with more than the divergence's curvature.
+            (StepRule::FixedKl { .. }, Model::Quadratic(_)) => {
+                let (a, g) = &average;
+                damped_product(a, g, self.params.damping.kind(), damping, &direction, &block.name)?
+            }
+            _ => decayed,
+        };
+        let length = sum(&(&direction * metric)?)?;
         if !length.is_finite() {
             return Err(Refusal::NonFinite(self.culprit(block, grads)?));
         }
