@@ -5,6 +5,7 @@ use crate::linalg::cholesky::inverse_spd;
 use crate::linalg::eigh::{Eigh, eigh, generalized_eigh};
 use crate::linalg::kron::{add_diagonal_each, pi_split};
 use crate::linalg::newton::{NewtonOptions, newton_inverse};
+use crate::ops::product::{mix, product};
 use candle_core::{Result, Tensor};
 
 /// How the damped factors are inverted.
@@ -32,10 +33,10 @@ impl Preconditioner {
     /// `V`, the gradient times the inverse.
     pub fn apply(&self, gradient: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Factors { inv_a, inv_g } => inv_g.matmul(gradient)?.matmul(inv_a),
+            Self::Factors { inv_a, inv_g } => sandwich(inv_g, gradient, inv_a),
             Self::Basis { basis_a, basis_g, scale } => {
-                let inside = basis_g.t()?.matmul(gradient)?.matmul(basis_a)?;
-                basis_g.matmul(&(inside * scale)?)?.matmul(&basis_a.t()?)
+                let inside = sandwich(&basis_g.t()?, gradient, basis_a)?;
+                sandwich(basis_g, &(inside * scale)?, &basis_a.t()?)
             }
         }
     }
@@ -49,6 +50,11 @@ impl Preconditioner {
             }
         }
     }
+}
+
+/// `g x a` for matrices `[groups, out, out]`, `[groups, out, in]` and `[groups, in, in]`.
+pub(crate) fn sandwich(g: &Tensor, x: &Tensor, a: &Tensor) -> Result<Tensor> {
+    product(&product(g, x)?, a)
 }
 
 /// The outer products `dg da^T` of two spectra, `[groups, out, in]`; values at or below `floor` count as 0, and rounding
@@ -88,7 +94,7 @@ pub(crate) fn damped_inverse(
             let invert = |m: &Tensor, last: Option<&Tensor>| match inverse {
                 Inverse::Eigen => {
                     let Eigh { values, vectors } = eigh(m, name)?;
-                    vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?.matmul(&vectors.t()?)
+                    product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
                 }
                 Inverse::Cholesky => inverse_spd(m, name),
                 Inverse::Newton => Ok(newton_inverse(m, last, NewtonOptions::new(m.dtype()), name)?.inverse),
@@ -119,10 +125,10 @@ pub(crate) fn damped_product(
     name: &str,
 ) -> Result<Tensor> {
     match kind {
-        DampingKind::Eigenvalue => g.matmul(x)?.matmul(a)? + (x * damping)?,
+        DampingKind::Eigenvalue => mix(&sandwich(g, x, a)?, 1.0, x, damping),
         DampingKind::Pi => {
             let (a, g) = pi_damped(a, g, damping, name)?;
-            g.matmul(x)?.matmul(&a)
+            sandwich(&g, x, &a)
         }
     }
 }

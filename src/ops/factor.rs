@@ -12,6 +12,7 @@ use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
 
 pub use super::cross::cross_square;
+use super::product::mix;
 use super::record::{
     PARTS, Piece, Pieces, WORTH_A_THREAD, by_group, cpu_slice, in_place, record_shape, widen,
 };
@@ -59,7 +60,7 @@ pub fn ema(bar: Option<&Tensor>, current: &Tensor, decay: f64) -> Result<Tensor>
             current.dtype(),
             current.dims()
         ),
-        Some(bar) => (bar * decay)? + (current * (1.0 - decay))?,
+        Some(bar) => mix(bar, decay, current, 1.0 - decay),
     }
 }
 

@@ -9,6 +9,7 @@ mod lanes;
 pub mod norm;
 pub mod patches;
 pub mod pool;
+pub mod product;
 mod record;
 pub mod rng;
 pub mod sample;

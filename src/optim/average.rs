@@ -2,6 +2,7 @@
 
 use super::natural::Natural;
 use super::rule::WakeRule;
+use crate::ops::product::mix;
 use candle_core::{Result, Tensor};
 
 /// An average of the parameters over the steps, `theta_bar_k = sum_i w_i theta_i / sum_i w_i` with `w_i ~ i^power`.
@@ -32,7 +33,7 @@ impl<R: WakeRule> Natural<R> {
             return values.iter().map(Tensor::copy).collect();
         }
         let weight = (power + 1.0) / ((self.steps + 1) as f64 + power);
-        let mixed = |(old, new): (&Tensor, &Tensor)| (old * (1.0 - weight))? + (new * weight)?;
+        let mixed = |(old, new): (&Tensor, &Tensor)| mix(old, 1.0 - weight, new, weight);
         self.averages.iter().zip(values).map(mixed).collect()
     }
 

@@ -11,6 +11,7 @@ use crate::curvature::{
 };
 use crate::linalg::kron::diagonal;
 use crate::ops::factor::ema;
+use crate::ops::product::{dot, mix};
 use candle_core::{Result, Tensor};
 
 /// A block's direction before the scaling that all blocks share.
@@ -105,7 +106,7 @@ impl<R: WakeRule> Natural<R> {
         let decayed = match (&decay, self.params.decay) {
             (Some(decay), Decay::AfterWake) => {
                 // A wake that is scaled to the steady state's step takes the decay's share of the scale out again.
-                (&wake_gradient + (decay / self.rate_scale())?)?
+                mix(&wake_gradient, 1.0, decay, 1.0 / self.rate_scale())?
             }
             _ => wake_gradient.clone(),
         };
@@ -121,7 +122,7 @@ impl<R: WakeRule> Natural<R> {
             }
             _ => decayed,
         };
-        let length = sum(&(&direction * metric)?)?;
+        let length = dot(&direction, &metric)?;
         if !length.is_finite() {
             return Err(Refusal::NonFinite(self.culprit(block, grads)?));
         }
@@ -166,7 +167,7 @@ impl<R: WakeRule> Natural<R> {
     fn model_gradient(&self, state: &BlockState, gradient: &Tensor) -> Result<Tensor> {
         let decay = self.params.wake.model_decay();
         match &state.mean {
-            Some(mean) if decay > 0.0 => (gradient * (1.0 - decay))? + (mean * decay)?,
+            Some(mean) if decay > 0.0 => mix(gradient, 1.0 - decay, mean, decay),
             _ => Ok(gradient.clone()),
         }
     }
@@ -174,7 +175,9 @@ impl<R: WakeRule> Natural<R> {
     /// The model gradient less what the distances look back at.
     fn wake_gradient(&self, state: &BlockState, model_gradient: &Tensor) -> Result<Tensor> {
         match (self.params.wake.wake_decay(self.params.stat_decay), &state.carry) {
-            (Some(rho), Some(carry)) if rho > 0.0 => model_gradient - (carry * (rho * self.rate_ratio()))?,
+            (Some(rho), Some(carry)) if rho > 0.0 => {
+                mix(model_gradient, 1.0, carry, -rho * self.rate_ratio())
+            }
             _ => Ok(model_gradient.clone()),
         }
     }
@@ -227,8 +230,8 @@ impl<R: WakeRule> Natural<R> {
         match self.params.wake.model() {
             Model::Linear => damped_inverse(&bar.0, &bar.1, recipe, last, &block.name),
             Model::Quadratic(QSolve::Factor) => {
-                let a = (&bar.0 + (&current.0 * rate)?)?;
-                let g = (&bar.1 + (&current.1 * rate)?)?;
+                let a = mix(&bar.0, 1.0, &current.0, rate)?;
+                let g = mix(&bar.1, 1.0, &current.1, rate)?;
                 damped_inverse(&a, &g, recipe, last, &block.name)
             }
             Model::Quadratic(QSolve::Exact) => {
@@ -251,7 +254,7 @@ impl<R: WakeRule> Natural<R> {
     /// `V min(1, rms_clip / rms(V))`.
     pub(super) fn rms_clipped(&self, direction: Tensor) -> Result<Tensor> {
         let Some(limit) = self.params.rms_clip else { return Ok(direction) };
-        let rms = (sum(&direction.sqr()?)? / direction.elem_count().max(1) as f64).sqrt();
+        let rms = (dot(&direction, &direction)? / direction.elem_count().max(1) as f64).sqrt();
         if rms > limit { direction * (limit / rms) } else { Ok(direction) }
     }
 

@@ -3,7 +3,8 @@
 use super::natural::{Natural, scalar};
 use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake};
 use super::step::{Proposal, sum};
-use crate::curvature::Damping;
+use crate::curvature::{Damping, sandwich};
+use crate::ops::product::{dot, mix};
 use crate::tape::Likelihood;
 use candle_core::{Result, Tensor, bail};
 
@@ -173,7 +174,7 @@ impl Natural<Qe> {
             let grads = self.gradients(&store)?;
             for (index, (block, proposed)) in self.blocks.iter().zip(&proposal.blocks).enumerate() {
                 let (a, g) = &proposed.factors;
-                let model = (&proposed.gradient + g.matmul(&steps[index])?.matmul(a)?)?;
+                let model = (&proposed.gradient + sandwich(g, &steps[index], a)?)?;
                 let direction = (block.matrix(|i| Ok(grads[i].clone()))? + model)?;
                 let direction = match &proposed.state.preconditioner {
                     Some(preconditioner) if inner.preconditioned => preconditioner.apply(&direction)?,
@@ -211,8 +212,8 @@ impl Natural<Qe> {
         let mut total = 0.0;
         for (block, step) in proposal.blocks.iter().zip(steps) {
             let (a, g) = &block.factors;
-            let slope = (&block.gradient + (g.matmul(step)?.matmul(a)? * 0.5)?)?;
-            total += sum(&(slope * step)?)?;
+            let slope = mix(&block.gradient, 1.0, &sandwich(g, step, a)?, 0.5)?;
+            total += dot(&slope, step)?;
         }
         Ok(total)
     }

@@ -7,7 +7,8 @@ use super::natural::{Natural, Predicted};
 use super::params::{Decay, NonFinite, StepRule};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
-use crate::curvature::{LayerFactors, damped_product, wide};
+use crate::curvature::{LayerFactors, damped_product, sandwich, wide};
+use crate::ops::product::{dot, mix};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// What a step would do.
@@ -142,21 +143,23 @@ impl<R: WakeRule> Natural<R> {
             let Direction { mut state, gradient, model_gradient, wake_gradient, factors, direction, .. } =
                 found;
             // Both clips measure the direction as it was solved for.
-            let mut direction = self.rms_clipped(direction)?;
-            if clip < 1.0 {
-                direction = (direction * clip)?;
-            }
-            if self.params.momentum > 0.0 {
-                if let Some(velocity) = &state.velocity {
-                    direction = ((velocity * self.params.momentum)? + direction)?;
+            let direction = self.rms_clipped(direction)?;
+            let mut step = match (self.params.momentum > 0.0, &state.velocity) {
+                (false, _) => (direction * (-rate(block) * clip))?,
+                (true, velocity) => {
+                    let moved = match velocity {
+                        Some(velocity) => mix(velocity, self.params.momentum, &direction, clip)?,
+                        None => (direction * clip)?,
+                    };
+                    let step = (&moved * -rate(block))?;
+                    state.velocity = Some(moved);
+                    step
                 }
-                state.velocity = Some(direction.clone());
-            }
-            let mut step = (direction * -rate(block))?;
+            };
             if self.params.decay == Decay::Decoupled
                 && let Some(decay) = self.decayed(block)?
             {
-                step = (step - (decay * rate(block))?)?;
+                step = mix(&step, 1.0, &decay, -rate(block))?;
             }
             blocks.push(BlockProposal { state, gradient, model_gradient, wake_gradient, factors, step });
         }
@@ -202,10 +205,10 @@ impl<R: WakeRule> Natural<R> {
         let mut change = 0.0;
         for (described, block) in self.blocks.iter().zip(&proposal.blocks) {
             let (Some(a), Some(g)) = (&block.state.factor_a, &block.state.factor_g) else { continue };
-            let curved = g.matmul(&block.step)?.matmul(a)?;
-            let damped = (&block.step * self.damping_of(described, proposal.damping))?;
-            let quadratic = sum(&(&block.step * (curved + damped)?)?)?;
-            change += sum(&(&block.gradient * &block.step)?)? + 0.5 * quadratic;
+            let curved = sandwich(g, &block.step, a)?;
+            let damping = self.damping_of(described, proposal.damping);
+            let quadratic = dot(&block.step, &mix(&curved, 1.0, &block.step, damping)?)?;
+            change += dot(&block.gradient, &block.step)? + 0.5 * quadratic;
         }
         Ok(Some(Predicted { loss, change }))
     }
@@ -223,7 +226,7 @@ impl<R: WakeRule> Natural<R> {
                 Model::Linear => proposed.model_gradient.clone(),
                 Model::Quadratic(_) => {
                     let (a, g) = &proposed.factors;
-                    (&proposed.model_gradient + g.matmul(step)?.matmul(a)?)?
+                    mix(&proposed.model_gradient, 1.0, &sandwich(g, step, a)?, 1.0)?
                 }
             };
             let rate = proposal.rate * block.lr_scale;
@@ -233,7 +236,7 @@ impl<R: WakeRule> Natural<R> {
                     let (kind, damping) =
                         (self.params.damping.kind(), self.damping_of(block, proposal.damping));
                     let curved = damped_product(a, g, kind, damping, step, &block.name)?;
-                    ((&proposed.model_gradient - &proposed.wake_gradient)? - (curved / rate)?)?
+                    mix(&(&proposed.model_gradient - &proposed.wake_gradient)?, 1.0, &curved, -1.0 / rate)?
                 }
                 _ => model.clone(),
             };

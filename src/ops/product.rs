@@ -1,0 +1,273 @@
+//! Matrix products and weighted sums of tensors that belong to no graph, for the inner loop of the optimizers.
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
+use faer::linalg::matmul::matmul;
+use faer::traits::RealField;
+use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
+
+use super::record::{WORTH_A_THREAD, cpu_slice};
+
+/// `a b` for `[.., m, k]` and `[.., k, n]` with the same leading dimensions: `[.., m, n]`. Not differentiable.
+///
+/// On the CPU f32 and f64 take faer's kernels, which use the whole width of the processor's vectors; transposed operands are read
+/// in place. All else is candle's `matmul`.
+///
+/// # Errors
+/// If shapes, dtypes or devices do not fit.
+pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (a_dims, b_dims) = (a.dims(), b.dims());
+    let rank = a_dims.len();
+    let fit = rank >= 2
+        && b_dims.len() == rank
+        && a_dims[..rank - 2] == b_dims[..rank - 2]
+        && a_dims[rank - 1] == b_dims[rank - 2]
+        && a.dtype() == b.dtype();
+    if !fit {
+        bail!(
+            "product: expected [.., m, k] and [.., k, n], got {:?} {a_dims:?} and {:?} {b_dims:?}",
+            a.dtype(),
+            b.dtype()
+        )
+    }
+    if !(a.device().is_cpu() && b.device().is_cpu()) {
+        return a.detach().matmul(&b.detach());
+    }
+    match a.dtype() {
+        DType::F32 => on_cpu::<f32>(a, b),
+        DType::F64 => on_cpu::<f64>(a, b),
+        _ => a.detach().matmul(&b.detach()),
+    }
+}
+
+/// Matrices `[m, n]` one after the other in a slice, by rows or by columns.
+struct Matrices<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    transposed: bool,
+}
+
+impl<T> Matrices<'_, T> {
+    fn get(&self, index: usize) -> MatRef<'_, T> {
+        let size = self.rows * self.columns;
+        let data = &self.data[index * size..(index + 1) * size];
+        if self.transposed {
+            MatRef::from_column_major_slice(data, self.rows, self.columns)
+        } else {
+            MatRef::from_row_major_slice(data, self.rows, self.columns)
+        }
+    }
+}
+
+/// `t` as it lies in memory, if its matrices do so densely by rows or columns.
+fn dense(t: &Tensor) -> Result<(Tensor, bool)> {
+    let swapped = t.transpose(t.rank() - 2, t.rank() - 1)?;
+    if t.is_contiguous() {
+        Ok((t.clone(), false))
+    } else if swapped.is_contiguous() {
+        Ok((swapped, true))
+    } else {
+        Ok((t.contiguous()?, false))
+    }
+}
+
+fn on_cpu<T: WithDType + RealField>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let rank = a.rank();
+    let (m, k, n) = (a.dims()[rank - 2], a.dims()[rank - 1], b.dims()[rank - 1]);
+    let count: usize = a.dims()[..rank - 2].iter().product();
+    let mut dims = a.dims().to_vec();
+    dims[rank - 1] = n;
+    let ((a, a_transposed), (b, b_transposed)) = (dense(a)?, dense(b)?);
+    let (a_storage, a_layout) = a.storage_and_layout();
+    let (b_storage, b_layout) = b.storage_and_layout();
+    let part = |slice, layout: &Layout| offset::<T>(slice, layout);
+    let a = part(cpu_slice::<T>(&a_storage, "product")?, a_layout);
+    let b = part(cpu_slice::<T>(&b_storage, "product")?, b_layout);
+    let a = Matrices { data: a, rows: m, columns: k, transposed: a_transposed };
+    let b = Matrices { data: b, rows: k, columns: n, transposed: b_transposed };
+    let mut out = vec![<T as WithDType>::from_f64(0.0); count * m * n];
+    if k > 0 && !out.is_empty() {
+        let large = m * k * n > WORTH_A_THREAD;
+        let one = |(index, out): (usize, &mut [T]), par| {
+            let out = MatMut::from_row_major_slice_mut(out, m, n);
+            matmul(out, Accum::Replace, a.get(index), b.get(index), <T as WithDType>::from_f64(1.0), par);
+        };
+        match (count, large) {
+            (1, true) => one((0, &mut out), Par::rayon(0)),
+            (_, true) => out.par_chunks_mut(m * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
+            _ => out.chunks_mut(m * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
+        }
+    }
+    let storage = Storage::Cpu(<T as WithDType>::to_cpu_storage_owned(out));
+    Ok(Tensor::from_storage(storage, dims, candle_core::op::BackpropOp::none(), false))
+}
+
+/// `slice` from where the layout begins.
+fn offset<'a, T>(slice: &'a [T], layout: &Layout) -> &'a [T] {
+    &slice[layout.start_offset()..layout.start_offset() + layout.shape().elem_count()]
+}
+
+/// Elements that are worth handing to a thread.
+const SHARE: usize = 1 << 15;
+
+/// `sum_i a_i b_i` of two tensors of one shape, accumulated in f64 over runs summed in the tensors' dtype.
+///
+/// # Errors
+/// If shapes, dtypes or devices differ.
+pub fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
+    if a.dims() != b.dims() || a.dtype() != b.dtype() {
+        bail!(
+            "dot: expected two tensors alike, got {:?} {:?} and {:?} {:?}",
+            a.dtype(),
+            a.dims(),
+            b.dtype(),
+            b.dims()
+        )
+    }
+    let (a, b) = (a.detach().contiguous()?, b.detach().contiguous()?);
+    let (a_storage, a_layout) = a.storage_and_layout();
+    let (b_storage, b_layout) = b.storage_and_layout();
+    Ok(match (&*a_storage, &*b_storage) {
+        (Storage::Cpu(CpuStorage::F32(a)), Storage::Cpu(CpuStorage::F32(b))) => {
+            dot_slices(offset(a, a_layout), offset(b, b_layout), |sums: &[f32]| {
+                sums.iter().map(|&s| f64::from(s)).sum()
+            })
+        }
+        (Storage::Cpu(CpuStorage::F64(a)), Storage::Cpu(CpuStorage::F64(b))) => {
+            dot_slices(offset(a, a_layout), offset(b, b_layout), |sums: &[f64]| sums.iter().sum())
+        }
+        _ => {
+            // Sums of many half-precision numbers would lose the small ones.
+            let wide =
+                |t: &Tensor| if t.dtype() == DType::F64 { Ok(t.clone()) } else { t.to_dtype(DType::F32) };
+            wide(&a)?.mul(&wide(&b)?)?.sum_all()?.to_dtype(DType::F64)?.to_scalar()?
+        }
+    })
+}
+
+/// Runs of this length are summed in lanes before they are added up in f64.
+const RUN: usize = 1 << 12;
+const LANES: usize = 32;
+
+fn dot_slices<T: WithDType>(a: &[T], b: &[T], total: impl Fn(&[T]) -> f64) -> f64 {
+    let run = |(a, b): (&[T], &[T])| {
+        let mut sums = [T::from_f64(0.0); LANES];
+        let (a, b) = (a.chunks(LANES), b.chunks(LANES));
+        for (a, b) in a.zip(b) {
+            for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+                *sum += a * b;
+            }
+        }
+        total(&sums)
+    };
+    a.chunks(RUN).zip(b.chunks(RUN)).map(run).sum()
+}
+
+/// `alpha a + beta b` of two tensors of one shape, in one pass. Not differentiable.
+///
+/// # Errors
+/// If shapes, dtypes or devices differ.
+pub fn mix(a: &Tensor, alpha: f64, b: &Tensor, beta: f64) -> Result<Tensor> {
+    let cpu = a.device().is_cpu() && b.device().is_cpu();
+    let fit = a.dims() == b.dims() && a.dtype() == b.dtype();
+    if !(cpu && fit && a.is_contiguous() && b.is_contiguous()) {
+        return (a.detach() * alpha)? + (b.detach() * beta)?;
+    }
+    let (a_storage, a_layout) = a.storage_and_layout();
+    let (b_storage, b_layout) = b.storage_and_layout();
+    fn mixed<T: WithDType>(a: &[T], alpha: f64, b: &[T], beta: f64) -> Vec<T> {
+        let (alpha, beta) = (T::from_f64(alpha), T::from_f64(beta));
+        let one = |(&a, &b): (&T, &T)| alpha * a + beta * b;
+        if a.len() < 2 * SHARE {
+            return a.iter().zip(b).map(one).collect();
+        }
+        a.par_iter().zip(b).with_min_len(SHARE).map(one).collect()
+    }
+    let storage = match (&*a_storage, &*b_storage) {
+        (Storage::Cpu(CpuStorage::F32(a)), Storage::Cpu(CpuStorage::F32(b))) => {
+            CpuStorage::F32(mixed(offset(a, a_layout), alpha, offset(b, b_layout), beta))
+        }
+        (Storage::Cpu(CpuStorage::F64(a)), Storage::Cpu(CpuStorage::F64(b))) => {
+            CpuStorage::F64(mixed(offset(a, a_layout), alpha, offset(b, b_layout), beta))
+        }
+        _ => return (a.detach() * alpha)? + (b.detach() * beta)?,
+    };
+    let none = candle_core::op::BackpropOp::none();
+    Ok(Tensor::from_storage(Storage::Cpu(storage), a.shape().clone(), none, false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, random, values};
+
+    #[test]
+    fn agrees_with_the_definition() -> Result<()> {
+        for (groups, m, k, n) in [(1, 1, 1, 1), (3, 4, 5, 6), (1, 70, 33, 129), (2, 0, 3, 4), (2, 3, 0, 4)] {
+            let (a, b) = (random(0, &[groups, m, k])?, random(1, &[groups, k, n])?);
+            let turned = |t: &Tensor| t.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+            let behind = Tensor::cat(&[&a, &a], 0)?.narrow(0, groups, groups)?;
+            let (va, vb) = (values(&a)?, values(&b)?);
+            let expected: Vec<f64> = (0..groups * m * n)
+                .map(|at| {
+                    let (group, i, j) = (at / (m * n), at / n % m, at % n);
+                    (0..k).map(|l| va[(group * m + i) * k + l] * vb[(group * k + l) * n + j]).sum()
+                })
+                .collect();
+            for (a, b) in [(&a, &b), (&turned(&a)?, &turned(&b)?), (&behind, &turned(&b)?)] {
+                assert_close(&product(a, b)?, &expected, 1e-13);
+                let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+                assert_close(&product(&a, &b)?, &expected, 1e-5);
+            }
+            if groups == 1 {
+                assert_close(&product(&a.squeeze(0)?, &b.squeeze(0)?)?, &expected, 1e-13);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn mixes() -> Result<()> {
+        let (a, b) = (random(0, &[3, 4])?, random(1, &[4, 3])?.t()?);
+        let expected: Vec<f64> =
+            values(&a)?.iter().zip(values(&b)?).map(|(a, b)| 0.3 * a - 2.0 * b).collect();
+        for (a, b) in [(a.clone(), b.clone()), (a.clone(), b.contiguous()?)] {
+            assert_close(&mix(&a, 0.3, &b, -2.0)?, &expected, 1e-14);
+            assert_close(
+                &mix(&a.to_dtype(DType::F32)?, 0.3, &b.to_dtype(DType::F32)?, -2.0)?,
+                &expected,
+                1e-6,
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn dots() -> Result<()> {
+        for n in [0, 1, 31, 33, 5000] {
+            let (a, b) = (random(0, &[n])?, random(1, &[n])?);
+            let expected: f64 = values(&a)?.iter().zip(values(&b)?).map(|(a, b)| a * b).sum();
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4), (DType::BF16, 0.3)] {
+                let found = dot(&a.to_dtype(dtype)?, &b.to_dtype(dtype)?)?;
+                assert!((found - expected).abs() <= tolerance, "{n} {dtype:?}: {found} {expected}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn unfitting_tensors_are_refused() -> Result<()> {
+        let a = random(0, &[2, 3])?;
+        for b in [
+            random(1, &[2, 3])?,
+            random(1, &[1, 3, 2])?,
+            random(1, &[3])?,
+            random(1, &[3, 2])?.to_dtype(DType::F32)?,
+        ] {
+            assert!(product(&a, &b).is_err() && dot(&a, &b).is_err() == (b.dims() != [2, 3]));
+            assert!(mix(&a, 1.0, &b, 1.0).is_err() == (b.dims() != [2, 3]));
+        }
+        Ok(())
+    }
+}
