@@ -253,6 +253,10 @@ fn averages_are_weighted_by_a_power_of_the_step() -> Result<()> {
         for (now, stepped) in net.values()?.iter().zip(&stepped) {
             assert_close(now, stepped, 0.0, "put back");
         }
+        opt.adopt_average()?;
+        for (now, expected) in net.values()?.iter().zip(&expected) {
+            assert_close(now, expected, 1e-2, "adopted");
+        }
     }
     Ok(())
 }

@@ -37,12 +37,7 @@ fn params<R: WakeRule>(net: &Net, wake: R, damping: Damping) -> Params<R> {
 }
 
 /// The factors of one batch, per block.
-fn current(
-    net: &Net,
-    outputs: &Tensor,
-    likelihood: Likelihood,
-    bias: Bias,
-) -> Result<Vec<(Mat<f64>, Mat<f64>)>> {
+fn current(net: &Net, outputs: &Tensor, likelihood: Likelihood, bias: Bias) -> Result<Vec<Factors>> {
     let mut opt = observer(net, Fisher::Exact, Sharing::Expand, bias)?;
     opt.observe(outputs, likelihood)?;
     opt.backward_step(&outputs.sqr()?.sum_all()?)?;
@@ -50,14 +45,17 @@ fn current(
     Ok(opt.block_names().iter().filter_map(of).collect())
 }
 
+/// `A` and `G` of a block.
+type Factors = (Mat<f64>, Mat<f64>);
+
 /// `rho old + (1 - rho) new` of both factors.
-fn average(old: Option<&(Mat<f64>, Mat<f64>)>, new: &(Mat<f64>, Mat<f64>), rho: f64) -> (Mat<f64>, Mat<f64>) {
+fn average(old: Option<&Factors>, new: &Factors, rho: f64) -> Factors {
     let mix = |old: &Mat<f64>, new: &Mat<f64>| old * rho + new * (1.0 - rho);
     old.map_or(new.clone(), |old| (mix(&old.0, &new.0), mix(&old.1, &new.1)))
 }
 
 /// `A (x) G` with its damping.
-fn damped((a, g): &(Mat<f64>, Mat<f64>), damping: Damping) -> Mat<f64> {
+fn damped((a, g): &Factors, damping: Damping) -> Mat<f64> {
     match damping {
         Damping::Pi(la) => {
             let mean = |m: &Mat<f64>| m.diagonal().column_vector().sum() / m.nrows() as f64;
@@ -69,13 +67,7 @@ fn damped((a, g): &(Mat<f64>, Mat<f64>), damping: Damping) -> Mat<f64> {
 }
 
 /// The matrix that a rule solves with at rate `lr`.
-fn solved(
-    model: Model,
-    bar: &(Mat<f64>, Mat<f64>),
-    now: &(Mat<f64>, Mat<f64>),
-    lr: f64,
-    damping: Damping,
-) -> Mat<f64> {
+fn solved(model: Model, bar: &Factors, now: &Factors, lr: f64, damping: Damping) -> Mat<f64> {
     match model {
         Model::Linear => damped(bar, damping),
         Model::Quadratic(QSolve::Exact) => damped(bar, damping) + kron(&now.0, &now.1) * lr,
@@ -135,9 +127,9 @@ fn check_literal<R: WakeRule>(
     let mut worst = 0f64;
     let blocks = ["a", "b"];
     let elements = blocks.map(|b| net.elements(b, 0, 1));
-    let mut bars: [Option<(Mat<f64>, Mat<f64>)>; 2] = [None, None];
+    let mut bars: [Option<Factors>; 2] = [None, None];
     let mut means: [Option<Mat<f64>>; 2] = [None, None];
-    let mut models: [Option<((Mat<f64>, Mat<f64>), Mat<f64>)>; 2] = [None, None];
+    let mut models: [Option<(Factors, Mat<f64>)>; 2] = [None, None];
     let mut wakes: [Vec<Past>; 2] = [vec![], vec![]];
     let (model_decay, scale) = (options.wake.model_decay(), options.wake.rate_scale(DECAY));
     // With the inputs fixed and squared loss either A or G of a layer stays, and averages of products are products of

@@ -11,12 +11,12 @@ use std::path::PathBuf;
 
 /// Train a small network on 28x28 images with the optimizers of kronwake.
 ///
-/// Without arguments: trains the CNN of the KLD-WRM paper on a bundled subset of Fashion-MNIST with SO-KLD-WRM, then
-/// with K-FAC and AdamW from the same initial parameters on the same batches, and compares them.
+/// Without arguments: trains the CNN of the KLD-WRM paper on a bundled subset of Fashion-MNIST with KLD-WRM, then with
+/// SO-KLD-WRM, K-FAC and AdamW from the same initial parameters on the same batches, and compares them.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "mnist", after_long_help = format!("{}\n{}\n{LOG_FORMAT}", owners(), defaults::table()))]
 pub struct Args {
-    /// How to train; `compare` runs so, kfac and adamw from the same start on the same batches
+    /// How to train; `compare` runs kldwrm, so, kfac and adamw from the same start on the same batches
     #[arg(long, value_enum, default_value_t = Choice::Compare)]
     pub optimizer: Choice,
 
@@ -52,7 +52,7 @@ pub struct Args {
     /// Examples a step; an epoch's last batch may be smaller
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count, help_heading = TRAINING)]
     pub batch: usize,
-    /// Learning rate [default: by optimizer, see below]
+    /// Learning rate; where steps have a fixed KL, the fraction of their length [default: by optimizer, see below]
     #[arg(long, value_parser = positive, help_heading = TRAINING)]
     pub lr: Option<f64>,
     /// How the learning rate falls over all the --epochs: not at all, or by a half cosine to 5 %
@@ -69,10 +69,12 @@ pub struct Args {
     #[arg(long, help_heading = TRAINING)]
     pub no_shuffle: bool,
 
-    /// Damping added to the curvature, above 0; adaptive starts there
+    /// Damping added to the curvature, above 0; adaptive starts there, and relative takes it as a fraction of the mean
+    /// curvature that gradient noise meets
     #[arg(long, value_parser = positive, help_heading = CURVATURE)]
     pub damping: Option<f64>,
-    /// Where the damping is added: to the products of eigenvalues, to both factors, or adapted to the loss's decrease
+    /// Where the damping is added: to the products of eigenvalues or to both factors, or how it is found: from the loss's
+    /// decrease, or from the factors
     #[arg(long, value_enum, help_heading = CURVATURE)]
     pub damping_kind: Option<DampingKind>,
     /// A layer's bias in the block of its weight or in a block of its own
@@ -87,6 +89,13 @@ pub struct Args {
     /// Steps from one refresh of the inverses to the next
     #[arg(long, value_name = "N", value_parser = count, help_heading = CURVATURE)]
     pub inverse_every: Option<usize>,
+    /// Steps with this predicted KL divergence between the models before and after, in place of a learning rate
+    /// [default: by optimizer, see below]
+    #[arg(long, value_name = "KL", value_parser = positive, help_heading = CURVATURE)]
+    pub kl_target: Option<f64>,
+    /// Evaluate and keep averaged parameters, weighted by this power of the step, or none
+    #[arg(long, value_name = "POWER", help_heading = CURVATURE)]
+    pub average: Option<Limit>,
     /// Bound on a step's squared length in the metric of the curvature, or none
     #[arg(long, value_name = "KL", help_heading = CURVATURE)]
     pub kl_clip: Option<Limit>,
@@ -97,9 +106,12 @@ pub struct Args {
     #[arg(long, value_enum, help_heading = CURVATURE)]
     pub fisher: Option<FisherKind>,
 
-    /// rho of the wake, in [0, 1) [default: that of --stat-decay]
+    /// rho of the wake of distances, in [0, 1) [default: that of --stat-decay; of kldwrm see below]
     #[arg(long, value_name = "RHO", value_parser = fraction, help_heading = WAKE)]
     pub wake_decay: Option<f64>,
+    /// rho of the wake of models, in [0, 1)
+    #[arg(long, value_name = "RHO", value_parser = fraction, help_heading = WAKE)]
+    pub model_decay: Option<f64>,
     /// How q solves (F_bar + lr F) s = -lr g: factor by factor, or exactly (with --damping-kind pi)
     #[arg(long, value_enum, help_heading = WAKE)]
     pub q_solve: Option<QSolveKind>,
@@ -154,14 +166,14 @@ Format of --log: one JSON object a line. An epoch gives
   {\"optimizer\":\"so\",\"epoch\":1,\"step\":94,\"lr\":0.01,\"train_loss\":0.93,\"train_accuracy\":0.66,
    \"test_loss\":0.66,\"test_accuracy\":0.75,\"seconds\":0.71}
 where step counts from the start of training, train_* are means over the epoch's batches, each before its step and with
-dropout if there is any, test_* are measured after the epoch without dropout, accuracies are in 0..1 and seconds are
+dropout if there is any, test_* are measured after the epoch without dropout (at the averaged parameters, where there are such), accuracies are in 0..1 and seconds are
 those of training alone. With --steps each step also gives
   {\"optimizer\":\"so\",\"step\":1,\"loss\":2.31}
 with the loss of its batch before the step.";
 
-use Choice::{Adamw, Compare, Kfac, Q, Qe, Sgd, So};
-const SINGLE: &[Choice] = &[Sgd, Adamw, Kfac, So, Q, Qe];
-const CURVED: &[Choice] = &[Kfac, So, Q, Qe, Compare];
+use Choice::{Adamw, Compare, Kfac, Kldwrm, Q, Qe, Sgd, So};
+const SINGLE: &[Choice] = &[Sgd, Adamw, Kfac, So, Q, Qe, Kldwrm];
+const CURVED: &[Choice] = &[Kfac, So, Q, Qe, Kldwrm, Compare];
 
 /// The options that not every optimizer has, and the optimizers that have them.
 const ONLY: &[(&str, &[Choice])] = &[
@@ -176,10 +188,13 @@ const ONLY: &[(&str, &[Choice])] = &[
     ("inverse_every", CURVED),
     ("kl_clip", CURVED),
     ("rms_clip", CURVED),
+    ("kl_target", CURVED),
+    ("average", CURVED),
     ("fisher", CURVED),
-    ("wake_decay", &[So, Q, Qe, Compare]),
+    ("wake_decay", &[So, Q, Qe, Kldwrm, Compare]),
+    ("model_decay", &[Kldwrm]),
     ("q_solve", &[Q, Qe]),
-    ("carry", &[So, Q, Qe]),
+    ("carry", &[So, Q, Qe, Kldwrm]),
     ("qe_steps", &[Qe]),
     ("qe_lr", &[Qe]),
     ("qe_momentum", &[Qe]),

@@ -2,7 +2,7 @@
 
 use super::values::Choice;
 use kronwake::curvature::Damping;
-use kronwake::optim::{Defaults, Inner, KFacRule, Params, Q, Qe, So, WakeRule};
+use kronwake::optim::{Defaults, Inner, KFacRule, Params, Q, Qe, So, StepRule, TwoRate, WakeRule};
 use kronwake::tape::{Fisher, Tape};
 
 /// What a baseline starts from; tuned on the bundled data.
@@ -16,6 +16,14 @@ pub const ADAMW: FirstOrder = FirstOrder { lr: 0.01, weight_decay: 0.1 };
 
 /// The library's default is none; 6,000 images need some.
 pub const WEIGHT_DECAY: f64 = 3e-3;
+
+/// What `--damping` says of it.
+pub fn amount(damping: Damping) -> f64 {
+    match damping {
+        Damping::Relative(relative) => relative.fraction,
+        other => other.initial(),
+    }
+}
 
 /// All of them as text.
 pub fn table() -> String {
@@ -31,10 +39,12 @@ pub fn table() -> String {
         (Choice::So, So::default().defaults()),
         (Choice::Q, Q::default().defaults()),
         (Choice::Qe, Qe::default().defaults()),
+        (Choice::Kldwrm, TwoRate::default().defaults()),
     ] {
-        let Defaults { lr, damping, stat_decay, kl_clip, fisher } = defaults;
+        let Defaults { lr, step_rule, damping, stat_decay, kl_clip, fisher, average } = defaults;
         let kind = match damping {
             Damping::Adaptive(_) => "adaptive".to_string(),
+            Damping::Relative(_) => "relative".to_string(),
             fixed => format!("{:?}", fixed.kind()).to_lowercase(),
         };
         let fisher = match fisher {
@@ -45,9 +55,17 @@ pub fn table() -> String {
         text.push_str(&format!(
             "  {:9} {lr:>6} {WEIGHT_DECAY:>12} {:>8} {kind:>12} {stat_decay:>10} {:>8}  {fisher}\n",
             choice.name(),
-            damping.initial(),
+            amount(damping),
             kl_clip.map_or("none".to_string(), |clip| clip.to_string()),
         ));
+        if let StepRule::FixedKl { target } = step_rule {
+            let TwoRate { model_decay, wake_decay, .. } = TwoRate::default();
+            let power = average.map_or("none".to_string(), |average| average.power.to_string());
+            text.push_str(&format!(
+                "  {:9} --kl-target {target}, --model-decay {model_decay}, --wake-decay {wake_decay}, --average {power}\n",
+                ""
+            ));
+        }
     }
     let common = Params::<Qe>::on(&Tape::new());
     let Inner { steps, lr, momentum, models, .. } = Inner::default();

@@ -50,7 +50,7 @@ fn work(args: &Args) -> Result<()> {
         bail!("--out {}: cannot be made ({e})", args.out.display());
     }
     let choices: &[Choice] = match args.optimizer {
-        Choice::Compare => &[Choice::So, Choice::Kfac, Choice::Adamw],
+        Choice::Compare => &[Choice::Kldwrm, Choice::So, Choice::Kfac, Choice::Adamw],
         ref one => std::slice::from_ref(one),
     };
     let mut log = report::Log::create(args.log.as_deref())?;

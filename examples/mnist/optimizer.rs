@@ -5,10 +5,11 @@ use super::defaults;
 use super::first_order::{FirstOrder, Rule};
 use super::values::{BiasKind, CarryKind, Choice, DampingKind, FisherKind, QSolveKind};
 use candle_core::{Result, Tensor, bail};
-use kronwake::curvature::{self, Adaptive, Damping};
+use kronwake::curvature::{Adaptive, Damping, Relative};
 use kronwake::nn::VarMap;
 use kronwake::optim::{
-    Bias, Carry, Every, Inner, KFacRule, Natural, Optimizer, Params, Q, QSolve, Qe, So, WakeRule,
+    Average, Bias, Carry, Every, Inner, KFacRule, Natural, Optimizer, Params, Q, QSolve, Qe, So, StepRule,
+    TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use std::path::Path;
@@ -38,6 +39,18 @@ pub trait Train {
     fn set_learning_rate(&mut self, lr: f64);
     /// One step.
     fn step(&mut self, pass: &Pass) -> Result<()>;
+    /// Runs `f` at the averaged parameters, where the optimizer keeps such.
+    fn at_average(&mut self, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        f()
+    }
+    /// Makes the averaged parameters the model's.
+    fn adopt_average(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Steps of a linear rise of the learning rate at the start.
+    fn warmup(&self) -> usize {
+        0
+    }
     /// Writes parameters and state.
     fn save(&self, path: &Path) -> Result<()>;
     /// Sets parameters and state.
@@ -68,6 +81,12 @@ pub fn build(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<
         Choice::So => curved(So { wake_decay }, args, vars, tape),
         Choice::Q => curved(Q { wake_decay, solve }, args, vars, tape),
         Choice::Qe => curved(Qe { wake_decay, solve, inner }, args, vars, tape),
+        Choice::Kldwrm => {
+            let default = TwoRate::default();
+            let model_decay = args.model_decay.unwrap_or(default.model_decay);
+            let wake_decay = wake_decay.unwrap_or(default.wake_decay);
+            curved(TwoRate { model_decay, wake_decay, ..default }, args, vars, tape)
+        }
         Choice::Compare => bail!("compare is not one optimizer"),
     }
 }
@@ -88,14 +107,20 @@ fn curved<R: Stepping>(wake: R, args: &Args, vars: &VarMap, tape: &Tape) -> Resu
 
 /// The defaults of the rule with what the command line says.
 fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Params<R> {
-    let default = Params::on(tape);
-    let damping = args.damping.unwrap_or(default.damping.initial());
+    let mut default = Params::on(tape);
+    if let Some(target) = args.kl_target {
+        default = default.fixed_kl(target);
+    }
+    let damping = args.damping.unwrap_or(defaults::amount(default.damping));
     Params {
         lr: args.lr.unwrap_or(default.lr),
-        damping: match (args.damping_kind, default.damping.kind()) {
-            (Some(DampingKind::Pi), _) | (None, curvature::DampingKind::Pi) => Damping::Pi(damping),
+        damping: match (args.damping_kind, default.damping) {
+            (Some(DampingKind::Pi), _) | (None, Damping::Pi(_)) => Damping::Pi(damping),
             (Some(DampingKind::Adaptive), _) => {
                 Damping::Adaptive(Adaptive { initial: damping, ..Adaptive::default() })
+            }
+            (Some(DampingKind::Relative), _) | (None, Damping::Relative(_)) => {
+                Damping::Relative(Relative { fraction: damping, ..Relative::default() })
             }
             _ => Damping::Eigenvalue(damping),
         },
@@ -119,6 +144,7 @@ fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Params<R> {
             None => default.bias,
         },
         kl_clip: args.kl_clip.map_or(default.kl_clip, |limit| limit.0),
+        average: args.average.map_or(default.average, |power| power.0.map(|power| Average { power })),
         rms_clip: args.rms_clip.map_or(default.rms_clip, |limit| limit.0),
         weight_decay: args.weight_decay.unwrap_or(defaults::WEIGHT_DECAY),
         carry: match args.carry {
@@ -141,6 +167,7 @@ trait Stepping: WakeRule + 'static {
 impl Stepping for KFacRule {}
 impl Stepping for So {}
 impl Stepping for Q {}
+impl Stepping for TwoRate {}
 
 impl Stepping for Qe {
     fn advance(optimizer: &mut Natural<Self>, pass: &Pass) -> Result<()> {
@@ -150,14 +177,18 @@ impl Stepping for Qe {
 
 impl<R: Stepping> Train for Natural<R> {
     fn settings(&self) -> String {
-        let Params { lr, damping, stat_decay, every, fisher, weight_decay, .. } = self.params();
+        let Params { lr, step_rule, damping, stat_decay, every, fisher, weight_decay, .. } = self.params();
+        let length = match step_rule {
+            StepRule::LearningRate => format!("learning rate {lr}"),
+            StepRule::FixedKl { target } => format!("steps of KL {target}"),
+        };
         let rho = match self.params().wake.wake_decay(*stat_decay) {
             Some(wake_decay) => format!("{stat_decay} (statistics) and {wake_decay} (wake)"),
             None => stat_decay.to_string(),
         };
         format!(
-            "learning rate {lr}, {damping:?}, rho {rho}, {fisher:?}, weight decay {weight_decay}, factors every {} and \
-             inverses every {} steps",
+            "{length}, {damping:?}, rho {rho}, {fisher:?}, weight decay {weight_decay}, factors every {} and inverses every \
+             {} steps",
             every.factors, every.inverses
         )
     }
@@ -185,6 +216,19 @@ impl<R: Stepping> Train for Natural<R> {
             self.adapt_damping(&(pass.loss_now)()?)?;
         }
         Ok(())
+    }
+
+    fn at_average(&mut self, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        Natural::at_average(self, f)
+    }
+
+    fn adopt_average(&mut self) -> Result<()> {
+        Natural::adopt_average(self)
+    }
+
+    fn warmup(&self) -> usize {
+        // Where the divergence decides, the first steps would be as long as all others on curvature hardly known.
+        if self.params().step_rule == StepRule::LearningRate { 0 } else { 30 }
     }
 
     fn save(&self, path: &Path) -> Result<()> {

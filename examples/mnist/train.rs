@@ -50,10 +50,10 @@ impl Plan {
     }
 }
 
-fn schedule(kind: ScheduleKind, lr: f64, horizon: usize) -> Result<Schedule> {
+fn schedule(kind: ScheduleKind, lr: f64, horizon: usize, warmup: usize) -> Result<Schedule> {
     match kind {
         ScheduleKind::Constant => Ok(Schedule::Constant(lr)),
-        ScheduleKind::Cosine => Schedule::cosine(lr, horizon, 0, 0.05),
+        ScheduleKind::Cosine => Schedule::cosine(lr, horizon, warmup.min(horizon / 4), 0.05),
     }
 }
 
@@ -116,7 +116,7 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
     }
     let mut optimizer = optimizer::build(choice, args, &vars, &tape)?;
     let plan = Plan::new(args, data.train.len())?;
-    let schedule = schedule(args.schedule, optimizer.learning_rate(), plan.horizon)?;
+    let schedule = schedule(args.schedule, optimizer.learning_rate(), plan.horizon, optimizer.warmup())?;
     println!("{}, {} parameters: {}", choice.title(), weights::count(&vars)?, optimizer.settings());
     if let (Some(table), true) = (optimizer.summary(), args.optimizer == choice) {
         println!("{table}");
@@ -139,7 +139,10 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
     for epoch in start / plan.per_epoch..plan.end.div_ceil(plan.per_epoch) {
         let (mut row, sums) = looped.epoch(epoch, &bar, log)?;
         (row.train_loss, row.train_accuracy) = sums.means();
-        (row.test_loss, row.test_accuracy) = evaluate(&model, data, &data.test, args.dtype, device)?;
+        looped.optimizer.at_average(&mut || {
+            (row.test_loss, row.test_accuracy) = evaluate(&model, data, &data.test, args.dtype, device)?;
+            Ok(())
+        })?;
         bar.suspend(|| println!("{row}"));
         log.write(&row)?;
         rows.push(row);
@@ -149,6 +152,7 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
         optimizer.save(path)?;
         println!("state for --resume: {}", path.display());
     }
+    optimizer.adopt_average()?;
     Ok(Run { choice, rows, vars })
 }
 

@@ -19,7 +19,9 @@ pub enum Choice {
     Q,
     /// QE-KLD-WRM
     Qe,
-    /// so, then kfac and adamw
+    /// KLD-WRM with two rates and steps of fixed KL, the recommended one
+    Kldwrm,
+    /// kldwrm, then so, kfac and adamw
     Compare,
 }
 
@@ -34,6 +36,7 @@ pub enum DampingKind {
     Eigenvalue,
     Pi,
     Adaptive,
+    Relative,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -87,6 +90,7 @@ impl Choice {
             Self::So => "SO-KLD-WRM",
             Self::Q => "Q-KLD-WRM",
             Self::Qe => "QE-KLD-WRM",
+            Self::Kldwrm => "KLD-WRM",
             Self::Compare => "comparison",
         }
     }
@@ -100,6 +104,7 @@ impl Choice {
             Self::So => "so",
             Self::Q => "q",
             Self::Qe => "qe",
+            Self::Kldwrm => "kldwrm",
             Self::Compare => "compare",
         }
     }

@@ -42,6 +42,15 @@ impl<R: WakeRule> Natural<R> {
         self.vars.iter().map(|param| param.name.as_str()).zip(&self.averages).collect()
     }
 
+    /// Puts the averaged parameters into the Vars for good: the model to keep when training is over. Without averages nothing
+    /// happens. Steps that follow start there, and the averages go on.
+    pub fn adopt_average(&mut self) -> Result<()> {
+        for (param, average) in self.vars.iter_mut().zip(&self.averages) {
+            param.write(average)?;
+        }
+        Ok(())
+    }
+
     /// Runs `f` with the averaged parameters in the Vars, and puts the stepped ones back; without averages it just runs `f`.
     pub fn at_average<T>(&mut self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         if self.averages.is_empty() {
