@@ -297,7 +297,7 @@ mod tests {
             ("--device tpu", "expected cpu, cuda or cuda:N"),
             ("--device cuda:x", "number of the GPU: invalid digit"),
             ("--model vgg", "expected cnn, lenet300, lenet5 or mlp"),
-            ("--optimizer lbfgs", "[possible values: sgd, adamw, kfac, so, q, qe, compare]"),
+            ("--optimizer lbfgs", "[possible values: sgd, adamw, kfac, so, q, qe, kldwrm, compare]"),
             ("--dataset cifar", "[possible values: mnist, fashion-mnist]"),
         ] {
             let error = read(line).unwrap_err();
