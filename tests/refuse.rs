@@ -7,8 +7,8 @@ use common::*;
 use kronwake::curvature::{Adaptive, Damping, Inverse, Relative, Sharing};
 use kronwake::nn::{self, Module};
 use kronwake::optim::{
-    Average, Bias, Every, Group, Groups, Inner, KFac, KFacRule, Natural, NonFinite, Optimizer, Params,
-    ParamsKFac, Q, QSolve, Qe, QeKldWrm, Rule, So, SoKldWrm, TwoRate, WakeRule,
+    AdaptiveKl, Average, Bias, Every, Group, Groups, Inner, KFac, KFacRule, Natural, NonFinite, Optimizer,
+    Params, ParamsKFac, Q, QSolve, Qe, QeKldWrm, Rule, So, SoKldWrm, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -21,6 +21,7 @@ fn constructed<R: WakeRule>(wake: R, change: impl Fn(Params<R>) -> Params<R>) ->
 
 #[test]
 fn options() {
+    const KL: AdaptiveKl = AdaptiveKl { initial: 0.01, slope: 0.2, pace: 0.05 };
     type P = ParamsKFac;
     type Change = fn(P) -> P;
     fn adaptive(change: fn(Adaptive) -> Adaptive) -> Damping {
@@ -70,8 +71,11 @@ fn options() {
         (|p| p.fixed_kl(-1.0), &["kfac: expected a positive KL target, got -1"]),
         (
             |p| P { kl_clip: Some(0.1), ..p.fixed_kl(0.01) },
-            &["a step of fixed KL 0.01 has no use for kl_clip, got 0.1"],
+            &["a step of KL 0.01 has no use for kl_clip, got 0.1"],
         ),
+        (|p| p.adaptive_kl(AdaptiveKl { initial: f64::NAN, ..KL }), &["a positive KL target, got NaN"]),
+        (|p| p.adaptive_kl(AdaptiveKl { slope: 2.0, ..KL }), &["the slope to aim at in [-1, 1], got 2"]),
+        (|p| p.adaptive_kl(AdaptiveKl { pace: -0.1, ..KL }), &["expected a pace in [0, 1], got -0.1"]),
         (
             |p| P { average: Some(Average { power: f64::NAN }), ..p },
             &["expected average.power to be zero or more, got NaN"],

@@ -7,8 +7,8 @@ use common::*;
 use kronwake::curvature::{Adaptive, Damping, DampingKind, Inverse, Sharing};
 use kronwake::nn::{self, Module};
 use kronwake::optim::{
-    Bias, Carry, Every, Group, Groups, Inner, KFac, KFacRule, Natural, Optimizer, Params, ParamsAdamW, Q,
-    QSolve, Qe, Rule, So, SoKldWrm, TwoRate, WakeRule,
+    AdaptiveKl, Bias, Carry, Every, Group, Groups, Inner, KFac, KFacRule, Natural, Optimizer, Params,
+    ParamsAdamW, Q, QSolve, Qe, Rule, So, SoKldWrm, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
@@ -121,6 +121,9 @@ fn bit_for_bit() -> Result<()> {
         |p| p,
     )?;
     check("kld-wrm, literal", f32, plain, TwoRate::default(), |p| Params { carry: Carry::Literal, ..p })?;
+    let early = |p: Params<Q>| Params { early_refresh: true, ..p.adaptive_kl(AdaptiveKl::default()) };
+    check("q, adaptive kl", f32, plain, q(QSolve::Factor), early)?;
+    check("qe, adaptive kl", f32, with_closure, qe(inner.clone()), |p| p.adaptive_kl(AdaptiveKl::default()))?;
     check("so, fixed kl", f32, plain, So::default(), |p| p.fixed_kl(0.01))?;
     check("qe, fixed kl", f32, with_closure, qe(inner.clone()), |p| p.fixed_kl(0.01))?;
     check("kfac, momentum", f32, plain, KFacRule, |p| Params { momentum: 0.9, weight_decay: 0.01, ..p })?;

@@ -7,8 +7,8 @@ use common::*;
 use kronwake::curvature::{Damping, DampingKind, Relative};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Average, Decay, Every, Group, Groups, KFacRule, Natural, Optimizer, Params, Q, QSolve, So, StepRule,
-    TwoRate, WakeRule,
+    AdaptiveKl, Average, Decay, Every, Group, Groups, KFacRule, Natural, Optimizer, Params, Q, QSolve, So,
+    StepRule, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -21,6 +21,7 @@ fn params<R: WakeRule>(net: &Net, wake: R) -> Params<R> {
         every: Every { factors: 2, inverses: 3 },
         fisher: Fisher::Exact,
         kl_clip: None,
+        early_refresh: false,
         average: None,
         wake,
         ..Params::on(&net.tape)
@@ -160,6 +161,88 @@ fn the_divergence_is_the_target() -> Result<()> {
     check_target(Q { wake_decay: Some(0.3), solve: QSolve::Factor })?;
     check_target(TwoRate::default())?;
     check_target(TwoRate::nesterov(0.9))
+}
+
+/// The length follows the slopes before and after each step, as documented, for steps of any kind.
+#[test]
+fn the_length_follows_the_slopes() -> Result<()> {
+    let rule = AdaptiveKl { initial: 0.02, slope: 0.1, pace: 0.5 };
+    for wake in [TwoRate::default(), TwoRate::q(0.3, QSolve::Factor)] {
+        let net = Net::of(DType::F64, 1, small)?;
+        let groups = Groups(vec![Group { frozen: true, ..Group::named("gain") }]);
+        let options = Params { groups, ..params(&net, wake).adaptive_kl(rule) };
+        let mut opt = Natural::from_varmap(&net.varmap, options)?;
+        let (mut after, mut before, mut target) = (0.0, 0.0, rule.initial);
+        let mut last: Option<(Vec<f64>, f64)> = None;
+        for k in 0..9 {
+            let part = [1.0, 0.5, 0.8][k % 3];
+            opt.set_learning_rate(part);
+            let (x, y) = small_batch(k as u64, 9, DType::F64)?;
+            let z = (net.forward)(&x)?;
+            let loss = mean_loss(Likelihood::Categorical, &z, &y)?;
+            let grads = loss.backward()?;
+            let all = |of: &dyn Fn(&str) -> Tensor| -> Vec<f64> {
+                net.names().iter().filter(|n| *n != "gain").flat_map(|n| flat(&of(n))).collect()
+            };
+            let g = all(&|name| grads.get(&net.var(name)).unwrap().clone());
+            let value = || all(&|name| net.var(name).as_detached_tensor());
+            let start = value();
+            opt.observe(&z, Likelihood::Categorical)?;
+            opt.backward_step(&loss)?;
+            let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+            if let Some((step, slope)) = &last {
+                after = 0.95 * after + 0.05 * dot(step, &g);
+                before = 0.95 * before + 0.05 * slope;
+                let quotient: f64 = after / before;
+                target *= (2.0 * rule.pace * (rule.slope * part - quotient.clamp(-1.0, 1.0))).exp();
+            }
+            let found = opt.kl_target().unwrap();
+            assert!((found / target - 1.0).abs() < 1e-9, "step {k}: target {found}, expected {target}");
+            let step: Vec<f64> = value().iter().zip(&start).map(|(after, before)| after - before).collect();
+            last = Some((step.clone(), dot(&step, &g).abs()));
+        }
+    }
+    Ok(())
+}
+
+/// On a quadratic loss the quotient of slopes is the rate less the rate that lowers the loss most: exactly 1 without noise,
+/// so a length that follows it ends at the full step and stays.
+#[test]
+fn without_noise_the_full_step_is_found() -> Result<()> {
+    let net = linear(8)?;
+    let rule = AdaptiveKl { initial: 1e-6, slope: 0.0, pace: 0.2 };
+    let options = params(&net, KFacRule).adaptive_kl(rule);
+    let options = Params { damping: Damping::Eigenvalue(1e-12), ..options };
+    let mut opt = Natural::from_varmap(&net.varmap, options)?;
+    let (x, y) = (random(9, &[9, 4])?, random(10, &[9, 3])?);
+    for _ in 0..60 {
+        step(&net, &mut opt, &x, &y)?;
+    }
+    let slope = mean_loss(Likelihood::Gaussian, &(net.forward)(&x)?, &y)?.backward()?;
+    for name in net.names() {
+        let left = flat(slope.get(&net.var(&name)).unwrap()).iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        assert!(left < 1e-6, "{name}: {left}");
+    }
+    Ok(())
+}
+
+#[test]
+fn early_refreshes_come_at_powers_of_two() -> Result<()> {
+    for early_refresh in [false, true] {
+        let net = linear(11)?;
+        let every = Every { factors: 6, inverses: 9 };
+        let options = Params { every, early_refresh, ..params(&net, KFacRule) };
+        let mut opt = Natural::from_varmap(&net.varmap, options)?;
+        for k in 0..20 {
+            let expected = k % 6 == 0 || (early_refresh && [1, 2, 4].contains(&k));
+            assert_eq!(opt.curvature_due(), expected, "step {k}");
+            let before = opt.factors("fc").map(|(a, _)| flat(&a));
+            step(&net, &mut opt, &random(100 + k, &[9, 4])?, &random(200 + k, &[9, 3])?)?;
+            let changed = before != opt.factors("fc").map(|(a, _)| flat(&a));
+            assert_eq!(changed, expected, "step {k}");
+        }
+    }
+    Ok(())
 }
 
 /// With room to spare a step is the full one: from anywhere to the least-squares solution, ridge where there is decay.

@@ -89,10 +89,16 @@ pub struct Args {
     /// Steps from one refresh of the inverses to the next
     #[arg(long, value_name = "N", value_parser = count, help_heading = CURVATURE)]
     pub inverse_every: Option<usize>,
-    /// Steps with this predicted KL divergence between the models before and after, in place of a learning rate
-    /// [default: by optimizer, see below]
+    /// What decides how long a step is: the learning rate, a KL divergence between the models before and after, or one that
+    /// follows the slopes before and after each step
+    #[arg(long, value_enum, help_heading = CURVATURE)]
+    pub step_rule: Option<StepKind>,
+    /// That divergence; at the start, where it is adapted
     #[arg(long, value_name = "KL", value_parser = positive, help_heading = CURVATURE)]
     pub kl_target: Option<f64>,
+    /// Renew the curvature at steps 1, 2, 4, 8, .. too, until the periods take over
+    #[arg(long, value_name = "BOOL", help_heading = CURVATURE)]
+    pub early_refresh: Option<bool>,
     /// Evaluate and keep averaged parameters, weighted by this power of the step, or none
     #[arg(long, value_name = "POWER", help_heading = CURVATURE)]
     pub average: Option<Limit>,
@@ -188,7 +194,9 @@ const ONLY: &[(&str, &[Choice])] = &[
     ("inverse_every", CURVED),
     ("kl_clip", CURVED),
     ("rms_clip", CURVED),
+    ("step_rule", CURVED),
     ("kl_target", CURVED),
+    ("early_refresh", CURVED),
     ("average", CURVED),
     ("fisher", CURVED),
     ("wake_decay", &[So, Q, Qe, Kldwrm, Compare]),
@@ -269,7 +277,7 @@ mod tests {
     #[test]
     fn every_option_is_refused_by_the_optimizers_that_lack_it() {
         for (option, owners) in ONLY {
-            let values = ["", "0.5", "2", "pi", "split", "exact", "literal"];
+            let values = ["", "0.5", "2", "pi", "split", "exact", "literal", "lr", "true"];
             let flag = option.replace('_', "-");
             for optimizer in Choice::value_variants() {
                 let line = |value| format!("--optimizer {} --{flag} {value}", optimizer.name());

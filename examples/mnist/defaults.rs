@@ -2,7 +2,9 @@
 
 use super::values::Choice;
 use kronwake::curvature::Damping;
-use kronwake::optim::{Defaults, Inner, KFacRule, Params, Q, Qe, So, StepRule, TwoRate, WakeRule};
+use kronwake::optim::{
+    AdaptiveKl, Defaults, Inner, KFacRule, Params, Q, Qe, So, StepRule, TwoRate, WakeRule,
+};
 use kronwake::tape::{Fisher, Tape};
 
 /// What a baseline starts from; tuned on the bundled data.
@@ -41,7 +43,8 @@ pub fn table() -> String {
         (Choice::Qe, Qe::default().defaults()),
         (Choice::Kldwrm, TwoRate::default().defaults()),
     ] {
-        let Defaults { lr, step_rule, damping, stat_decay, kl_clip, fisher, average } = defaults;
+        let Defaults { lr, step_rule, damping, stat_decay, kl_clip, fisher, average, early_refresh } =
+            defaults;
         let kind = match damping {
             Damping::Adaptive(_) => "adaptive".to_string(),
             Damping::Relative(_) => "relative".to_string(),
@@ -58,11 +61,12 @@ pub fn table() -> String {
             amount(damping),
             kl_clip.map_or("none".to_string(), |clip| clip.to_string()),
         ));
-        if let StepRule::FixedKl { target } = step_rule {
+        if let StepRule::AdaptiveKl(AdaptiveKl { initial, .. }) = step_rule {
             let TwoRate { model_decay, wake_decay, .. } = TwoRate::default();
             let power = average.map_or("none".to_string(), |average| average.power.to_string());
             text.push_str(&format!(
-                "  {:9} --kl-target {target}, --model-decay {model_decay}, --wake-decay {wake_decay}, --average {power}\n",
+                "  {:9} --step-rule adaptive-kl, --kl-target {initial}, --model-decay {model_decay}, --wake-decay {wake_decay}, \
+                 --average {power}, --early-refresh {early_refresh}\n",
                 ""
             ));
         }

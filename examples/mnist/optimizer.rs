@@ -3,13 +3,13 @@
 use super::args::Args;
 use super::defaults;
 use super::first_order::{FirstOrder, Rule};
-use super::values::{BiasKind, CarryKind, Choice, DampingKind, FisherKind, QSolveKind};
+use super::values::{BiasKind, CarryKind, Choice, DampingKind, FisherKind, QSolveKind, StepKind};
 use candle_core::{Result, Tensor, bail};
 use kronwake::curvature::{Adaptive, Damping, Relative};
 use kronwake::nn::VarMap;
 use kronwake::optim::{
-    Average, Bias, Carry, Every, Inner, KFacRule, Natural, Optimizer, Params, Q, QSolve, Qe, So, StepRule,
-    TwoRate, WakeRule,
+    AdaptiveKl, Average, Bias, Carry, Defaults, Every, Inner, KFacRule, Natural, Optimizer, Params, Q,
+    QSolve, Qe, So, StepRule, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use std::path::Path;
@@ -102,17 +102,34 @@ fn first_order(
 }
 
 fn curved<R: Stepping>(wake: R, args: &Args, vars: &VarMap, tape: &Tape) -> Result<Box<dyn Train>> {
-    Ok(Box::new(Natural::from_varmap(vars, params(wake, args, tape))?))
+    Ok(Box::new(Natural::from_varmap(vars, params(wake, args, tape)?)?))
+}
+
+/// The defaults of the rule, with steps as long as the command line says.
+fn stepped<R: WakeRule>(args: &Args, tape: &Tape) -> Result<Params<R>> {
+    let default = Params::on(tape);
+    let target = args.kl_target.unwrap_or(AdaptiveKl::default().initial);
+    let adaptive = AdaptiveKl { initial: target, ..AdaptiveKl::default() };
+    match (args.step_rule, default.step_rule) {
+        (Some(StepKind::FixedKl), _) => Ok(default.fixed_kl(target)),
+        (Some(StepKind::AdaptiveKl), _) | (None, StepRule::AdaptiveKl(_)) => {
+            Ok(default.adaptive_kl(adaptive))
+        }
+        _ if args.kl_target.is_some() => bail!("--kl-target needs --step-rule fixed-kl or adaptive-kl"),
+        // Where the default is none, the usual one.
+        (Some(StepKind::Lr), StepRule::AdaptiveKl(_)) => {
+            let Defaults { lr, kl_clip, .. } = KFacRule.defaults();
+            Ok(Params { lr, kl_clip, step_rule: StepRule::LearningRate, ..default })
+        }
+        _ => Ok(default),
+    }
 }
 
 /// The defaults of the rule with what the command line says.
-fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Params<R> {
-    let mut default = Params::on(tape);
-    if let Some(target) = args.kl_target {
-        default = default.fixed_kl(target);
-    }
+fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Result<Params<R>> {
+    let default = stepped(args, tape)?;
     let damping = args.damping.unwrap_or(defaults::amount(default.damping));
-    Params {
+    Ok(Params {
         lr: args.lr.unwrap_or(default.lr),
         damping: match (args.damping_kind, default.damping) {
             (Some(DampingKind::Pi), _) | (None, Damping::Pi(_)) => Damping::Pi(damping),
@@ -152,9 +169,10 @@ fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Params<R> {
             Some(CarryKind::Literal) => Carry::Literal,
             None => default.carry,
         },
+        early_refresh: args.early_refresh.unwrap_or(default.early_refresh),
         wake,
         ..default
-    }
+    })
 }
 
 /// How a rule's optimizer takes a step once it has observed the curvature.
@@ -181,6 +199,7 @@ impl<R: Stepping> Train for Natural<R> {
         let length = match step_rule {
             StepRule::LearningRate => format!("learning rate {lr}"),
             StepRule::FixedKl { target } => format!("steps of KL {target}"),
+            StepRule::AdaptiveKl(AdaptiveKl { initial, .. }) => format!("steps of KL {initial} at first"),
         };
         let rho = match self.params().wake.wake_decay(*stat_decay) {
             Some(wake_decay) => format!("{stat_decay} (statistics) and {wake_decay} (wake)"),

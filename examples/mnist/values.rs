@@ -39,6 +39,14 @@ pub enum DampingKind {
     Relative,
 }
 
+/// What decides how long a step is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StepKind {
+    Lr,
+    FixedKl,
+    AdaptiveKl,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BiasKind {
     Folded,

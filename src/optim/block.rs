@@ -71,6 +71,8 @@ pub(crate) struct BlockState {
     /// The averaged quadratic models' factors, where such models are averaged.
     pub model_a: Option<Tensor>,
     pub model_g: Option<Tensor>,
+    /// The last step, where its slopes are measured.
+    pub step: Option<Tensor>,
     /// Heavy-ball momentum.
     pub velocity: Option<Tensor>,
 }

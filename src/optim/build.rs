@@ -2,7 +2,7 @@
 
 use super::block::{Block, BlockState, Param, Part, master, parts};
 use super::groups::Rule;
-use super::natural::Natural;
+use super::natural::{Natural, Slopes};
 use super::params::Params;
 use super::rest::Adam;
 use super::rule::WakeRule;
@@ -111,6 +111,7 @@ impl<R: WakeRule> Natural<R> {
             observed: None,
             accumulated: None,
             predicted: None,
+            slopes: Slopes::default(),
             averages: vec![],
             models: vec![],
             closure_checked: false,

@@ -115,12 +115,12 @@ impl<R: WakeRule> Natural<R> {
         };
         let direction = preconditioner.apply(&decayed)?;
         let metric = match (self.params.step_rule, self.params.wake.model()) {
+            (StepRule::LearningRate, _) | (_, Model::Linear) => decayed,
             // A quadratic wake solves with more than the divergence's curvature.
-            (StepRule::FixedKl { .. }, Model::Quadratic(_)) => {
+            (_, Model::Quadratic(_)) => {
                 let (a, g) = &average;
                 damped_product(a, g, self.params.damping.kind(), damping, &direction, &block.name)?
             }
-            _ => decayed,
         };
         let length = dot(&direction, &metric)?;
         if !length.is_finite() {
@@ -191,7 +191,7 @@ impl<R: WakeRule> Natural<R> {
                 if rate > 0.0 { self.previous_rate.map_or(1.0, |previous| previous / rate) } else { 0.0 }
             }
             // This step's rate follows from the wake gradient, so it is not known yet.
-            StepRule::FixedKl { .. } => 1.0,
+            StepRule::FixedKl { .. } | StepRule::AdaptiveKl(_) => 1.0,
         }
     }
 
@@ -203,8 +203,9 @@ impl<R: WakeRule> Natural<R> {
     /// Inverses are renewed every `inverses` steps. A quadratic wake's matrix holds the factors of the step itself, which
     /// one step later are the averages again: it is renewed then too.
     fn inverses_due(&self) -> bool {
-        let phase = self.steps % self.params.every.inverses;
-        phase == 0 || (phase == 1 && matches!(self.params.wake.model(), Model::Quadratic(_)))
+        let (period, quadratic) =
+            (self.params.every.inverses, matches!(self.params.wake.model(), Model::Quadratic(_)));
+        self.due(period, self.steps) || (quadratic && self.steps > 0 && self.due(period, self.steps - 1))
     }
 
     fn invert(
@@ -224,7 +225,7 @@ impl<R: WakeRule> Natural<R> {
         let rate = block.lr_scale
             * match self.params.step_rule {
                 StepRule::LearningRate => self.params.lr * self.rate_scale(),
-                StepRule::FixedKl { .. } => self.previous_rate.unwrap_or(self.rate_scale()),
+                _ => self.previous_rate.unwrap_or(self.rate_scale()),
             };
         let last = block.state.preconditioner.as_ref();
         match self.params.wake.model() {
@@ -244,10 +245,8 @@ impl<R: WakeRule> Natural<R> {
     pub(super) fn damping_of(&self, block: &Block, damping: f64) -> f64 {
         let penalty = |&i: &usize| self.vars[i].weight_decay;
         match (self.params.step_rule, self.params.decay) {
-            (StepRule::FixedKl { .. }, Decay::AfterWake | Decay::Loss) => {
-                damping + block.params.iter().map(penalty).fold(0.0, f64::max)
-            }
-            _ => damping,
+            (StepRule::LearningRate, _) | (_, Decay::Decoupled) => damping,
+            _ => damping + block.params.iter().map(penalty).fold(0.0, f64::max),
         }
     }
 

@@ -35,6 +35,7 @@ impl WakeRule for KFacRule {
             stat_decay: 0.95,
             kl_clip: Some(0.015),
             fisher: Fisher::Sampled { draws: 1, seed: 0 },
+            early_refresh: false,
             average: None,
         }
     }

@@ -25,7 +25,7 @@ pub use candle_nn::{Optimizer, ParamsAdamW};
 pub use groups::{Group, Groups, Rule};
 pub use kfac::{KFac, KFacRule, ParamsKFac};
 pub use natural::Natural;
-pub use params::{Bias, Decay, Every, NonFinite, Params, StepRule};
+pub use params::{AdaptiveKl, Bias, Decay, Every, NonFinite, Params, StepRule};
 pub use q::{ParamsQKldWrm, Q, QKldWrm};
 pub use qe::{Inner, ParamsQeKldWrm, Qe, QeKldWrm};
 pub use rule::{Carry, Defaults, Model, QSolve, WakeRule};

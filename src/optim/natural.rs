@@ -32,6 +32,8 @@ pub struct Natural<R> {
     /// `1 / lambda` of the last step.
     pub(super) previous_rate: Option<f64>,
     pub(super) damping: f64,
+    /// What the lengths of steps have led to, under [`StepRule::AdaptiveKl`].
+    pub(super) slopes: Slopes,
     /// The rate of `rest` at `lr = 1`.
     pub(super) rest_ratio: f64,
     /// The curvature of the coming step, as far as it has been seen.
@@ -53,6 +55,24 @@ pub(super) struct Accumulated {
     pub grads: Vec<Tensor>,
     pub loss: f64,
     pub terms: usize,
+}
+
+/// Slopes along the steps, and the length that they led to.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Slopes {
+    /// Averages of the slopes where steps ended, and of their sizes where they began.
+    pub after: f64,
+    pub before: f64,
+    /// The size of the slope where the last step began.
+    pub last: f64,
+    /// What multiplies the length of a step.
+    pub length: f64,
+}
+
+impl Default for Slopes {
+    fn default() -> Self {
+        Self { after: 0.0, before: 0.0, last: 0.0, length: 1.0 }
+    }
 }
 
 /// A step whose effect on the loss is to be compared with the quadratic model's.
@@ -108,6 +128,11 @@ impl<R: WakeRule> Natural<R> {
     /// Steps left out under [`NonFinite::Skip`].
     pub fn skipped(&self) -> usize {
         self.skipped
+    }
+
+    /// The KL divergence that the steps aim at as it is now, at `lr` 1; `None` where a learning rate decides.
+    pub fn kl_target(&self) -> Option<f64> {
+        Some(self.params.step_rule.target()? * self.slopes.length.powi(2))
     }
 
     /// The damping as it is now.

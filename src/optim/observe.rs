@@ -28,7 +28,12 @@ impl std::fmt::Debug for Observed {
 impl<R: WakeRule> Natural<R> {
     /// Whether the coming step needs [`Natural::observe`].
     pub fn curvature_due(&self) -> bool {
-        self.steps.is_multiple_of(self.params.every.factors) && !self.blocks.is_empty()
+        self.due(self.params.every.factors, self.steps) && !self.blocks.is_empty()
+    }
+
+    /// Whether what is renewed every `period` steps is renewed at `step`.
+    pub(super) fn due(&self, period: usize, step: usize) -> bool {
+        step.is_multiple_of(period) || (self.params.early_refresh && step < period && step.is_power_of_two())
     }
 
     /// Shows the optimizer the outputs of the forward pass whose step comes next. No work unless curvature is due.

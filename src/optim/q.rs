@@ -40,6 +40,7 @@ impl WakeRule for Q {
             stat_decay: 0.5,
             kl_clip: Some(0.01),
             fisher: Fisher::Empirical,
+            early_refresh: false,
             average: None,
         }
     }

@@ -78,6 +78,8 @@ pub struct Defaults {
     pub kl_clip: Option<f64>,
     /// See [`super::Params::fisher`].
     pub fisher: Fisher,
+    /// See [`super::Params::early_refresh`].
+    pub early_refresh: bool,
     /// See [`super::Params::average`].
     pub average: Option<Average>,
 }

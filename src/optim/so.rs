@@ -40,6 +40,7 @@ impl WakeRule for So {
             stat_decay: 0.33,
             kl_clip: Some(0.0075),
             fisher: Fisher::Sampled { draws: 1, seed: 0 },
+            early_refresh: false,
             average: None,
         }
     }

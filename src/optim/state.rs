@@ -6,7 +6,8 @@
 //! are equal files.)
 
 use super::block::{Block, BlockState};
-use super::natural::{Natural, Predicted};
+use super::natural::{Natural, Predicted, Slopes};
+use super::params::StepRule;
 use super::rule::WakeRule;
 use super::step::sum;
 use crate::checkpoint::Checkpoint;
@@ -18,6 +19,7 @@ use std::str::FromStr;
 
 const FORMAT: u32 = 1;
 const KEY: &str = "kronwake";
+const SLOPES: [&str; 4] = ["slope_after", "slope_before", "slope_last", "step_length"];
 
 fn slot(owner: &str, slot: &str) -> String {
     format!("{KEY}/{owner}/{slot}")
@@ -33,6 +35,7 @@ impl BlockState {
             ("mean", &self.mean),
             ("model_a", &self.model_a),
             ("model_g", &self.model_g),
+            ("step", &self.step),
             ("velocity", &self.velocity),
         ];
         let mut slots: Vec<_> =
@@ -103,6 +106,10 @@ impl<R: WakeRule> Natural<R> {
         if let Some(previous_rate) = self.previous_rate {
             note("previous_rate", previous_rate.to_string());
         }
+        let Slopes { after, before, last, length } = self.slopes;
+        for (name, value) in SLOPES.into_iter().zip([after, before, last, length]) {
+            note(name, value.to_string());
+        }
         if let Some(Predicted { loss, change }) = self.predicted {
             note("predicted_loss", loss.to_string());
             note("predicted_change", change.to_string());
@@ -138,6 +145,11 @@ impl<R: WakeRule> Natural<R> {
         let lr: f64 = numbers.needed("lr")?;
         let previous_rate: Option<f64> = numbers.optional("previous_rate")?;
         let damping: f64 = numbers.needed("damping")?;
+        let mut slopes = [0f64; 4];
+        for (name, value) in SLOPES.into_iter().zip(&mut slopes) {
+            *value = numbers.needed(name)?;
+        }
+        let [after, before, last, length] = slopes;
         let closure_checked = numbers.needed("closure_checked")?;
         let model_count: usize = numbers.needed("models")?;
         let predicted = numbers.optional("predicted_loss")?.zip(numbers.optional("predicted_change")?);
@@ -158,6 +170,9 @@ impl<R: WakeRule> Natural<R> {
                 wanted.wrong.push(format!("{name} is {value}, expected zero or more"));
             }
         }
+        if slopes.iter().any(|slope| !slope.is_finite()) || length <= 0.0 {
+            wanted.wrong.push(format!("slopes are {slopes:?}, expected numbers, the length positive"));
+        }
         if model_count > found {
             bail!("{}: {model_count} stored models in {found} tensors", path.display())
         }
@@ -176,12 +191,13 @@ impl<R: WakeRule> Natural<R> {
             .collect();
         let started = steps > 0;
         let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
+        let step = matches!(self.params.step_rule, StepRule::AdaptiveKl(_));
         let states: Vec<BlockState> = self
             .blocks
             .iter()
             .map(|block| {
                 let dtype = wide_dtype(self.vars[block.params[0]].var.dtype());
-                wanted.block(block, dtype, started, wake)
+                wanted.block(block, dtype, started, Needs { wake, step })
             })
             .collect();
         let mut rest = self.rest.clone();
@@ -233,6 +249,7 @@ impl<R: WakeRule> Natural<R> {
         self.skipped = skipped;
         self.previous_rate = previous_rate;
         self.damping = damping;
+        self.slopes = Slopes { after, before, last, length };
         self.predicted = predicted.map(|(loss, change)| Predicted { loss, change });
         self.closure_checked = closure_checked;
         self.params.lr = lr;
@@ -266,6 +283,13 @@ impl Numbers<'_> {
     }
 }
 
+/// What an optimizer cannot go on without, beside the factors.
+#[derive(Clone, Copy)]
+struct Needs {
+    wake: bool,
+    step: bool,
+}
+
 /// Looks tensors up and notes all that is wrong, to be said at once.
 struct Wanted<'a> {
     file: &'a Checkpoint,
@@ -296,7 +320,7 @@ impl Wanted<'_> {
         }
     }
 
-    fn block(&mut self, block: &Block, dtype: DType, started: bool, wake: bool) -> BlockState {
+    fn block(&mut self, block: &Block, dtype: DType, started: bool, needs: Needs) -> BlockState {
         let Block { groups, out, columns, .. } = *block;
         let name = |part: &str| slot(&block.name, part);
         let (square_a, square_g, matrix) =
@@ -316,10 +340,11 @@ impl Wanted<'_> {
         };
         let state = BlockState {
             moments: get("moments", &matrix, false),
-            carry: get("carry", &matrix, started && wake),
+            carry: get("carry", &matrix, started && needs.wake),
             mean: get("mean", &matrix, false),
             model_a: get("model_a", &square_a, false),
             model_g: get("model_g", &square_g, false),
+            step: get("step", &matrix, started && needs.step),
             velocity: get("velocity", &matrix, false),
             factor_a,
             factor_g,

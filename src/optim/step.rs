@@ -3,7 +3,7 @@
 
 use super::block::{Block, BlockState};
 use super::direction::Direction;
-use super::natural::{Natural, Predicted};
+use super::natural::{Natural, Predicted, Slopes};
 use super::params::{Decay, NonFinite, StepRule};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
@@ -20,6 +20,8 @@ pub(super) struct Proposal {
     pub rate: f64,
     /// The damping of the step's inverses.
     pub damping: f64,
+    /// With the slope where the last step ended.
+    pub slopes: Slopes,
 }
 
 /// What a step would do to one block.
@@ -44,7 +46,13 @@ pub(super) struct Carried {
     carry: Option<Tensor>,
     /// Of the models.
     mean: Option<Tensor>,
+    /// The step itself, and the loss's slope along it, where slopes are measured.
+    step: Option<Tensor>,
+    slope: f64,
 }
+
+/// The share of the newest slope in the average.
+const SLOPE_SHARE: f64 = 0.05;
 
 /// Why there is no proposal.
 pub(super) enum Refusal {
@@ -131,7 +139,8 @@ impl<R: WakeRule> Natural<R> {
 
         let squared: f64 =
             self.blocks.iter().zip(&directions).map(|(b, d)| b.lr_scale.powi(2) * d.length).sum();
-        let overall = self.rate(squared);
+        let slopes = self.slopes_after(&directions)?;
+        let overall = self.rate(squared, slopes.length);
         let rate = |block: &Block| overall * block.lr_scale;
         let kl = overall.powi(2) * squared;
         let clip = match self.params.kl_clip {
@@ -163,15 +172,38 @@ impl<R: WakeRule> Natural<R> {
             }
             blocks.push(BlockProposal { state, gradient, model_gradient, wake_gradient, factors, step });
         }
-        Ok(Proposal { blocks, rest, rate: overall, damping })
+        Ok(Proposal { blocks, rest, rate: overall, damping, slopes })
+    }
+
+    /// The slopes once that is known where the last step ended, with the length that follows.
+    fn slopes_after(&self, directions: &[Direction]) -> Result<Slopes> {
+        let (StepRule::AdaptiveKl(rule), last) = (self.params.step_rule, self.slopes) else {
+            return Ok(self.slopes);
+        };
+        let mut after = 0.0;
+        for (block, found) in self.blocks.iter().zip(directions) {
+            if let Some(step) = &block.state.step {
+                after += dot(step, &found.gradient)?;
+            }
+        }
+        let average = |old: f64, new: f64| old + SLOPE_SHARE * (new - old);
+        let (after, before) = (average(last.after, after), average(last.before, last.last));
+        let quotient = after / before;
+        // Without a step, or where it did not change the loss at all, there is nothing to learn.
+        let length = if before > 0.0 && quotient.is_finite() {
+            last.length * (rule.pace * (rule.slope * self.params.lr - quotient.clamp(-1.0, 1.0))).exp()
+        } else {
+            last.length
+        };
+        Ok(Slopes { after, before, length, ..last })
     }
 
     /// `1 / lambda` of a step whose directions, not yet scaled, have the squared length `squared`.
-    fn rate(&self, squared: f64) -> f64 {
+    fn rate(&self, squared: f64, length: f64) -> f64 {
         let (lr, scale) = (self.params.lr, self.rate_scale());
-        match self.params.step_rule {
-            StepRule::LearningRate => lr * scale,
-            StepRule::FixedKl { target } => scale.min(lr * (2.0 * target / squared.max(0.0)).sqrt()),
+        match self.params.step_rule.target() {
+            None => lr * scale,
+            Some(target) => scale.min(lr * length * (2.0 * target / squared.max(0.0)).sqrt()),
         }
     }
 
@@ -218,10 +250,14 @@ impl<R: WakeRule> Natural<R> {
         let carry = |(index, proposed): (usize, &BlockProposal)| -> Result<Carried> {
             let averaged = self.params.wake.model_decay() > 0.0;
             let waked = self.params.wake.wake_decay(self.params.stat_decay).is_some();
-            if !(averaged || waked) {
-                return Ok(Carried::default());
-            }
             let (block, step) = (&self.blocks[index], taken.map_or(&proposed.step, |taken| &taken[index]));
+            let (kept, slope) = match self.params.step_rule {
+                StepRule::AdaptiveKl(_) => (Some(step.clone()), dot(step, &proposed.gradient)?),
+                _ => (None, 0.0),
+            };
+            if !(averaged || waked) {
+                return Ok(Carried { step: kept, slope, ..Carried::default() });
+            }
             let model = match self.params.wake.model() {
                 Model::Linear => proposed.model_gradient.clone(),
                 Model::Quadratic(_) => {
@@ -240,7 +276,8 @@ impl<R: WakeRule> Natural<R> {
                 }
                 _ => model.clone(),
             };
-            Ok(Carried { carry: waked.then_some(distances), mean: averaged.then_some(model) })
+            let (carry, mean) = (waked.then_some(distances), averaged.then_some(model));
+            Ok(Carried { carry, mean, step: kept, slope })
         };
         proposal.blocks.iter().enumerate().map(carry).collect()
     }
@@ -267,13 +304,15 @@ impl<R: WakeRule> Natural<R> {
         values: &[Tensor],
     ) -> Result<()> {
         let averages = self.next_averages(values)?;
+        let last = carries.iter().map(|carried| carried.slope).sum::<f64>().abs();
+        self.slopes = Slopes { last, ..proposal.slopes };
         for (param, value) in self.vars.iter_mut().zip(values) {
             param.write(value)?;
         }
         self.averages = averages;
         for ((block, proposed), carried) in self.blocks.iter_mut().zip(proposal.blocks).zip(carries) {
-            let Carried { carry, mean } = carried;
-            block.state = BlockState { carry, mean, ..proposed.state };
+            let Carried { carry, mean, step, slope: _ } = carried;
+            block.state = BlockState { carry, mean, step, ..proposed.state };
         }
         self.rest = proposal.rest.into_iter().map(|(adam, _)| adam).collect();
         self.previous_rate = Some(proposal.rate);

@@ -1,7 +1,7 @@
 //! KLD-WRM with a wake of models and a wake of distances, each with a rate of its own.
 
 use super::average::Average;
-use super::params::StepRule;
+use super::params::{AdaptiveKl, StepRule};
 use super::rule::{Defaults, Model, WakeRule, check_quadratic, check_wake};
 use crate::curvature::{Damping, Relative};
 use crate::tape::Fisher;
@@ -121,11 +121,12 @@ impl WakeRule for TwoRate {
     fn defaults(&self) -> Defaults {
         Defaults {
             lr: 1.0,
-            step_rule: StepRule::FixedKl { target: 0.0075 },
+            step_rule: StepRule::AdaptiveKl(AdaptiveKl::default()),
             damping: Damping::Relative(Relative::default()),
             stat_decay: 0.5,
             kl_clip: None,
             fisher: Fisher::Sampled { draws: 1, seed: 0 },
+            early_refresh: true,
             average: Some(Average::default()),
         }
     }
