@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::{
-    correlate::{Runs, SPARE, correlate, pack, pad, products},
+    correlate::{Packed, Runs, SPARE, correlate, pad, products},
     element::Real,
     patches::{ConvShape, fold_plane, unfold_plane},
 };
@@ -39,6 +39,22 @@ impl Reader {
     }
 }
 
+/// Where the loops below find the numbers of one sample's group.
+pub(super) trait Samples<T>: Sync {
+    /// Sample `index / groups`, group `index % groups`, in row-major order; `buffer` is room for it if needed, empty or
+    /// what a former call left.
+    fn get<'a>(&'a self, index: usize, buffer: &'a mut Vec<T>) -> &'a [T];
+}
+
+/// Parts of equal length of a slice.
+struct Parts<'a, T>(&'a [T], usize);
+
+impl<T: Real> Samples<T> for Parts<'_, T> {
+    fn get<'a>(&'a self, index: usize, _: &'a mut Vec<T>) -> &'a [T] {
+        &self.0[index * self.1..][..self.1]
+    }
+}
+
 /// Convolution of row-major slices; `at(o, k)` is the weight of output channel `o` and feature `k` of its group.
 pub(super) fn conv_slices<T: Real>(
     x: &[T],
@@ -47,28 +63,45 @@ pub(super) fn conv_slices<T: Real>(
     shape: &ConvShape,
     n: usize,
 ) -> Vec<T> {
-    let (groups, t) = (shape.groups, shape.positions());
+    conv_samples(&Parts(x, shape.group_channels() * shape.input.0 * shape.input.1), at, bias, shape, n)
+}
+
+fn conv_samples<T: Real>(
+    x: &impl Samples<T>,
+    at: impl Fn(usize, usize) -> T,
+    bias: Option<&[T]>,
+    shape: &ConvShape,
+    n: usize,
+) -> Vec<T> {
     let (outputs, features) = (shape.group_outputs(), shape.group_features());
-    let (x_part, y_part) = (shape.group_channels() * shape.input.0 * shape.input.1, outputs * t);
     let reader = Reader::new(shape);
-    let packed: Vec<Vec<T>> =
-        (0..groups).map(|group| pack(outputs, features, |o, k| at(group * outputs + o, k))).collect();
-    let mut y = vec![T::ZERO; n * groups * y_part];
-    let init = || (Vec::new(), Vec::new());
-    y.par_chunks_exact_mut(y_part).enumerate().for_each_init(init, |(runs, band), (at, y)| {
-        let group = at % groups;
-        if let Some(bias) = bias {
-            let bias = &bias[group * outputs..];
-            y.chunks_exact_mut(t).zip(bias).for_each(|(y, &b)| y.fill(b));
-        }
-        reader.read(&x[at * x_part..][..x_part], runs);
-        correlate(&reader.runs, runs, &packed[group], y, band);
+    let packed = |group: usize| {
+        let bias = bias.map(|bias| &bias[group * outputs..][..outputs]);
+        Packed::new(outputs, features, |o, k| at(group * outputs + o, k), bias)
+    };
+    let packed: Vec<_> = (0..shape.groups).map(packed).collect();
+    let part = outputs * shape.positions();
+    let mut y = vec![T::ZERO; n * shape.groups * part];
+    let init = || (Vec::new(), Vec::new(), Vec::new());
+    y.par_chunks_exact_mut(part).enumerate().for_each_init(init, |(sample, runs, band), (index, y)| {
+        reader.read(x.get(index, sample), runs);
+        correlate(&reader.runs, runs, &packed[index % shape.groups], y, band);
     });
     y
 }
 
 /// `dL/dx [n, c, h, w]` from row-major slices.
 pub(super) fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n: usize) -> Vec<T> {
+    grad_input_samples(&Parts(gy, shape.group_outputs() * shape.positions()), w, shape, n)
+}
+
+/// [`grad_input_slices`] from wherever the gradients `[o / groups, oh, ow]` are.
+pub(super) fn grad_input_samples<T: Real>(
+    gy: &impl Samples<T>,
+    w: &[T],
+    shape: &ConvShape,
+    n: usize,
+) -> Vec<T> {
     let (outputs, channels, features) =
         (shape.group_outputs(), shape.group_channels(), shape.group_features());
     if let Some(adjoint) = adjoint(shape) {
@@ -78,22 +111,21 @@ pub(super) fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n
             let o = c / channels * outputs + k / taps;
             w[o * features + c % channels * taps + taps - 1 - k % taps]
         };
-        return conv_slices(gy, turned, None, &adjoint, n);
+        return conv_samples(gy, turned, None, &adjoint, n);
     }
     let (groups, t, area) = (shape.groups, shape.positions(), shape.input.0 * shape.input.1);
     let (gy_part, gx_part) = (outputs * t, channels * area);
     let runs = Runs::of_rows(shape, outputs);
-    let packed: Vec<Vec<T>> = (0..groups)
-        .map(|group| pack(features, outputs, |k, o| w[(group * outputs + o) * features + k]))
-        .collect();
+    let at = |group: usize| move |k: usize, o: usize| w[(group * outputs + o) * features + k];
+    let packed: Vec<_> = (0..groups).map(|group| Packed::new(features, outputs, at(group), None)).collect();
     let mut gx = vec![T::ZERO; n * groups * gx_part];
-    let init = || (Vec::new(), Vec::new(), Vec::new());
-    gx.par_chunks_exact_mut(gx_part).enumerate().for_each_init(init, |(rows, patches, band), (at, gx)| {
+    let init = || (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let parts = gx.par_chunks_exact_mut(gx_part).enumerate();
+    parts.for_each_init(init, |(sample, rows, patches, band), (index, gx)| {
         rows.resize(gy_part + SPARE, T::ZERO);
-        rows[..gy_part].copy_from_slice(&gy[at * gy_part..][..gy_part]);
-        patches.clear();
+        rows[..gy_part].copy_from_slice(gy.get(index, sample));
         patches.resize(features * t, T::ZERO);
-        correlate(&runs, rows, &packed[at % groups], patches, band);
+        correlate(&runs, rows, &packed[index % groups], patches, band);
         let parts = patches.chunks_exact(shape.kernel.0 * shape.kernel.1 * t);
         gx.chunks_exact_mut(area).zip(parts).for_each(|(gx, part)| fold_plane(shape, part, gx));
     });

@@ -84,7 +84,7 @@ pub(crate) fn pad<T: Real>(shape: &ConvShape, x: &[T], padded: &mut Vec<T>) {
 }
 
 /// The sizes of the nearly equal blocks of at most `max` that `count` is cut into.
-fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
+pub(crate) fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
     let parts = count.div_ceil(max);
     (0..parts).map(move |i| count / parts + usize::from(i < count % parts))
 }
@@ -92,89 +92,147 @@ fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
 /// Output channels of a tile: as many as the processor has registers for.
 const TILE: usize = if MANY_REGISTERS { 8 } else { 6 };
 
-/// Weights in the order the tiles read them: for each block of channels, `[features, channels of the block]`.
-/// `at(o, k)` is the weight of channel `o` and feature `k`.
-pub(crate) fn pack<T: Real>(channels: usize, features: usize, at: impl Fn(usize, usize) -> T) -> Vec<T> {
-    let mut packed = Vec::with_capacity(channels * features);
-    let mut first = 0;
-    for size in blocks(channels, TILE) {
-        packed.extend((0..size * features).map(|i| at(first + i % size, i / size)));
-        first += size;
-    }
-    packed
+/// The weights of some output channels in the order the tiles read them, and their biases.
+pub(crate) struct Packed<T> {
+    features: usize,
+    /// For each block of channels, `[features, channels of the block]`.
+    weights: Vec<T>,
+    bias: Vec<T>,
 }
 
-/// Adds to `out [channels, rows, cols]` the sums `sum_k w[k][o] x[s_k + i]`, for weights from [`pack`]. `x` has `SPARE`
-/// numbers behind the last run; `band` is a buffer.
-pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &[T], out: &mut [T], band: &mut Vec<T>) {
-    let (features, channel) = (runs.shifts.len(), runs.rows * runs.cols);
-    // A band of rows at a time, so that what the blocks of channels read again is still in the cache.
-    let rows_of_band = ((1 << 16) / features).clamp(64, 1024).div_ceil(runs.row_step).min(runs.rows);
+impl<T: Real> Packed<T> {
+    /// `at(o, k)` is the weight of channel `o` and feature `k`; no bias is one of zeros.
+    pub(crate) fn new(
+        channels: usize,
+        features: usize,
+        at: impl Fn(usize, usize) -> T,
+        bias: Option<&[T]>,
+    ) -> Self {
+        let mut weights = Vec::with_capacity(channels * features);
+        let mut first = 0;
+        for size in blocks(channels, TILE) {
+            weights.extend((0..size * features).map(|i| at(first + i % size, i / size)));
+            first += size;
+        }
+        let bias = bias.map_or_else(|| vec![T::ZERO; channels], |bias| bias.to_vec());
+        Self { features, weights, bias }
+    }
+
+    /// The blocks in which the channels are computed: weights and biases of each.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (&[T], &[T])> {
+        let (mut weights, mut bias) = (&self.weights[..], &self.bias[..]);
+        blocks(self.bias.len(), TILE).map(move |size| {
+            let (block, biases);
+            (block, weights) = weights.split_at(size * self.features);
+            (biases, bias) = bias.split_at(size);
+            (block, biases)
+        })
+    }
+}
+
+/// Rows of an image that are computed at a time, so that what the blocks of channels read again is still in the cache.
+pub(crate) fn rows_of_band(features: usize, row_step: usize) -> usize {
+    ((1 << 16) / features).clamp(64, 1024).div_ceil(row_step)
+}
+
+/// Writes to `out [channels, rows, cols]` the sums `b_o + sum_k w[k][o] x[s_k + i]`. `x` has `SPARE` numbers behind the
+/// last run; `band` is a buffer.
+pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: &mut [T], band: &mut Vec<T>) {
+    let channel = runs.rows * runs.cols;
+    let rows_of_band = rows_of_band(runs.shifts.len(), runs.row_step).min(runs.rows);
     for first in (0..runs.rows).step_by(rows_of_band) {
         let rows = rows_of_band.min(runs.rows - first);
         let length = (rows - 1) * runs.row_step + runs.cols;
+        let step = length.next_multiple_of(SPARE);
         let x = &x[first * runs.row_step..];
-        let (mut packed, mut out) = (packed, &mut out[..]);
-        for size in blocks(out.len() / channel, TILE) {
-            let (weights, next) = packed.split_at(size * features);
-            packed = next;
-            let (block, next) = out.split_at_mut(size * channel);
+        let mut out = &mut out[..];
+        for (weights, bias) in packed.blocks() {
+            let (block, next) = out.split_at_mut(bias.len() * channel);
             out = next;
-            let step = match size {
-                1 => band_sums::<T, 1, 8>(runs, x, weights, length, band),
-                2 => band_sums::<T, 2, 4>(runs, x, weights, length, band),
-                3 => band_sums::<T, 3, 3>(runs, x, weights, length, band),
-                4 => band_sums::<T, 4, 2>(runs, x, weights, length, band),
-                5 => band_sums::<T, 5, 2>(runs, x, weights, length, band),
-                6 => band_sums::<T, 6, 2>(runs, x, weights, length, band),
-                7 => band_sums::<T, 7, 2>(runs, x, weights, length, band),
-                _ => band_sums::<T, 8, 2>(runs, x, weights, length, band),
-            };
+            band.resize(bias.len() * step, T::ZERO);
+            run_sums(&runs.shifts, x, weights, bias, length, band, step);
             for (sums, out) in band.chunks_exact(step).zip(block.chunks_exact_mut(channel)) {
                 let out = out[first * runs.cols..].chunks_exact_mut(runs.cols);
                 for (dst, src) in out.zip(sums.chunks(runs.row_step)).take(rows) {
-                    dst.iter_mut().zip(src).for_each(|(d, &s)| *d += s);
+                    dst.iter_mut().zip(src).for_each(|(d, &s)| *d = s);
                 }
             }
         }
     }
 }
 
-/// The sums of `O` channels over `length` positions; channel `o` at a multiple of the length that is returned.
-#[inline(always)]
-fn band_sums<T: Real, const O: usize, const V: usize>(
-    runs: &Runs,
+/// Writes the sums `bias[o] + sum_k weights[k][o] x[shifts[k] + i]` of a block of channels to `sums[o step + i]` for
+/// `i < length`, and numbers without meaning up to the next multiple of a vector's length, at most `step`.
+pub(crate) fn run_sums<T: Real>(
+    shifts: &[usize],
     x: &[T],
     weights: &[T],
+    bias: &[T],
     length: usize,
-    band: &mut Vec<T>,
-) -> usize {
-    let width = T::Lanes::WIDTH;
-    let step = length.next_multiple_of(width);
-    band.resize(step * O, T::ZERO);
-    let mut at = 0;
-    while at + V * width <= step {
-        tile::<T, O, V>(&x[at..], weights, &runs.shifts, &mut band[at..], step);
-        at += V * width;
-    }
-    while at < step {
-        tile::<T, O, 1>(&x[at..], weights, &runs.shifts, &mut band[at..], step);
-        at += width;
-    }
-    step
+    sums: &mut [T],
+    step: usize,
+) {
+    // As many vectors a tile as fit into the registers together with the channels.
+    let tiles = match (bias.len(), MANY_REGISTERS) {
+        (1, _) => tiles::<T, 1, 8>,
+        (2, true) => tiles::<T, 2, 8>,
+        (3, true) => tiles::<T, 3, 6>,
+        (4, true) => tiles::<T, 4, 4>,
+        (5, true) => tiles::<T, 5, 4>,
+        (6, true) => tiles::<T, 6, 4>,
+        (7, true) => tiles::<T, 7, 3>,
+        (_, true) => tiles::<T, 8, 3>,
+        (2, false) => tiles::<T, 2, 4>,
+        (3, false) => tiles::<T, 3, 3>,
+        (4, false) => tiles::<T, 4, 2>,
+        (5, false) => tiles::<T, 5, 2>,
+        (_, false) => tiles::<T, 6, 2>,
+    };
+    tiles(shifts, x, weights, bias, length, sums, step)
 }
 
-/// `sums[o step + l] = sum_k weights[k][o] x[shifts[k] + l]` for `O` channels and `V` vectors of positions.
-#[inline(always)]
-fn tile<T: Real, const O: usize, const V: usize>(
+/// [`run_sums`] of `O` channels, `V` vectors at a time and then the rest.
+fn tiles<T: Real, const O: usize, const V: usize>(
+    shifts: &[usize],
     x: &[T],
     weights: &[T],
-    shifts: &[usize],
+    bias: &[T],
+    length: usize,
     sums: &mut [T],
     step: usize,
 ) {
     let width = T::Lanes::WIDTH;
+    let mut left = length.div_ceil(width);
+    let mut at = 0;
+    while left > 0 {
+        let (x, sums) = (&x[at..], &mut sums[at..]);
+        let done = match left {
+            _ if left >= V => tile::<T, O, V>(x, weights, bias, shifts, sums, step),
+            4.. => tile::<T, O, 4>(x, weights, bias, shifts, sums, step),
+            3 => tile::<T, O, 3>(x, weights, bias, shifts, sums, step),
+            2 => tile::<T, O, 2>(x, weights, bias, shifts, sums, step),
+            _ => tile::<T, O, 1>(x, weights, bias, shifts, sums, step),
+        };
+        left -= done;
+        at += done * width;
+    }
+}
+
+/// [`run_sums`] for `O` channels and `V` vectors of positions; returns `V`.
+#[inline(always)]
+fn tile<T: Real, const O: usize, const V: usize>(
+    x: &[T],
+    weights: &[T],
+    bias: &[T],
+    shifts: &[usize],
+    sums: &mut [T],
+    step: usize,
+) -> usize {
+    let width = T::Lanes::WIDTH;
     let mut acc = [[T::Lanes::splat(T::ZERO); V]; O];
+    for o in 0..O {
+        acc[o] = [T::Lanes::splat(bias[o]); V];
+    }
     for (weights, &shift) in weights.chunks_exact(O).zip(shifts) {
         let run = &x[shift..shift + V * width];
         let mut x = [T::Lanes::splat(T::ZERO); V];
@@ -194,6 +252,7 @@ fn tile<T: Real, const O: usize, const V: usize>(
             acc.store(&mut sums[o * step + v * width..]);
         }
     }
+    V
 }
 
 /// Runs that a tile of [`products`] multiplies by each of its channels.

@@ -1,5 +1,7 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
 pub mod conv;
+pub(crate) mod conv_pool;
+mod conv_pool_slices;
 mod conv_slices;
 mod correlate;
 mod cross;

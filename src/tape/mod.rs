@@ -6,6 +6,7 @@
 
 mod affine;
 mod conv;
+mod conv_pool;
 mod likelihood;
 mod record;
 
@@ -14,6 +15,7 @@ pub use record::{Keep, Layer, Record, Reduce};
 
 pub(crate) use affine::affine;
 pub(crate) use conv::conv;
+pub(crate) use conv_pool::conv_pool;
 
 use candle_core::{Result, Tensor, bail};
 use std::cell::RefCell;

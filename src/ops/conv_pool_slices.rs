@@ -1,0 +1,428 @@
+//! The loops of a convolution whose outputs are pooled, on slices.
+
+use rayon::prelude::*;
+use std::ops::Range;
+
+use super::{
+    conv_pool::{CUT, PooledShape},
+    conv_slices::{Samples, grad_input_samples},
+    correlate::{Packed, SPARE, blocks, pad, rows_of_band, run_sums},
+    element::Real,
+    lanes::Lanes,
+};
+
+/// A sample's group of channels cut up such that the outputs that fall on one element of every window are sums of runs.
+///
+/// With `S` the distance between windows in the padded image, its plane `(r, s)` has the image's rows `r, r + S, ..` and
+/// columns `s, s + S, ..`. In those planes neighbouring windows are neighbours, so that for each element of the window,
+/// and each feature, the numbers that all windows read are one run.
+struct Phases {
+    shape: PooledShape,
+    stride: (usize, usize),
+    /// Rows and columns of a plane.
+    plane: (usize, usize),
+    /// For each element of a window, the run of each feature.
+    shifts: Vec<Vec<usize>>,
+}
+
+impl Phases {
+    fn new(shape: &PooledShape) -> Self {
+        let conv = &shape.conv;
+        let stride = (conv.stride.0 * shape.stride.0, conv.stride.1 * shape.stride.1);
+        let plane = (
+            (conv.input.0 + 2 * conv.padding.0).div_ceil(stride.0),
+            (conv.input.1 + 2 * conv.padding.1).div_ceil(stride.1),
+        );
+        let ((kh, kw), dilation) = (conv.kernel, conv.dilation);
+        let shift = |element: usize, k: usize| {
+            let (a, b) = (element / shape.kernel.1, element % shape.kernel.1);
+            let row = a * conv.stride.0 + k / kw % kh * dilation.0;
+            let col = b * conv.stride.1 + k % kw * dilation.1;
+            let phase = (k / (kh * kw) * stride.0 + row % stride.0) * stride.1 + col % stride.1;
+            (phase * plane.0 + row / stride.0) * plane.1 + col / stride.1
+        };
+        let shifts = (0..shape.kernel.0 * shape.kernel.1)
+            .map(|element| (0..conv.group_features()).map(|k| shift(element, k)).collect())
+            .collect();
+        Self { shape: *shape, stride, plane, shifts }
+    }
+
+    /// The planes of `x [c / groups, h, w]`, with spare numbers after them. `planes` is empty or what a former call left.
+    fn read<T: Real>(&self, x: &[T], planes: &mut Vec<T>) {
+        let conv = &self.shape.conv;
+        let ((h, w), (sh, sw)) = (conv.input, self.stride);
+        let area = self.plane.0 * self.plane.1;
+        // Padding is never written to, so that zeros stay where a former call found them.
+        planes.resize(conv.group_channels() * sh * sw * area + SPARE, T::ZERO);
+        for (x, planes) in x.chunks_exact(h * w).zip(planes.chunks_exact_mut(sh * sw * area)) {
+            for (row, x) in x.chunks_exact(w).enumerate().map(|(row, x)| (row + conv.padding.0, x)) {
+                let planes = &mut planes[row % sh * sw * area..];
+                for first in 0..sw.min(w) {
+                    let col = first + conv.padding.1;
+                    let dst = col % sw * area + row / sh * self.plane.1 + col / sw;
+                    let (src, dst) = (&x[first..], &mut planes[dst..]);
+                    match sw {
+                        1 => dst[..w].copy_from_slice(src),
+                        2 => every::<T, 2>(src, dst),
+                        3 => every::<T, 3>(src, dst),
+                        _ => dst.iter_mut().zip(src.iter().step_by(sw)).for_each(|(d, &s)| *d = s),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Copies every `S`-th number, from the first on.
+#[inline(always)]
+fn every<T: Copy, const S: usize>(src: &[T], dst: &mut [T]) {
+    let (chunks, rest) = src.as_chunks::<S>();
+    let (whole, last) = dst.split_at_mut(chunks.len());
+    whole.iter_mut().zip(chunks).for_each(|(d, s)| *d = s[0]);
+    if let (Some(d), Some(&s)) = (last.first_mut(), rest.first()) {
+        *d = s;
+    }
+}
+
+/// The pooled outputs and the byte of each, from row-major slices.
+pub(super) fn pooled_sums<T: Real>(
+    x: &[T],
+    w: &[T],
+    bias: Option<&[T]>,
+    shape: &PooledShape,
+    relu: bool,
+    n: usize,
+) -> (Vec<T>, Vec<u8>) {
+    let conv = &shape.conv;
+    let (groups, outputs, features) = (conv.groups, conv.group_outputs(), conv.group_features());
+    let (x_part, y_part) = (conv.group_channels() * conv.input.0 * conv.input.1, outputs * shape.positions());
+    let packed = |group: usize| {
+        let bias = bias.map(|bias| &bias[group * outputs..][..outputs]);
+        Packed::new(outputs, features, |o, k| w[(group * outputs + o) * features + k], bias)
+    };
+    let packed: Vec<_> = (0..groups).map(packed).collect();
+    let phases = Phases::new(shape);
+    let (mut y, mut at) = (vec![T::ZERO; n * groups * y_part], vec![0; n * groups * y_part]);
+    y.par_chunks_exact_mut(y_part)
+        .zip(at.par_chunks_exact_mut(y_part))
+        .zip(x.par_chunks_exact(x_part))
+        .enumerate()
+        .for_each_init(Buffers::default, |buffers, (index, ((y, at), x))| {
+            phases.read(x, &mut buffers.planes);
+            pool_sample(&phases, &packed[index % groups], relu, buffers, y, at);
+        });
+    (y, at)
+}
+
+struct Buffers<T> {
+    planes: Vec<T>,
+    /// For each element of a window, the sums of a block of channels.
+    sums: Vec<T>,
+    places: Vec<u8>,
+}
+
+impl<T> Default for Buffers<T> {
+    fn default() -> Self {
+        Self { planes: Vec::new(), sums: Vec::new(), places: Vec::new() }
+    }
+}
+
+/// The pooled outputs `[o / groups, ph, pw]` of one sample's group, from its planes in `buffers`.
+fn pool_sample<T: Real>(
+    phases: &Phases,
+    packed: &Packed<T>,
+    relu: bool,
+    buffers: &mut Buffers<T>,
+    y: &mut [T],
+    at: &mut [u8],
+) {
+    let Buffers { planes, sums, places } = buffers;
+    let ((rows, cols), row_step, elements) = (phases.shape.output, phases.plane.1, phases.shifts.len());
+    let together = rows_of_band(phases.shape.conv.group_features() * elements, row_step);
+    for first in (0..rows).step_by(together) {
+        let count = together.min(rows - first);
+        let length = (count - 1) * row_step + cols;
+        let step = length.next_multiple_of(SPARE);
+        let planes = &planes[first * row_step..];
+        let mut channel = 0;
+        for (weights, bias) in packed.blocks() {
+            let part = bias.len() * step;
+            sums.resize(elements * part, T::ZERO);
+            for (shifts, sums) in phases.shifts.iter().zip(sums.chunks_exact_mut(part)) {
+                run_sums(shifts, planes, weights, bias, length, sums, step);
+            }
+            places.clear();
+            places.resize(part, 0);
+            let (best, others) = sums.split_at_mut(part);
+            for (place, sums) in (1..).zip(others.chunks_exact(part)) {
+                keep_larger(best, places, sums, place);
+            }
+            if relu {
+                cut(best, places);
+            }
+            for (best, places) in best.chunks_exact(step).zip(places.chunks_exact(step)) {
+                let from = channel * rows * cols + first * cols;
+                let to = from + count * cols;
+                let y = y[from..to].chunks_exact_mut(cols).zip(best.chunks(row_step));
+                y.for_each(|(y, best)| y.iter_mut().zip(best).for_each(|(y, &v)| *y = v));
+                let at = at[from..to].chunks_exact_mut(cols).zip(places.chunks(row_step));
+                at.for_each(|(at, places)| at.iter_mut().zip(places).for_each(|(at, &v)| *at = v));
+                channel += 1;
+            }
+        }
+    }
+}
+
+/// Where `values` are larger than `best`, or NaN, they and `place` take the place of what was there.
+fn keep_larger<T: Real>(best: &mut [T], places: &mut [u8], values: &[T], place: u8) {
+    for ((best, at), &value) in best.iter_mut().zip(places).zip(values) {
+        // Without a branch, which would be mispredicted. `value != value` only for a NaN.
+        #[allow(clippy::eq_op)]
+        let larger = (value > *best) | (value != value);
+        *best = if larger { value } else { *best };
+        *at = if larger { place } else { *at };
+    }
+}
+
+/// The rectifier. A NaN is not below zero, so that it passes.
+fn cut<T: Real>(best: &mut [T], places: &mut [u8]) {
+    for (best, at) in best.iter_mut().zip(places) {
+        let below = *best <= T::ZERO;
+        *best = if below { T::ZERO } else { *best };
+        *at = if below { CUT } else { *at };
+    }
+}
+
+/// The gradient `[.., oh, ow]` of the convolution's outputs from that of the pooled ones.
+pub(super) fn unpool<T: Copy + Send + Sync>(gy: &[T], at: &[u8], shape: &PooledShape, zero: T) -> Vec<T> {
+    let (t, pooled) = (shape.conv.positions(), shape.positions());
+    let mut wide = vec![zero; gy.len() / pooled * t];
+    let places = Places::new(shape, shape.conv.output.1, (1, 1));
+    wide.par_chunks_exact_mut(t)
+        .zip(gy.par_chunks_exact(pooled).zip(at.par_chunks_exact(pooled)))
+        .with_min_len(shape.conv.out_channels)
+        .for_each(|(wide, (gy, at))| places.each(gy, at, |place, g| wide[place] = g));
+    wide
+}
+
+/// Where the elements of the windows lie in an image.
+struct Places {
+    output: (usize, usize),
+    /// From one window to the next below and beside it.
+    step: (usize, usize),
+    /// From a window's first element to each.
+    elements: Vec<usize>,
+}
+
+impl Places {
+    /// In an image of rows of `width`, in which neighbouring outputs of the convolution are `stride` apart.
+    fn new(shape: &PooledShape, width: usize, stride: (usize, usize)) -> Self {
+        let (kh, kw) = shape.kernel;
+        let elements = (0..kh * kw).map(|e| e / kw * stride.0 * width + e % kw * stride.1).collect();
+        let step = (shape.stride.0 * stride.0 * width, shape.stride.1 * stride.1);
+        Self { output: shape.output, step, elements }
+    }
+
+    /// Behind the last place.
+    fn end(&self) -> usize {
+        let last = (self.output.0 - 1) * self.step.0 + (self.output.1 - 1) * self.step.1;
+        last + self.elements.last().copied().unwrap_or(0) + 1
+    }
+
+    /// Calls `f` with place and gradient of each output of a channel that was not cut.
+    #[inline(always)]
+    fn each<T: Copy>(&self, gy: &[T], at: &[u8], mut f: impl FnMut(usize, T)) {
+        let rows = gy.chunks_exact(self.output.1).zip(at.chunks_exact(self.output.1));
+        for (row, (gy, at)) in rows.enumerate() {
+            for (col, (&g, &at)) in gy.iter().zip(at).enumerate() {
+                if let Some(element) = self.elements.get(usize::from(at)) {
+                    f(row * self.step.0 + col * self.step.1 + element, g);
+                }
+            }
+        }
+    }
+
+    /// The places and gradients of [`Places::each`] as a list, made without branches.
+    fn list<T: Real>(&self, gy: &[T], at: &[u8], list: &mut Vec<(u32, T)>) -> usize {
+        list.resize(gy.len() + 1, (0, T::ZERO));
+        let mut count = 0;
+        let rows = gy.chunks_exact(self.output.1).zip(at.chunks_exact(self.output.1));
+        for (row, (gy, at)) in rows.enumerate() {
+            for (col, (&g, &at)) in gy.iter().zip(at).enumerate() {
+                let element = self.elements[usize::from(at).min(self.elements.len() - 1)];
+                list[count] = ((row * self.step.0 + col * self.step.1 + element) as u32, g);
+                count += usize::from(at != CUT);
+            }
+        }
+        count
+    }
+}
+
+/// `dL/dx [n, c, h, w]` from row-major slices.
+pub(super) fn pooled_grad_input<T: Real>(
+    gy: &[T],
+    at: &[u8],
+    w: &[T],
+    shape: &PooledShape,
+    n: usize,
+) -> Vec<T> {
+    let places = Places::new(shape, shape.conv.output.1, (1, 1));
+    grad_input_samples(&Unpooled { gy, at, shape, places }, w, &shape.conv, n)
+}
+
+/// The gradients of the convolution's outputs, made from the pooled ones a sample at a time.
+struct Unpooled<'a, T> {
+    gy: &'a [T],
+    at: &'a [u8],
+    shape: &'a PooledShape,
+    places: Places,
+}
+
+impl<T: Real> Samples<T> for Unpooled<'_, T> {
+    fn get<'a>(&'a self, index: usize, wide: &'a mut Vec<T>) -> &'a [T] {
+        let (t, pooled) = (self.shape.conv.positions(), self.shape.positions());
+        let outputs = self.shape.conv.group_outputs();
+        wide.clear();
+        wide.resize(outputs * t, T::ZERO);
+        let part = index * outputs * pooled..(index + 1) * outputs * pooled;
+        let rows = self.gy[part.clone()].chunks_exact(pooled).zip(self.at[part].chunks_exact(pooled));
+        for ((gy, at), wide) in rows.zip(wide.chunks_exact_mut(t)) {
+            self.places.each(gy, at, |place, g| wide[place] = g);
+        }
+        wide
+    }
+}
+
+/// Kernel rows, cut into pieces that a vector holds, that a task multiplies by each gradient at a time.
+const ROWS: usize = 8;
+
+/// The pieces of the kernel's rows: the start of each in the padded image, its first feature and how many it has.
+fn kernel_rows<T: Real>(shape: &PooledShape) -> Vec<(usize, Range<usize>)> {
+    let conv = &shape.conv;
+    let width = conv.input.1 + 2 * conv.padding.1;
+    let plane = width * (conv.input.0 + 2 * conv.padding.0);
+    let (kh, kw) = conv.kernel;
+    // Elements of a row that lie side by side.
+    let piece = if conv.dilation.1 == 1 { T::Lanes::WIDTH } else { 1 };
+    let rows = (0..conv.group_channels() * kh).flat_map(|row| {
+        (0..kw).step_by(piece).map(move |first| {
+            let start = row / kh * plane + row % kh * conv.dilation.0 * width + first * conv.dilation.1;
+            (start, row * kw + first..row * kw + kw.min(first + piece))
+        })
+    });
+    rows.collect()
+}
+
+/// `dL/dw [o, c / groups, kh, kw]` and `dL/db [o]` from row-major slices.
+pub(super) fn pooled_weight_grads<T: Real>(
+    x: &[T],
+    gy: &[T],
+    at: &[u8],
+    shape: &PooledShape,
+    n: usize,
+) -> (Vec<T>, Vec<T>) {
+    let conv = &shape.conv;
+    let (groups, outputs, features, pooled) =
+        (conv.groups, conv.group_outputs(), conv.group_features(), shape.positions());
+    let x_part = conv.group_channels() * conv.input.0 * conv.input.1;
+    let places = Places::new(shape, conv.input.1 + 2 * conv.padding.1, conv.stride);
+    let rows = kernel_rows::<T>(shape);
+    // Room for a vector of each row, and for the bias.
+    let room = rows.len() * T::Lanes::WIDTH + 1;
+    // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
+    // the result does not depend on the number of threads. Where the sums are too large for that, the channels are divided.
+    let parts = ((1 << 22) / (conv.out_channels * room)).clamp(1, 16);
+    let channels = outputs.div_ceil(16 / parts);
+    let samples = n.div_ceil(parts);
+    let mut sums = vec![T::ZERO; parts * conv.out_channels * room];
+    let of_groups = sums.par_chunks_exact_mut(outputs * room).enumerate();
+    let tasks = of_groups.flat_map(|(index, sums)| {
+        sums.par_chunks_mut(channels * room)
+            .enumerate()
+            .map(move |(block, sums)| (index, block * channels, sums))
+    });
+    tasks.for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(image, list), (index, channel, sums)| {
+            let (part, group) = (index / groups, index % groups);
+            for sample in part * samples..((part + 1) * samples).min(n) {
+                pad(conv, &x[(sample * groups + group) * x_part..][..x_part], image);
+                let first = ((sample * groups + group) * outputs + channel) * pooled;
+                let channels = gy[first..].chunks_exact(pooled).zip(at[first..].chunks_exact(pooled));
+                for ((gy, at), sums) in channels.zip(sums.chunks_exact_mut(room)) {
+                    let count = places.list(gy, at, list);
+                    let list = &list[..count];
+                    if let Some((bias, sums)) = sums.split_last_mut() {
+                        *bias += list.iter().fold(T::ZERO, |sum, &(_, g)| sum + g);
+                        add_rows(list, image, &rows, places.end(), sums);
+                    }
+                }
+            }
+        },
+    );
+    let (first, rest) = sums.split_at_mut(conv.out_channels * room);
+    for part in rest.chunks_exact(first.len()) {
+        first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);
+    }
+    let (mut gw, mut gb) = (vec![T::ZERO; conv.out_channels * features], vec![T::ZERO; conv.out_channels]);
+    for ((gw, gb), sums) in gw.chunks_exact_mut(features).zip(&mut gb).zip(first.chunks_exact(room)) {
+        for ((_, features), lanes) in rows.iter().zip(sums.chunks_exact(T::Lanes::WIDTH)) {
+            gw[features.clone()].copy_from_slice(&lanes[..features.len()]);
+        }
+        *gb = sums[room - 1];
+    }
+    (gw, gb)
+}
+
+/// Adds to a vector for each row of a kernel the sum over `list` of gradient times what the row sees at its place.
+fn add_rows<T: Real>(
+    list: &[(u32, T)],
+    image: &[T],
+    rows: &[(usize, Range<usize>)],
+    end: usize,
+    sums: &mut [T],
+) {
+    let mut rows = rows;
+    let mut sums = sums;
+    for size in blocks(rows.len(), ROWS) {
+        let (block, sums_of_block);
+        (block, rows) = rows.split_at(size);
+        (sums_of_block, sums) = sums.split_at_mut(size * T::Lanes::WIDTH);
+        match size {
+            1 => row_tile::<T, 1>(list, image, block, end, sums_of_block),
+            2 => row_tile::<T, 2>(list, image, block, end, sums_of_block),
+            3 => row_tile::<T, 3>(list, image, block, end, sums_of_block),
+            4 => row_tile::<T, 4>(list, image, block, end, sums_of_block),
+            5 => row_tile::<T, 5>(list, image, block, end, sums_of_block),
+            6 => row_tile::<T, 6>(list, image, block, end, sums_of_block),
+            7 => row_tile::<T, 7>(list, image, block, end, sums_of_block),
+            _ => row_tile::<T, 8>(list, image, block, end, sums_of_block),
+        }
+    }
+}
+
+/// [`add_rows`] for `R` rows; no place lies at `end` or beyond.
+fn row_tile<T: Real, const R: usize>(
+    list: &[(u32, T)],
+    image: &[T],
+    rows: &[(usize, Range<usize>)],
+    end: usize,
+    sums: &mut [T],
+) {
+    let width = T::Lanes::WIDTH;
+    let (mut acc, mut runs) = ([T::Lanes::splat(T::ZERO); R], [&image[..0]; R]);
+    for r in 0..R {
+        acc[r] = T::Lanes::load(&sums[r * width..]);
+        runs[r] = &image[rows[r].0..][..end - 1 + width];
+    }
+    for &(place, g) in list {
+        let g = T::Lanes::splat(g);
+        for r in 0..R {
+            // SAFETY: `place` is less than `end`, so that a vector follows in every run.
+            acc[r] = acc[r].add_product(g, unsafe { T::Lanes::load_at(runs[r], place as usize) });
+        }
+    }
+    for r in 0..R {
+        acc[r].store(&mut sums[r * width..]);
+    }
+}
