@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use super::{
     conv_pool::{CUT, PooledShape},
-    conv_slices::{Samples, grad_input_samples},
-    correlate::{Packed, SPARE, blocks, pad, rows_of_band, run_sums},
+    conv_slices::{Samples, add_parts, grad_input_samples},
+    correlate::{Packed, SPARE, blocks, copy, pad, rows_of_band, run_sums},
     element::Real,
     lanes::Lanes,
 };
@@ -62,7 +62,7 @@ impl Phases {
                     let dst = col % sw * area + row / sh * self.plane.1 + col / sw;
                     let (src, dst) = (&x[first..], &mut planes[dst..]);
                     match sw {
-                        1 => dst[..w].copy_from_slice(src),
+                        1 => copy(src, dst),
                         2 => every::<T, 2>(src, dst),
                         3 => every::<T, 3>(src, dst),
                         _ => dst.iter_mut().zip(src.iter().step_by(sw)).for_each(|(d, &s)| *d = s),
@@ -164,9 +164,9 @@ fn pool_sample<T: Real>(
                 let from = channel * rows * cols + first * cols;
                 let to = from + count * cols;
                 let y = y[from..to].chunks_exact_mut(cols).zip(best.chunks(row_step));
-                y.for_each(|(y, best)| y.iter_mut().zip(best).for_each(|(y, &v)| *y = v));
+                y.for_each(|(y, best)| copy(&best[..cols], y));
                 let at = at[from..to].chunks_exact_mut(cols).zip(places.chunks(row_step));
-                at.for_each(|(at, places)| at.iter_mut().zip(places).for_each(|(at, &v)| *at = v));
+                at.for_each(|(at, places)| copy(&places[..cols], at));
                 channel += 1;
             }
         }
@@ -360,12 +360,9 @@ pub(super) fn pooled_weight_grads<T: Real>(
             }
         },
     );
-    let (first, rest) = sums.split_at_mut(conv.out_channels * room);
-    for part in rest.chunks_exact(first.len()) {
-        first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);
-    }
+    let sums = add_parts(sums, conv.out_channels * room);
     let (mut gw, mut gb) = (vec![T::ZERO; conv.out_channels * features], vec![T::ZERO; conv.out_channels]);
-    for ((gw, gb), sums) in gw.chunks_exact_mut(features).zip(&mut gb).zip(first.chunks_exact(room)) {
+    for ((gw, gb), sums) in gw.chunks_exact_mut(features).zip(&mut gb).zip(sums.chunks_exact(room)) {
         for ((_, features), lanes) in rows.iter().zip(sums.chunks_exact(T::Lanes::WIDTH)) {
             gw[features.clone()].copy_from_slice(&lanes[..features.len()]);
         }

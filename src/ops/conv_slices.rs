@@ -10,14 +10,14 @@ use super::{
 
 /// How the outputs of a convolution are sums of runs: shifts of the padded image, or rows of patches where the stride
 /// forbids that, or where most positions of the image would straddle two rows.
-pub(super) struct Reader {
+struct Reader {
     shape: ConvShape,
     runs: Runs,
     unfold: bool,
 }
 
 impl Reader {
-    pub(super) fn new(shape: &ConvShape) -> Self {
+    fn new(shape: &ConvShape) -> Self {
         let image = Runs::of_image(shape);
         let unfold = shape.stride != (1, 1) || image.length() > 2 * shape.positions();
         let runs = if unfold { Runs::of_rows(shape, shape.group_features()) } else { image };
@@ -35,7 +35,7 @@ impl Reader {
         let (h, w) = self.shape.input;
         let part = self.shape.kernel.0 * self.shape.kernel.1 * self.shape.positions();
         let planes = x.chunks_exact(h * w).zip(buffer.chunks_exact_mut(part));
-        planes.for_each(|(plane, out)| unfold_plane(&self.shape, plane, out));
+        planes.for_each(|(plane, out)| unfold_plane(&self.shape, plane, out, self.shape.positions()));
     }
 }
 
@@ -149,19 +149,12 @@ fn adjoint(shape: &ConvShape) -> Option<ConvShape> {
     })
 }
 
-/// `dL/dw [o, c / groups, kh, kw]` from row-major slices: `x` is `[n, c, h, w]` with a reader, patches
-/// `[n, c * kh * kw, t]` without.
-pub(super) fn weight_grads<T: Real>(
-    shape: &ConvShape,
-    n: usize,
-    x: &[T],
-    reader: Option<&Reader>,
-    gy: &[T],
-) -> Vec<T> {
+/// `dL/dw [o, c / groups, kh, kw]` from row-major slices.
+pub(super) fn weight_grads<T: Real>(shape: &ConvShape, n: usize, x: &[T], gy: &[T]) -> Vec<T> {
     let (groups, t) = (shape.groups, shape.positions());
     let (outputs, features) = (shape.group_outputs(), shape.group_features());
-    let x_part = x.len() / (n * groups).max(1);
-    let rows = Runs::of_rows(shape, features);
+    let x_part = shape.group_channels() * shape.input.0 * shape.input.1;
+    let reader = Reader::new(shape);
     // Samples whose products are added up in registers.
     let together = (1024 / t).clamp(1, 16);
     // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
@@ -173,25 +166,23 @@ pub(super) fn weight_grads<T: Real>(
     sums.par_chunks_exact_mut(outputs * features).enumerate().for_each_init(Vec::new, |buffers, (at, gw)| {
         let (part, group) = (at / groups, at % groups);
         let part = part * samples..((part + 1) * samples).min(n);
-        let of_sample = |sample: usize| {
-            let at = sample * groups + group;
-            (&gy[at * outputs * t..][..outputs * t], &x[at * x_part..][..x_part])
-        };
-        let Some(reader) = reader else {
-            let batch: Vec<_> = part.map(of_sample).collect();
-            return batch.chunks(together).for_each(|batch| products(&rows, t, batch, gw));
-        };
         buffers.resize_with(together, || (Vec::new(), Vec::new()));
         for first in part.clone().step_by(together) {
             let batch = first..(first + together).min(part.end);
-            for ((spread, runs), (gy, x)) in buffers.iter_mut().zip(batch.clone().map(of_sample)) {
-                reader.runs.spread(gy, spread);
-                reader.read(x, runs);
+            for ((spread, runs), sample) in buffers.iter_mut().zip(batch.clone()) {
+                let at = sample * groups + group;
+                reader.runs.spread(&gy[at * outputs * t..][..outputs * t], spread);
+                reader.read(&x[at * x_part..][..x_part], runs);
             }
             let batch: Vec<_> = buffers[..batch.len()].iter().map(|(g, x)| (&g[..], &x[..])).collect();
             products(&reader.runs, reader.runs.spread_length(), &batch, gw);
         }
     });
+    add_parts(sums, length)
+}
+
+/// The sum, in order, of the parts of `sums`, each of `length` numbers.
+pub(super) fn add_parts<T: Real>(mut sums: Vec<T>, length: usize) -> Vec<T> {
     let (first, rest) = sums.split_at_mut(length);
     for part in rest.chunks_exact(length) {
         first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);

@@ -14,6 +14,28 @@ use super::{
 /// Numbers that may be read behind the last one that counts; no vector is longer.
 pub(crate) const SPARE: usize = 16;
 
+/// Copies `src` to the start of `dst`: for the few numbers that a row of an image has, faster than a call.
+#[inline(always)]
+pub(crate) fn copy<T: Copy>(src: &[T], dst: &mut [T]) {
+    /// The first `N` numbers, and the last `N`.
+    #[inline(always)]
+    fn ends<T: Copy, const N: usize>(src: &[T], dst: &mut [T]) {
+        let last = src.len() - N;
+        dst[..N].copy_from_slice(&src[..N]);
+        dst[last..last + N].copy_from_slice(&src[last..]);
+    }
+    let dst = &mut dst[..src.len()];
+    match src.len() {
+        33.. => dst.copy_from_slice(src),
+        16.. => ends::<T, 16>(src, dst),
+        8.. => ends::<T, 8>(src, dst),
+        4.. => ends::<T, 4>(src, dst),
+        2.. => ends::<T, 2>(src, dst),
+        1 => dst[0] = src[0],
+        0 => {}
+    }
+}
+
 /// The shifted runs of one sample's group, and where its outputs lie in them.
 pub(crate) struct Runs {
     /// `s_k` for each feature.
@@ -63,7 +85,7 @@ impl Runs {
         spread.resize(outputs.len() / t * length, T::ZERO);
         for (src, dst) in outputs.chunks_exact(t).zip(spread.chunks_exact_mut(length)) {
             let rows = src.chunks_exact(self.cols).zip(dst.chunks_mut(self.row_step));
-            rows.for_each(|(src, dst)| dst[..self.cols].copy_from_slice(src));
+            rows.for_each(|(src, dst)| copy(src, dst));
         }
     }
 }
@@ -79,7 +101,7 @@ pub(crate) fn pad<T: Real>(shape: &ConvShape, x: &[T], padded: &mut Vec<T>) {
     let (row, step) = if pw == 0 { (h * w, h * w) } else { (w, width) };
     for (src, dst) in x.chunks_exact(h * w).zip(padded.chunks_exact_mut(plane)) {
         let rows = dst[ph * width..].chunks_exact_mut(step);
-        src.chunks_exact(row).zip(rows).for_each(|(src, dst)| dst[pw..pw + row].copy_from_slice(src));
+        src.chunks_exact(row).zip(rows).for_each(|(src, dst)| copy(src, &mut dst[pw..]));
     }
 }
 
@@ -153,9 +175,8 @@ pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: 
             run_sums(&runs.shifts, x, weights, bias, length, band, step);
             for (sums, out) in band.chunks_exact(step).zip(block.chunks_exact_mut(channel)) {
                 let out = out[first * runs.cols..].chunks_exact_mut(runs.cols);
-                for (dst, src) in out.zip(sums.chunks(runs.row_step)).take(rows) {
-                    dst.iter_mut().zip(src).for_each(|(d, &s)| *d = s);
-                }
+                let rows = out.zip(sums.chunks(runs.row_step)).take(rows);
+                rows.for_each(|(dst, src)| copy(&src[..runs.cols], dst));
             }
         }
     }
@@ -255,56 +276,101 @@ fn tile<T: Real, const O: usize, const V: usize>(
     V
 }
 
-/// Runs that a tile of [`products`] multiplies by each of its channels.
-const FEATURES: usize = 4;
+/// Channels, and runs, that a tile of [`products`] multiplies by each other: as many as the registers hold sums for.
+const PRODUCTS: (usize, usize) = if MANY_REGISTERS { (5, 4) } else { (2, 4) };
+
+/// Runs whose numbers stay in the cache while all channels pass by.
+const NEAR: usize = 16;
 
 /// Adds to `sums [channels, features]` the products `sum_{i < length} g[o][i] x[s_k + i]` of some samples, each given as
 /// (`g [channels, length]`, `x`).
 pub(crate) fn products<T: Real>(runs: &Runs, length: usize, samples: &[(&[T], &[T])], sums: &mut [T]) {
     let features = runs.shifts.len();
-    let (whole, rest) = runs.shifts.as_chunks::<FEATURES>();
-    for (at, shifts) in whole.iter().enumerate() {
-        feature_products(length, samples, shifts, &mut sums[at * FEATURES..], features);
-    }
-    for (at, &shift) in rest.iter().enumerate() {
-        let at = whole.len() * FEATURES + at;
-        feature_products(length, samples, &[shift], &mut sums[at..], features);
+    all_products(&runs.shifts, sums.len() / features, false, length, samples, sums);
+}
+
+/// Adds to `sums [features, features]`, on the diagonal and to its right, the products `sum_{i < length} x_j[i] x_k[i]` of
+/// the rows of some samples `x [features, length]`; below the diagonal it leaves what it likes.
+pub(crate) fn square_products<T: Real>(features: usize, length: usize, samples: &[&[T]], sums: &mut [T]) {
+    let pairs: Vec<_> = samples.iter().map(|&x| (x, x)).collect();
+    let shifts: Vec<_> = (0..features).map(|k| k * length).collect();
+    all_products(&shifts, features, true, length, &pairs, sums);
+}
+
+/// [`products`] for runs at `shifts`, or those of a channel with a run of no smaller number alone.
+fn all_products<T: Real>(
+    shifts: &[usize],
+    channels: usize,
+    triangle: bool,
+    length: usize,
+    samples: &[(&[T], &[T])],
+    sums: &mut [T],
+) {
+    let mut near = 0;
+    for count in blocks(shifts.len(), NEAR) {
+        let mut channel = 0;
+        for channels in blocks(channels, PRODUCTS.0) {
+            let mut first = near;
+            for runs in blocks(count, PRODUCTS.1) {
+                if !triangle || channel < first + runs {
+                    let sums = &mut sums[channel * shifts.len() + first..];
+                    let runs = &shifts[first..first + runs];
+                    some_products((channels, channel), length, samples, runs, sums, shifts.len());
+                }
+                first += runs;
+            }
+            channel += channels;
+        }
+        near += count;
     }
 }
 
-/// The products of `K` features with all channels; `sums` steps by `features` from one channel to the next.
-fn feature_products<T: Real, const K: usize>(
+/// The products of some runs with some channels (how many, and the first); `sums` steps by `features` from one channel to
+/// the next.
+fn some_products<T: Real>(
+    (channels, first): (usize, usize),
     length: usize,
     samples: &[(&[T], &[T])],
-    shifts: &[usize; K],
+    shifts: &[usize],
     sums: &mut [T],
     features: usize,
 ) {
-    let mut first = 0;
-    let channels = sums.len().div_ceil(features);
-    for size in blocks(channels, if MANY_REGISTERS { 4 } else { 2 }) {
-        let sums = &mut sums[first * features..];
-        match size {
-            1 => product_tile::<T, 1, K>(length, samples, first, shifts, sums, features),
-            2 => product_tile::<T, 2, K>(length, samples, first, shifts, sums, features),
-            3 => product_tile::<T, 3, K>(length, samples, first, shifts, sums, features),
-            _ => product_tile::<T, 4, K>(length, samples, first, shifts, sums, features),
-        }
-        first += size;
-    }
+    let tile = match (channels, shifts.len()) {
+        (1, 1) => product_tile::<T, 1, 1>,
+        (1, 2) => product_tile::<T, 1, 2>,
+        (1, 3) => product_tile::<T, 1, 3>,
+        (1, _) => product_tile::<T, 1, 4>,
+        (2, 1) => product_tile::<T, 2, 1>,
+        (2, 2) => product_tile::<T, 2, 2>,
+        (2, 3) => product_tile::<T, 2, 3>,
+        (2, _) => product_tile::<T, 2, 4>,
+        (3, 1) => product_tile::<T, 3, 1>,
+        (3, 2) => product_tile::<T, 3, 2>,
+        (3, 3) => product_tile::<T, 3, 3>,
+        (3, _) => product_tile::<T, 3, 4>,
+        (4, 1) => product_tile::<T, 4, 1>,
+        (4, 2) => product_tile::<T, 4, 2>,
+        (4, 3) => product_tile::<T, 4, 3>,
+        (4, _) => product_tile::<T, 4, 4>,
+        (_, 1) => product_tile::<T, 5, 1>,
+        (_, 2) => product_tile::<T, 5, 2>,
+        (_, 3) => product_tile::<T, 5, 3>,
+        _ => product_tile::<T, 5, 4>,
+    };
+    tile(length, samples, first, shifts, sums, features);
 }
 
-/// The products of `O` channels from `first` on with `K` features.
-#[inline(always)]
+/// The products of `O` channels from `first` on with `K` runs.
 fn product_tile<T: Real, const O: usize, const K: usize>(
     length: usize,
     samples: &[(&[T], &[T])],
     first: usize,
-    shifts: &[usize; K],
+    shifts: &[usize],
     sums: &mut [T],
     features: usize,
 ) {
     let width = T::Lanes::WIDTH;
+    let whole = length - length % width;
     let mut acc = [[T::Lanes::splat(T::ZERO); K]; O];
     for &(g, x) in samples {
         let (mut gs, mut xs) = ([g; O], [x; K]);
@@ -314,45 +380,67 @@ fn product_tile<T: Real, const O: usize, const K: usize>(
         for k in 0..K {
             xs[k] = &x[shifts[k]..][..length];
         }
-        let mut at = 0;
-        while at < length {
-            let (mut gv, mut xv) = ([T::Lanes::splat(T::ZERO); O], [T::Lanes::splat(T::ZERO); K]);
-            if length - at >= width {
-                for o in 0..O {
-                    // SAFETY: at least `width` of the `length` numbers follow; so too below.
-                    gv[o] = unsafe { T::Lanes::load_at(gs[o], at) };
-                }
-                for k in 0..K {
-                    xv[k] = unsafe { T::Lanes::load_at(xs[k], at) };
-                }
-            } else {
-                for o in 0..O {
-                    gv[o] = load_part(&gs[o][at..]);
-                }
-                for k in 0..K {
-                    xv[k] = load_part(&xs[k][at..]);
-                }
-            }
-            for o in 0..O {
-                for k in 0..K {
-                    acc[o][k] = acc[o][k].add_product(gv[o], xv[k]);
-                }
-            }
-            at += width;
+        acc = add_products::<T, O, K>(acc, gs, xs);
+        if whole < length {
+            // The rest, with zeros behind it.
+            let (gs, xs) = (gs.map(|g| rest(&g[whole..])), xs.map(|x| rest(&x[whole..])));
+            acc = add_products::<T, O, K>(
+                acc,
+                gs.each_ref().map(|g| &g[..width]),
+                xs.each_ref().map(|x| &x[..width]),
+            );
         }
     }
     for (o, acc) in acc.iter().enumerate() {
         for (k, acc) in acc.iter().enumerate() {
             let mut lanes = [T::ZERO; SPARE];
             acc.store(&mut lanes);
-            sums[o * features + k] += lanes[..width].iter().fold(T::ZERO, |sum, &v| sum + v);
+            // By halves, which the processor adds side by side.
+            let mut half = width / 2;
+            while half > 0 {
+                for i in 0..half {
+                    lanes[i] += lanes[half + i];
+                }
+                half /= 2;
+            }
+            sums[o * features + k] += lanes[0];
         }
     }
 }
 
+/// Adds to `acc` the products of whole vectors; all slices have the same length. By value, which keeps the sums in
+/// registers.
+#[inline(always)]
+fn add_products<T: Real, const O: usize, const K: usize>(
+    mut acc: [[T::Lanes; K]; O],
+    gs: [&[T]; O],
+    xs: [&[T]; K],
+) -> [[T::Lanes; K]; O] {
+    let length = gs[0].len();
+    for run in gs.iter().chain(&xs) {
+        assert!(run.len() == length);
+    }
+    let mut at = 0;
+    while at + T::Lanes::WIDTH <= length {
+        let mut xv = [T::Lanes::splat(T::ZERO); K];
+        for k in 0..K {
+            // SAFETY: a whole vector follows in every slice; so too below.
+            xv[k] = unsafe { T::Lanes::load_at(xs[k], at) };
+        }
+        for o in 0..O {
+            let gv = unsafe { T::Lanes::load_at(gs[o], at) };
+            for k in 0..K {
+                acc[o][k] = acc[o][k].add_product(gv, xv[k]);
+            }
+        }
+        at += T::Lanes::WIDTH;
+    }
+    acc
+}
+
 /// Fewer numbers than a vector holds, and zeros.
-fn load_part<T: Real>(data: &[T]) -> T::Lanes {
+fn rest<T: Real>(data: &[T]) -> [T; SPARE] {
     let mut lanes = [T::ZERO; SPARE];
     lanes[..data.len()].copy_from_slice(data);
-    T::Lanes::load(&lanes)
+    lanes
 }

@@ -8,6 +8,8 @@ mod cross;
 mod element;
 pub mod factor;
 mod lanes;
+pub(crate) mod memory;
+mod moment;
 pub mod norm;
 pub mod patches;
 pub mod pool;

@@ -1,8 +1,7 @@
 //! The tapped convolution whose outputs are pooled, and rectified, in the same CPU operation.
 
-use super::{Owed, Record, Tap};
+use super::{Inputs, Owed, Record, Tap};
 use crate::ops::conv_pool::{PooledShape, conv_pool_cpu, grad_input, grad_output, grad_weight};
-use crate::ops::patches::patches;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use std::sync::OnceLock;
 
@@ -60,7 +59,7 @@ impl ConvPool {
         let owed = Owed::new(self.tap.as_ref(), x, w, b);
         if let (true, Some(tap)) = (owed.record, &self.tap) {
             tap.record(&Record {
-                inputs: patches(&x.detach(), &self.shape.conv)?,
+                inputs: Inputs::Patches { x: x.detach(), shape: self.shape.conv },
                 grads: grad_output(gy, at, &self.shape)?.flatten_from(2)?.transpose(1, 2)?,
             })?;
         }
