@@ -11,6 +11,7 @@ use super::{
     patches::{ConvShape, fold_compose, unfold_compose},
 };
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
 /// Convolution of CPU storages of any layout, for the body of a custom op: `x [n, c, h, w]`, `w [o, c / groups, kh, kw]`
 /// and `bias [o]` give `[n, o, oh, ow]`. Fails where dimensions differ from `shape`, or dtypes from each other.
@@ -142,11 +143,20 @@ pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
     float_dispatch!("grad_bias", gy.dtype(), T => {
         let host = Host::of(gy);
         let gy = host.values::<T>()?;
-        let mut sums = vec![<T as Element>::Acc::ZERO; o];
-        for sample in gy.chunks_exact((o * oh * ow).max(1)).take(n) {
-            for (total, run) in sums.iter_mut().zip(sample.chunks_exact((oh * ow).max(1))) {
-                *total += sum(run, |v| v);
+        // Parts are summed in parallel and added in order: the result does not depend on the number of threads.
+        let part = n.div_ceil(16).max(1) * o * oh * ow;
+        let parts = gy.par_chunks(part.max(1)).map(|part| {
+            let mut sums = vec![<T as Element>::Acc::ZERO; o];
+            for sample in part.chunks_exact(o * oh * ow) {
+                for (total, run) in sums.iter_mut().zip(sample.chunks_exact(oh * ow)) {
+                    *total += sum(run, |v| v);
+                }
             }
+            sums
+        });
+        let mut sums = vec![<T as Element>::Acc::ZERO; o];
+        for part in parts.collect::<Vec<_>>() {
+            sums.iter_mut().zip(part).for_each(|(total, part)| *total += part);
         }
         Tensor::from_vec(T::narrow_vec(sums), o, &Device::Cpu)
     })

@@ -54,33 +54,48 @@ impl Phases {
         let area = self.plane.0 * self.plane.1;
         // Padding is never written to, so that zeros stay where a former call found them.
         planes.resize(conv.group_channels() * sh * sw * area + SPARE, T::ZERO);
+        // Where the columns of each remainder start in a row of the image, and in a row of their plane.
+        let starts =
+            |first: usize| (first, (first + conv.padding.1) % sw * area + (first + conv.padding.1) / sw);
         for (x, planes) in x.chunks_exact(h * w).zip(planes.chunks_exact_mut(sh * sw * area)) {
             for (row, x) in x.chunks_exact(w).enumerate().map(|(row, x)| (row + conv.padding.0, x)) {
-                let planes = &mut planes[row % sh * sw * area..];
-                for first in 0..sw.min(w) {
-                    let col = first + conv.padding.1;
-                    let dst = col % sw * area + row / sh * self.plane.1 + col / sw;
-                    let (src, dst) = (&x[first..], &mut planes[dst..]);
-                    match sw {
-                        1 => copy(src, dst),
-                        2 => every::<T, 2>(src, dst),
-                        3 => every::<T, 3>(src, dst),
-                        _ => dst.iter_mut().zip(src.iter().step_by(sw)).for_each(|(d, &s)| *d = s),
-                    }
+                let planes = &mut planes[row % sh * sw * area + row / sh * self.plane.1..];
+                match sw {
+                    1 => copy(x, &mut planes[starts(0).1..]),
+                    2 if w > 1 => split(x, planes, starts(0).1, starts(1).1),
+                    _ => (0..sw.min(w)).map(starts).for_each(|(src, dst)| {
+                        let every = x[src..].iter().step_by(sw);
+                        planes[dst..].iter_mut().zip(every).for_each(|(d, &s)| *d = s);
+                    }),
                 }
             }
         }
     }
 }
 
-/// Copies every `S`-th number, from the first on.
-#[inline(always)]
-fn every<T: Copy, const S: usize>(src: &[T], dst: &mut [T]) {
-    let (chunks, rest) = src.as_chunks::<S>();
-    let (whole, last) = dst.split_at_mut(chunks.len());
-    whole.iter_mut().zip(chunks).for_each(|(d, s)| *d = s[0]);
-    if let (Some(d), Some(&s)) = (last.first_mut(), rest.first()) {
-        *d = s;
+/// Copies the numbers at even places of `src` to `dst` from `even` on, and the others from `odd` on.
+fn split<T: Copy>(src: &[T], dst: &mut [T], even: usize, odd: usize) {
+    /// `N` pairs from the `at`-th on.
+    #[inline(always)]
+    fn some<T: Copy, const N: usize>(src: &[[T; 2]], dst: &mut [T], at: usize, (even, odd): (usize, usize)) {
+        let Some(pairs) = src[at..].first_chunk::<N>() else { return };
+        dst[even + at..][..N].copy_from_slice(&pairs.map(|pair| pair[0]));
+        dst[odd + at..][..N].copy_from_slice(&pairs.map(|pair| pair[1]));
+    }
+    let (pairs, rest) = src.as_chunks::<2>();
+    let places = (even, odd);
+    let count = pairs.len();
+    match count {
+        // Vectors, the last of which may overlap with the one before.
+        8.. => {
+            (0..count / 8).for_each(|i| some::<T, 8>(pairs, dst, 8 * i, places));
+            some::<T, 8>(pairs, dst, count - 8, places);
+        }
+        4.. => [0, count - 4].into_iter().for_each(|at| some::<T, 4>(pairs, dst, at, places)),
+        _ => (0..count).for_each(|at| some::<T, 1>(pairs, dst, at, places)),
+    }
+    if let Some(&last) = rest.first() {
+        dst[even + count] = last;
     }
 }
 
@@ -201,7 +216,7 @@ pub(super) fn unpool<T: Copy + Send + Sync>(gy: &[T], at: &[u8], shape: &PooledS
     wide.par_chunks_exact_mut(t)
         .zip(gy.par_chunks_exact(pooled).zip(at.par_chunks_exact(pooled)))
         .with_min_len(shape.conv.out_channels)
-        .for_each(|(wide, (gy, at))| places.each(gy, at, |place, g| wide[place] = g));
+        .for_each(|(wide, (gy, at))| places.scatter(gy, at, wide));
     wide
 }
 
@@ -210,50 +225,60 @@ struct Places {
     output: (usize, usize),
     /// From one window to the next below and beside it.
     step: (usize, usize),
-    /// From a window's first element to each.
-    elements: Vec<usize>,
+    /// From a window's first element to each; 0 for bytes that stand for none.
+    elements: [u32; 256],
+    /// The largest place.
+    last: usize,
 }
 
 impl Places {
     /// In an image of rows of `width`, in which neighbouring outputs of the convolution are `stride` apart.
     fn new(shape: &PooledShape, width: usize, stride: (usize, usize)) -> Self {
         let (kh, kw) = shape.kernel;
-        let elements = (0..kh * kw).map(|e| e / kw * stride.0 * width + e % kw * stride.1).collect();
+        let mut elements = [0; 256];
+        for (e, place) in elements.iter_mut().enumerate().take(kh * kw) {
+            *place = (e / kw * stride.0 * width + e % kw * stride.1) as u32;
+        }
         let step = (shape.stride.0 * stride.0 * width, shape.stride.1 * stride.1);
-        Self { output: shape.output, step, elements }
+        let window = (shape.output.0 - 1) * step.0 + (shape.output.1 - 1) * step.1;
+        let last = window + (kh - 1) * stride.0 * width + (kw - 1) * stride.1;
+        Self { output: shape.output, step, elements, last }
     }
 
-    /// Behind the last place.
-    fn end(&self) -> usize {
-        let last = (self.output.0 - 1) * self.step.0 + (self.output.1 - 1) * self.step.1;
-        last + self.elements.last().copied().unwrap_or(0) + 1
-    }
-
-    /// Calls `f` with place and gradient of each output of a channel that was not cut.
+    /// Calls `f` with the place, gradient and byte of each output of a channel.
     #[inline(always)]
-    fn each<T: Copy>(&self, gy: &[T], at: &[u8], mut f: impl FnMut(usize, T)) {
+    fn each<T: Copy>(&self, gy: &[T], at: &[u8], mut f: impl FnMut(u32, T, u8)) {
         let rows = gy.chunks_exact(self.output.1).zip(at.chunks_exact(self.output.1));
-        for (row, (gy, at)) in rows.enumerate() {
-            for (col, (&g, &at)) in gy.iter().zip(at).enumerate() {
-                if let Some(element) = self.elements.get(usize::from(at)) {
-                    f(row * self.step.0 + col * self.step.1 + element, g);
-                }
+        let mut row = 0;
+        for (gy, at) in rows {
+            let mut window = row;
+            for (&g, &at) in gy.iter().zip(at) {
+                f(window + self.elements[usize::from(at)], g, at);
+                window += self.step.1 as u32;
             }
+            row += self.step.0 as u32;
         }
     }
 
-    /// The places and gradients of [`Places::each`] as a list, made without branches.
-    fn list<T: Real>(&self, gy: &[T], at: &[u8], list: &mut Vec<(u32, T)>) -> usize {
-        list.resize(gy.len() + 1, (0, T::ZERO));
-        let mut count = 0;
-        let rows = gy.chunks_exact(self.output.1).zip(at.chunks_exact(self.output.1));
-        for (row, (gy, at)) in rows.enumerate() {
-            for (col, (&g, &at)) in gy.iter().zip(at).enumerate() {
-                let element = self.elements[usize::from(at).min(self.elements.len() - 1)];
-                list[count] = ((row * self.step.0 + col * self.step.1 + element) as u32, g);
-                count += usize::from(at != CUT);
+    /// Writes the gradients of a channel's outputs that were not cut to their places.
+    fn scatter<T: Copy>(&self, gy: &[T], at: &[u8], wide: &mut [T]) {
+        self.each(gy, at, |place, g, at| {
+            if at != CUT {
+                wide[place as usize] = g;
             }
-        }
+        });
+    }
+
+    /// Places and gradients of a channel's outputs that were not cut, at the start of `list`, and their number.
+    fn list<T: Real>(&self, gy: &[T], at: &[u8], list: &mut [(u32, T)]) -> usize {
+        let mut count = 0;
+        self.each(gy, at, |place, g, at| {
+            // Without a branch, which would be mispredicted: what was cut is written over.
+            if let Some(next) = list.get_mut(count) {
+                *next = (place, g);
+            }
+            count += usize::from(at != CUT);
+        });
         count
     }
 }
@@ -287,7 +312,7 @@ impl<T: Real> Samples<T> for Unpooled<'_, T> {
         let part = index * outputs * pooled..(index + 1) * outputs * pooled;
         let rows = self.gy[part.clone()].chunks_exact(pooled).zip(self.at[part].chunks_exact(pooled));
         for ((gy, at), wide) in rows.zip(wide.chunks_exact_mut(t)) {
-            self.places.each(gy, at, |place, g| wide[place] = g);
+            self.places.scatter(gy, at, wide);
         }
         wide
     }
@@ -350,11 +375,12 @@ pub(super) fn pooled_weight_grads<T: Real>(
                 let first = ((sample * groups + group) * outputs + channel) * pooled;
                 let channels = gy[first..].chunks_exact(pooled).zip(at[first..].chunks_exact(pooled));
                 for ((gy, at), sums) in channels.zip(sums.chunks_exact_mut(room)) {
+                    list.resize(pooled, (0, T::ZERO));
                     let count = places.list(gy, at, list);
                     let list = &list[..count];
                     if let Some((bias, sums)) = sums.split_last_mut() {
-                        *bias += list.iter().fold(T::ZERO, |sum, &(_, g)| sum + g);
-                        add_rows(list, image, &rows, places.end(), sums);
+                        *bias += kept_sum(gy, at);
+                        add_rows(list, image, &rows, places.last, sums);
                     }
                 }
             }
@@ -371,12 +397,26 @@ pub(super) fn pooled_weight_grads<T: Real>(
     (gw, gb)
 }
 
+/// The sum of the gradients that were not cut, in parts that vectorize.
+fn kept_sum<T: Real>(gy: &[T], at: &[u8]) -> T {
+    let ((gy, gy_rest), (at, at_rest)) = (gy.as_chunks::<16>(), at.as_chunks::<16>());
+    let kept = |g: T, at: u8| if at == CUT { T::ZERO } else { g };
+    let mut parts = [T::ZERO; 16];
+    for (gy, at) in gy.iter().zip(at) {
+        for i in 0..16 {
+            parts[i] += kept(gy[i], at[i]);
+        }
+    }
+    let rest = gy_rest.iter().zip(at_rest).map(|(&g, &at)| kept(g, at));
+    parts.into_iter().chain(rest).fold(T::ZERO, |sum, v| sum + v)
+}
+
 /// Adds to a vector for each row of a kernel the sum over `list` of gradient times what the row sees at its place.
 fn add_rows<T: Real>(
     list: &[(u32, T)],
     image: &[T],
     rows: &[(usize, Range<usize>)],
-    end: usize,
+    last: usize,
     sums: &mut [T],
 ) {
     let mut rows = rows;
@@ -386,36 +426,36 @@ fn add_rows<T: Real>(
         (block, rows) = rows.split_at(size);
         (sums_of_block, sums) = sums.split_at_mut(size * T::Lanes::WIDTH);
         match size {
-            1 => row_tile::<T, 1>(list, image, block, end, sums_of_block),
-            2 => row_tile::<T, 2>(list, image, block, end, sums_of_block),
-            3 => row_tile::<T, 3>(list, image, block, end, sums_of_block),
-            4 => row_tile::<T, 4>(list, image, block, end, sums_of_block),
-            5 => row_tile::<T, 5>(list, image, block, end, sums_of_block),
-            6 => row_tile::<T, 6>(list, image, block, end, sums_of_block),
-            7 => row_tile::<T, 7>(list, image, block, end, sums_of_block),
-            _ => row_tile::<T, 8>(list, image, block, end, sums_of_block),
+            1 => row_tile::<T, 1>(list, image, block, last, sums_of_block),
+            2 => row_tile::<T, 2>(list, image, block, last, sums_of_block),
+            3 => row_tile::<T, 3>(list, image, block, last, sums_of_block),
+            4 => row_tile::<T, 4>(list, image, block, last, sums_of_block),
+            5 => row_tile::<T, 5>(list, image, block, last, sums_of_block),
+            6 => row_tile::<T, 6>(list, image, block, last, sums_of_block),
+            7 => row_tile::<T, 7>(list, image, block, last, sums_of_block),
+            _ => row_tile::<T, 8>(list, image, block, last, sums_of_block),
         }
     }
 }
 
-/// [`add_rows`] for `R` rows; no place lies at `end` or beyond.
+/// [`add_rows`] for `R` rows; no place lies behind `last`.
 fn row_tile<T: Real, const R: usize>(
     list: &[(u32, T)],
     image: &[T],
     rows: &[(usize, Range<usize>)],
-    end: usize,
+    last: usize,
     sums: &mut [T],
 ) {
     let width = T::Lanes::WIDTH;
     let (mut acc, mut runs) = ([T::Lanes::splat(T::ZERO); R], [&image[..0]; R]);
     for r in 0..R {
         acc[r] = T::Lanes::load(&sums[r * width..]);
-        runs[r] = &image[rows[r].0..][..end - 1 + width];
+        runs[r] = &image[rows[r].0..][..last + width];
     }
     for &(place, g) in list {
         let g = T::Lanes::splat(g);
         for r in 0..R {
-            // SAFETY: `place` is less than `end`, so that a vector follows in every run.
+            // SAFETY: `place` is at most `last`, so that a vector follows in every run.
             acc[r] = acc[r].add_product(g, unsafe { T::Lanes::load_at(runs[r], place as usize) });
         }
     }
