@@ -6,7 +6,8 @@
 //! backward pass run over those alone.
 
 use super::{
-    conv_pool_slices::{pooled_grad_input, pooled_sums, pooled_weight_grads, unpool},
+    conv_pool_forward::pooled_sums,
+    conv_pool_grads::{pooled_grad_input, pooled_weight_grads, unpool},
     element::{Element, Host, contiguous, float_dispatch},
     patches::ConvShape,
     pool::pooled_size,

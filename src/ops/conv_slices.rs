@@ -3,9 +3,10 @@
 use rayon::prelude::*;
 
 use super::{
-    correlate::{Packed, Runs, SPARE, correlate, pad, products},
+    correlate::{Packed, Runs, SPARE, correlate, pad},
     element::Real,
     patches::{ConvShape, fold_plane, unfold_plane},
+    products::products,
 };
 
 /// How the outputs of a convolution are sums of runs: shifts of the padded image, or rows of patches where the stride

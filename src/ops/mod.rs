@@ -1,7 +1,8 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
 pub mod conv;
 pub(crate) mod conv_pool;
-mod conv_pool_slices;
+mod conv_pool_forward;
+mod conv_pool_grads;
 mod conv_slices;
 mod correlate;
 mod cross;
@@ -13,6 +14,7 @@ mod moment;
 pub mod norm;
 pub mod patches;
 pub mod pool;
+mod products;
 mod record;
 pub mod rng;
 pub mod sample;

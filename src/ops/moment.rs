@@ -7,10 +7,10 @@ use std::ops::Range;
 
 use super::{
     conv_slices::add_parts,
-    correlate::square_products,
     element::{Element, Host, Real, float_dispatch},
     factor::{mirror_upper, second_moment},
     patches::{ConvShape, patches, unfold_plane},
+    products::square_products,
 };
 
 /// Numbers in the moments of all groups up to which every part of a sum has moments of its own.
