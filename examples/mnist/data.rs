@@ -4,6 +4,7 @@ use super::idx::{self, SIDE};
 use super::random::Stream;
 use super::sentence::sentence;
 use candle_core::{DType, Device, Result, Tensor, bail};
+use rayon::prelude::*;
 use std::path::Path;
 
 /// A set of images with its normalization.
@@ -145,12 +146,13 @@ impl Part {
     }
 
     /// The pixels at `places`, each byte replaced by its entry in `table`.
-    fn gather<T: Copy>(&self, places: &[usize], table: [T; 256]) -> Vec<T> {
+    fn gather<T: Copy + Send + Sync>(&self, places: &[usize], table: [T; 256]) -> Vec<T> {
         let size = SIDE * SIDE;
-        let mut out = Vec::with_capacity(places.len() * size);
-        for &i in places {
-            out.extend(self.pixels[i * size..(i + 1) * size].iter().map(|&b| table[usize::from(b)]));
-        }
+        let mut out = vec![table[0]; places.len() * size];
+        out.par_chunks_exact_mut(size).zip(places).with_min_len(64).for_each(|(image, &i)| {
+            let pixels = &self.pixels[i * size..(i + 1) * size];
+            image.iter_mut().zip(pixels).for_each(|(v, &b)| *v = table[usize::from(b)]);
+        });
         out
     }
 }

@@ -3,7 +3,7 @@
 use super::random::Stream;
 use candle_core::{Result, Tensor};
 use kronwake::nn::{Conv2d, Conv2dConfig, Linear, Module, VarBuilder, conv2d, linear};
-use kronwake::ops::pool::{max_pool2d, relu};
+use kronwake::ops::pool::relu;
 
 /// Which network: what `--model` takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,9 +48,9 @@ impl std::str::FromStr for Spec {
 }
 
 enum Layer {
+    /// A convolution with ReLU and 2 x 2 max pooling, in either order.
     Conv(Conv2d),
     Linear(Linear),
-    Pool,
     Relu,
     Tanh,
     /// `[n, c, h, w] -> [n, c h w]`.
@@ -75,7 +75,7 @@ pub struct Dropout {
 impl Model {
     /// Makes the layers; their parameters are named `conv1.weight` .. `fc2.bias` below the prefix of `vb`.
     pub fn new(spec: &Spec, vb: VarBuilder) -> Result<Self> {
-        use Layer::{Conv, Dropout, Flatten, Pool, Relu, Tanh};
+        use Layer::{Conv, Dropout, Flatten, Relu, Tanh};
         let conv = |name: &str, channels: (usize, usize), padding| {
             let config = Conv2dConfig { padding, ..Default::default() };
             conv2d(channels.0, channels.1, 5, config, vb.pp(name)).map(Conv)
@@ -83,8 +83,7 @@ impl Model {
         let fc = |i: usize, from, to| linear(from, to, vb.pp(format!("fc{i}"))).map(Layer::Linear);
         let layers = match spec {
             Spec::Cnn => {
-                let mut layers =
-                    vec![conv("conv1", (1, 5), 0)?, Pool, Relu, conv("conv2", (5, 7), 0)?, Pool, Relu];
+                let mut layers = vec![conv("conv1", (1, 5), 0)?, conv("conv2", (5, 7), 0)?];
                 layers.extend([Flatten, fc(1, 112, 30)?, Relu, Dropout, fc(2, 30, 10)?]);
                 layers
             }
@@ -92,8 +91,7 @@ impl Model {
                 vec![Flatten, fc(1, 784, 300)?, Relu, fc(2, 300, 100)?, Relu, Dropout, fc(3, 100, 10)?]
             }
             Spec::Lenet5 => {
-                let mut layers =
-                    vec![conv("conv1", (1, 6), 2)?, Relu, Pool, conv("conv2", (6, 16), 0)?, Relu, Pool];
+                let mut layers = vec![conv("conv1", (1, 6), 2)?, conv("conv2", (6, 16), 0)?];
                 layers.extend([
                     Flatten,
                     fc(1, 400, 120)?,
@@ -128,9 +126,8 @@ impl Model {
         let mut x = images.clone();
         for layer in &self.layers {
             x = match layer {
-                Layer::Conv(layer) => layer.forward(&x)?,
+                Layer::Conv(layer) => layer.forward_pooled(&x, (2, 2), (2, 2), true)?,
                 Layer::Linear(layer) => layer.forward(&x)?,
-                Layer::Pool => max_pool2d(&x, (2, 2), (2, 2))?,
                 Layer::Relu => relu(&x)?,
                 Layer::Tanh => x.tanh()?,
                 Layer::Flatten => x.flatten_from(1)?,

@@ -5,7 +5,7 @@ use crate::linalg::cholesky::inverse_spd;
 use crate::linalg::eigh::{Eigh, eigh, generalized_eigh};
 use crate::linalg::kron::{add_diagonal_each, pi_split};
 use crate::linalg::newton::{NewtonOptions, newton_inverse};
-use crate::ops::product::{mix, product};
+use crate::ops::dense::{mix, product};
 use candle_core::{Result, Tensor};
 
 /// How the damped factors are inverted.

@@ -165,7 +165,7 @@ impl Reduce for FactorSums {
         let (batch, shared, _) = record.grads.dims3()?;
         if want.weight && self.sharing == Sharing::Expand {
             if with_inputs {
-                let a = second_moment(&record.inputs, layer.groups, want.folded, &layer.name)?;
+                let a = record.inputs.second_moment(layer.groups, want.folded, &layer.name)?;
                 add(&mut sums.totals.a, a)?;
                 sums.rows += batch * shared;
             }
@@ -176,11 +176,11 @@ impl Reduce for FactorSums {
             add_uses(&mut sums.grad_sum, &(wide(&record.grads.sum_keepdim(1)?)? * scale)?, layer)?;
         }
         if want.weight && self.sharing == Sharing::Reduce && with_inputs {
-            add_uses(&mut sums.input_sum, &wide(&record.inputs.sum_keepdim(1)?)?, layer)?;
+            add_uses(&mut sums.input_sum, &wide(&record.inputs.rows()?.sum_keepdim(1)?)?, layer)?;
             sums.positions += shared;
         }
         if want.weight && want.keep {
-            sums.inputs.push(wide(&record.inputs)?.contiguous()?);
+            sums.inputs.push(wide(&record.inputs.rows()?)?.contiguous()?);
             sums.grads.push((wide(&record.grads)? * scale)?);
         }
         Ok(())

@@ -6,11 +6,12 @@
 //! All sums run over the batch: nothing is divided by its size.
 
 use super::{
-    conv_slices::{Reader, conv_slices, grad_input_slices, weight_grads},
+    conv_slices::{conv_slices, grad_input_slices, weight_grads},
     element::{Element, Host, Real, contiguous, float_dispatch, sum},
     patches::{ConvShape, fold_compose, unfold_compose},
 };
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
 /// Convolution of CPU storages of any layout, for the body of a custom op: `x [n, c, h, w]`, `w [o, c / groups, kh, kw]`
 /// and `bias [o]` give `[n, o, oh, ow]`. Fails where dimensions differ from `shape`, or dtypes from each other.
@@ -103,54 +104,32 @@ fn grad_input_compose(gy: &Tensor, w: &Tensor, shape: &ConvShape) -> Result<Tens
     fold_compose(&w.transpose(2, 3)?.contiguous()?.broadcast_matmul(&gy)?, shape)
 }
 
-/// `dL/dw [o, c / groups, kh, kw]` from the [`patches`](super::patches::patches) `[n, t, c * kh * kw]` of the input and
-/// `gy = dL/dy [n, o, oh, ow]`, summed over the batch. Not differentiable.
-pub fn grad_weight(patches: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
+/// `dL/dw [o, c / groups, kh, kw]` from the input `x [n, c, h, w]` and `gy = dL/dy [n, o, oh, ow]`, summed over the batch.
+/// Not differentiable.
+pub fn grad_weight(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
     let n = shape.output_batch("grad_weight", gy.dims())?;
-    let (t, features) = (shape.positions(), shape.features());
-    if patches.dims() != [n, t, features] {
-        bail!("grad_weight: expected patches [{n}, {t}, {features}], got {:?}", patches.dims())
+    if shape.input_batch("grad_weight", x.dims())? != n {
+        bail!("grad_weight: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
     }
-    let patches = patches.detach().transpose(1, 2)?;
     if !gy.device().is_cpu() {
-        return grad_weight_compose(&patches, gy, shape);
+        return grad_weight_compose(x, gy, shape);
     }
     float_dispatch!("grad_weight", gy.dtype(), T => {
-        let (patches, gy) = (Host::of(&patches), Host::of(gy));
-        let (patches, gy) = (patches.values::<T>()?, gy.values::<T>()?);
-        let (patches, gy) = (T::widen_slice(&patches), T::widen_slice(&gy));
-        let gw = weight_grads(shape, n, &patches, None, &gy);
+        let (x, gy) = (Host::of(x), Host::of(gy));
+        let (x, gy) = (x.values::<T>()?, gy.values::<T>()?);
+        let gw = weight_grads(shape, n, &T::widen_slice(&x), &T::widen_slice(&gy));
         Tensor::from_vec(T::narrow_vec(gw), &shape.weight_dims(), &Device::Cpu)
     })
 }
 
-/// `patches` here `[n, c * kh * kw, t]`.
-fn grad_weight_compose(patches: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
+fn grad_weight_compose(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
     // One product a group, over batch and positions together.
     let across = |x: &Tensor, rows: usize| {
         x.transpose(0, 1)?.contiguous()?.reshape((shape.groups, rows / shape.groups, ()))
     };
     let gy = gy.detach().reshape(((), shape.out_channels, shape.positions()))?;
-    let patches = across(patches, shape.features())?;
+    let patches = across(&unfold_compose(&x.detach(), shape)?, shape.features())?;
     across(&gy, shape.out_channels)?.matmul(&patches.transpose(1, 2)?)?.reshape(&shape.weight_dims())
-}
-
-/// [`grad_weight`] from the input `x [n, c, h, w]` itself, for a pass in which nothing else needs the patches: on the CPU
-/// they are never stored.
-pub fn grad_weight_from_input(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
-    if !gy.device().is_cpu() {
-        return grad_weight(&super::patches::patches(x, shape)?, gy, shape);
-    }
-    let n = shape.output_batch("grad_weight", gy.dims())?;
-    if shape.input_batch("grad_weight", x.dims())? != n {
-        bail!("grad_weight: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
-    }
-    float_dispatch!("grad_weight", gy.dtype(), T => {
-        let (x, gy) = (Host::of(x), Host::of(gy));
-        let (x, gy) = (x.values::<T>()?, gy.values::<T>()?);
-        let gw = weight_grads(shape, n, &T::widen_slice(&x), Some(&Reader::new(shape)), &T::widen_slice(&gy));
-        Tensor::from_vec(T::narrow_vec(gw), &shape.weight_dims(), &Device::Cpu)
-    })
 }
 
 /// `dL/db [o]` from `gy = dL/dy [n, o, oh, ow]`: its sum over batch and positions. Not differentiable.
@@ -164,11 +143,20 @@ pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
     float_dispatch!("grad_bias", gy.dtype(), T => {
         let host = Host::of(gy);
         let gy = host.values::<T>()?;
-        let mut sums = vec![<T as Element>::Acc::ZERO; o];
-        for sample in gy.chunks_exact((o * oh * ow).max(1)).take(n) {
-            for (total, run) in sums.iter_mut().zip(sample.chunks_exact((oh * ow).max(1))) {
-                *total += sum(run, |v| v);
+        // Parts are summed in parallel and added in order: the result does not depend on the number of threads.
+        let part = n.div_ceil(16).max(1) * o * oh * ow;
+        let parts = gy.par_chunks(part.max(1)).map(|part| {
+            let mut sums = vec![<T as Element>::Acc::ZERO; o];
+            for sample in part.chunks_exact(o * oh * ow) {
+                for (total, run) in sums.iter_mut().zip(sample.chunks_exact(oh * ow)) {
+                    *total += sum(run, |v| v);
+                }
             }
+            sums
+        });
+        let mut sums = vec![<T as Element>::Acc::ZERO; o];
+        for part in parts.collect::<Vec<_>>() {
+            sums.iter_mut().zip(part).for_each(|(total, part)| *total += part);
         }
         Tensor::from_vec(T::narrow_vec(sums), o, &Device::Cpu)
     })
@@ -179,10 +167,7 @@ mod tests {
     use candle_core::CustomOp3;
 
     use super::*;
-    use crate::ops::{
-        patches::patches,
-        testing::{assert_close, random, values},
-    };
+    use crate::ops::testing::{assert_close, random, values};
 
     /// Input `[n, c, h, w]`, output channels, kernel, stride, padding, dilation, groups.
     type Case = ([usize; 4], usize, (usize, usize), (usize, usize), (usize, usize), (usize, usize), usize);
@@ -268,21 +253,19 @@ mod tests {
             for (x, w) in [(&x, &w), (&turned, &back)] {
                 assert_close(&x.apply_op3_no_bwd(w, &b, &Conv(shape))?, &y, 1e-13);
             }
-            let p = patches(&x, &shape)?;
             assert_close(&grad_input(&gy, &w, &shape)?, &gx, 1e-13);
-            assert_close(&grad_weight(&p, &gy, &shape)?, &gw, 1e-13);
-            assert_close(&grad_weight_from_input(&x, &gy, &shape)?, &gw, 1e-13);
+            assert_close(&grad_weight(&x, &gy, &shape)?, &gw, 1e-13);
             assert_close(&grad_bias(&gy)?, &gb, 1e-13);
             if n > 0 {
                 assert_close(&conv_compose(&x, &w, Some(&b), &shape)?, &y, 1e-13);
                 assert_close(&grad_input_compose(&gy, &w, &shape)?, &gx, 1e-13);
-                assert_close(&grad_weight_compose(&p.transpose(1, 2)?, &gy, &shape)?, &gw, 1e-13);
+                assert_close(&grad_weight_compose(&x, &gy, &shape)?, &gw, 1e-13);
             }
             for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 1e-2), (DType::BF16, 5e-2)] {
                 let to = |t: &Tensor| t.to_dtype(dtype);
                 assert_close(&to(&x)?.apply_op3_no_bwd(&to(&w)?, &to(&b)?, &Conv(shape))?, &y, tolerance);
                 assert_close(&grad_input(&to(&gy)?, &to(&w)?, &shape)?, &gx, tolerance);
-                assert_close(&grad_weight(&to(&p)?, &to(&gy)?, &shape)?, &gw, tolerance);
+                assert_close(&grad_weight(&to(&x)?, &to(&gy)?, &shape)?, &gw, tolerance);
                 assert_close(&grad_bias(&to(&gy)?)?, &gb, tolerance);
             }
         }
@@ -293,15 +276,13 @@ mod tests {
     fn unfitting_tensors_are_refused() -> Result<()> {
         let shape = ConvShape::new("test", &[2, 3, 5, 5], &[4, 3, 3, 3], (1, 1), (0, 0), (1, 1), 1)?;
         let (x, w, gy) = (random(0, &[2, 3, 5, 5])?, random(1, &[4, 3, 3, 3])?, random(2, &[2, 4, 3, 3])?);
-        let (p, b) = (patches(&x, &shape)?, random(3, &[4])?);
+        let b = random(3, &[4])?;
         assert!(x.apply_op3_no_bwd(&w, &random(3, &[3])?, &Conv(shape)).is_err());
         assert!(x.apply_op3_no_bwd(&w.to_dtype(DType::F32)?, &b, &Conv(shape)).is_err());
         assert!(gy.apply_op3_no_bwd(&w, &b, &Conv(shape)).is_err());
         assert!(grad_input(&x, &w, &shape).is_err() && grad_input(&gy, &gy, &shape).is_err());
-        assert!(
-            grad_weight(&p, &x, &shape).is_err() && grad_weight(&p.narrow(0, 0, 1)?, &gy, &shape).is_err()
-        );
-        assert!(grad_weight_from_input(&x.narrow(0, 0, 1)?, &gy, &shape).is_err());
+        assert!(grad_weight(&x, &x, &shape).is_err() && grad_weight(&gy, &gy, &shape).is_err());
+        assert!(grad_weight(&x.narrow(0, 0, 1)?, &gy, &shape).is_err());
         Ok(())
     }
 }

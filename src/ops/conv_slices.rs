@@ -3,21 +3,22 @@
 use rayon::prelude::*;
 
 use super::{
-    correlate::{Runs, SPARE, correlate, pack, pad, products},
+    correlate::{Packed, Runs, SPARE, correlate, pad},
     element::Real,
     patches::{ConvShape, fold_plane, unfold_plane},
+    products::products,
 };
 
 /// How the outputs of a convolution are sums of runs: shifts of the padded image, or rows of patches where the stride
 /// forbids that, or where most positions of the image would straddle two rows.
-pub(super) struct Reader {
+struct Reader {
     shape: ConvShape,
     runs: Runs,
     unfold: bool,
 }
 
 impl Reader {
-    pub(super) fn new(shape: &ConvShape) -> Self {
+    fn new(shape: &ConvShape) -> Self {
         let image = Runs::of_image(shape);
         let unfold = shape.stride != (1, 1) || image.length() > 2 * shape.positions();
         let runs = if unfold { Runs::of_rows(shape, shape.group_features()) } else { image };
@@ -35,7 +36,23 @@ impl Reader {
         let (h, w) = self.shape.input;
         let part = self.shape.kernel.0 * self.shape.kernel.1 * self.shape.positions();
         let planes = x.chunks_exact(h * w).zip(buffer.chunks_exact_mut(part));
-        planes.for_each(|(plane, out)| unfold_plane(&self.shape, plane, out));
+        planes.for_each(|(plane, out)| unfold_plane(&self.shape, plane, out, self.shape.positions()));
+    }
+}
+
+/// Where the loops below find the numbers of one sample's group.
+pub(super) trait Samples<T>: Sync {
+    /// Sample `index / groups`, group `index % groups`, in row-major order; `buffer` is room for it if needed, empty or
+    /// what a former call left.
+    fn get<'a>(&'a self, index: usize, buffer: &'a mut Vec<T>) -> &'a [T];
+}
+
+/// Parts of equal length of a slice.
+struct Parts<'a, T>(&'a [T], usize);
+
+impl<T: Real> Samples<T> for Parts<'_, T> {
+    fn get<'a>(&'a self, index: usize, _: &'a mut Vec<T>) -> &'a [T] {
+        &self.0[index * self.1..][..self.1]
     }
 }
 
@@ -47,28 +64,45 @@ pub(super) fn conv_slices<T: Real>(
     shape: &ConvShape,
     n: usize,
 ) -> Vec<T> {
-    let (groups, t) = (shape.groups, shape.positions());
+    conv_samples(&Parts(x, shape.group_channels() * shape.input.0 * shape.input.1), at, bias, shape, n)
+}
+
+fn conv_samples<T: Real>(
+    x: &impl Samples<T>,
+    at: impl Fn(usize, usize) -> T,
+    bias: Option<&[T]>,
+    shape: &ConvShape,
+    n: usize,
+) -> Vec<T> {
     let (outputs, features) = (shape.group_outputs(), shape.group_features());
-    let (x_part, y_part) = (shape.group_channels() * shape.input.0 * shape.input.1, outputs * t);
     let reader = Reader::new(shape);
-    let packed: Vec<Vec<T>> =
-        (0..groups).map(|group| pack(outputs, features, |o, k| at(group * outputs + o, k))).collect();
-    let mut y = vec![T::ZERO; n * groups * y_part];
-    let init = || (Vec::new(), Vec::new());
-    y.par_chunks_exact_mut(y_part).enumerate().for_each_init(init, |(runs, band), (at, y)| {
-        let group = at % groups;
-        if let Some(bias) = bias {
-            let bias = &bias[group * outputs..];
-            y.chunks_exact_mut(t).zip(bias).for_each(|(y, &b)| y.fill(b));
-        }
-        reader.read(&x[at * x_part..][..x_part], runs);
-        correlate(&reader.runs, runs, &packed[group], y, band);
+    let packed = |group: usize| {
+        let bias = bias.map(|bias| &bias[group * outputs..][..outputs]);
+        Packed::new(outputs, features, |o, k| at(group * outputs + o, k), bias)
+    };
+    let packed: Vec<_> = (0..shape.groups).map(packed).collect();
+    let part = outputs * shape.positions();
+    let mut y = vec![T::ZERO; n * shape.groups * part];
+    let init = || (Vec::new(), Vec::new(), Vec::new());
+    y.par_chunks_exact_mut(part).enumerate().for_each_init(init, |(sample, runs, band), (index, y)| {
+        reader.read(x.get(index, sample), runs);
+        correlate(&reader.runs, runs, &packed[index % shape.groups], y, band);
     });
     y
 }
 
 /// `dL/dx [n, c, h, w]` from row-major slices.
 pub(super) fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n: usize) -> Vec<T> {
+    grad_input_samples(&Parts(gy, shape.group_outputs() * shape.positions()), w, shape, n)
+}
+
+/// [`grad_input_slices`] from wherever the gradients `[o / groups, oh, ow]` are.
+pub(super) fn grad_input_samples<T: Real>(
+    gy: &impl Samples<T>,
+    w: &[T],
+    shape: &ConvShape,
+    n: usize,
+) -> Vec<T> {
     let (outputs, channels, features) =
         (shape.group_outputs(), shape.group_channels(), shape.group_features());
     if let Some(adjoint) = adjoint(shape) {
@@ -78,22 +112,21 @@ pub(super) fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n
             let o = c / channels * outputs + k / taps;
             w[o * features + c % channels * taps + taps - 1 - k % taps]
         };
-        return conv_slices(gy, turned, None, &adjoint, n);
+        return conv_samples(gy, turned, None, &adjoint, n);
     }
     let (groups, t, area) = (shape.groups, shape.positions(), shape.input.0 * shape.input.1);
     let (gy_part, gx_part) = (outputs * t, channels * area);
     let runs = Runs::of_rows(shape, outputs);
-    let packed: Vec<Vec<T>> = (0..groups)
-        .map(|group| pack(features, outputs, |k, o| w[(group * outputs + o) * features + k]))
-        .collect();
+    let at = |group: usize| move |k: usize, o: usize| w[(group * outputs + o) * features + k];
+    let packed: Vec<_> = (0..groups).map(|group| Packed::new(features, outputs, at(group), None)).collect();
     let mut gx = vec![T::ZERO; n * groups * gx_part];
-    let init = || (Vec::new(), Vec::new(), Vec::new());
-    gx.par_chunks_exact_mut(gx_part).enumerate().for_each_init(init, |(rows, patches, band), (at, gx)| {
+    let init = || (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let parts = gx.par_chunks_exact_mut(gx_part).enumerate();
+    parts.for_each_init(init, |(sample, rows, patches, band), (index, gx)| {
         rows.resize(gy_part + SPARE, T::ZERO);
-        rows[..gy_part].copy_from_slice(&gy[at * gy_part..][..gy_part]);
-        patches.clear();
+        rows[..gy_part].copy_from_slice(gy.get(index, sample));
         patches.resize(features * t, T::ZERO);
-        correlate(&runs, rows, &packed[at % groups], patches, band);
+        correlate(&runs, rows, &packed[index % groups], patches, band);
         let parts = patches.chunks_exact(shape.kernel.0 * shape.kernel.1 * t);
         gx.chunks_exact_mut(area).zip(parts).for_each(|(gx, part)| fold_plane(shape, part, gx));
     });
@@ -117,19 +150,12 @@ fn adjoint(shape: &ConvShape) -> Option<ConvShape> {
     })
 }
 
-/// `dL/dw [o, c / groups, kh, kw]` from row-major slices: `x` is `[n, c, h, w]` with a reader, patches
-/// `[n, c * kh * kw, t]` without.
-pub(super) fn weight_grads<T: Real>(
-    shape: &ConvShape,
-    n: usize,
-    x: &[T],
-    reader: Option<&Reader>,
-    gy: &[T],
-) -> Vec<T> {
+/// `dL/dw [o, c / groups, kh, kw]` from row-major slices.
+pub(super) fn weight_grads<T: Real>(shape: &ConvShape, n: usize, x: &[T], gy: &[T]) -> Vec<T> {
     let (groups, t) = (shape.groups, shape.positions());
     let (outputs, features) = (shape.group_outputs(), shape.group_features());
-    let x_part = x.len() / (n * groups).max(1);
-    let rows = Runs::of_rows(shape, features);
+    let x_part = shape.group_channels() * shape.input.0 * shape.input.1;
+    let reader = Reader::new(shape);
     // Samples whose products are added up in registers.
     let together = (1024 / t).clamp(1, 16);
     // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
@@ -141,25 +167,23 @@ pub(super) fn weight_grads<T: Real>(
     sums.par_chunks_exact_mut(outputs * features).enumerate().for_each_init(Vec::new, |buffers, (at, gw)| {
         let (part, group) = (at / groups, at % groups);
         let part = part * samples..((part + 1) * samples).min(n);
-        let of_sample = |sample: usize| {
-            let at = sample * groups + group;
-            (&gy[at * outputs * t..][..outputs * t], &x[at * x_part..][..x_part])
-        };
-        let Some(reader) = reader else {
-            let batch: Vec<_> = part.map(of_sample).collect();
-            return batch.chunks(together).for_each(|batch| products(&rows, t, batch, gw));
-        };
         buffers.resize_with(together, || (Vec::new(), Vec::new()));
         for first in part.clone().step_by(together) {
             let batch = first..(first + together).min(part.end);
-            for ((spread, runs), (gy, x)) in buffers.iter_mut().zip(batch.clone().map(of_sample)) {
-                reader.runs.spread(gy, spread);
-                reader.read(x, runs);
+            for ((spread, runs), sample) in buffers.iter_mut().zip(batch.clone()) {
+                let at = sample * groups + group;
+                reader.runs.spread(&gy[at * outputs * t..][..outputs * t], spread);
+                reader.read(&x[at * x_part..][..x_part], runs);
             }
             let batch: Vec<_> = buffers[..batch.len()].iter().map(|(g, x)| (&g[..], &x[..])).collect();
             products(&reader.runs, reader.runs.spread_length(), &batch, gw);
         }
     });
+    add_parts(sums, length)
+}
+
+/// The sum, in order, of the parts of `sums`, each of `length` numbers.
+pub(super) fn add_parts<T: Real>(mut sums: Vec<T>, length: usize) -> Vec<T> {
     let (first, rest) = sums.split_at_mut(length);
     for part in rest.chunks_exact(length) {
         first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);

@@ -1,4 +1,4 @@
-//! The two loops that a convolution and its gradients consist of.
+//! The loop that a convolution and its gradient for the input consist of.
 //!
 //! An image with its padding is one run of numbers, a channel after the other. Over that run, kernel element
 //! `(c, ki, kj)` is the image shifted by some `s_k`, so all outputs `y_o[i] = sum_k w[k][o] x[s_k + i]` of whole rows are
@@ -14,10 +14,32 @@ use super::{
 /// Numbers that may be read behind the last one that counts; no vector is longer.
 pub(crate) const SPARE: usize = 16;
 
+/// Copies `src` to the start of `dst`: for the few numbers that a row of an image has, faster than a call.
+#[inline(always)]
+pub(crate) fn copy<T: Copy>(src: &[T], dst: &mut [T]) {
+    /// The first `N` numbers, and the last `N`.
+    #[inline(always)]
+    fn ends<T: Copy, const N: usize>(src: &[T], dst: &mut [T]) {
+        let last = src.len() - N;
+        dst[..N].copy_from_slice(&src[..N]);
+        dst[last..last + N].copy_from_slice(&src[last..]);
+    }
+    let dst = &mut dst[..src.len()];
+    match src.len() {
+        33.. => dst.copy_from_slice(src),
+        16.. => ends::<T, 16>(src, dst),
+        8.. => ends::<T, 8>(src, dst),
+        4.. => ends::<T, 4>(src, dst),
+        2.. => ends::<T, 2>(src, dst),
+        1 => dst[0] = src[0],
+        0 => {}
+    }
+}
+
 /// The shifted runs of one sample's group, and where its outputs lie in them.
 pub(crate) struct Runs {
     /// `s_k` for each feature.
-    shifts: Vec<usize>,
+    pub(super) shifts: Vec<usize>,
     /// Rows of the output, the outputs in a row, and the distance from one row to the next.
     rows: usize,
     cols: usize,
@@ -63,7 +85,7 @@ impl Runs {
         spread.resize(outputs.len() / t * length, T::ZERO);
         for (src, dst) in outputs.chunks_exact(t).zip(spread.chunks_exact_mut(length)) {
             let rows = src.chunks_exact(self.cols).zip(dst.chunks_mut(self.row_step));
-            rows.for_each(|(src, dst)| dst[..self.cols].copy_from_slice(src));
+            rows.for_each(|(src, dst)| copy(src, dst));
         }
     }
 }
@@ -79,12 +101,12 @@ pub(crate) fn pad<T: Real>(shape: &ConvShape, x: &[T], padded: &mut Vec<T>) {
     let (row, step) = if pw == 0 { (h * w, h * w) } else { (w, width) };
     for (src, dst) in x.chunks_exact(h * w).zip(padded.chunks_exact_mut(plane)) {
         let rows = dst[ph * width..].chunks_exact_mut(step);
-        src.chunks_exact(row).zip(rows).for_each(|(src, dst)| dst[pw..pw + row].copy_from_slice(src));
+        src.chunks_exact(row).zip(rows).for_each(|(src, dst)| copy(src, &mut dst[pw..]));
     }
 }
 
 /// The sizes of the nearly equal blocks of at most `max` that `count` is cut into.
-fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
+pub(crate) fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
     let parts = count.div_ceil(max);
     (0..parts).map(move |i| count / parts + usize::from(i < count % parts))
 }
@@ -92,89 +114,146 @@ fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
 /// Output channels of a tile: as many as the processor has registers for.
 const TILE: usize = if MANY_REGISTERS { 8 } else { 6 };
 
-/// Weights in the order the tiles read them: for each block of channels, `[features, channels of the block]`.
-/// `at(o, k)` is the weight of channel `o` and feature `k`.
-pub(crate) fn pack<T: Real>(channels: usize, features: usize, at: impl Fn(usize, usize) -> T) -> Vec<T> {
-    let mut packed = Vec::with_capacity(channels * features);
-    let mut first = 0;
-    for size in blocks(channels, TILE) {
-        packed.extend((0..size * features).map(|i| at(first + i % size, i / size)));
-        first += size;
-    }
-    packed
+/// The weights of some output channels in the order the tiles read them, and their biases.
+pub(crate) struct Packed<T> {
+    features: usize,
+    /// For each block of channels, `[features, channels of the block]`.
+    weights: Vec<T>,
+    bias: Vec<T>,
 }
 
-/// Adds to `out [channels, rows, cols]` the sums `sum_k w[k][o] x[s_k + i]`, for weights from [`pack`]. `x` has `SPARE`
-/// numbers behind the last run; `band` is a buffer.
-pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &[T], out: &mut [T], band: &mut Vec<T>) {
-    let (features, channel) = (runs.shifts.len(), runs.rows * runs.cols);
-    // A band of rows at a time, so that what the blocks of channels read again is still in the cache.
-    let rows_of_band = ((1 << 16) / features).clamp(64, 1024).div_ceil(runs.row_step).min(runs.rows);
+impl<T: Real> Packed<T> {
+    /// `at(o, k)` is the weight of channel `o` and feature `k`; no bias is one of zeros.
+    pub(crate) fn new(
+        channels: usize,
+        features: usize,
+        at: impl Fn(usize, usize) -> T,
+        bias: Option<&[T]>,
+    ) -> Self {
+        let mut weights = Vec::with_capacity(channels * features);
+        let mut first = 0;
+        for size in blocks(channels, TILE) {
+            weights.extend((0..size * features).map(|i| at(first + i % size, i / size)));
+            first += size;
+        }
+        let bias = bias.map_or_else(|| vec![T::ZERO; channels], |bias| bias.to_vec());
+        Self { features, weights, bias }
+    }
+
+    /// The blocks in which the channels are computed: weights and biases of each.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (&[T], &[T])> {
+        let (mut weights, mut bias) = (&self.weights[..], &self.bias[..]);
+        blocks(self.bias.len(), TILE).map(move |size| {
+            let (block, biases);
+            (block, weights) = weights.split_at(size * self.features);
+            (biases, bias) = bias.split_at(size);
+            (block, biases)
+        })
+    }
+}
+
+/// Rows of an image that are computed at a time, so that what the blocks of channels read again is still in the cache.
+pub(crate) fn rows_of_band(features: usize, row_step: usize) -> usize {
+    ((1 << 16) / features).clamp(64, 1024).div_ceil(row_step)
+}
+
+/// Writes to `out [channels, rows, cols]` the sums `b_o + sum_k w[k][o] x[s_k + i]`. `x` has `SPARE` numbers behind the
+/// last run; `band` is a buffer.
+pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: &mut [T], band: &mut Vec<T>) {
+    let channel = runs.rows * runs.cols;
+    let rows_of_band = rows_of_band(runs.shifts.len(), runs.row_step).min(runs.rows);
     for first in (0..runs.rows).step_by(rows_of_band) {
         let rows = rows_of_band.min(runs.rows - first);
         let length = (rows - 1) * runs.row_step + runs.cols;
+        let step = length.next_multiple_of(SPARE);
         let x = &x[first * runs.row_step..];
-        let (mut packed, mut out) = (packed, &mut out[..]);
-        for size in blocks(out.len() / channel, TILE) {
-            let (weights, next) = packed.split_at(size * features);
-            packed = next;
-            let (block, next) = out.split_at_mut(size * channel);
+        let mut out = &mut out[..];
+        for (weights, bias) in packed.blocks() {
+            let (block, next) = out.split_at_mut(bias.len() * channel);
             out = next;
-            let step = match size {
-                1 => band_sums::<T, 1, 8>(runs, x, weights, length, band),
-                2 => band_sums::<T, 2, 4>(runs, x, weights, length, band),
-                3 => band_sums::<T, 3, 3>(runs, x, weights, length, band),
-                4 => band_sums::<T, 4, 2>(runs, x, weights, length, band),
-                5 => band_sums::<T, 5, 2>(runs, x, weights, length, band),
-                6 => band_sums::<T, 6, 2>(runs, x, weights, length, band),
-                7 => band_sums::<T, 7, 2>(runs, x, weights, length, band),
-                _ => band_sums::<T, 8, 2>(runs, x, weights, length, band),
-            };
+            band.resize(bias.len() * step, T::ZERO);
+            run_sums(&runs.shifts, x, weights, bias, length, band, step);
             for (sums, out) in band.chunks_exact(step).zip(block.chunks_exact_mut(channel)) {
                 let out = out[first * runs.cols..].chunks_exact_mut(runs.cols);
-                for (dst, src) in out.zip(sums.chunks(runs.row_step)).take(rows) {
-                    dst.iter_mut().zip(src).for_each(|(d, &s)| *d += s);
-                }
+                let rows = out.zip(sums.chunks(runs.row_step)).take(rows);
+                rows.for_each(|(dst, src)| copy(&src[..runs.cols], dst));
             }
         }
     }
 }
 
-/// The sums of `O` channels over `length` positions; channel `o` at a multiple of the length that is returned.
-#[inline(always)]
-fn band_sums<T: Real, const O: usize, const V: usize>(
-    runs: &Runs,
+/// Writes the sums `bias[o] + sum_k weights[k][o] x[shifts[k] + i]` of a block of channels to `sums[o step + i]` for
+/// `i < length`, and numbers without meaning up to the next multiple of a vector's length, at most `step`.
+pub(crate) fn run_sums<T: Real>(
+    shifts: &[usize],
     x: &[T],
     weights: &[T],
+    bias: &[T],
     length: usize,
-    band: &mut Vec<T>,
-) -> usize {
-    let width = T::Lanes::WIDTH;
-    let step = length.next_multiple_of(width);
-    band.resize(step * O, T::ZERO);
-    let mut at = 0;
-    while at + V * width <= step {
-        tile::<T, O, V>(&x[at..], weights, &runs.shifts, &mut band[at..], step);
-        at += V * width;
-    }
-    while at < step {
-        tile::<T, O, 1>(&x[at..], weights, &runs.shifts, &mut band[at..], step);
-        at += width;
-    }
-    step
+    sums: &mut [T],
+    step: usize,
+) {
+    // As many vectors a tile as fit into the registers together with the channels.
+    let tiles = match (bias.len(), MANY_REGISTERS) {
+        (1, _) => tiles::<T, 1, 8>,
+        (2, true) => tiles::<T, 2, 8>,
+        (3, true) => tiles::<T, 3, 6>,
+        (4, true) => tiles::<T, 4, 4>,
+        (5, true) => tiles::<T, 5, 4>,
+        (6, true) => tiles::<T, 6, 4>,
+        (7, true) => tiles::<T, 7, 3>,
+        (_, true) => tiles::<T, 8, 3>,
+        (2, false) => tiles::<T, 2, 4>,
+        (3, false) => tiles::<T, 3, 3>,
+        (4, false) => tiles::<T, 4, 2>,
+        (5, false) => tiles::<T, 5, 2>,
+        (_, false) => tiles::<T, 6, 2>,
+    };
+    tiles(shifts, x, weights, bias, length, sums, step)
 }
 
-/// `sums[o step + l] = sum_k weights[k][o] x[shifts[k] + l]` for `O` channels and `V` vectors of positions.
-#[inline(always)]
-fn tile<T: Real, const O: usize, const V: usize>(
+/// [`run_sums`] of `O` channels, `V` vectors at a time and then the rest.
+fn tiles<T: Real, const O: usize, const V: usize>(
+    shifts: &[usize],
     x: &[T],
     weights: &[T],
-    shifts: &[usize],
+    bias: &[T],
+    length: usize,
     sums: &mut [T],
     step: usize,
 ) {
     let width = T::Lanes::WIDTH;
+    let mut left = length.div_ceil(width);
+    let mut at = 0;
+    while left > 0 {
+        let (x, sums) = (&x[at..], &mut sums[at..]);
+        let done = match left {
+            _ if left >= V => tile::<T, O, V>(x, weights, bias, shifts, sums, step),
+            4.. => tile::<T, O, 4>(x, weights, bias, shifts, sums, step),
+            3 => tile::<T, O, 3>(x, weights, bias, shifts, sums, step),
+            2 => tile::<T, O, 2>(x, weights, bias, shifts, sums, step),
+            _ => tile::<T, O, 1>(x, weights, bias, shifts, sums, step),
+        };
+        left -= done;
+        at += done * width;
+    }
+}
+
+/// [`run_sums`] for `O` channels and `V` vectors of positions; returns `V`.
+#[inline(always)]
+fn tile<T: Real, const O: usize, const V: usize>(
+    x: &[T],
+    weights: &[T],
+    bias: &[T],
+    shifts: &[usize],
+    sums: &mut [T],
+    step: usize,
+) -> usize {
+    let width = T::Lanes::WIDTH;
     let mut acc = [[T::Lanes::splat(T::ZERO); V]; O];
+    for o in 0..O {
+        acc[o] = [T::Lanes::splat(bias[o]); V];
+    }
     for (weights, &shift) in weights.chunks_exact(O).zip(shifts) {
         let run = &x[shift..shift + V * width];
         let mut x = [T::Lanes::splat(T::ZERO); V];
@@ -194,106 +273,5 @@ fn tile<T: Real, const O: usize, const V: usize>(
             acc.store(&mut sums[o * step + v * width..]);
         }
     }
-}
-
-/// Runs that a tile of [`products`] multiplies by each of its channels.
-const FEATURES: usize = 4;
-
-/// Adds to `sums [channels, features]` the products `sum_{i < length} g[o][i] x[s_k + i]` of some samples, each given as
-/// (`g [channels, length]`, `x`).
-pub(crate) fn products<T: Real>(runs: &Runs, length: usize, samples: &[(&[T], &[T])], sums: &mut [T]) {
-    let features = runs.shifts.len();
-    let (whole, rest) = runs.shifts.as_chunks::<FEATURES>();
-    for (at, shifts) in whole.iter().enumerate() {
-        feature_products(length, samples, shifts, &mut sums[at * FEATURES..], features);
-    }
-    for (at, &shift) in rest.iter().enumerate() {
-        let at = whole.len() * FEATURES + at;
-        feature_products(length, samples, &[shift], &mut sums[at..], features);
-    }
-}
-
-/// The products of `K` features with all channels; `sums` steps by `features` from one channel to the next.
-fn feature_products<T: Real, const K: usize>(
-    length: usize,
-    samples: &[(&[T], &[T])],
-    shifts: &[usize; K],
-    sums: &mut [T],
-    features: usize,
-) {
-    let mut first = 0;
-    let channels = sums.len().div_ceil(features);
-    for size in blocks(channels, if MANY_REGISTERS { 4 } else { 2 }) {
-        let sums = &mut sums[first * features..];
-        match size {
-            1 => product_tile::<T, 1, K>(length, samples, first, shifts, sums, features),
-            2 => product_tile::<T, 2, K>(length, samples, first, shifts, sums, features),
-            3 => product_tile::<T, 3, K>(length, samples, first, shifts, sums, features),
-            _ => product_tile::<T, 4, K>(length, samples, first, shifts, sums, features),
-        }
-        first += size;
-    }
-}
-
-/// The products of `O` channels from `first` on with `K` features.
-#[inline(always)]
-fn product_tile<T: Real, const O: usize, const K: usize>(
-    length: usize,
-    samples: &[(&[T], &[T])],
-    first: usize,
-    shifts: &[usize; K],
-    sums: &mut [T],
-    features: usize,
-) {
-    let width = T::Lanes::WIDTH;
-    let mut acc = [[T::Lanes::splat(T::ZERO); K]; O];
-    for &(g, x) in samples {
-        let (mut gs, mut xs) = ([g; O], [x; K]);
-        for o in 0..O {
-            gs[o] = &g[(first + o) * length..][..length];
-        }
-        for k in 0..K {
-            xs[k] = &x[shifts[k]..][..length];
-        }
-        let mut at = 0;
-        while at < length {
-            let (mut gv, mut xv) = ([T::Lanes::splat(T::ZERO); O], [T::Lanes::splat(T::ZERO); K]);
-            if length - at >= width {
-                for o in 0..O {
-                    // SAFETY: at least `width` of the `length` numbers follow; so too below.
-                    gv[o] = unsafe { T::Lanes::load_at(gs[o], at) };
-                }
-                for k in 0..K {
-                    xv[k] = unsafe { T::Lanes::load_at(xs[k], at) };
-                }
-            } else {
-                for o in 0..O {
-                    gv[o] = load_part(&gs[o][at..]);
-                }
-                for k in 0..K {
-                    xv[k] = load_part(&xs[k][at..]);
-                }
-            }
-            for o in 0..O {
-                for k in 0..K {
-                    acc[o][k] = acc[o][k].add_product(gv[o], xv[k]);
-                }
-            }
-            at += width;
-        }
-    }
-    for (o, acc) in acc.iter().enumerate() {
-        for (k, acc) in acc.iter().enumerate() {
-            let mut lanes = [T::ZERO; SPARE];
-            acc.store(&mut lanes);
-            sums[o * features + k] += lanes[..width].iter().fold(T::ZERO, |sum, &v| sum + v);
-        }
-    }
-}
-
-/// Fewer numbers than a vector holds, and zeros.
-fn load_part<T: Real>(data: &[T]) -> T::Lanes {
-    let mut lanes = [T::ZERO; SPARE];
-    lanes[..data.len()].copy_from_slice(data);
-    T::Lanes::load(&lanes)
+    V
 }

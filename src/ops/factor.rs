@@ -12,7 +12,9 @@ use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
 
 pub use super::cross::cross_square;
-use super::product::mix;
+use super::dense::mix;
+use super::moment::moment_in_place;
+pub use super::moment::patch_moment;
 use super::record::{
     PARTS, Piece, Pieces, WORTH_A_THREAD, by_group, cpu_slice, in_place, record_shape, widen,
 };
@@ -34,6 +36,9 @@ pub fn second_moment(x: &Tensor, groups: usize, append_one: bool, name: &str) ->
     let x = widen(x)?;
     if !x.device().is_cpu() {
         return compose_second_moment(&x, groups, append_one);
+    }
+    if !append_one && let Some(moment) = moment_in_place(&x, groups)? {
+        return Ok(moment);
     }
     let x = if in_place(x.layout()) { x } else { x.contiguous()? };
     let size = dim + usize::from(append_one);
@@ -160,7 +165,7 @@ struct Block<'a, T> {
 }
 
 /// Overwrites the part of a row-major `[size, size]` matrix below the diagonal by that above it.
-fn mirror_upper<T: Copy>(m: &mut [T], size: usize) {
+pub(super) fn mirror_upper<T: Copy>(m: &mut [T], size: usize) {
     const TILE: usize = 16;
     for i0 in (0..size).step_by(TILE) {
         for j0 in (0..=i0).step_by(TILE) {

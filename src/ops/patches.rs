@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
+use super::correlate::copy;
 use super::element::{Host, float_dispatch};
 
 /// The sizes of a 2-D convolution of `[n, c, h, w]` with weights `[o, c / groups, kh, kw]`; pairs are (height, width).
@@ -165,10 +166,11 @@ impl ConvShape {
     }
 }
 
-/// The patches of one channel plane, as `[kh * kw, oh * ow]`. `out` holds zeros where the patches reach into the padding.
-pub(crate) fn unfold_plane<T: Copy>(shape: &ConvShape, plane: &[T], out: &mut [T]) {
+/// The patches of one channel plane, as `[kh * kw, oh * ow]` with rows `step` apart. `out` holds zeros where the patches
+/// reach into the padding.
+pub(crate) fn unfold_plane<T: Copy>(shape: &ConvShape, plane: &[T], out: &mut [T], step: usize) {
     let (width, out_width) = (shape.input.1, shape.output.1);
-    let mut rows = out.chunks_exact_mut(shape.positions());
+    let mut rows = out.chunks_mut(step);
     for ki in 0..shape.kernel.0 {
         let (outs, first) = shape.span(ki, |p| p.0);
         for kj in 0..shape.kernel.1 {
@@ -178,7 +180,7 @@ pub(crate) fn unfold_plane<T: Copy>(shape: &ConvShape, plane: &[T], out: &mut [T
                 let src = (first + at * shape.stride.0) * width + first_col;
                 let dst = &mut row[p * out_width..][cols.clone()];
                 if shape.stride.1 == 1 {
-                    dst.copy_from_slice(&plane[src..src + dst.len()]);
+                    copy(&plane[src..src + dst.len()], dst);
                 } else {
                     let src = plane[src..].iter().step_by(shape.stride.1);
                     dst.iter_mut().zip(src).for_each(|(d, &s)| *d = s);
@@ -214,8 +216,8 @@ pub(crate) fn fold_plane<T: Copy + std::ops::AddAssign>(shape: &ConvShape, patch
 /// The input patches of every output position of `x [n, c, h, w]`, in weight order: `[n, t, c * kh * kw]` with
 /// `t = oh * ow` and zeros for the padding; with groups, the patch of group `i` is the `i`-th part of the features.
 ///
-/// It is the transposed view of a contiguous `[n, c * kh * kw, t]`, which is also how [`super::conv::grad_weight`] and
-/// the factors read it fastest. Not differentiable: the result is detached.
+/// It is the transposed view of a contiguous `[n, c * kh * kw, t]`, which is also how the factors read it fastest. Not
+/// differentiable: the result is detached.
 pub fn patches(x: &Tensor, shape: &ConvShape) -> Result<Tensor> {
     let n = shape.input_batch("patches", x.dims())?;
     if !x.device().is_cpu() {
@@ -230,7 +232,7 @@ pub fn patches(x: &Tensor, shape: &ConvShape) -> Result<Tensor> {
         out.par_chunks_exact_mut(taps * shape.positions())
             .zip(x.par_chunks_exact(area))
             .with_min_len(shape.channels)
-            .for_each(|(out, plane)| unfold_plane(shape, plane, out));
+            .for_each(|(out, plane)| unfold_plane(shape, plane, out, shape.positions()));
         Tensor::from_vec(out, dims, &candle_core::Device::Cpu)?.transpose(1, 2)
     })
 }

@@ -53,7 +53,7 @@ impl CustomOp1 for MaxPool {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         let (n, c, h, w) = layout.shape().dims4()?;
-        let (oh, ow) = output(h, w, self.kernel, self.stride)?;
+        let (oh, ow) = pooled_size(h, w, self.kernel, self.stride)?;
         float_dispatch!(self.name(), x.dtype(), T => {
             let x = contiguous::<T>(x, layout)?;
             let (mut y, mut at) = (vec![T::default(); n * c * oh * ow], vec![0u32; n * c * oh * ow]);
@@ -88,7 +88,12 @@ impl CustomOp1 for MaxPool {
     }
 }
 
-fn output(h: usize, w: usize, kernel: (usize, usize), stride: (usize, usize)) -> Result<(usize, usize)> {
+pub(crate) fn pooled_size(
+    h: usize,
+    w: usize,
+    kernel: (usize, usize),
+    stride: (usize, usize),
+) -> Result<(usize, usize)> {
     if [kernel.0, kernel.1, stride.0, stride.1].contains(&0) {
         bail!("max-pool2d: expected kernel and stride of at least 1, got {kernel:?} and {stride:?}")
     }
@@ -106,7 +111,7 @@ pub fn max_pool2d(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) ->
     let &[_, _, h, w] = x.dims() else {
         bail!("max-pool2d: expected an input [batch, channels, height, width], got {:?}", x.dims())
     };
-    output(h, w, kernel, stride)?;
+    pooled_size(h, w, kernel, stride)?;
     if x.device().is_cpu() {
         return x.apply_op1(MaxPool { kernel, stride, at: OnceLock::new() });
     }
@@ -116,7 +121,7 @@ pub fn max_pool2d(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) ->
 /// The same from candle's own operations.
 fn max_pool_compose(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) -> Result<Tensor> {
     let (n, c, h, w) = x.dims4()?;
-    let (oh, ow) = output(h, w, kernel, stride)?;
+    let (oh, ow) = pooled_size(h, w, kernel, stride)?;
     let taps = |out: usize, kernel: usize, stride: usize| {
         let taps: Vec<u32> =
             (0..out).flat_map(|o| (0..kernel).map(move |k| (o * stride + k) as u32)).collect();

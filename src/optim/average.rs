@@ -2,7 +2,7 @@
 
 use super::natural::Natural;
 use super::rule::WakeRule;
-use crate::ops::product::mix;
+use crate::ops::dense::mix;
 use candle_core::{Result, Tensor};
 
 /// An average of the parameters over the steps, `theta_bar_k = sum_i w_i theta_i / sum_i w_i` with `w_i ~ i^power`.

@@ -10,8 +10,8 @@ use crate::curvature::{
     sum_inverse, turned_moments,
 };
 use crate::linalg::kron::diagonal;
+use crate::ops::dense::{dot, mix};
 use crate::ops::factor::ema;
-use crate::ops::product::{dot, mix};
 use candle_core::{Result, Tensor};
 
 /// A block's direction before the scaling that all blocks share.

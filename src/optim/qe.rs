@@ -4,7 +4,7 @@ use super::natural::{Natural, scalar};
 use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake};
 use super::step::{Proposal, sum};
 use crate::curvature::{Damping, sandwich};
-use crate::ops::product::{dot, mix};
+use crate::ops::dense::{dot, mix};
 use crate::tape::Likelihood;
 use candle_core::{Result, Tensor, bail};
 

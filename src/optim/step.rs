@@ -8,7 +8,7 @@ use super::params::{Decay, NonFinite, StepRule};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
 use crate::curvature::{LayerFactors, damped_product, sandwich, wide};
-use crate::ops::product::{dot, mix};
+use crate::ops::dense::{dot, mix};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// What a step would do.

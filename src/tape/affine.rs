@@ -1,6 +1,6 @@
 //! The tapped affine map `y = x W^T + b`, the whole of a linear layer as one op.
 
-use super::{Owed, Record, Tap};
+use super::{Inputs, Owed, Record, Tap};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
@@ -92,7 +92,7 @@ impl Affine {
         if let (true, Some(tap)) = (owed.record, &self.tap) {
             let batch = x.dim(0)?;
             tap.record(&Record {
-                inputs: flat.reshape((batch, (), inputs))?,
+                inputs: Inputs::Rows(flat.reshape((batch, (), inputs))?),
                 grads: gy.reshape((batch, (), out))?,
             })?;
         }

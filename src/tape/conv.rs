@@ -1,8 +1,8 @@
 //! The tapped convolution: forward, gradients and the record all speak of the same patches.
 
-use super::{Owed, Record, Tap};
+use super::{Inputs, Owed, Record, Tap};
 use crate::ops::conv as op;
-use crate::ops::patches::{ConvShape, patches};
+use crate::ops::patches::ConvShape;
 use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
@@ -59,17 +59,12 @@ impl Conv {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let owed = Owed::new(self.tap.as_ref(), x, w, b);
         let gy = gy.contiguous()?;
-        let mut dw = None;
         if let (true, Some(tap)) = (owed.record, &self.tap) {
-            let patches = patches(&x.detach(), &self.shape)?;
-            tap.record(&Record { inputs: patches.clone(), grads: gy.flatten_from(2)?.transpose(1, 2)? })?;
-            if owed.weight {
-                dw = Some(op::grad_weight(&patches, &gy, &self.shape)?);
-            }
-        } else if owed.weight {
-            dw = Some(op::grad_weight_from_input(&x.detach(), &gy, &self.shape)?);
+            let inputs = Inputs::Patches { x: x.detach(), shape: self.shape };
+            tap.record(&Record { inputs, grads: gy.flatten_from(2)?.transpose(1, 2)? })?;
         }
         let dx = if owed.input { Some(op::grad_input(&gy, &w.detach(), &self.shape)?) } else { None };
+        let dw = if owed.weight { Some(op::grad_weight(&x.detach(), &gy, &self.shape)?) } else { None };
         let db = if owed.bias { Some(op::grad_bias(&gy)?) } else { None };
         Ok((dx, dw, db))
     }

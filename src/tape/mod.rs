@@ -6,14 +6,16 @@
 
 mod affine;
 mod conv;
+mod conv_pool;
 mod likelihood;
 mod record;
 
 pub use likelihood::{Fisher, Likelihood};
-pub use record::{Keep, Layer, Record, Reduce};
+pub use record::{Inputs, Keep, Layer, Record, Reduce};
 
 pub(crate) use affine::affine;
 pub(crate) use conv::conv;
+pub(crate) use conv_pool::conv_pool;
 
 use candle_core::{Result, Tensor, bail};
 use std::cell::RefCell;
@@ -37,7 +39,7 @@ thread_local! {
 /// let layer = tape.build(|| nn::linear(3, 2, vb.pp("fc1")))?;
 /// let logits = layer.forward(&Tensor::ones((5, 3), DType::F64, &Device::Cpu)?)?;
 /// let kept = tape.reduce(&logits, &logits.ones_like()?, Keep::default())?;
-/// assert_eq!(kept.0[0].1.inputs.dims(), [5, 1, 3]);
+/// assert_eq!(kept.0[0].1.inputs.rows()?.dims(), [5, 1, 3]);
 /// assert_eq!(kept.0[0].1.grads.dims(), [5, 1, 2]);
 /// # Ok(()) }
 /// ```
@@ -68,6 +70,7 @@ impl std::fmt::Debug for Tape {
 impl Tape {
     /// An empty tape.
     pub fn new() -> Self {
+        crate::ops::memory::keep_freed_blocks();
         Self::default()
     }
 

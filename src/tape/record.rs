@@ -8,6 +8,8 @@
 //!   order `(channels, kh, kw)`;
 //! * a convolution with groups: the features of group `j` are the `j`-th of `groups` equal runs.
 
+use crate::ops::factor::{patch_moment, second_moment};
+use crate::ops::patches::{ConvShape, patches};
 use candle_core::{Result, Tensor, TensorId};
 
 /// A layer with a weight matrix, as the tape knows it.
@@ -44,10 +46,45 @@ impl Layer {
 /// One layer's use in one backward pass.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// Inputs of the layer, `[batch, shared, groups * in]`; a view of any strides.
-    pub inputs: Tensor,
+    /// Inputs of the layer.
+    pub inputs: Inputs,
     /// Gradients of the scalar that was differentiated, with respect to the layer's outputs, `[batch, shared, out]`.
     pub grads: Tensor,
+}
+
+/// The inputs `[batch, shared, groups * in]` of a layer's use.
+#[derive(Debug, Clone)]
+pub enum Inputs {
+    /// Themselves; a view of any strides.
+    Rows(Tensor),
+    /// Those of a convolution: the patches of its images, which are many times as large and not stored.
+    Patches {
+        /// The images, `[batch, channels, height, width]`.
+        x: Tensor,
+        /// The convolution.
+        shape: ConvShape,
+    },
+}
+
+impl Inputs {
+    /// The inputs as a tensor `[batch, shared, groups * in]`, a view of any strides.
+    ///
+    /// # Errors
+    /// When a convolution's images are not of a floating point type.
+    pub fn rows(&self) -> Result<Tensor> {
+        match self {
+            Inputs::Rows(rows) => Ok(rows.clone()),
+            Inputs::Patches { x, shape } => patches(x, shape),
+        }
+    }
+
+    /// [`second_moment`] of the inputs.
+    pub(crate) fn second_moment(&self, groups: usize, append_one: bool, name: &str) -> Result<Tensor> {
+        match self {
+            Inputs::Rows(rows) => second_moment(rows, groups, append_one, name),
+            Inputs::Patches { x, shape } => patch_moment(x, shape, append_one, name),
+        }
+    }
 }
 
 /// Reads the records of a pass as they are made: Kronecker factors, Gram matrices, per-example gradients.

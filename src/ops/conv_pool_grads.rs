@@ -1,0 +1,268 @@
+//! The gradients of a convolution whose outputs are pooled, on slices.
+
+use rayon::prelude::*;
+use std::ops::Range;
+
+use super::{
+    conv_pool::{CUT, PooledShape},
+    conv_slices::{Samples, add_parts, grad_input_samples},
+    correlate::{blocks, pad},
+    element::Real,
+    lanes::Lanes,
+};
+
+/// The gradient `[.., oh, ow]` of the convolution's outputs from that of the pooled ones.
+pub(super) fn unpool<T: Copy + Send + Sync>(gy: &[T], at: &[u8], shape: &PooledShape, zero: T) -> Vec<T> {
+    let (t, pooled) = (shape.conv.positions(), shape.positions());
+    let mut wide = vec![zero; gy.len() / pooled * t];
+    let places = Places::new(shape, shape.conv.output.1, (1, 1));
+    wide.par_chunks_exact_mut(t)
+        .zip(gy.par_chunks_exact(pooled).zip(at.par_chunks_exact(pooled)))
+        .with_min_len(shape.conv.out_channels)
+        .for_each(|(wide, (gy, at))| places.scatter(gy, at, wide));
+    wide
+}
+
+/// Where the elements of the windows lie in an image.
+struct Places {
+    output: (usize, usize),
+    /// From one window to the next below and beside it.
+    step: (usize, usize),
+    /// From a window's first element to each; 0 for bytes that stand for none.
+    elements: [u32; 256],
+    /// The largest place.
+    last: usize,
+}
+
+impl Places {
+    /// In an image of rows of `width`, in which neighbouring outputs of the convolution are `stride` apart.
+    fn new(shape: &PooledShape, width: usize, stride: (usize, usize)) -> Self {
+        let (kh, kw) = shape.kernel;
+        let mut elements = [0; 256];
+        for (e, place) in elements.iter_mut().enumerate().take(kh * kw) {
+            *place = (e / kw * stride.0 * width + e % kw * stride.1) as u32;
+        }
+        let step = (shape.stride.0 * stride.0 * width, shape.stride.1 * stride.1);
+        let window = (shape.output.0 - 1) * step.0 + (shape.output.1 - 1) * step.1;
+        let last = window + (kh - 1) * stride.0 * width + (kw - 1) * stride.1;
+        Self { output: shape.output, step, elements, last }
+    }
+
+    /// Calls `f` with the place, gradient and byte of each output of a channel.
+    #[inline(always)]
+    fn each<T: Copy>(&self, gy: &[T], at: &[u8], mut f: impl FnMut(u32, T, u8)) {
+        let rows = gy.chunks_exact(self.output.1).zip(at.chunks_exact(self.output.1));
+        let mut row = 0;
+        for (gy, at) in rows {
+            let mut window = row;
+            for (&g, &at) in gy.iter().zip(at) {
+                f(window + self.elements[usize::from(at)], g, at);
+                window += self.step.1 as u32;
+            }
+            row += self.step.0 as u32;
+        }
+    }
+
+    /// Writes the gradients of a channel's outputs that were not cut to their places.
+    fn scatter<T: Copy>(&self, gy: &[T], at: &[u8], wide: &mut [T]) {
+        self.each(gy, at, |place, g, at| {
+            if at != CUT {
+                wide[place as usize] = g;
+            }
+        });
+    }
+
+    /// Places and gradients of a channel's outputs that were not cut, at the start of `list`, and their number.
+    fn list<T: Real>(&self, gy: &[T], at: &[u8], list: &mut [(u32, T)]) -> usize {
+        let mut count = 0;
+        self.each(gy, at, |place, g, at| {
+            // Without a branch, which would be mispredicted: what was cut is written over.
+            if let Some(next) = list.get_mut(count) {
+                *next = (place, g);
+            }
+            count += usize::from(at != CUT);
+        });
+        count
+    }
+}
+
+/// `dL/dx [n, c, h, w]` from row-major slices.
+pub(super) fn pooled_grad_input<T: Real>(
+    gy: &[T],
+    at: &[u8],
+    w: &[T],
+    shape: &PooledShape,
+    n: usize,
+) -> Vec<T> {
+    let places = Places::new(shape, shape.conv.output.1, (1, 1));
+    grad_input_samples(&Unpooled { gy, at, shape, places }, w, &shape.conv, n)
+}
+
+/// The gradients of the convolution's outputs, made from the pooled ones a sample at a time.
+struct Unpooled<'a, T> {
+    gy: &'a [T],
+    at: &'a [u8],
+    shape: &'a PooledShape,
+    places: Places,
+}
+
+impl<T: Real> Samples<T> for Unpooled<'_, T> {
+    fn get<'a>(&'a self, index: usize, wide: &'a mut Vec<T>) -> &'a [T] {
+        let (t, pooled) = (self.shape.conv.positions(), self.shape.positions());
+        let outputs = self.shape.conv.group_outputs();
+        wide.clear();
+        wide.resize(outputs * t, T::ZERO);
+        let part = index * outputs * pooled..(index + 1) * outputs * pooled;
+        let rows = self.gy[part.clone()].chunks_exact(pooled).zip(self.at[part].chunks_exact(pooled));
+        for ((gy, at), wide) in rows.zip(wide.chunks_exact_mut(t)) {
+            self.places.scatter(gy, at, wide);
+        }
+        wide
+    }
+}
+
+/// Kernel rows, cut into pieces that a vector holds, that a task multiplies by each gradient at a time.
+const ROWS: usize = 8;
+
+/// The pieces of the kernel's rows: the start of each in the padded image, its first feature and how many it has.
+fn kernel_rows<T: Real>(shape: &PooledShape) -> Vec<(usize, Range<usize>)> {
+    let conv = &shape.conv;
+    let width = conv.input.1 + 2 * conv.padding.1;
+    let plane = width * (conv.input.0 + 2 * conv.padding.0);
+    let (kh, kw) = conv.kernel;
+    // Elements of a row that lie side by side.
+    let piece = if conv.dilation.1 == 1 { T::Lanes::WIDTH } else { 1 };
+    let rows = (0..conv.group_channels() * kh).flat_map(|row| {
+        (0..kw).step_by(piece).map(move |first| {
+            let start = row / kh * plane + row % kh * conv.dilation.0 * width + first * conv.dilation.1;
+            (start, row * kw + first..row * kw + kw.min(first + piece))
+        })
+    });
+    rows.collect()
+}
+
+/// `dL/dw [o, c / groups, kh, kw]` and `dL/db [o]` from row-major slices.
+pub(super) fn pooled_weight_grads<T: Real>(
+    x: &[T],
+    gy: &[T],
+    at: &[u8],
+    shape: &PooledShape,
+    n: usize,
+) -> (Vec<T>, Vec<T>) {
+    let conv = &shape.conv;
+    let (groups, outputs, features, pooled) =
+        (conv.groups, conv.group_outputs(), conv.group_features(), shape.positions());
+    let x_part = conv.group_channels() * conv.input.0 * conv.input.1;
+    let places = Places::new(shape, conv.input.1 + 2 * conv.padding.1, conv.stride);
+    let rows = kernel_rows::<T>(shape);
+    // Room for a vector of each row, and for the bias.
+    let room = rows.len() * T::Lanes::WIDTH + 1;
+    // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
+    // the result does not depend on the number of threads. Where the sums are too large for that, the channels are divided.
+    let parts = ((1 << 22) / (conv.out_channels * room)).clamp(1, 16);
+    let channels = outputs.div_ceil(16 / parts);
+    let samples = n.div_ceil(parts);
+    let mut sums = vec![T::ZERO; parts * conv.out_channels * room];
+    let of_groups = sums.par_chunks_exact_mut(outputs * room).enumerate();
+    let tasks = of_groups.flat_map(|(index, sums)| {
+        sums.par_chunks_mut(channels * room)
+            .enumerate()
+            .map(move |(block, sums)| (index, block * channels, sums))
+    });
+    tasks.for_each_init(
+        || (Vec::new(), Vec::new()),
+        |(image, list), (index, channel, sums)| {
+            let (part, group) = (index / groups, index % groups);
+            for sample in part * samples..((part + 1) * samples).min(n) {
+                pad(conv, &x[(sample * groups + group) * x_part..][..x_part], image);
+                let first = ((sample * groups + group) * outputs + channel) * pooled;
+                let channels = gy[first..].chunks_exact(pooled).zip(at[first..].chunks_exact(pooled));
+                for ((gy, at), sums) in channels.zip(sums.chunks_exact_mut(room)) {
+                    list.resize(pooled, (0, T::ZERO));
+                    let count = places.list(gy, at, list);
+                    let list = &list[..count];
+                    if let Some((bias, sums)) = sums.split_last_mut() {
+                        *bias += kept_sum(gy, at);
+                        add_rows(list, image, &rows, places.last, sums);
+                    }
+                }
+            }
+        },
+    );
+    let sums = add_parts(sums, conv.out_channels * room);
+    let (mut gw, mut gb) = (vec![T::ZERO; conv.out_channels * features], vec![T::ZERO; conv.out_channels]);
+    for ((gw, gb), sums) in gw.chunks_exact_mut(features).zip(&mut gb).zip(sums.chunks_exact(room)) {
+        for ((_, features), lanes) in rows.iter().zip(sums.chunks_exact(T::Lanes::WIDTH)) {
+            gw[features.clone()].copy_from_slice(&lanes[..features.len()]);
+        }
+        *gb = sums[room - 1];
+    }
+    (gw, gb)
+}
+
+/// The sum of the gradients that were not cut, in parts that vectorize.
+fn kept_sum<T: Real>(gy: &[T], at: &[u8]) -> T {
+    let ((gy, gy_rest), (at, at_rest)) = (gy.as_chunks::<16>(), at.as_chunks::<16>());
+    let kept = |g: T, at: u8| if at == CUT { T::ZERO } else { g };
+    let mut parts = [T::ZERO; 16];
+    for (gy, at) in gy.iter().zip(at) {
+        for i in 0..16 {
+            parts[i] += kept(gy[i], at[i]);
+        }
+    }
+    let rest = gy_rest.iter().zip(at_rest).map(|(&g, &at)| kept(g, at));
+    parts.into_iter().chain(rest).fold(T::ZERO, |sum, v| sum + v)
+}
+
+/// Adds to a vector for each row of a kernel the sum over `list` of gradient times what the row sees at its place.
+fn add_rows<T: Real>(
+    list: &[(u32, T)],
+    image: &[T],
+    rows: &[(usize, Range<usize>)],
+    last: usize,
+    sums: &mut [T],
+) {
+    let mut rows = rows;
+    let mut sums = sums;
+    for size in blocks(rows.len(), ROWS) {
+        let (block, sums_of_block);
+        (block, rows) = rows.split_at(size);
+        (sums_of_block, sums) = sums.split_at_mut(size * T::Lanes::WIDTH);
+        match size {
+            1 => row_tile::<T, 1>(list, image, block, last, sums_of_block),
+            2 => row_tile::<T, 2>(list, image, block, last, sums_of_block),
+            3 => row_tile::<T, 3>(list, image, block, last, sums_of_block),
+            4 => row_tile::<T, 4>(list, image, block, last, sums_of_block),
+            5 => row_tile::<T, 5>(list, image, block, last, sums_of_block),
+            6 => row_tile::<T, 6>(list, image, block, last, sums_of_block),
+            7 => row_tile::<T, 7>(list, image, block, last, sums_of_block),
+            _ => row_tile::<T, 8>(list, image, block, last, sums_of_block),
+        }
+    }
+}
+
+/// [`add_rows`] for `R` rows; no place lies behind `last`.
+fn row_tile<T: Real, const R: usize>(
+    list: &[(u32, T)],
+    image: &[T],
+    rows: &[(usize, Range<usize>)],
+    last: usize,
+    sums: &mut [T],
+) {
+    let width = T::Lanes::WIDTH;
+    let (mut acc, mut runs) = ([T::Lanes::splat(T::ZERO); R], [&image[..0]; R]);
+    for r in 0..R {
+        acc[r] = T::Lanes::load(&sums[r * width..]);
+        runs[r] = &image[rows[r].0..][..last + width];
+    }
+    for &(place, g) in list {
+        let g = T::Lanes::splat(g);
+        for r in 0..R {
+            // SAFETY: `place` is at most `last`, so that a vector follows in every run.
+            acc[r] = acc[r].add_product(g, unsafe { T::Lanes::load_at(runs[r], place as usize) });
+        }
+    }
+    for r in 0..R {
+        acc[r].store(&mut sums[r * width..]);
+    }
+}
