@@ -68,18 +68,24 @@ const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/fashio
 fn options_that_do_not_apply_are_errors() {
     let folder = Folder::new("options");
     for (line, sentence) in [
-        ("--lr 0.1", "--lr does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe"),
+        (
+            "--lr 0.1",
+            "--lr does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe, kldwrm",
+        ),
         (
             "--optimizer adamw --damping 1",
-            "--damping does not apply to --optimizer adamw, only to kfac, so, q, qe, compare",
+            "--damping does not apply to --optimizer adamw, only to kfac, so, q, qe, kldwrm, compare",
         ),
         (
             "--optimizer kfac --wake-decay 0.5",
-            "--wake-decay does not apply to --optimizer kfac, only to so, q, qe, compare",
+            "--wake-decay does not apply to --optimizer kfac, only to so, q, qe, kldwrm, compare",
         ),
         ("--optimizer so --q-solve exact", "--q-solve does not apply to --optimizer so, only to q, qe"),
         ("--optimizer q --qe-lr 0.1", "--qe-lr does not apply to --optimizer q, only to qe"),
-        ("--save x", "--save does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe"),
+        (
+            "--save x",
+            "--save does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe, kldwrm",
+        ),
     ] {
         let error = folder.fail(line, 2);
         assert!(error.starts_with(&format!("error: {sentence}\n")), "{line}: {error}");
@@ -204,8 +210,15 @@ fn a_folder_and_a_start_from_a_file_give_the_same_training() {
 fn the_comparison_names_what_it_wrote_and_where_the_time_went() {
     let folder = Folder::new("compare");
     let out = folder.train("--epochs 1 --batch 500 --trace --model mlp:784-16-10");
-    let expected =
-        ["SO-KLD-WRM", "K-FAC", "AdamW", "curves.svg", "parameters after so", "./model.safetensors"];
+    let expected = [
+        "KLD-WRM",
+        "SO-KLD-WRM",
+        "K-FAC",
+        "AdamW",
+        "curves.svg",
+        "parameters after kldwrm",
+        "./model.safetensors",
+    ];
     for word in expected.into_iter().chain(["forward", "backward", "factors", "inverse", "step"]) {
         assert!(out.contains(word), "{word} in {out}");
     }
