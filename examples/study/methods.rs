@@ -1,0 +1,201 @@
+//! The methods: what each tunes, and how its optimizer is made from a setting.
+
+use super::drive::{Adam, Stepping, Train};
+use super::first_order::{FirstOrder, Rule};
+use super::setting::{Knob, Range, Setting};
+use candle_core::{Result, bail};
+use candle_nn::ParamsAdamW;
+use kronwake::curvature::Damping;
+use kronwake::nn::VarMap;
+use kronwake::optim::{Every, Inner, KFacRule, Natural, NonFinite, Params, Q, Qe, So};
+use kronwake::tape::{Fisher, Tape};
+
+/// What an optimizer is made for.
+pub struct Context<'a> {
+    pub vars: &'a VarMap,
+    /// The tape on which the model was built.
+    pub tape: &'a Tape,
+    /// Periods of the curvature.
+    pub every: Every,
+    /// Of the sampled labels.
+    pub seed: u64,
+}
+
+/// An optimizer with what is tuned of it.
+#[derive(Debug)]
+pub struct Method {
+    /// As options and lines of the log spell it.
+    pub name: &'static str,
+    knobs: &'static [&'static [Knob]],
+    pub build: fn(&Setting, &Context) -> Result<Box<dyn Train>>,
+}
+
+impl Method {
+    pub fn knobs(&self) -> impl Iterator<Item = Knob> {
+        self.knobs.iter().flat_map(|list| list.iter().copied())
+    }
+}
+
+const fn log(name: &'static str, low: f64, high: f64) -> Knob {
+    Knob { name, range: Range::LogUniform(low, high) }
+}
+
+const fn uniform(name: &'static str, low: f64, high: f64) -> Knob {
+    Knob { name, range: Range::Uniform(low, high) }
+}
+
+const fn choice(name: &'static str, list: &'static [&'static str]) -> Knob {
+    Knob { name, range: Range::Choice(list) }
+}
+
+const SGD: &[Knob] = &[log("lr", 1e-3, 1.0), log("1-momentum", 0.01, 0.5), log("weight_decay", 1e-5, 1e-2)];
+const ADAMW: &[Knob] =
+    &[log("lr", 1e-4, 3e-2), log("weight_decay", 1e-4, 1.0), choice("beta1", &["0.8", "0.9", "0.95"])];
+/// What all methods with curvature tune. `lr` is that of a steady state: with a gradient that stays the same, a step is
+/// `lr F^-1 g` whatever the momentum or the wake.
+const CURVED: &[Knob] = &[
+    log("lr", 1e-2, 1.0),
+    log("damping", 1e-4, 1e-1),
+    log("weight_decay", 1e-5, 1e-2),
+    log("kl_clip", 1e-3, 1e-1),
+    choice("fisher", &["sampled", "empirical"]),
+    choice("stat_decay", &["0.5", "0.8", "0.95"]),
+];
+const MOMENTUM: &[Knob] = &[uniform("momentum", 0.5, 0.95)];
+const WAKE: &[Knob] = &[uniform("wake_decay", 0.05, 0.5)];
+const INNER: &[Knob] = &[log("inner_lr", 1e-3, 1.0)];
+
+/// All methods, in the order of reports.
+pub const METHODS: &[Method] = &[
+    Method { name: "sgd", knobs: &[SGD], build: sgd },
+    Method { name: "adamw", knobs: &[ADAMW], build: adamw },
+    Method { name: "kfac", knobs: &[CURVED], build: kfac },
+    Method { name: "kfac-momentum", knobs: &[CURVED, MOMENTUM], build: kfac_momentum },
+    Method { name: "so", knobs: &[CURVED, WAKE], build: so },
+    Method { name: "q", knobs: &[CURVED, WAKE], build: q },
+    Method { name: "qe", knobs: &[CURVED, WAKE, INNER], build: qe },
+];
+
+/// The method called `name`.
+pub fn method(name: &str) -> std::result::Result<&'static Method, String> {
+    let names: Vec<_> = METHODS.iter().map(|method| method.name).collect();
+    let found = METHODS.iter().find(|method| method.name == name);
+    found.ok_or_else(|| format!("expected one of {}", names.join(", ")))
+}
+
+fn sgd(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let rule = Rule::Sgd { momentum: 1.0 - s.number("1-momentum")? };
+    Ok(Box::new(FirstOrder::new(c.vars, rule, s.number("lr")?, s.number("weight_decay")?)?))
+}
+
+fn adamw(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let params = ParamsAdamW {
+        lr: s.number("lr")?,
+        beta1: s.number("beta1")?,
+        weight_decay: s.number("weight_decay")?,
+        ..Default::default()
+    };
+    Ok(Box::new(Adam::new(c.vars.all_vars(), params)?))
+}
+
+/// The optimizer with the rule `wake` and the common knobs; `change` has the last word.
+fn curved<R: Stepping>(
+    wake: R,
+    s: &Setting,
+    c: &Context,
+    change: impl FnOnce(&mut Params<R>) -> Result<()>,
+) -> Result<Box<dyn Train>> {
+    let mut params = Params {
+        lr: s.number("lr")?,
+        damping: Damping::Eigenvalue(s.number("damping")?),
+        weight_decay: s.number("weight_decay")?,
+        kl_clip: Some(s.number("kl_clip")?),
+        fisher: match s.choice("fisher")? {
+            "sampled" => Fisher::Sampled { draws: 1, seed: c.seed },
+            "empirical" => Fisher::Empirical,
+            other => bail!("fisher {other}: expected sampled or empirical"),
+        },
+        stat_decay: s.number("stat_decay")?,
+        every: c.every,
+        // A step that is left out ends the run as diverged.
+        non_finite: NonFinite::Skip,
+        wake,
+        ..Params::on(c.tape)
+    };
+    change(&mut params)?;
+    Ok(Box::new(Natural::from_varmap(c.vars, params)?))
+}
+
+fn kfac(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    curved(KFacRule, s, c, |_| Ok(()))
+}
+
+/// Heavy ball adds up to `1 / (1 - momentum)` directions: rate and clip are those of the sum.
+fn kfac_momentum(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    curved(KFacRule, s, c, |params| {
+        params.momentum = s.number("momentum")?;
+        let share = 1.0 - params.momentum;
+        params.lr *= share;
+        params.kl_clip = params.kl_clip.map(|clip| clip * share * share);
+        Ok(())
+    })
+}
+
+/// A wake leaves `1 - wake_decay` of a gradient that stays the same. The clip measures the step as it is taken.
+fn steady<R>(params: &mut Params<R>, wake_decay: f64) -> Result<()> {
+    params.lr /= 1.0 - wake_decay;
+    Ok(())
+}
+
+fn so(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let wake_decay = s.number("wake_decay")?;
+    curved(So { wake_decay: Some(wake_decay) }, s, c, |params| steady(params, wake_decay))
+}
+
+fn q(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let wake_decay = s.number("wake_decay")?;
+    let wake = Q { wake_decay: Some(wake_decay), ..Default::default() };
+    curved(wake, s, c, |params| steady(params, wake_decay))
+}
+
+fn qe(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let wake_decay = s.number("wake_decay")?;
+    let inner =
+        Inner { lr: s.number("inner_lr")?, steps: 1, models: 2, preconditioned: true, ..Default::default() };
+    let wake = Qe { wake_decay: Some(wake_decay), inner, ..Default::default() };
+    curved(wake, s, c, |params| steady(params, wake_decay))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+    use kronwake::nn::{VarBuilder, linear};
+
+    #[test]
+    fn every_method_is_built_from_its_random_settings() {
+        for method in METHODS {
+            for index in 0..10 {
+                let (vars, tape) = (VarMap::new(), Tape::new());
+                tape.build(|| linear(3, 2, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)))
+                    .unwrap();
+                let every = Every { factors: 30, inverses: 30 };
+                let context = Context { vars: &vars, tape: &tape, every, seed: 1 };
+                let setting = Setting::random(method.knobs(), 0, index);
+                let built = (method.build)(&setting, &context).unwrap();
+                let share = match method.name {
+                    "kfac-momentum" => 1.0 - setting.number("momentum").unwrap(),
+                    "so" | "q" | "qe" => 1.0 / (1.0 - setting.number("wake_decay").unwrap()),
+                    _ => 1.0,
+                };
+                let expected = setting.number("lr").unwrap() * share;
+                assert!((built.learning_rate() / expected - 1.0).abs() < 1e-12, "{}", method.name);
+            }
+            let mut names: Vec<_> = method.knobs().map(|knob| knob.name).collect();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), method.knobs().count(), "{}: a knob twice", method.name);
+        }
+        assert!(method("lbfgs").unwrap_err().starts_with("expected one of sgd, adamw, kfac"));
+    }
+}
