@@ -3,7 +3,7 @@
 use super::first_order::FirstOrder;
 use candle_core::{Result, Tensor, Var};
 use candle_nn::{AdamW, ParamsAdamW};
-use kronwake::optim::{KFacRule, Natural, Optimizer, Q, Qe, So, WakeRule};
+use kronwake::optim::{KFacRule, Natural, Optimizer, Q, Qe, So, TwoRate, WakeRule};
 use kronwake::tape::Likelihood;
 
 /// A batch that has been through the model.
@@ -22,6 +22,10 @@ pub trait Train {
     fn set_learning_rate(&mut self, lr: f64);
     /// One step; false if it was left out because a number in it was not finite.
     fn step(&mut self, pass: &Pass) -> Result<bool>;
+    /// Runs `f` at the averaged parameters, where the optimizer keeps such.
+    fn at_average(&mut self, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        f()
+    }
 }
 
 impl Train for FirstOrder {
@@ -73,6 +77,7 @@ pub trait Stepping: WakeRule + 'static {
 impl Stepping for KFacRule {}
 impl Stepping for So {}
 impl Stepping for Q {}
+impl Stepping for TwoRate {}
 
 impl Stepping for Qe {
     fn advance(optimizer: &mut Natural<Self>, pass: &Pass) -> Result<()> {
@@ -94,5 +99,9 @@ impl<R: Stepping> Train for Natural<R> {
         self.observe(pass.logits, Likelihood::Categorical)?;
         R::advance(self, pass)?;
         Ok(self.skipped() == before)
+    }
+
+    fn at_average(&mut self, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        Natural::at_average(self, f)
     }
 }

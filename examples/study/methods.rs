@@ -7,7 +7,9 @@ use candle_core::{Result, bail};
 use candle_nn::ParamsAdamW;
 use kronwake::curvature::Damping;
 use kronwake::nn::VarMap;
-use kronwake::optim::{Every, Inner, KFacRule, Natural, NonFinite, Params, Q, Qe, So};
+use kronwake::optim::{
+    AdaptiveKl, Average, Every, Inner, KFacRule, Natural, NonFinite, Params, Q, Qe, So, StepRule, TwoRate,
+};
 use kronwake::tape::{Fisher, Tape};
 
 /// What an optimizer is made for.
@@ -61,6 +63,17 @@ const CURVED: &[Knob] = &[
     choice("fisher", &["sampled", "empirical"]),
     choice("stat_decay", &["0.5", "0.8", "0.95"]),
 ];
+/// [`CURVED`] where a KL divergence takes the place of the learning rate: the range of that of the clip, of which it is half.
+const FIXED_KL: &[Knob] = &[
+    log("kl_target", 5e-4, 5e-2),
+    log("damping", 1e-4, 1e-1),
+    log("weight_decay", 1e-5, 1e-2),
+    choice("fisher", &["sampled", "empirical"]),
+    choice("stat_decay", &["0.5", "0.8", "0.95"]),
+];
+/// What is left where the optimizer finds the rest.
+const FREE: &[Knob] = &[log("kl_target", 5e-4, 5e-2), log("weight_decay", 1e-5, 1e-2)];
+const RATES: &[Knob] = &[uniform("model_decay", 0.5, 0.95), uniform("wake_decay", 0.0, 0.9)];
 const MOMENTUM: &[Knob] = &[uniform("momentum", 0.5, 0.95)];
 const WAKE: &[Knob] = &[uniform("wake_decay", 0.05, 0.5)];
 const INNER: &[Knob] = &[log("inner_lr", 1e-3, 1.0)];
@@ -74,6 +87,10 @@ pub const METHODS: &[Method] = &[
     Method { name: "so", knobs: &[CURVED, WAKE], build: so },
     Method { name: "q", knobs: &[CURVED, WAKE], build: q },
     Method { name: "qe", knobs: &[CURVED, WAKE, INNER], build: qe },
+    Method { name: "kfac-average", knobs: &[CURVED], build: kfac_average },
+    Method { name: "fixed-kl", knobs: &[FIXED_KL], build: fixed_kl },
+    Method { name: "two-rate", knobs: &[CURVED, RATES], build: two_rate },
+    Method { name: "kld-wrm", knobs: &[FREE], build: kld_wrm },
 ];
 
 /// The method called `name`.
@@ -110,11 +127,7 @@ fn curved<R: Stepping>(
         damping: Damping::Eigenvalue(s.number("damping")?),
         weight_decay: s.number("weight_decay")?,
         kl_clip: Some(s.number("kl_clip")?),
-        fisher: match s.choice("fisher")? {
-            "sampled" => Fisher::Sampled { draws: 1, seed: c.seed },
-            "empirical" => Fisher::Empirical,
-            other => bail!("fisher {other}: expected sampled or empirical"),
-        },
+        fisher: fisher(s, c)?,
         stat_decay: s.number("stat_decay")?,
         every: c.every,
         // A step that is left out ends the run as diverged.
@@ -166,6 +179,65 @@ fn qe(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
     curved(wake, s, c, |params| steady(params, wake_decay))
 }
 
+/// The control for [`kld_wrm`]: K-FAC with its averaged parameters and its early refreshes.
+fn kfac_average(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    curved(KFacRule, s, c, |params| {
+        params.average = Some(Average::default());
+        params.early_refresh = true;
+        Ok(())
+    })
+}
+
+/// K-FAC with steps of fixed KL.
+fn fixed_kl(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let params = Params {
+        damping: Damping::Eigenvalue(s.number("damping")?),
+        weight_decay: s.number("weight_decay")?,
+        fisher: fisher(s, c)?,
+        stat_decay: s.number("stat_decay")?,
+        every: c.every,
+        non_finite: NonFinite::Skip,
+        ..Params::<KFacRule>::on(c.tape).fixed_kl(s.number("kl_target")?)
+    };
+    Ok(Box::new(Natural::from_varmap(c.vars, params)?))
+}
+
+/// Two rates alone, at learning rates and dampings as K-FAC's.
+fn two_rate(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let wake = TwoRate {
+        model_decay: s.number("model_decay")?,
+        wake_decay: s.number("wake_decay")?,
+        ..TwoRate::default()
+    };
+    curved(wake, s, c, |params| {
+        params.step_rule = StepRule::LearningRate;
+        params.average = None;
+        params.early_refresh = false;
+        Ok(())
+    })
+}
+
+/// The crate's recommended optimizer, as it comes.
+fn kld_wrm(s: &Setting, c: &Context) -> Result<Box<dyn Train>> {
+    let step = AdaptiveKl { initial: s.number("kl_target")?, ..AdaptiveKl::default() };
+    let params = Params {
+        weight_decay: s.number("weight_decay")?,
+        fisher: Fisher::Sampled { draws: 1, seed: c.seed },
+        every: c.every,
+        non_finite: NonFinite::Skip,
+        ..Params::<TwoRate>::on(c.tape).adaptive_kl(step)
+    };
+    Ok(Box::new(Natural::from_varmap(c.vars, params)?))
+}
+
+fn fisher(s: &Setting, c: &Context) -> Result<Fisher> {
+    match s.choice("fisher")? {
+        "sampled" => Ok(Fisher::Sampled { draws: 1, seed: c.seed }),
+        "empirical" => Ok(Fisher::Empirical),
+        other => bail!("fisher {other}: expected sampled or empirical"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,7 +260,8 @@ mod tests {
                     "so" | "q" | "qe" => 1.0 / (1.0 - setting.number("wake_decay").unwrap()),
                     _ => 1.0,
                 };
-                let expected = setting.number("lr").unwrap() * share;
+                // Where a divergence decides, the rate is the schedule's fraction of it.
+                let expected = setting.number("lr").map_or(1.0, |lr| lr * share);
                 assert!((built.learning_rate() / expected - 1.0).abs() < 1e-12, "{}", method.name);
             }
             let mut names: Vec<_> = method.knobs().map(|knob| knob.name).collect();

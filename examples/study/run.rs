@@ -101,10 +101,13 @@ pub fn train(args: &Args, split: &Split, job: &Job) -> Result<Record> {
         seconds += clock.elapsed().as_secs_f64();
         record.loss.push(sum / split.train.len() as f64);
         record.seconds.push((seconds * 1e3).round() / 1e3);
-        record.held.push(accuracy(&model, data, &data.train, &split.held)?);
-        if job.stage == Stage::Final {
-            record.test.push(accuracy(&model, data, &data.test, &all_of_test)?);
-        }
+        optimizer.at_average(&mut || {
+            record.held.push(accuracy(&model, data, &data.train, &split.held)?);
+            if job.stage == Stage::Final {
+                record.test.push(accuracy(&model, data, &data.test, &all_of_test)?);
+            }
+            Ok(())
+        })?;
     }
     Ok(record)
 }
