@@ -121,7 +121,7 @@ impl<T: Real> Rows<T> for Patches<'_, T> {
 fn moments<T: Real>(x: &impl Rows<T>, n: usize, groups: usize, size: usize, t: usize) -> Result<Tensor> {
     let area = size * size;
     // Samples whose products are added up in registers, while their rows are in the cache.
-    let together = ((1 << 15) / (size * t).max(1)).clamp(1, 16);
+    let together = ((1 << 16) / (size * t).max(1)).clamp(1, 16);
     // Parts are summed in parallel and added in order; that there are always as many makes the result independent of
     // the number of threads.
     const PARTS: usize = 16;
