@@ -40,12 +40,12 @@ pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Matrices `[m, n]` one after the other in a slice, by rows or by columns.
-struct Matrices<'a, T> {
-    data: &'a [T],
-    rows: usize,
-    columns: usize,
-    transposed: bool,
+/// Matrices `[rows, columns]` one after the other in a slice, each by rows, or by columns where it is `transposed`.
+pub(crate) struct Matrices<'a, T> {
+    pub data: &'a [T],
+    pub rows: usize,
+    pub columns: usize,
+    pub transposed: bool,
 }
 
 impl<T> Matrices<'_, T> {
@@ -86,6 +86,18 @@ fn on_cpu<T: WithDType + RealField>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let b = part(cpu_slice::<T>(&b_storage, "product")?, b_layout);
     let a = Matrices { data: a, rows: m, columns: k, transposed: a_transposed };
     let b = Matrices { data: b, rows: k, columns: n, transposed: b_transposed };
+    let out = products(&a, &b, count);
+    let storage = Storage::Cpu(<T as WithDType>::to_cpu_storage_owned(out));
+    Ok(Tensor::from_storage(storage, dims, candle_core::op::BackpropOp::none(), false))
+}
+
+/// The products of `count` pairs of matrices, each by rows.
+pub(crate) fn products<T: WithDType + RealField>(
+    a: &Matrices<'_, T>,
+    b: &Matrices<'_, T>,
+    count: usize,
+) -> Vec<T> {
+    let (m, k, n) = (a.rows, a.columns, b.columns);
     let mut out = vec![<T as WithDType>::from_f64(0.0); count * m * n];
     if k > 0 && !out.is_empty() {
         let large = m * k * n > WORTH_A_THREAD;
@@ -99,8 +111,7 @@ fn on_cpu<T: WithDType + RealField>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
             _ => out.chunks_mut(m * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
         }
     }
-    let storage = Storage::Cpu(<T as WithDType>::to_cpu_storage_owned(out));
-    Ok(Tensor::from_storage(storage, dims, candle_core::op::BackpropOp::none(), false))
+    out
 }
 
 /// `slice` from where the layout begins.

@@ -1,8 +1,11 @@
 //! The tapped affine map `y = x W^T + b`, the whole of a linear layer as one op.
 
 use super::{Inputs, Owed, Record, Tap};
+use crate::ops::dense::{self, Matrices, products};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, WithDType, bail,
+};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -53,6 +56,31 @@ fn product<S: BackendStorage>(x: &S, x_l: &Layout, w: &S, w_l: &Layout) -> Resul
     Ok((y, Shape::from(dims)))
 }
 
+/// [`product`], in single and double precision with the crate's own choice of kernels.
+fn cpu_product(x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn dense<T: WithDType + faer::traits::RealField>(
+        (x, x_l): (&[T], &Layout),
+        (w, w_l): (&[T], &Layout),
+    ) -> Result<CpuStorage> {
+        let (rows, out, inputs) = sizes(x_l, w_l)?;
+        let (x, w) = (&x[x_l.start_offset()..], &w[w_l.start_offset()..]);
+        let x = Matrices { data: x, rows, columns: inputs, transposed: false };
+        let w = Matrices { data: w, rows: inputs, columns: out, transposed: true };
+        Ok(<T as WithDType>::to_cpu_storage_owned(products(&x, &w, 1)))
+    }
+    let y = match (x, w) {
+        (CpuStorage::F32(x), CpuStorage::F32(w)) => dense((x, x_l), (w, w_l))?,
+        (CpuStorage::F64(x), CpuStorage::F64(w)) => dense((x, x_l), (w, w_l))?,
+        _ => return product(x, x_l, w, w_l),
+    };
+    let (_, out, _) = sizes(x_l, w_l)?;
+    let mut dims = x_l.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = out;
+    }
+    Ok((y, Shape::from(dims)))
+}
+
 /// Adds `bias` to every row of `y`.
 fn add_to_rows(y: &mut CpuStorage, bias: &CpuStorage, layout: &Layout) -> Result<()> {
     fn rows<T: Copy + std::ops::AddAssign + Send + Sync>(y: &mut [T], bias: &[T]) {
@@ -96,8 +124,8 @@ impl Affine {
                 grads: gy.reshape((batch, (), out))?,
             })?;
         }
-        let dx = if owed.input { Some(gy.matmul(&w.detach())?.reshape(x.shape())?) } else { None };
-        let dw = if owed.weight { Some(gy.t()?.matmul(&flat)?) } else { None };
+        let dx = if owed.input { Some(dense::product(&gy, &w.detach())?.reshape(x.shape())?) } else { None };
+        let dw = if owed.weight { Some(dense::product(&gy.t()?, &flat)?) } else { None };
         let db = if owed.bias { Some(sum_rows(&gy)?) } else { None };
         Ok((dx, dw, db))
     }
@@ -107,7 +135,7 @@ impl Affine {
 /// slowest, a matrix product its fastest, and half types accumulate in f32.
 fn sum_rows(gy: &Tensor) -> Result<Tensor> {
     let ones = Tensor::ones((1, gy.dim(0)?), gy.dtype(), gy.device())?;
-    ones.matmul(gy)?.squeeze(0)
+    dense::product(&ones, gy)?.squeeze(0)
 }
 
 impl CustomOp3 for Affine {
@@ -124,7 +152,7 @@ impl CustomOp3 for Affine {
         b: &CpuStorage,
         b_l: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (mut y, shape) = product(x, x_l, w, w_l)?;
+        let (mut y, shape) = cpu_product(x, x_l, w, w_l)?;
         add_to_rows(&mut y, b, b_l)?;
         Ok((y, shape))
     }
@@ -168,7 +196,7 @@ impl CustomOp2 for Affine {
         w: &CpuStorage,
         w_l: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        product(x, x_l, w, w_l)
+        cpu_product(x, x_l, w, w_l)
     }
 
     fn cuda_fwd(
