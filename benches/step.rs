@@ -1,17 +1,23 @@
 //! The cost of training steps: forward, backward and update, for every optimizer beside candle's AdamW on the same model
-//! and batch. One iteration is one whole period of ten steps, so that factors and inverses weigh as in training.
+//! and batch. One iteration is one whole period, so that factors and inverses weigh as in training.
 //!
-//! `cargo bench --bench step`; the figures to quote are ratios to `adamw` of the same run.
+//! `cargo bench --bench step`; the figures to quote are ratios, a step each, to `adamw` of the same model and run.
 
 use candle_core::{DType, Device, Result, Tensor};
-use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main, measurement::WallTime};
+use criterion::{
+    BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::WallTime,
+};
+use kronwake::curvature::{Damping, Inverse};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
-use kronwake::ops::pool::max_pool2d;
-use kronwake::optim::{Every, KFacRule, Natural, Optimizer, Params, Q, QeKldWrm, So, WakeRule};
+use kronwake::ops::pool::relu;
+use kronwake::optim::{
+    Every, KFacRule, KldWrm, Natural, Optimizer, Params, ParamsKldWrm, Q, QeKldWrm, So, SoKldWrm, WakeRule,
+};
 use kronwake::tape::{Likelihood, Tape};
+use std::time::Duration;
 
 const BATCH: usize = 512;
-const PERIOD: usize = 10;
+const PERIODS: [usize; 3] = [1, 10, 30];
 
 type Forward = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 
@@ -19,30 +25,95 @@ struct Case {
     name: &'static str,
     input: &'static [usize],
     build: fn(VarBuilder) -> Result<Forward>,
+    /// The same from candle_nn's layers and candle's operations, for candle's AdamW.
+    candle: fn(VarBuilder) -> Result<Forward>,
 }
 
-const CASES: [Case; 2] = [
-    Case { name: "lenet300", input: &[784], build: lenet300 },
-    Case { name: "cnn", input: &[1, 28, 28], build: cnn },
+const CASES: [Case; 3] = [
+    Case { name: "cnn", input: &[1, 28, 28], build: cnn, candle: candle_cnn },
+    Case { name: "lenet5", input: &[1, 28, 28], build: lenet5, candle: candle_lenet5 },
+    Case { name: "lenet300", input: &[784], build: lenet300, candle: candle_lenet300 },
 ];
 
+/// Linear layers of the widths, with ReLU between them.
+macro_rules! dense {
+    ($nn:ident, $relu:expr, $vb:expr, $($width:expr),*) => {{
+        let widths = [$($width),*];
+        let layers: Vec<$nn::Linear> = (1..widths.len())
+            .map(|i| $nn::linear(widths[i - 1], widths[i], $vb.pp(format!("fc{i}"))))
+            .collect::<Result<_>>()?;
+        move |x: &Tensor| -> Result<Tensor> {
+            let mut x = layers[0].forward(x)?;
+            for layer in &layers[1..] {
+                x = layer.forward(&$relu(&x)?)?;
+            }
+            Ok(x)
+        }
+    }};
+}
+
 fn lenet300(vb: VarBuilder) -> Result<Forward> {
-    let fc1 = nn::linear(784, 300, vb.pp("fc1"))?;
-    let fc2 = nn::linear(300, 100, vb.pp("fc2"))?;
-    let fc3 = nn::linear(100, 10, vb.pp("fc3"))?;
-    Ok(Box::new(move |x| fc3.forward(&fc2.forward(&fc1.forward(x)?.relu()?)?.relu()?)))
+    Ok(Box::new(dense!(nn, relu, vb, 784, 300, 100, 10)))
+}
+
+fn candle_lenet300(vb: VarBuilder) -> Result<Forward> {
+    Ok(Box::new(dense!(candle_nn, Tensor::relu, vb, 784, 300, 100, 10)))
+}
+
+fn convs(vb: &VarBuilder, channels: (usize, usize), padding: usize) -> Result<[nn::Conv2d; 2]> {
+    let config = nn::Conv2dConfig { padding, ..Default::default() };
+    Ok([
+        nn::conv2d(1, channels.0, 5, config, vb.pp("conv1"))?,
+        nn::conv2d(channels.0, channels.1, 5, Default::default(), vb.pp("conv2"))?,
+    ])
+}
+
+fn candle_convs(vb: &VarBuilder, channels: (usize, usize), padding: usize) -> Result<[candle_nn::Conv2d; 2]> {
+    let config = candle_nn::Conv2dConfig { padding, ..Default::default() };
+    Ok([
+        candle_nn::conv2d(1, channels.0, 5, config, vb.pp("conv1"))?,
+        candle_nn::conv2d(channels.0, channels.1, 5, Default::default(), vb.pp("conv2"))?,
+    ])
+}
+
+fn pooled(convs: &[nn::Conv2d], x: &Tensor) -> Result<Tensor> {
+    let mut x = x.clone();
+    for conv in convs {
+        x = conv.forward_pooled(&x, (2, 2), (2, 2), true)?;
+    }
+    x.flatten_from(1)
+}
+
+fn candle_pooled(convs: &[candle_nn::Conv2d], x: &Tensor) -> Result<Tensor> {
+    let mut x = x.clone();
+    for conv in convs {
+        x = conv.forward(&x)?.max_pool2d(2)?.relu()?;
+    }
+    x.flatten_from(1)
 }
 
 fn cnn(vb: VarBuilder) -> Result<Forward> {
-    let conv1 = nn::conv2d(1, 5, 5, Default::default(), vb.pp("conv1"))?;
-    let conv2 = nn::conv2d(5, 7, 5, Default::default(), vb.pp("conv2"))?;
-    let fc1 = nn::linear(112, 30, vb.pp("fc1"))?;
-    let fc2 = nn::linear(30, 10, vb.pp("fc2"))?;
-    Ok(Box::new(move |x| {
-        let x = max_pool2d(&conv1.forward(x)?, (2, 2), (2, 2))?.relu()?;
-        let x = max_pool2d(&conv2.forward(&x)?, (2, 2), (2, 2))?.relu()?;
-        fc2.forward(&fc1.forward(&x.flatten_from(1)?)?.relu()?)
-    }))
+    let convs = convs(&vb, (5, 7), 0)?;
+    let head = dense!(nn, relu, vb, 112, 30, 10);
+    Ok(Box::new(move |x| head(&pooled(&convs, x)?)))
+}
+
+fn candle_cnn(vb: VarBuilder) -> Result<Forward> {
+    let convs = candle_convs(&vb, (5, 7), 0)?;
+    let head = dense!(candle_nn, Tensor::relu, vb, 112, 30, 10);
+    Ok(Box::new(move |x| head(&candle_pooled(&convs, x)?)))
+}
+
+fn lenet5(vb: VarBuilder) -> Result<Forward> {
+    let convs = convs(&vb, (6, 16), 2)?;
+    let head = dense!(nn, relu, vb, 400, 120, 84, 10);
+    Ok(Box::new(move |x| head(&pooled(&convs, x)?)))
+}
+
+fn candle_lenet5(vb: VarBuilder) -> Result<Forward> {
+    let convs = candle_convs(&vb, (6, 16), 2)?;
+    let head = dense!(candle_nn, Tensor::relu, vb, 400, 120, 84, 10);
+    Ok(Box::new(move |x| head(&candle_pooled(&convs, x)?)))
 }
 
 /// A model with a batch to train it on.
@@ -54,11 +125,11 @@ struct Setup {
     y: Tensor,
 }
 
-fn setup(case: &Case) -> Result<Setup> {
+fn setup(case: &Case, build: fn(VarBuilder) -> Result<Forward>) -> Result<Setup> {
     let varmap = VarMap::new();
     let tape = Tape::new();
     let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
-    let forward = tape.build(|| (case.build)(vb))?;
+    let forward = tape.build(|| build(vb))?;
     let mut dims = vec![BATCH];
     dims.extend(case.input);
     let x = Tensor::randn(0f32, 1.0, dims, &Device::Cpu)?;
@@ -74,24 +145,43 @@ impl Setup {
     }
 }
 
+type Group<'a, 'b> = &'a mut BenchmarkGroup<'b, WallTime>;
+
+fn adamw(group: Group, case: &Case, name: &str, build: fn(VarBuilder) -> Result<Forward>) -> Result<()> {
+    let s = setup(case, build)?;
+    let mut opt = candle_nn::AdamW::new_lr(s.varmap.all_vars(), 1e-4)?;
+    group.throughput(Throughput::Elements(10));
+    group.bench_function(format!("{}/{name}/10", case.name), |b| {
+        b.iter(|| (0..10).for_each(|_| opt.backward_step(&s.loss().unwrap().1).unwrap()))
+    });
+    Ok(())
+}
+
 fn natural<R: WakeRule>(
-    group: &mut BenchmarkGroup<'_, WallTime>,
+    group: Group,
     case: &Case,
+    name: &str,
+    options: impl Fn(Params<R>) -> Params<R>,
     step: impl Fn(&mut Natural<R>, &Setup, &Tensor) -> Result<()>,
 ) -> Result<()> {
-    let s = setup(case)?;
-    // Rates at which 10,000 steps on one batch do not leave the region where nothing special happens.
-    let every = Every { factors: PERIOD, inverses: PERIOD };
-    let mut opt = Natural::from_varmap(&s.varmap, Params::<R> { lr: 1e-4, every, ..Params::on(&s.tape) })?;
-    group.bench_function(format!("{}/{}", case.name, R::NAME), |b| {
-        b.iter(|| {
-            for _ in 0..PERIOD {
-                let (logits, loss) = s.loss().unwrap();
-                opt.observe(&logits, Likelihood::Categorical).unwrap();
-                step(&mut opt, &s, &loss).unwrap();
-            }
-        })
-    });
+    for period in PERIODS {
+        let s = setup(case, case.build)?;
+        let every = Every { factors: period, inverses: period };
+        // A rate at which thousands of steps on one batch do not leave the region where nothing special happens.
+        let params = options(Params::on(&s.tape));
+        let lr = params.lr * 1e-3;
+        let mut opt = Natural::from_varmap(&s.varmap, Params { lr, every, ..params })?;
+        group.throughput(Throughput::Elements(period as u64));
+        group.bench_function(format!("{}/{name}/{period}", case.name), |b| {
+            b.iter(|| {
+                for _ in 0..period {
+                    let (logits, loss) = s.loss().unwrap();
+                    opt.observe(&logits, Likelihood::Categorical).unwrap();
+                    step(&mut opt, &s, &loss).unwrap();
+                }
+            })
+        });
+    }
     Ok(())
 }
 
@@ -99,26 +189,33 @@ fn plain<R: WakeRule>(opt: &mut Natural<R>, _: &Setup, loss: &Tensor) -> Result<
     opt.backward_step(loss)
 }
 
+fn pi<R: WakeRule>(params: Params<R>) -> Params<R> {
+    Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..params }
+}
+
+fn all(group: Group, case: &Case) -> Result<()> {
+    adamw(group, case, "adamw", case.candle)?;
+    adamw(group, case, "adamw on kronwake's layers", case.build)?;
+    natural::<KFacRule>(group, case, "kfac", |p| p, plain)?;
+    natural::<So>(group, case, "so", |p| p, plain)?;
+    natural(group, case, "so, pi", pi, |opt: &mut SoKldWrm, s, loss| plain(opt, s, loss))?;
+    natural::<Q>(group, case, "q", |p| p, plain)?;
+    natural::<Q>(group, case, "q, pi", pi, plain)?;
+    natural(
+        group,
+        case,
+        "qe",
+        |p| p,
+        |opt: &mut QeKldWrm, s, loss| opt.step_with(loss, Likelihood::Categorical, &mut || (s.forward)(&s.x)),
+    )?;
+    natural(group, case, "kld-wrm", |p: ParamsKldWrm| p, |opt: &mut KldWrm, s, loss| plain(opt, s, loss))
+}
+
 fn steps(c: &mut Criterion) {
-    let mut group = c.benchmark_group("ten steps");
-    group.sample_size(10);
+    let mut group = c.benchmark_group("steps");
+    group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
     for case in &CASES {
-        let s = setup(case).unwrap();
-        let mut opt = candle_nn::AdamW::new_lr(s.varmap.all_vars(), 1e-4).unwrap();
-        group.bench_function(format!("{}/adamw", case.name), |b| {
-            b.iter(|| {
-                for _ in 0..PERIOD {
-                    opt.backward_step(&s.loss().unwrap().1).unwrap();
-                }
-            })
-        });
-        natural::<KFacRule>(&mut group, case, plain).unwrap();
-        natural::<So>(&mut group, case, plain).unwrap();
-        natural::<Q>(&mut group, case, plain).unwrap();
-        natural(&mut group, case, |opt: &mut QeKldWrm, s, loss| {
-            opt.step_with(loss, Likelihood::Categorical, &mut || (s.forward)(&s.x))
-        })
-        .unwrap();
+        all(&mut group, case).unwrap();
     }
     group.finish();
 }

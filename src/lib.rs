@@ -8,7 +8,7 @@
 //! | [`nn`] | candle_nn under its own names, with gradients everywhere, and tapped |
 //! | [`tape`] | what a layer reports of a backward pass; likelihoods and Fisher matrices |
 //! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
-//! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm) |
+//! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!

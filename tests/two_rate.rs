@@ -7,8 +7,8 @@ use common::*;
 use kronwake::curvature::{Damping, DampingKind, Relative};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    AdaptiveKl, Average, Decay, Every, Group, Groups, KFacRule, Natural, Optimizer, Params, Q, QSolve, So,
-    StepRule, TwoRate, WakeRule,
+    AdaptiveKl, Average, Carry, Decay, Every, Group, Groups, KFacRule, Natural, Optimizer, Params, Q, QSolve,
+    So, StepRule, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -243,6 +243,33 @@ fn early_refreshes_come_at_powers_of_two() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn the_summary_knows_the_bytes_of_all_state() -> Result<()> {
+    fn check<R: WakeRule>(wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Result<()> {
+        let net = Net::of(DType::F32, 1, small)?;
+        let mut opt = Natural::from_varmap(&net.varmap, change(params(&net, wake)))?;
+        for k in 0..3 {
+            let (x, y) = small_batch(k, 9, DType::F32)?;
+            let z = (net.forward)(&x)?;
+            opt.observe(&z, Likelihood::Categorical)?;
+            opt.backward_step(&mean_loss(Likelihood::Categorical, &z, &y)?)?;
+        }
+        // What the wake looks back at is the averaged models' gradient itself, but where it is taken literally.
+        let shared = |name: &str| opt.params().carry == Carry::Gradient && name.ends_with("/mean");
+        let (tensors, _) = saved(&opt)?;
+        let state = tensors.iter().filter(|(name, _)| name.starts_with("kronwake/") && !shared(name));
+        let bytes: usize = state.map(|(_, (_, _, bytes))| bytes.len()).sum();
+        assert_eq!(opt.summary().bytes(), bytes, "{}", R::NAME);
+        Ok(())
+    }
+    check(KFacRule, |p| Params { momentum: 0.5, ..p })?;
+    check(KFacRule, |p| Params { ekfac: true, ..p })?;
+    check(So::default(), |p| Params { average: Some(Average::default()), ..p })?;
+    check(TwoRate::default(), |p| p.adaptive_kl(AdaptiveKl::default()))?;
+    check(TwoRate::default(), |p| Params { carry: Carry::Literal, ..p })?;
+    check(TwoRate { model_decay: 0.5, ..TwoRate::q(0.3, QSolve::Factor) }, |p| p)
 }
 
 /// With room to spare a step is the full one: from anywhere to the least-squares solution, ridge where there is decay.

@@ -52,7 +52,7 @@ const fn choice(name: &'static str, list: &'static [&'static str]) -> Knob {
 
 const SGD: &[Knob] = &[log("lr", 1e-3, 1.0), log("1-momentum", 0.01, 0.5), log("weight_decay", 1e-5, 1e-2)];
 const ADAMW: &[Knob] =
-    &[log("lr", 1e-4, 3e-2), log("weight_decay", 1e-4, 1.0), choice("beta1", &["0.8", "0.9", "0.95"])];
+    &[log("lr", 1e-4, 1e-1), log("weight_decay", 1e-4, 1.0), choice("beta1", &["0.8", "0.9", "0.95"])];
 /// What all methods with curvature tune. `lr` is that of a steady state: with a gradient that stays the same, a step is
 /// `lr F^-1 g` whatever the momentum or the wake.
 const CURVED: &[Knob] = &[

@@ -84,8 +84,9 @@ pub(crate) fn damped_inverse(
     let Recipe { kind, damping, inverse, floor } = recipe;
     match (kind, inverse) {
         (DampingKind::Eigenvalue, _) => {
-            let Eigh { values: da, vectors: basis_a } = eigh(a, name)?;
-            let Eigh { values: dg, vectors: basis_g } = eigh(g, name)?;
+            let (a, g) = rayon::join(|| eigh(a, name), || eigh(g, name));
+            let Eigh { values: da, vectors: basis_a } = a?;
+            let Eigh { values: dg, vectors: basis_g } = g?;
             let scale = (spectrum(&da, &dg, floor)? + damping)?.recip()?;
             Ok(Preconditioner::Basis { basis_a, basis_g, scale })
         }
@@ -103,7 +104,8 @@ pub(crate) fn damped_inverse(
                 Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
                 _ => (None, None),
             };
-            Ok(Preconditioner::Factors { inv_a: invert(&a, last_a)?, inv_g: invert(&g, last_g)? })
+            let (inv_a, inv_g) = rayon::join(|| invert(&a, last_a), || invert(&g, last_g));
+            Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use super::block::{Block, BlockState, Param, Part, master, parts};
 use super::groups::Rule;
-use super::natural::{Natural, Slopes};
+use super::length::Slopes;
+use super::natural::Natural;
 use super::params::Params;
 use super::rest::Adam;
 use super::rule::WakeRule;

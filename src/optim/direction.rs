@@ -1,8 +1,9 @@
 //! One block's direction: its curvature renewed, its wake gradient preconditioned.
 
 use super::block::{Block, BlockState, Part};
+use super::length::StepRule;
 use super::natural::Natural;
-use super::params::{Decay, StepRule};
+use super::params::Decay;
 use super::rule::{Model, QSolve, WakeRule};
 use super::step::{Refusal, sum};
 use crate::curvature::{

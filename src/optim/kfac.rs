@@ -1,6 +1,6 @@
 //! K-FAC, the baseline: no wake.
 
-use super::params::StepRule;
+use super::length::StepRule;
 use super::rule::{Defaults, Model, WakeRule};
 use crate::curvature::Damping;
 use crate::tape::Fisher;

@@ -1,4 +1,4 @@
-//! The optimizers: one step loop, four wake rules.
+//! The optimizers: one step loop, five wake rules.
 
 mod average;
 mod block;
@@ -6,6 +6,7 @@ mod build;
 mod direction;
 mod groups;
 mod kfac;
+mod length;
 mod natural;
 mod observe;
 mod params;
@@ -24,8 +25,9 @@ pub use average::Average;
 pub use candle_nn::{Optimizer, ParamsAdamW};
 pub use groups::{Group, Groups, Rule};
 pub use kfac::{KFac, KFacRule, ParamsKFac};
+pub use length::{AdaptiveKl, StepRule};
 pub use natural::Natural;
-pub use params::{AdaptiveKl, Bias, Decay, Every, NonFinite, Params, StepRule};
+pub use params::{Bias, Decay, Every, NonFinite, Params};
 pub use q::{ParamsQKldWrm, Q, QKldWrm};
 pub use qe::{Inner, ParamsQeKldWrm, Qe, QeKldWrm};
 pub use rule::{Carry, Defaults, Model, QSolve, WakeRule};

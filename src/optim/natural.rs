@@ -2,6 +2,7 @@
 //! curvature, `direction.rs` and `step.rs` step, and what the members differ in is `rule.rs`.
 
 use super::block::{Block, Param};
+use super::length::Slopes;
 use super::observe::Observed;
 use super::params::{NonFinite, Params};
 use super::rest::Adam;
@@ -55,24 +56,6 @@ pub(super) struct Accumulated {
     pub grads: Vec<Tensor>,
     pub loss: f64,
     pub terms: usize,
-}
-
-/// Slopes along the steps, and the length that they led to.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Slopes {
-    /// Averages of the slopes where steps ended, and of their sizes where they began.
-    pub after: f64,
-    pub before: f64,
-    /// The size of the slope where the last step began.
-    pub last: f64,
-    /// What multiplies the length of a step.
-    pub length: f64,
-}
-
-impl Default for Slopes {
-    fn default() -> Self {
-        Self { after: 0.0, before: 0.0, last: 0.0, length: 1.0 }
-    }
 }
 
 /// A step whose effect on the loss is to be compared with the quadratic model's.

@@ -1,6 +1,6 @@
 //! Q-KLD-WRM: a quadratic model under the wake.
 
-use super::params::StepRule;
+use super::length::StepRule;
 use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake};
 use crate::curvature::Damping;
 use crate::tape::Fisher;

@@ -20,11 +20,12 @@
 //! | SO | linear | `F_bar s = -lr wake_gradient` | `g` |
 //! | Q | `g, B = F` | `(F_bar + lr F) s = -lr wake_gradient` | `g + B s` |
 //! | QE | Q's step, then steps on the exact symmetric KL | as Q | `g + B s` |
+//! | KLD-WRM | averages of either, see [`super::TwoRate`] | as SO or Q | the averaged models' gradient |
 //!
 //! The carry holds the step that was really taken, clips and all; [`Carry`] says how.
 
 use super::average::Average;
-use super::params::StepRule;
+use super::length::StepRule;
 use crate::curvature::{Damping, DampingKind};
 use crate::tape::Fisher;
 use candle_core::{Result, bail};

@@ -1,6 +1,6 @@
 //! SO-KLD-WRM: the smallest-order member of the family.
 
-use super::params::StepRule;
+use super::length::StepRule;
 use super::rule::{Defaults, Model, WakeRule, check_wake};
 use crate::curvature::Damping;
 use crate::tape::Fisher;

@@ -6,8 +6,8 @@
 //! are equal files.)
 
 use super::block::{Block, BlockState};
-use super::natural::{Natural, Predicted, Slopes};
-use super::params::StepRule;
+use super::length::{Slopes, StepRule};
+use super::natural::{Natural, Predicted};
 use super::rule::WakeRule;
 use super::step::sum;
 use crate::checkpoint::Checkpoint;

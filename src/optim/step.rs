@@ -3,8 +3,9 @@
 
 use super::block::{Block, BlockState};
 use super::direction::Direction;
-use super::natural::{Natural, Predicted, Slopes};
-use super::params::{Decay, NonFinite, StepRule};
+use super::length::{Slopes, StepRule};
+use super::natural::{Natural, Predicted};
+use super::params::{Decay, NonFinite};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
 use crate::curvature::{LayerFactors, damped_product, sandwich, wide};
@@ -50,9 +51,6 @@ pub(super) struct Carried {
     step: Option<Tensor>,
     slope: f64,
 }
-
-/// The share of the newest slope in the average.
-const SLOPE_SHARE: f64 = 0.05;
 
 /// Why there is no proposal.
 pub(super) enum Refusal {
@@ -173,38 +171,6 @@ impl<R: WakeRule> Natural<R> {
             blocks.push(BlockProposal { state, gradient, model_gradient, wake_gradient, factors, step });
         }
         Ok(Proposal { blocks, rest, rate: overall, damping, slopes })
-    }
-
-    /// The slopes once that is known where the last step ended, with the length that follows.
-    fn slopes_after(&self, directions: &[Direction]) -> Result<Slopes> {
-        let (StepRule::AdaptiveKl(rule), last) = (self.params.step_rule, self.slopes) else {
-            return Ok(self.slopes);
-        };
-        let mut after = 0.0;
-        for (block, found) in self.blocks.iter().zip(directions) {
-            if let Some(step) = &block.state.step {
-                after += dot(step, &found.gradient)?;
-            }
-        }
-        let average = |old: f64, new: f64| old + SLOPE_SHARE * (new - old);
-        let (after, before) = (average(last.after, after), average(last.before, last.last));
-        let quotient = after / before;
-        // Without a step, or where it did not change the loss at all, there is nothing to learn.
-        let length = if before > 0.0 && quotient.is_finite() {
-            last.length * (rule.pace * (rule.slope * self.params.lr - quotient.clamp(-1.0, 1.0))).exp()
-        } else {
-            last.length
-        };
-        Ok(Slopes { after, before, length, ..last })
-    }
-
-    /// `1 / lambda` of a step whose directions, not yet scaled, have the squared length `squared`.
-    fn rate(&self, squared: f64, length: f64) -> f64 {
-        let (lr, scale) = (self.params.lr, self.rate_scale());
-        match self.params.step_rule.target() {
-            None => lr * scale,
-            Some(target) => scale.min(lr * length * (2.0 * target / squared.max(0.0)).sqrt()),
-        }
     }
 
     fn rest_steps(&self, grads: &[Tensor]) -> std::result::Result<Vec<(Adam, Tensor)>, Refusal> {

@@ -1,8 +1,9 @@
 //! What an optimizer does with each Var, and what it costs.
 
 use super::block::Block;
+use super::length::StepRule;
 use super::natural::Natural;
-use super::rule::{Model, WakeRule};
+use super::rule::{Carry, Model, WakeRule};
 use crate::curvature::wide_dtype;
 use std::fmt;
 
@@ -28,7 +29,7 @@ pub struct SummaryBlock {
     pub factor_bytes: usize,
     /// Bytes of its damped inverse.
     pub inverse_bytes: usize,
-    /// Bytes of its other state in steady operation: carry, momentum, second moments.
+    /// Bytes of its other state in steady operation: carry, averaged models, last step, momentum, second moments.
     pub other_bytes: usize,
     /// Multiplications of one factor update, for every row (example, or position of one) of the batch.
     pub factor_cost: usize,
@@ -47,7 +48,7 @@ pub struct Summary {
     pub rows: Vec<SummaryRow>,
     /// The Kronecker blocks.
     pub blocks: Vec<SummaryBlock>,
-    /// Bytes of the Adam moments, single-precision masters and stored models.
+    /// Bytes of the Adam moments, single-precision masters, averaged parameters and stored models.
     pub other_bytes: usize,
 }
 
@@ -87,7 +88,8 @@ impl<R: WakeRule> Natural<R> {
         let adam: usize = self.rest.iter().map(|a| 2 * size(a.param)).sum();
         // Beside the current one, which the Vars hold.
         let stored = self.params.wake.inner().map_or(0, |inner| inner.models - 1);
-        let models: usize = stored * (0..self.vars.len()).map(size).sum::<usize>();
+        let copies = stored + usize::from(self.params.average.is_some());
+        let models: usize = copies * (0..self.vars.len()).map(size).sum::<usize>();
         Summary {
             optimizer: R::NAME,
             rows,
@@ -105,15 +107,20 @@ impl<R: WakeRule> Natural<R> {
         let squares = groups * (out * out + columns * columns);
         let matrix = groups * out * columns;
         let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
-        let matrices =
-            usize::from(wake) + usize::from(self.params.momentum > 0.0) + usize::from(self.params.ekfac);
+        let averaged = self.params.wake.model_decay() > 0.0;
+        // The models' average is the carry itself, unless that is taken literally.
+        let mean = averaged && (!wake || self.params.carry == Carry::Literal);
+        let step = matches!(self.params.step_rule, StepRule::AdaptiveKl(_));
+        let kept = [wake, mean, step, self.params.momentum > 0.0, self.params.ekfac];
+        let matrices: usize = kept.into_iter().map(usize::from).sum();
+        let quadratic = averaged && self.params.wake.model() != Model::Linear;
         let products = groups * (out * out * columns + out * columns * columns);
         SummaryBlock {
             name: block.name.clone(),
             dims: [groups, out, columns],
             factor_bytes: squares * element,
             inverse_bytes: (squares + if eigen { matrix } else { 0 }) * element,
-            other_bytes: matrices * matrix * element,
+            other_bytes: (matrices * matrix + usize::from(quadratic) * squares) * element,
             factor_cost: squares / 2,
             // A symmetric eigendecomposition with vectors takes about 9 d^3 multiplications, a Cholesky inverse d^3 / 2.
             inverse_cost: groups * (out.pow(3) + columns.pow(3)) * if eigen { 9 } else { 1 },

@@ -1,7 +1,7 @@
 //! KLD-WRM with a wake of models and a wake of distances, each with a rate of its own.
 
 use super::average::Average;
-use super::params::{AdaptiveKl, StepRule};
+use super::length::{AdaptiveKl, StepRule};
 use super::rule::{Defaults, Model, WakeRule, check_quadratic, check_wake};
 use crate::curvature::{Damping, Relative};
 use crate::tape::Fisher;
