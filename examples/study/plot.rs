@@ -52,7 +52,7 @@ pub fn random(done: &Done, path: &Path) -> Result<()> {
         (method, sorted.iter().enumerate().map(|(rank, &accuracy)| (share(rank), accuracy)).collect())
     });
     let y = format!("held-out accuracy, % ({FLOOR} or less at {FLOOR})");
-    draw(path, lines.collect(), "random settings, %, best first", &y, SeriesLabelPosition::UpperRight)
+    draw(path, lines.collect(), "random settings, %, best first", &y, SeriesLabelPosition::LowerLeft)
 }
 
 /// The smallest range that holds `values`, a little wider on both sides; never empty.
