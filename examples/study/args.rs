@@ -30,8 +30,7 @@ pub struct Args {
     /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh]
     #[arg(long, default_value = "cnn")]
     pub model: Spec,
-    /// Methods, separated by commas [default: all: sgd, adamw, kfac, kfac-momentum, so, q, qe,
-    /// kfac-average, fixed-kl, two-rate, kld-wrm]
+    /// Methods, separated by commas [default: all]
     #[arg(long, value_delimiter = ',', value_parser = method, hide_default_value = true, default_values = names())]
     pub methods: Vec<&'static Method>,
     /// Stages, separated by commas

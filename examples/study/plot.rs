@@ -5,6 +5,7 @@ use super::report::{methods, runs};
 use super::stats::mean;
 use super::store::{Done, Record};
 use candle_core::{Error, Result};
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use std::ops::Range;
 use std::path::Path;
@@ -34,7 +35,8 @@ pub fn seconds(done: &Done, path: &Path) -> Result<()> {
             |epoch: usize| (average(&|run| run.seconds[epoch]), average(&|run| 100.0 * run.held[epoch]));
         (method, (0..epochs).map(point).collect())
     });
-    draw(path, lines.collect(), "seconds of training", "held-out accuracy, %, mean of the seeds")
+    let y = "held-out accuracy, %, mean of the seeds";
+    draw(path, lines.collect(), "seconds of training", y, SeriesLabelPosition::LowerRight)
 }
 
 /// Accuracies below this are drawn there.
@@ -50,7 +52,7 @@ pub fn random(done: &Done, path: &Path) -> Result<()> {
         (method, sorted.iter().enumerate().map(|(rank, &accuracy)| (share(rank), accuracy)).collect())
     });
     let y = format!("held-out accuracy, % ({FLOOR} or less at {FLOOR})");
-    draw(path, lines.collect(), "random settings, %, best first", &y)
+    draw(path, lines.collect(), "random settings, %, best first", &y, SeriesLabelPosition::LowerLeft)
 }
 
 /// The smallest range that holds `values`, a little wider on both sides; never empty.
@@ -63,7 +65,7 @@ fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
     low - margin..high + margin
 }
 
-fn draw(path: &Path, lines: Vec<Line>, x: &str, y: &str) -> Result<()> {
+fn draw(path: &Path, lines: Vec<Line>, x: &str, y: &str, legend: SeriesLabelPosition) -> Result<()> {
     let root = SVGBackend::new(path, (820, 560)).into_drawing_area();
     root.fill(&WHITE).map_err(Error::wrap)?;
     let points = || lines.iter().flat_map(|(_, points)| points.iter());
@@ -86,19 +88,25 @@ fn draw(path: &Path, lines: Vec<Line>, x: &str, y: &str) -> Result<()> {
         .axis_desc_style(text)
         .draw()
         .map_err(Error::wrap)?;
-    for ((name, points), color) in lines.iter().zip(COLORS.iter().cycle()) {
-        let style = color.stroke_width(2);
-        let series = LineSeries::new(points.iter().copied(), style.filled()).point_size(2);
-        chart
-            .draw_series(series)
+    for (i, (name, points)) in lines.iter().enumerate() {
+        let style = COLORS[i % COLORS.len()].stroke_width(2);
+        let points = points.iter().copied();
+        // The colors' second round is dashed.
+        let (dash, gap) = if i < COLORS.len() { (22, 0) } else { (5, 3) };
+        let series = if gap == 0 {
+            chart.draw_series(LineSeries::new(points, style.filled()).point_size(2))
+        } else {
+            chart.draw_series(DashedLineSeries::new(points, dash, gap, style))
+        };
+        series
             .map_err(Error::wrap)?
             // The backend estimates widths, without a font: the blanks leave room.
             .label(format!("{name}  "))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
+            .legend(move |(x, y)| DashedPathElement::new([(x, y), (x + 22, y)], dash, gap, style));
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
+        .position(legend)
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK)
         .label_font(text)
