@@ -290,7 +290,7 @@ fn steps() -> Result<()> {
             |net, opt| {
                 opt.set_learning_rate(f64::NAN);
                 let result = good_step(net, opt);
-                opt.set_learning_rate(0.083);
+                opt.set_learning_rate(0.075);
                 result
             },
             &["expected a learning rate of zero or more, got NaN"],

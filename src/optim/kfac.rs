@@ -29,11 +29,11 @@ impl WakeRule for KFacRule {
 
     fn defaults(&self) -> Defaults {
         Defaults {
-            lr: 0.083,
+            lr: 0.075,
             step_rule: StepRule::LearningRate,
-            damping: Damping::Eigenvalue(0.0114),
+            damping: Damping::Eigenvalue(0.011),
             stat_decay: 0.95,
-            kl_clip: Some(0.015),
+            kl_clip: Some(0.0125),
             fisher: Fisher::Sampled { draws: 1, seed: 0 },
             early_refresh: false,
             average: None,

@@ -80,7 +80,7 @@ pub struct AdaptiveKl {
 
 impl Default for AdaptiveKl {
     fn default() -> Self {
-        Self { initial: 0.01, slope: 0.1, pace: 0.05 }
+        Self { initial: 0.02, slope: 0.1, pace: 0.05 }
     }
 }
 

@@ -34,12 +34,12 @@ impl WakeRule for So {
 
     fn defaults(&self) -> Defaults {
         Defaults {
-            lr: 0.3,
+            lr: 0.37,
             step_rule: StepRule::LearningRate,
-            damping: Damping::Eigenvalue(0.0065),
-            stat_decay: 0.33,
-            kl_clip: Some(0.0075),
-            fisher: Fisher::Sampled { draws: 1, seed: 0 },
+            damping: Damping::Eigenvalue(0.0033),
+            stat_decay: 0.5,
+            kl_clip: Some(0.017),
+            fisher: Fisher::Empirical,
             early_refresh: false,
             average: None,
         }
