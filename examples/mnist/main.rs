@@ -28,7 +28,9 @@ fn main() -> ExitCode {
         // SAFETY: no other thread runs yet. candle reads the variable when it first multiplies matrices.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
-    match work(&args) {
+    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).use_current_thread();
+    match pool.build_global().map_err(candle_core::Error::wrap).and_then(|()| work(&args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", sentence::sentence(&error));
