@@ -34,12 +34,12 @@ impl WakeRule for Q {
 
     fn defaults(&self) -> Defaults {
         Defaults {
-            lr: 0.076,
+            lr: 0.49,
             step_rule: StepRule::LearningRate,
-            damping: Damping::Eigenvalue(0.0013),
+            damping: Damping::Eigenvalue(0.016),
             stat_decay: 0.5,
-            kl_clip: Some(0.01),
-            fisher: Fisher::Empirical,
+            kl_clip: Some(0.067),
+            fisher: Fisher::Sampled { draws: 1, seed: 0 },
             early_refresh: false,
             average: None,
         }

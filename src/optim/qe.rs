@@ -5,7 +5,7 @@ use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake
 use super::step::{Proposal, sum};
 use crate::curvature::{Damping, sandwich};
 use crate::ops::dense::{dot, mix};
-use crate::tape::Likelihood;
+use crate::tape::{Fisher, Likelihood};
 use candle_core::{Result, Tensor, bail};
 
 /// The steps on the exact divergence.
@@ -68,7 +68,13 @@ impl WakeRule for Qe {
     }
 
     fn defaults(&self) -> Defaults {
-        super::q::Q::default().defaults()
+        Defaults {
+            lr: 0.076,
+            damping: Damping::Eigenvalue(0.0013),
+            kl_clip: Some(0.01),
+            fisher: Fisher::Empirical,
+            ..super::q::Q::default().defaults()
+        }
     }
 
     fn check(&self, damping: Damping, ekfac: bool) -> Result<()> {
