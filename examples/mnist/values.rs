@@ -19,7 +19,7 @@ pub enum Choice {
     Q,
     /// QE-KLD-WRM
     Qe,
-    /// KLD-WRM with two rates and steps of fixed KL, the recommended one
+    /// KLD-WRM with two rates and steps that find their length, the recommended one
     Kldwrm,
     /// kldwrm, then so, kfac and adamw
     Compare,

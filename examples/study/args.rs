@@ -65,7 +65,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = count)]
     pub inverse_every: usize,
     /// Probability that a unit before the last layer is dropped in training
-    #[arg(long, value_name = "P", default_value_t = 0.5)]
+    #[arg(long, value_name = "P", default_value_t = 0.5, value_parser = fraction)]
     pub dropout: f64,
     /// Of everything that is random, but for the split
     #[arg(long, default_value_t = 0)]
@@ -94,6 +94,11 @@ fn names() -> Vec<&'static str> {
 
 fn count(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
+}
+
+fn fraction(text: &str) -> std::result::Result<f64, String> {
+    let expected = || "expected a number of at least 0 and below 1".to_string();
+    text.parse().ok().filter(|p| (0.0..1.0).contains(p)).ok_or_else(expected)
 }
 
 impl Args {
@@ -137,7 +142,7 @@ mod tests {
         assert_eq!((args.thresholds.as_slice(), args.stages.len()), (&[90.0, 95.5][..], 6));
         assert!(args.trains());
         assert!(!read("--stages report").unwrap().trains());
-        for wrong in ["--dropout", "--data-dir d --methods lbfgs", "--data-dir d --seeds 0"] {
+        for wrong in ["--dropout", "--data-dir d --methods lbfgs", "--data-dir d --seeds 0", "--dropout 1"] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
     }

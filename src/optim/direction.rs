@@ -185,14 +185,13 @@ impl<R: WakeRule> Natural<R> {
 
     /// `lambda_k / lambda_{k-1}`.
     fn rate_ratio(&self) -> f64 {
-        match self.params.step_rule {
-            StepRule::LearningRate => {
-                // At a rate of 0 nothing moves, whatever is looked back at.
-                let rate = self.params.lr * self.rate_scale();
-                if rate > 0.0 { self.previous_rate.map_or(1.0, |previous| previous / rate) } else { 0.0 }
-            }
+        match (self.given_rate(), self.previous_rate) {
             // This step's rate follows from the wake gradient, so it is not known yet.
-            StepRule::FixedKl { .. } | StepRule::AdaptiveKl(_) => 1.0,
+            (None, _) => 1.0,
+            (Some(rate), Some(previous)) if rate > 0.0 => previous / rate,
+            (Some(rate), None) if rate > 0.0 => 1.0,
+            // At a rate of 0 nothing moves, whatever is looked back at.
+            _ => 0.0,
         }
     }
 
@@ -223,11 +222,7 @@ impl<R: WakeRule> Natural<R> {
             inverse: if block.columns * block.out == 1 { Inverse::Eigen } else { self.params.inverse },
             floor: self.params.eigenvalue_floor,
         };
-        let rate = block.lr_scale
-            * match self.params.step_rule {
-                StepRule::LearningRate => self.params.lr * self.rate_scale(),
-                _ => self.previous_rate.unwrap_or(self.rate_scale()),
-            };
+        let rate = block.lr_scale * self.given_rate().or(self.previous_rate).unwrap_or(self.rate_scale());
         let last = block.state.preconditioner.as_ref();
         match self.params.wake.model() {
             Model::Linear => damped_inverse(&bar.0, &bar.1, recipe, last, &block.name),

@@ -129,6 +129,11 @@ impl<R: WakeRule> Natural<R> {
         Ok(Slopes { after, before, length, ..last })
     }
 
+    /// `1 / lambda` where the options give it; nothing where a divergence decides.
+    pub(super) fn given_rate(&self) -> Option<f64> {
+        (self.params.step_rule == StepRule::LearningRate).then(|| self.params.lr * self.rate_scale())
+    }
+
     /// `1 / lambda` of a step whose directions, not yet scaled, have the squared length `squared`.
     pub(super) fn rate(&self, squared: f64, length: f64) -> f64 {
         let (lr, scale) = (self.params.lr, self.rate_scale());

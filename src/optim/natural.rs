@@ -13,8 +13,8 @@ use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::Optimizer;
 use std::sync::Arc;
 
-/// A curvature-aware optimizer with the wake rule `R`; see [`super::KFac`], [`super::SoKldWrm`], [`super::QKldWrm`] and
-/// [`super::QeKldWrm`].
+/// A curvature-aware optimizer with the wake rule `R`; see [`super::KFac`], [`super::SoKldWrm`], [`super::QKldWrm`],
+/// [`super::QeKldWrm`] and [`super::KldWrm`].
 ///
 /// Each step: forward, [`Natural::observe`] on the outputs, then `backward_step` (or `step` with gradients of one's own).
 #[derive(Debug)]
