@@ -63,8 +63,8 @@ impl StepRule {
 /// ```
 ///
 /// is below 0 while steps end before the lowest point of the line, above 0 when they go beyond it, and 1 when they end as
-/// high as they began. On a quadratic loss, noise in the gradient included, `r = alpha - alpha*` where `alpha*` is the rate whose
-/// step lowers the loss most: the share of signal in the gradient. After each step the length is multiplied by
+/// high as they began. On a quadratic loss whose own curvature preconditions, `r = alpha - alpha*` in the mean, where `alpha*` is the
+/// rate whose step lowers the loss most: the share of signal in the noisy gradient. After each step the length is multiplied by
 /// `exp(pace (slope lr - r))`, `lr` the schedule's fraction, and the averages keep 19 of 20 parts. A `slope` above 0 goes
 /// somewhat beyond the greedy length, where averaged parameters ([`Average`](super::Average)) do best. It costs two dot
 /// products a step and a copy of it.
