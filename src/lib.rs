@@ -19,6 +19,7 @@
 
 pub mod checkpoint;
 pub mod curvature;
+mod gpu;
 pub mod linalg;
 pub mod nn;
 pub mod ops;

@@ -7,6 +7,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::record::{WORTH_A_THREAD, cpu_slice};
+use crate::gpu::{Gpu, Grid, Module, args, typed};
 
 /// `a b` for `[.., m, k]` and `[.., k, n]` with the same leading dimensions: `[.., m, n]`. Not differentiable.
 ///
@@ -182,6 +183,12 @@ fn dot_slices<T: WithDType>(a: &[T], b: &[T], total: impl Fn(&[T]) -> f64) -> f6
 pub fn mix(a: &Tensor, alpha: f64, b: &Tensor, beta: f64) -> Result<Tensor> {
     let cpu = a.device().is_cpu() && b.device().is_cpu();
     let fit = a.dims() == b.dims() && a.dtype() == b.dtype();
+    if let Some(gpu) = Gpu::of(a.device())
+        && fit
+        && !a.dtype().is_int()
+    {
+        return gpu_mix(&gpu, &a.contiguous()?, alpha, &b.contiguous()?, beta);
+    }
     if !(cpu && fit && a.is_contiguous() && b.is_contiguous()) {
         return (a.detach() * alpha)? + (b.detach() * beta)?;
     }
@@ -208,9 +215,31 @@ pub fn mix(a: &Tensor, alpha: f64, b: &Tensor, beta: f64) -> Result<Tensor> {
     Ok(Tensor::from_storage(Storage::Cpu(storage), a.shape().clone(), none, false))
 }
 
+args! {
+    /// The argument of the kernels in `mix.cu`.
+    struct MixArgs { a: u64, b: u64, out: u64, len: u64, alpha: f64, beta: f64 }
+}
+
+fn gpu_mix(gpu: &Gpu, a: &Tensor, alpha: f64, b: &Tensor, beta: f64) -> Result<Tensor> {
+    const THREADS: u32 = 256;
+    /// Elements of a thread: enough blocks for the largest GPU, few enough that a block is worth starting.
+    const EACH: usize = 4;
+    let out = gpu.tensor(a.shape(), a.dtype())?;
+    let [a, b, target] = [gpu.operand(a, "mix")?, gpu.operand(b, "mix")?, gpu.operand(&out, "mix")?];
+    let len = target.len;
+    let args =
+        MixArgs { a: a.address(), b: b.address(), out: target.address(), len: len as u64, alpha, beta };
+    let grid = Grid::line(len.div_ceil(THREADS as usize * EACH), THREADS)?;
+    gpu.launch(Module::Mix, &typed("mix", target.dtype)?, grid, &args)?;
+    Ok(out)
+}
+
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
+    use crate::gpu::emulate::emulate;
     use crate::ops::testing::{assert_close, random, values};
 
     #[test]
@@ -278,6 +307,23 @@ mod tests {
         ] {
             assert!(product(&a, &b).is_err() && dot(&a, &b).is_err() == (b.dims() != [2, 3]));
             assert!(mix(&a, 1.0, &b, 1.0).is_err() == (b.dims() != [2, 3]));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn mixes_on_a_gpu_as_on_the_cpu() -> Result<()> {
+        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+            for len in [0, 1, 31, 257, 5000] {
+                let random = || Tensor::randn(0f32, 1f32, len, &Device::Cpu)?.to_dtype(dtype);
+                let (a, b) = (random()?, random()?);
+                let found = emulate(|| mix(&a, 0.75, &b, -2.5))?;
+                // Half-precision sums of the CPU round each product.
+                let wide = |t: &Tensor| t.to_dtype(if dtype == DType::F64 { dtype } else { DType::F32 });
+                let exact = mix(&wide(&a)?, 0.75, &wide(&b)?, -2.5)?.to_dtype(dtype)?;
+                let found = found.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+                assert_eq!(found, exact.to_dtype(DType::F64)?.to_vec1::<f64>()?, "{dtype:?} {len}");
+            }
         }
         Ok(())
     }

@@ -1,0 +1,87 @@
+//! Kernels on an NVIDIA GPU, through candle's device and its stream.
+
+use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, bail};
+
+use super::{Args, Grid, Module, Operand};
+
+/// A struct that travels to a kernel as its bytes.
+#[repr(transparent)]
+struct ByValue<A>(A);
+
+// SAFETY: `Args` promises a `repr(C)` struct that equals the kernel's.
+unsafe impl<A: Args> DeviceRepr for ByValue<A> {}
+
+pub(super) fn operand(
+    device: &CudaDevice,
+    storage: &CudaStorage,
+    layout: &Layout,
+    name: &str,
+) -> Result<Operand> {
+    if !storage.device.same_device(device) {
+        bail!(
+            "{name}: expected a tensor on {:?}, got one on {:?}",
+            device.location(),
+            storage.device.location()
+        )
+    }
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("{name}: expected a contiguous tensor, got {layout:?}")
+    };
+    let base = |(address, size): (u64, usize)| address + (start * size) as u64;
+    let dtype = candle_core::backend::BackendStorage::dtype(storage);
+    let address = match &storage.slice {
+        CudaStorageSlice::U8(s) => base(address(device, s)),
+        CudaStorageSlice::U32(s) => base(address(device, s)),
+        CudaStorageSlice::I64(s) => base(address(device, s)),
+        CudaStorageSlice::F16(s) => base(address(device, s)),
+        CudaStorageSlice::BF16(s) => base(address(device, s)),
+        CudaStorageSlice::F32(s) => base(address(device, s)),
+        CudaStorageSlice::F64(s) => base(address(device, s)),
+        _ => bail!("{name}: dtype {dtype:?} found, expected f32, f64, f16, bf16, u8, u32 or i64"),
+    };
+    Ok(Operand {
+        address,
+        len: end - start,
+        dtype,
+        #[cfg(test)]
+        _guarded: None,
+    })
+}
+
+/// Where a slice begins, and the bytes of an element. All of candle's work on a device goes through one stream, so the order of
+/// the queue is all the synchronization that a kernel needs.
+fn address<T>(device: &CudaDevice, slice: &CudaSlice<T>) -> (u64, usize) {
+    let stream = device.cuda_stream();
+    let (address, _queued) = slice.device_ptr(&stream);
+    (address, size_of::<T>())
+}
+
+pub(super) fn storage(device: &CudaDevice, shape: &Shape, dtype: DType) -> Result<CudaStorage> {
+    // SAFETY: the caller's kernel writes every element before any is read.
+    unsafe { device.alloc_uninit(shape, dtype) }
+}
+
+pub(super) fn launch<A: Args>(
+    device: &CudaDevice,
+    module: Module,
+    kernel: &str,
+    grid: Grid,
+    args: &A,
+) -> Result<()> {
+    let function = device
+        .get_or_load_custom_func(kernel, &format!("kronwake_{}", module.stem()), module.ptx())
+        .map_err(|error| error.context(format!("kernel {kernel} of {}.cu: if the driver is older than the CUDA that the kernels were compiled with, compile them with the driver's", module.stem())))?;
+    let [x, y, z] = grid.blocks;
+    let config = LaunchConfig { grid_dim: (x, y, z), block_dim: (grid.threads, 1, 1), shared_mem_bytes: 0 };
+    let args = ByValue(*args);
+    let mut builder = function.builder();
+    builder.arg(&args);
+    // SAFETY: the argument is the kernel's struct, and its operands outlive the launch in the stream's order.
+    unsafe { builder.launch(config) }.w()?;
+    Ok(())
+}

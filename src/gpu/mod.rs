@@ -1,0 +1,204 @@
+//! Where hand-written kernels run: on an NVIDIA GPU, or, in tests, on the host under the emulator.
+//!
+//! An operation has a plain CPU version and a version for a [`Gpu`] side by side, and its kernel is the file of the same
+//! stem under `kernels/`. The GPU version takes its operands' addresses, fills in the kernel's one argument, a C struct, and launches:
+//! the same code on a GPU and in the tests, where the kernel runs as C++ (see `emulate.rs`).
+//!
+//! Work is queued on the device's stream and nothing waits for it, so a launch reports what is wrong with the launch, and what
+//! goes wrong in a kernel shows at the next read by the host.
+
+#![cfg_attr(not(any(test, feature = "cuda")), allow(dead_code, unused_variables))]
+
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(test)]
+pub(crate) mod emulate;
+mod module;
+
+pub(crate) use module::Module;
+
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
+
+/// A kernel's only parameter.
+///
+/// # Safety
+/// The type is `repr(C)`, without padding, and field by field the struct of the kernel.
+pub(crate) unsafe trait Args: Copy {}
+
+/// Declares the argument of a kernel, or a part of it: field by field the kernel's struct, addresses as `u64`.
+macro_rules! args {
+    ($(#[$doc:meta])* struct $name:ident { $($(#[$note:meta])* $field:ident: $type:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        // Only kernels read the fields.
+        #[allow(dead_code)]
+        struct $name { $($(#[$note])* $field: $type),* }
+
+        // SAFETY: `repr(C)`; that its size is the kernel's is checked at every launch under emulation.
+        unsafe impl $crate::gpu::Args for $name {}
+    };
+}
+pub(crate) use args;
+
+/// How many threads a kernel runs with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Grid {
+    pub blocks: [u32; 3],
+    /// Threads of a block, a multiple of 32.
+    pub threads: u32,
+}
+
+impl Grid {
+    /// `blocks` blocks in a row, at least one.
+    pub fn line(blocks: usize, threads: u32) -> Result<Self> {
+        Self::new([blocks, 1, 1], threads)
+    }
+
+    /// # Errors
+    /// If there are more blocks than a GPU takes.
+    pub fn new(blocks: [usize; 3], threads: u32) -> Result<Self> {
+        let [x, y, z] = blocks.map(|count| count.max(1));
+        if x > i32::MAX as usize || y > 65_535 || z > 65_535 {
+            bail!("a kernel on {x} x {y} x {z} blocks: a GPU takes 2147483647 x 65535 x 65535")
+        }
+        Ok(Self { blocks: [x as u32, y as u32, z as u32], threads })
+    }
+}
+
+/// An array that a kernel reads or writes. The tensor that it belongs to must outlive the launches with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Operand {
+    address: u64,
+    pub len: usize,
+    pub dtype: DType,
+    #[cfg(test)]
+    _guarded: Option<std::rc::Rc<emulate::Guarded>>,
+}
+
+impl Operand {
+    /// What a kernel is given.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+/// A place where kernels run.
+#[derive(Debug, Clone)]
+pub(crate) enum Gpu {
+    #[cfg(feature = "cuda")]
+    Cuda(candle_core::CudaDevice),
+    #[cfg(test)]
+    Emulated,
+}
+
+impl Gpu {
+    /// The place of a device's kernels; none for a CPU, or a device that this crate has no kernels for.
+    pub fn of(device: &Device) -> Option<Self> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Some(Self::Cuda(device.clone())),
+            Device::Cpu => Self::emulated(),
+            _ => None,
+        }
+    }
+
+    /// The emulator, where a test asks for it.
+    pub fn emulated() -> Option<Self> {
+        #[cfg(test)]
+        return emulate::is_on().then_some(Self::Emulated);
+        #[cfg(not(test))]
+        None
+    }
+
+    /// The elements of a contiguous tensor.
+    ///
+    /// # Errors
+    /// If the tensor is not contiguous or lies on another device.
+    pub fn operand(&self, tensor: &Tensor, name: &str) -> Result<Operand> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => self.on_cpu(storage, layout, name),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(storage) => self.on_cuda(storage, layout, name),
+            _ => bail!(
+                "{name}: expected a tensor on the GPU that the others are on, got {:?}",
+                tensor.device()
+            ),
+        }
+    }
+
+    /// [`Gpu::operand`] for a custom operation's arguments under emulation.
+    pub fn on_cpu(&self, storage: &CpuStorage, layout: &Layout, name: &str) -> Result<Operand> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => {
+                let _ = (storage, layout);
+                bail!("{name}: expected a tensor on the GPU, got one on the CPU")
+            }
+            #[cfg(test)]
+            Self::Emulated => emulate::operand(storage, layout, name),
+        }
+    }
+
+    /// [`Gpu::operand`] for a custom operation's arguments on a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn on_cuda(
+        &self,
+        storage: &candle_core::CudaStorage,
+        layout: &Layout,
+        name: &str,
+    ) -> Result<Operand> {
+        match self {
+            Self::Cuda(device) => cuda::operand(device, storage, layout, name),
+            #[cfg(test)]
+            Self::Emulated => bail!("{name}: expected a tensor on the CPU under emulation"),
+        }
+    }
+
+    /// Storage of a shape whose elements a kernel will write, every one of them.
+    pub fn storage(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Storage> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref device) => cuda::storage(device, &shape.into(), dtype).map(Storage::Cuda),
+            #[cfg(test)]
+            Self::Emulated => emulate::storage(&shape.into(), dtype).map(Storage::Cpu),
+        }
+    }
+
+    /// A tensor of a shape whose elements a kernel will write, every one of them.
+    pub fn tensor(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        let shape = shape.into();
+        Ok(Tensor::from_storage(
+            self.storage(&shape, dtype)?,
+            shape,
+            candle_core::op::BackpropOp::none(),
+            false,
+        ))
+    }
+
+    /// Queues a kernel.
+    ///
+    /// # Errors
+    /// If the module does not load (the message names the driver's and the compiler's version), or the launch is refused.
+    pub fn launch<A: Args>(&self, module: Module, kernel: &str, grid: Grid, args: &A) -> Result<()> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref device) => cuda::launch(device, module, kernel, grid, args),
+            #[cfg(test)]
+            Self::Emulated => emulate::launch(module, kernel, grid, args),
+        }
+    }
+}
+
+/// `name` with the dtype's suffix, as the kernels of several types are called.
+pub(crate) fn typed(name: &str, dtype: DType) -> Result<String> {
+    let suffix = match dtype {
+        DType::F32 => "f32",
+        DType::F64 => "f64",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        other => bail!("{name}: dtype {other:?} found, expected f32, f64, f16 or bf16"),
+    };
+    Ok(format!("{name}_{suffix}"))
+}

@@ -1,0 +1,33 @@
+//! The kernel files, one module each.
+
+macro_rules! modules {
+    ($($module:ident $stem:literal)*) => {
+        /// A kernel file.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub(crate) enum Module {
+            $(#[doc = concat!("`kernels/", $stem, ".cu`")] $module,)*
+        }
+
+        impl Module {
+            /// The file's name without its ending.
+            #[cfg(any(test, feature = "cuda"))]
+            pub fn stem(self) -> &'static str {
+                match self {
+                    $(Self::$module => $stem,)*
+                }
+            }
+
+            /// What the compiler made of the file.
+            #[cfg(feature = "cuda")]
+            pub fn ptx(self) -> &'static str {
+                match self {
+                    $(Self::$module => include_str!(concat!(env!("OUT_DIR"), "/", $stem, ".ptx")),)*
+                }
+            }
+        }
+    };
+}
+
+modules! {
+    Mix "mix"
+}
