@@ -14,6 +14,7 @@ mod cuda;
 #[cfg(test)]
 pub(crate) mod emulate;
 mod module;
+pub(crate) mod table;
 
 pub(crate) use module::Module;
 
@@ -80,6 +81,11 @@ impl Operand {
     /// What a kernel is given.
     pub fn address(&self) -> u64 {
         self.address
+    }
+
+    /// The address of an element.
+    pub fn at(&self, index: usize) -> u64 {
+        self.address + (index * self.dtype.size_in_bytes()) as u64
     }
 }
 

@@ -30,4 +30,7 @@ macro_rules! modules {
 
 modules! {
     Mix "mix"
+    Precondition "precondition"
+    Update "update"
+    Wake "wake"
 }

@@ -15,10 +15,13 @@ mod moment;
 pub mod norm;
 pub mod patches;
 pub mod pool;
+pub(crate) mod precondition;
 mod products;
 mod record;
 pub mod rng;
 pub mod sample;
 pub mod softmax;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
+pub(crate) mod update;
+pub(crate) mod wake;

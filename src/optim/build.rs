@@ -115,6 +115,7 @@ impl<R: WakeRule> Natural<R> {
             slopes: Slopes::default(),
             averages: vec![],
             models: vec![],
+            device: None,
             closure_checked: false,
         })
     }

@@ -5,7 +5,7 @@ use super::length::StepRule;
 use super::natural::Natural;
 use super::params::Decay;
 use super::rule::{Model, QSolve, WakeRule};
-use super::step::{Refusal, sum};
+use super::step::{Refusal, numbers, sum};
 use crate::curvature::{
     Damping, Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, damped_product, moments,
     sum_inverse, turned_moments,
@@ -31,10 +31,10 @@ type Factors = (Tensor, Tensor);
 
 /// A block's curvature as a step sees it.
 pub(super) struct Renewed<'a> {
-    state: BlockState,
-    average: Factors,
+    pub state: BlockState,
+    pub average: Factors,
     /// The model's: those of this batch where there are any, else the averages.
-    factors: Factors,
+    pub factors: Factors,
     /// What was recorded for this step, with its number of loss terms.
     records: Option<(&'a LayerFactors, usize)>,
 }
@@ -63,27 +63,28 @@ impl<R: WakeRule> Natural<R> {
         if !self.inverses_due() {
             return Ok(self.damping);
         }
-        let (mut squares, mut trace) = (0.0, 0.0);
+        let mut totals = Vec::with_capacity(2 * renewed.len());
         for Renewed { average: (a, g), .. } in renewed {
-            squares += sum(&(a.sqr()?.sum((1, 2))? * g.sqr()?.sum((1, 2))?)?)?;
-            trace += sum(&(diagonal(a)?.sum(1)? * diagonal(g)?.sum(1)?)?)?;
+            totals.push((a.sqr()?.sum((1, 2))? * g.sqr()?.sum((1, 2))?)?.sum_all()?);
+            totals.push((diagonal(a)?.sum(1)? * diagonal(g)?.sum(1)?)?.sum_all()?);
         }
+        let totals = numbers(&totals)?;
+        let every_other = |first: usize| totals.iter().skip(first).step_by(2).sum::<f64>();
+        let (squares, trace) = (every_other(0), every_other(1));
         Ok(relative.of(squares, trace))
     }
 
-    /// Turns a block's wake gradient into a direction.
-    pub(super) fn direction(
+    /// A block's inverse, made anew where that is due, in `renewed.state`.
+    pub(super) fn prepare(
         &self,
         block: &Block,
-        renewed: Renewed<'_>,
-        grads: &[Tensor],
+        renewed: &mut Renewed<'_>,
         damping: f64,
-    ) -> std::result::Result<Direction, Refusal> {
-        let Renewed { mut state, average, factors, records } = renewed;
-        let damping = self.damping_of(block, damping);
+    ) -> std::result::Result<(), Refusal> {
+        let Renewed { state, average, factors, records } = renewed;
         if self.inverses_due() {
             let _span = tracing::info_span!("inverse").entered();
-            match self.invert(block, &average, &factors, damping) {
+            match self.invert(block, average, factors, damping) {
                 Ok(new) => state.preconditioner = Some(new),
                 Err(error) if state.preconditioner.is_some() => {
                     tracing::warn!("block {}: {error}; the last inverse stays", block.name)
@@ -93,9 +94,25 @@ impl<R: WakeRule> Natural<R> {
         }
         // A new inverse has the scaling of one Kronecker product, and new records change the moments.
         if self.params.ekfac && (records.is_some() || self.inverses_due()) {
-            self.correct(block, &mut state, records, damping)?;
+            self.correct(block, state, *records, damping)?;
         }
+        match &state.preconditioner {
+            Some(_) => Ok(()),
+            None => Err(Refusal::Failed(missing::<R>(block, "inverse"))),
+        }
+    }
 
+    /// Turns a block's wake gradient into a direction.
+    pub(super) fn direction(
+        &self,
+        block: &Block,
+        mut renewed: Renewed<'_>,
+        grads: &[Tensor],
+        damping: f64,
+    ) -> std::result::Result<Direction, Refusal> {
+        let damping = self.damping_of(block, damping);
+        self.prepare(block, &mut renewed, damping)?;
+        let Renewed { state, average, factors, .. } = renewed;
         let gradient = block.matrix(|i| Ok(grads[i].clone()))?;
         let decay = self.decayed(block)?;
         let gradient = match (&decay, self.params.decay) {
@@ -130,22 +147,32 @@ impl<R: WakeRule> Natural<R> {
         Ok(Direction { state, gradient, model_gradient, wake_gradient, factors, direction, length })
     }
 
-    /// The factors of a batch, which also enter the averages.
-    fn refresh(
+    /// Refuses factors of a batch that are not finite.
+    pub(super) fn check_factors(
         &self,
-        block: &Block,
-        state: &mut BlockState,
-        layer: &LayerFactors,
-    ) -> std::result::Result<Factors, Refusal> {
-        let current = block.refreshed(layer)?;
-        for (factor, name) in [(&current.0, "A"), (&current.1, "G")] {
-            if !sum(factor)?.is_finite() {
+        refresh: Option<&(Vec<LayerFactors>, usize)>,
+    ) -> std::result::Result<(), Refusal> {
+        let Some((layers, _)) = refresh else { return Ok(()) };
+        let mut totals = Vec::with_capacity(2 * self.blocks.len());
+        for block in &self.blocks {
+            let (a, g) = block.refreshed(&layers[block.layer])?;
+            totals.extend([a.sum_all()?, g.sum_all()?]);
+        }
+        for (index, total) in numbers(&totals)?.into_iter().enumerate() {
+            if !total.is_finite() {
+                let (block, name) = (&self.blocks[index / 2], ["A", "G"][index % 2]);
                 return Err(Refusal::NonFinite(format!(
                     "factor {name} of block {} has NaN or infinite elements",
                     block.name
                 )));
             }
         }
+        Ok(())
+    }
+
+    /// The factors of a batch, which also enter the averages.
+    fn refresh(&self, block: &Block, state: &mut BlockState, layer: &LayerFactors) -> Result<Factors> {
+        let current = block.refreshed(layer)?;
         state.factor_a = Some(ema(state.factor_a.as_ref(), &current.0, self.params.stat_decay)?);
         state.factor_g = Some(ema(state.factor_g.as_ref(), &current.1, self.params.stat_decay)?);
         Ok(current)
@@ -202,7 +229,7 @@ impl<R: WakeRule> Natural<R> {
 
     /// Inverses are renewed every `inverses` steps. A quadratic wake's matrix holds the factors of the step itself, which
     /// one step later are the averages again: it is renewed then too.
-    fn inverses_due(&self) -> bool {
+    pub(super) fn inverses_due(&self) -> bool {
         let (period, quadratic) =
             (self.params.every.inverses, matches!(self.params.wake.model(), Model::Quadratic(_)));
         self.due(period, self.steps) || (quadratic && self.steps > 0 && self.due(period, self.steps - 1))

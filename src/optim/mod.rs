@@ -3,9 +3,11 @@
 mod average;
 mod block;
 mod build;
+mod device;
 mod direction;
 mod groups;
 mod kfac;
+mod launches;
 mod length;
 mod natural;
 mod observe;

@@ -2,6 +2,7 @@
 //! curvature, `direction.rs` and `step.rs` step, and what the members differ in is `rule.rs`.
 
 use super::block::{Block, Param};
+use super::device::DeviceStep;
 use super::length::Slopes;
 use super::observe::Observed;
 use super::params::{NonFinite, Params};
@@ -46,6 +47,8 @@ pub struct Natural<R> {
     pub(super) averages: Vec<Tensor>,
     /// QE's stored models, oldest first: a tensor for each of `vars`.
     pub(super) models: Vec<Vec<Tensor>>,
+    /// The step's numbers and work space on a GPU, once a step was taken there.
+    pub(super) device: Option<DeviceStep>,
     /// Whether QE's closure has been seen to give the same outputs twice.
     pub(super) closure_checked: bool,
 }
@@ -54,7 +57,8 @@ pub struct Natural<R> {
 #[derive(Debug)]
 pub(super) struct Accumulated {
     pub grads: Vec<Tensor>,
-    pub loss: f64,
+    /// Where it is read.
+    pub loss: Option<f64>,
     pub terms: usize,
 }
 
@@ -103,17 +107,18 @@ impl<R: WakeRule> Natural<R> {
         Ok(())
     }
 
-    /// Steps taken so far.
+    /// Steps taken so far; on a GPU those left out count too.
     pub fn steps(&self) -> usize {
         self.steps
     }
 
-    /// Steps left out under [`NonFinite::Skip`].
+    /// Steps left out under [`NonFinite::Skip`]; on a GPU as far as [`Natural::settle`] has seen.
     pub fn skipped(&self) -> usize {
         self.skipped
     }
 
-    /// The KL divergence that the steps aim at as it is now, at `lr` 1; `None` where a learning rate decides.
+    /// The KL divergence that the steps aim at as it is now (on a GPU, as [`Natural::settle`] saw it), at `lr` 1; `None` where a
+    /// learning rate decides.
     pub fn kl_target(&self) -> Option<f64> {
         Some(self.params.step_rule.target()? * self.slopes.length.powi(2))
     }
@@ -152,12 +157,15 @@ impl<R: WakeRule> Natural<R> {
         let (value, grads) = self.backward(loss)?;
         self.close_pass()?;
         let weight = terms as f64;
-        let grads = grads.into_iter().map(|g| g * weight).collect::<Result<Vec<_>>>()?;
+        let weighted = |g: &Tensor| crate::curvature::wide(g)? * weight;
+        let grads = grads.iter().map(weighted).collect::<Result<Vec<_>>>()?;
+        let value = value.map(|value| value * weight);
         let (grads, loss, terms) = match self.accumulated.take() {
-            None => (grads, value * weight, terms),
+            None => (grads, value, terms),
             Some(sum) => {
                 let grads = sum.grads.iter().zip(&grads).map(|(a, b)| a + b).collect::<Result<_>>()?;
-                (grads, sum.loss + value * weight, sum.terms + terms)
+                let loss = sum.loss.zip(value).map(|(sum, value)| sum + value);
+                (grads, loss, sum.terms + terms)
             }
         };
         self.accumulated = Some(Accumulated { grads, loss, terms });
@@ -170,21 +178,25 @@ impl<R: WakeRule> Natural<R> {
             bail!("{}: nothing was accumulated", R::NAME)
         };
         let grads = grads.into_iter().map(|g| g / terms as f64).collect::<Result<Vec<_>>>()?;
-        self.advance(grads, Some(loss / terms as f64))
+        self.advance(grads, loss.map(|loss| loss / terms as f64))
     }
 
-    /// The loss's value and gradients, one a param, in the dtype of the state.
-    pub(super) fn backward(&mut self, loss: &Tensor) -> Result<(f64, Vec<Tensor>)> {
+    /// The loss's value and gradients, one a param. A step on a GPU has no use for the value, and does not wait for it.
+    pub(super) fn backward(&mut self, loss: &Tensor) -> Result<(Option<f64>, Vec<Tensor>)> {
         let _span = tracing::info_span!("backward").entered();
+        if self.gpu().is_some() {
+            return Ok((None, self.gradients(&loss.backward()?)?));
+        }
         let value = scalar(loss)?;
         if !value.is_finite() && self.params.non_finite == NonFinite::Error {
             bail!("{}: step {}: the loss is {value}; parameters and state are unchanged", R::NAME, self.steps)
         }
         let grads = loss.backward()?;
-        Ok((value, self.gradients(&grads)?))
+        Ok((Some(value), self.gradients(&grads)?))
     }
 
-    /// Picks the gradient of every param out of a store.
+    /// Picks the gradient of every param out of a store: in the dtype of the state, but on a GPU, whose kernels widen what they
+    /// read.
     pub(super) fn gradients(&self, grads: &GradStore) -> Result<Vec<Tensor>> {
         let missing: Vec<&str> =
             self.vars.iter().filter(|p| grads.get(&p.var).is_none()).map(|p| p.name.as_str()).collect();
@@ -198,10 +210,11 @@ impl<R: WakeRule> Natural<R> {
                 missing.join(", ")
             )
         }
+        let on_gpu = self.gpu().is_some();
         let mut found = Vec::with_capacity(self.vars.len());
         for param in &self.vars {
             if let Some(grad) = grads.get(&param.var) {
-                found.push(crate::curvature::wide(grad)?);
+                found.push(if on_gpu { grad.clone() } else { crate::curvature::wide(grad)? });
             }
         }
         Ok(found)
@@ -261,7 +274,7 @@ impl<R: WakeRule> Optimizer for Natural<R> {
     fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
         self.no_closure("backward_step")?;
         match self.backward(loss) {
-            Ok((value, grads)) => self.advance(grads, Some(value)),
+            Ok((value, grads)) => self.advance(grads, value),
             Err(error) => {
                 self.forget();
                 Err(error)

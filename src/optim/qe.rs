@@ -119,7 +119,7 @@ impl Natural<Qe> {
                 return Err(error);
             }
         };
-        let Some((proposal, predicted)) = self.proposed(grads, Some(value))? else { return Ok(()) };
+        let Some((proposal, predicted)) = self.proposed(grads, value)? else { return Ok(()) };
         let before: Vec<Tensor> = self.vars.iter().map(|p| p.snapshot()).collect::<Result<_>>()?;
         let mut values = self.proposed_values(&proposal)?;
         let mut taken = None;

@@ -6,6 +6,7 @@
 //! are equal files.)
 
 use super::block::{Block, BlockState};
+use super::device::Seen;
 use super::length::{Slopes, StepRule};
 use super::natural::{Natural, Predicted};
 use super::rule::WakeRule;
@@ -62,6 +63,7 @@ impl<R: WakeRule> Natural<R> {
         if self.accumulated.is_some() || self.observed.is_some() {
             bail!("{}: save between two steps; one is under way", R::NAME)
         }
+        let Seen { slopes, previous_rate, skipped, .. } = self.seen()?;
         let mut tensors = BTreeMap::new();
         for param in &self.vars {
             tensors.insert(param.name.clone(), param.var.as_detached_tensor());
@@ -97,16 +99,16 @@ impl<R: WakeRule> Natural<R> {
         note("format", FORMAT.to_string());
         note("optimizer", R::NAME.to_string());
         note("steps", self.steps.to_string());
-        note("skipped", self.skipped.to_string());
+        note("skipped", skipped.to_string());
         note("lr", self.params.lr.to_string());
         note("damping", self.damping.to_string());
         note("models", self.models.len().to_string());
         note("closure_checked", self.closure_checked.to_string());
         note("tensors", tensors.len().to_string());
-        if let Some(previous_rate) = self.previous_rate {
+        if let Some(previous_rate) = previous_rate {
             note("previous_rate", previous_rate.to_string());
         }
-        let Slopes { after, before, last, length } = self.slopes;
+        let Slopes { after, before, last, length } = slopes;
         for (name, value) in SLOPES.into_iter().zip([after, before, last, length]) {
             note(name, value.to_string());
         }
@@ -246,6 +248,7 @@ impl<R: WakeRule> Natural<R> {
         self.models = models;
         self.averages = averages;
         self.steps = steps;
+        self.device = None;
         self.skipped = skipped;
         self.previous_rate = previous_rate;
         self.damping = damping;

@@ -71,6 +71,11 @@ pub(super) type Refresh = Option<(Vec<LayerFactors>, usize)>;
 impl<R: WakeRule> Natural<R> {
     /// A whole step on gradients in the order of `vars`.
     pub(super) fn advance(&mut self, grads: Vec<Tensor>, loss: Option<f64>) -> Result<()> {
+        if let Some(gpu) = self.gpu() {
+            return self.advance_on(gpu, &grads, loss);
+        }
+        self.settle()?;
+        self.device = None;
         let Some((proposal, predicted)) = self.proposed(grads, loss)? else { return Ok(()) };
         let carries = self.carries(&proposal, None)?;
         let values = self.proposed_values(&proposal)?;
@@ -95,26 +100,36 @@ impl<R: WakeRule> Natural<R> {
                 self.steps
             )
         }
-        if !(self.params.lr.is_finite() && self.params.lr >= 0.0) {
-            self.forget();
-            bail!("{}: expected a learning rate of zero or more, got {}", R::NAME, self.params.lr)
-        }
+        self.check_rate()?;
         let proposal = match loss {
             Some(loss) if !loss.is_finite() => Err(Refusal::NonFinite(format!("the loss is {loss}"))),
             _ => self.take_factors().and_then(|refresh| self.propose(&grads, refresh)),
         };
         self.forget();
-        let refused = match proposal {
+        match proposal {
             Ok(proposal) => {
                 let predicted = self.predict(&proposal, loss)?;
-                return Ok(Some((proposal, predicted)));
+                Ok(Some((proposal, predicted)))
             }
-            Err(refused) => refused,
-        };
+            Err(refused) => self.refuse(refused).map(|()| None),
+        }
+    }
+
+    /// Refuses a rate that makes no sense.
+    pub(super) fn check_rate(&mut self) -> Result<()> {
+        if !(self.params.lr.is_finite() && self.params.lr >= 0.0) {
+            self.forget();
+            bail!("{}: expected a learning rate of zero or more, got {}", R::NAME, self.params.lr)
+        }
+        Ok(())
+    }
+
+    /// Leaves a step out, or says why it cannot be taken.
+    pub(super) fn refuse(&mut self, refused: Refusal) -> Result<()> {
         match refused {
             Refusal::NonFinite(_) if self.params.non_finite == NonFinite::Skip => {
                 self.skipped += 1;
-                Ok(None)
+                Ok(())
             }
             Refusal::NonFinite(what) => {
                 bail!("{}: step {}: {what}; parameters and state are unchanged", R::NAME, self.steps)
@@ -124,6 +139,7 @@ impl<R: WakeRule> Natural<R> {
     }
 
     fn propose(&self, grads: &[Tensor], refresh: Refresh) -> std::result::Result<Proposal, Refusal> {
+        self.check_factors(refresh.as_ref())?;
         let mut renewed = Vec::with_capacity(self.blocks.len());
         for block in &self.blocks {
             renewed.push(self.renew(block, refresh.as_ref())?);
@@ -285,6 +301,14 @@ impl<R: WakeRule> Natural<R> {
         self.damping = proposal.damping;
         self.steps += 1;
         Ok(())
+    }
+}
+
+/// Scalars as numbers, read from their device at once.
+pub(super) fn numbers(scalars: &[Tensor]) -> Result<Vec<f64>> {
+    match scalars {
+        [] => Ok(vec![]),
+        scalars => Tensor::stack(scalars, 0)?.to_dtype(DType::F64)?.to_vec1(),
     }
 }
 

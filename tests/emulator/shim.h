@@ -173,6 +173,11 @@ template <class T> T atomicMax(T *at, T value) {
     if (value > old) *at = value;
     return old;
 }
+template <class T> T atomicMin(T *at, T value) {
+    T old = *at;
+    if (value < old) *at = value;
+    return old;
+}
 template <class T> T atomicOr(T *at, T value) {
     T old = *at;
     *at = old | value;

@@ -1,0 +1,256 @@
+//! A step's length and the writing of all parameters, on a GPU: a launch each, whatever the number of parameters.
+
+use super::wake::{Board, Place};
+use crate::gpu::table::{Part, TABLE, THREADS, item, parts};
+use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
+use candle_core::{DType, Result};
+
+/// Elements of [`Board::flags`] and [`Board::numbers`], and the places of those that the host reads; as in `kernels/step.cuh`.
+pub(crate) const FLAGS: usize = 5;
+pub(crate) const BLAMED: usize = 1;
+pub(crate) const FAILED_AT: usize = 2;
+pub(crate) const SKIPPED: usize = 3;
+pub(crate) const NUMBERS: usize = 12;
+pub(crate) const PREVIOUS: usize = 4;
+pub(crate) const DONE: usize = 6;
+pub(crate) const AFTER: usize = 8;
+pub(crate) const BEFORE: usize = 9;
+pub(crate) const LENGTH: usize = 11;
+/// Nobody to blame, and the first number that stands for a block and not for a parameter.
+pub(crate) const NOBODY: u32 = u32::MAX;
+pub(crate) const FIRST_BLOCK: u32 = 1 << 31;
+
+args! {
+    struct BeginArgs { flags: u64, numbers: u64, lr: f64, given: f64, wake_decay: f64, power: f64 }
+}
+
+/// What the options say of a step's numbers. Absent: below 0.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Begin {
+    pub lr: f64,
+    /// `1 / lambda`, absent where a divergence decides.
+    pub given: f64,
+    /// `rho_d`
+    pub wake_decay: f64,
+    /// Of the weights of averaged parameters, absent without them.
+    pub power: f64,
+}
+
+/// Puts down what the options say.
+pub(crate) fn begin(gpu: &Gpu, board: &Board, of: Begin) -> Result<()> {
+    let args = BeginArgs {
+        flags: board.flags.address(),
+        numbers: board.numbers.address(),
+        lr: of.lr,
+        given: of.given,
+        wake_decay: of.wake_decay,
+        power: of.power,
+    };
+    gpu.launch(Module::Update, "begin", Grid::line(1, 32)?, &args)
+}
+
+args! {
+    struct RateArgs {
+        flags: u64,
+        numbers: u64,
+        products: u64,
+        lr_scales: u64,
+        slope: u64,
+        last_slope: u64,
+        blocks: u64,
+        scale: f64,
+        target: f64,
+        slope_aim: f64,
+        pace: f64,
+        kl_clip: f64,
+        step: u32,
+        skips: u32,
+    }
+}
+
+/// What decides a step's length. Absent: below 0.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rate {
+    /// What rates are multiplied by.
+    pub scale: f64,
+    /// The divergence at length 1, absent where a rate decides.
+    pub target: f64,
+    pub slope_aim: f64,
+    /// Absent where slopes are not measured.
+    pub pace: f64,
+    pub kl_clip: f64,
+    pub step: u32,
+    /// Whether a step that is not finite is left out without more ado.
+    pub skips: bool,
+}
+
+/// Sums that a step's length depends on: `<V, w>` and the learning rates' scales, one a block, and the slopes.
+#[derive(Debug)]
+pub(crate) struct Sums<'a> {
+    pub products: &'a Operand,
+    pub lr_scales: &'a Operand,
+    /// Addresses of `<last step, g>` and of `<last step, its own gradient>`.
+    pub slopes: (u64, u64),
+}
+
+/// The rate, the clip, and whether the step is taken at all.
+pub(crate) fn rate(gpu: &Gpu, board: &Board, sums: &Sums<'_>, of: Rate) -> Result<()> {
+    let args = RateArgs {
+        flags: board.flags.address(),
+        numbers: board.numbers.address(),
+        products: sums.products.address(),
+        lr_scales: sums.lr_scales.address(),
+        slope: sums.slopes.0,
+        last_slope: sums.slopes.1,
+        blocks: sums.lr_scales.len as u64,
+        scale: of.scale,
+        target: of.target,
+        slope_aim: of.slope_aim,
+        pace: of.pace,
+        kl_clip: of.kl_clip,
+        step: of.step,
+        skips: of.skips.into(),
+    };
+    gpu.launch(Module::Update, "rate", Grid::line(1, THREADS)?, &args)
+}
+
+item! {
+    /// One parameter of a block; addresses of what is absent are 0. `kernels/update.cu` says what each is.
+    struct UpdateItem {
+        direction: u64,
+        gradient: u64,
+        model: u64,
+        velocity: u64,
+        step: u64,
+        carry: u64,
+        /// Absent also where it is the carry.
+        mean: u64,
+        value: u64,
+        /// Absent where `value` is the Var itself.
+        var: u64,
+        average: u64,
+        /// `sum V^2`, where the root mean square is clipped.
+        squares: u64,
+        len: u64,
+        block_len: u64,
+        lr_scale: f64,
+        decay: f64,
+        place: Place,
+        first: u32,
+        dtype: u32,
+    }
+}
+
+item! {
+    /// A block whose next wake looks back at `model + curved`.
+    struct CarryItem { model: u64, curved: u64, carry: u64, mean: u64, len: u64, first: u32, pad: u32 }
+}
+
+item! {
+    /// One parameter without a block.
+    struct AdamItem {
+        gradient: u64,
+        first_moment: u64,
+        second_moment: u64,
+        value: u64,
+        var: u64,
+        average: u64,
+        len: u64,
+        lr_scale: f64,
+        decay: f64,
+        steps_before: f64,
+        first: u32,
+        dtype: u32,
+        gradient_dtype: u32,
+        pad: u32,
+    }
+}
+
+args! {
+    struct UpdateArgs {
+        items: [UpdateItem; TABLE],
+        flags: u64,
+        numbers: u64,
+        slopes: u64,
+        momentum: f64,
+        rms_clip: f64,
+        count: u32,
+        pad: u32,
+    }
+}
+args! {
+    struct CarryArgs { items: [CarryItem; TABLE], flags: u64, count: u32, pad: u32 }
+}
+args! {
+    struct AdamArgs {
+        items: [AdamItem; TABLE],
+        flags: u64,
+        numbers: u64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+        count: u32,
+        pad: u32,
+    }
+}
+
+/// Writes the parameters of all blocks, and what the next step looks back at. With `slopes`, partial sums of `<step, gradient>`.
+pub(crate) fn updates(
+    gpu: &Gpu,
+    dtype: DType,
+    items: &[UpdateItem],
+    board: &Board,
+    slopes: Option<&Operand>,
+    (momentum, rms_clip): (f64, f64),
+) -> Result<()> {
+    for Part { items, count, blocks, before } in parts(items) {
+        let args = UpdateArgs {
+            items,
+            flags: board.flags.address(),
+            numbers: board.numbers.address(),
+            slopes: slopes.map_or(0, |slopes| slopes.at(before)),
+            momentum,
+            rms_clip,
+            count,
+            pad: 0,
+        };
+        gpu.launch(Module::Update, &typed("update", dtype)?, Grid::line(blocks, THREADS)?, &args)?;
+    }
+    Ok(())
+}
+
+/// Writes what a quadratic wake looks back at.
+pub(crate) fn carries(gpu: &Gpu, dtype: DType, items: &[CarryItem], board: &Board) -> Result<()> {
+    for Part { items, count, blocks, .. } in parts(items) {
+        let args = CarryArgs { items, flags: board.flags.address(), count, pad: 0 };
+        gpu.launch(Module::Update, &typed("carries", dtype)?, Grid::line(blocks, THREADS)?, &args)?;
+    }
+    Ok(())
+}
+
+/// Adam's options, as in [`candle_nn::ParamsAdamW`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AdamOptions {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+}
+
+/// A step of Adam on all parameters without a block.
+pub(crate) fn adams(
+    gpu: &Gpu,
+    dtype: DType,
+    items: &[AdamItem],
+    board: &Board,
+    options: AdamOptions,
+) -> Result<()> {
+    let AdamOptions { lr, beta1, beta2, eps } = options;
+    for Part { items, count, blocks, .. } in parts(items) {
+        let (flags, numbers) = (board.flags.address(), board.numbers.address());
+        let args = AdamArgs { items, flags, numbers, lr, beta1, beta2, eps, count, pad: 0 };
+        gpu.launch(Module::Update, &typed("adam", dtype)?, Grid::line(blocks, THREADS)?, &args)?;
+    }
+    Ok(())
+}
