@@ -24,6 +24,8 @@ constexpr u32 CLIP = 5;
 constexpr u32 DONE = 6;     // steps taken
 constexpr u32 MIXING = 7;   // weight of the new parameters in their average
 constexpr u32 AFTER = 8, BEFORE = 9, LAST = 10, LENGTH = 11; // slopes along the steps, and the length they led to
+constexpr u32 STEP = 12;    // the step's number
+constexpr u32 REST_LR = 13; // the learning rate of parameters without a block
 
 // The item of a table whose elements a block of threads works on; `first` of the items is ascending.
 template <class Item> DEVICE u32 item_of(const Item *items, u32 count, u32 block) {

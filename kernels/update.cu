@@ -9,6 +9,8 @@ struct BeginArgs {
     double given;       // 1 / lambda, below 0 where a divergence decides
     double wake_decay;  // rho_d
     double power;       // of the average's weights, below 0 without an average
+    double rest_lr;     // of the parameters without a block
+    u64 step;           // the step's number
 };
 
 DEVICE void prepare(const BeginArgs &p) {
@@ -16,6 +18,8 @@ DEVICE void prepare(const BeginArgs &p) {
     p.flags[CULPRIT] = NOBODY;
     double *n = p.numbers;
     n[LR] = p.lr;
+    n[REST_LR] = p.rest_lr;
+    n[STEP] = p.step;
     n[GIVEN] = p.given;
     // At a rate of 0 nothing moves, whatever is looked back at; a divergence's rate is taken for constant.
     double ratio = 1;
@@ -40,7 +44,7 @@ struct RateArgs {
     double target;            // the divergence of a step at length 1, below 0 where a rate decides
     double slope_aim, pace;   // of the length that follows the slopes; a pace below 0 leaves it
     double kl_clip;           // below 0 without
-    u32 step, skips;          // the step's number; whether a step that is not finite is left out, and no more
+    u64 skips;                // whether a step that is not finite is left out, and no more
 };
 
 DEVICE void decide(const RateArgs &p) {
@@ -57,7 +61,7 @@ DEVICE void decide(const RateArgs &p) {
     if (p.flags[CULPRIT] != NOBODY || (!p.skips && p.flags[BLAMED] != NOBODY)) {
         if (p.flags[BLAMED] == NOBODY) {
             p.flags[BLAMED] = p.flags[CULPRIT];
-            p.flags[FAILED_AT] = p.step;
+            p.flags[FAILED_AT] = n[STEP];
         }
         p.flags[SKIPPED] += 1;
         p.flags[GO] = 0;
@@ -228,7 +232,7 @@ struct AdamArgs {
     AdamItem items[TABLE];
     const u32 *flags;
     const double *numbers;
-    double lr, beta1, beta2, eps;
+    double beta1, beta2, eps;
     u32 count, pad;
 };
 
@@ -242,8 +246,8 @@ template <class T> DEVICE void adam(const AdamArgs &p) {
     // The step is counted already.
     const double steps = p.numbers[DONE] + item.steps_before;
     const T bias1 = 1 - pow(p.beta1, steps), bias2 = 1 - pow(p.beta2, steps);
-    const T beta1 = p.beta1, beta2 = p.beta2, eps = p.eps, lr = p.lr * item.lr_scale;
-    const T rest1 = 1 - p.beta1, rest2 = 1 - p.beta2, kept = 1 - p.lr * item.lr_scale * item.decay;
+    const T beta1 = p.beta1, beta2 = p.beta2, eps = p.eps, lr = p.numbers[REST_LR] * item.lr_scale;
+    const T rest1 = 1 - p.beta1, rest2 = 1 - p.beta2, kept = 1 - p.numbers[REST_LR] * item.lr_scale * item.decay;
     const T mixing = p.numbers[MIXING];
     const u64 begin = (u64)(blockIdx.x - item.first) * CHUNK;
     const u64 end = min(begin + CHUNK, item.len);

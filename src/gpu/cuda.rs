@@ -1,8 +1,9 @@
 //! Kernels on an NVIDIA GPU, through candle's device and its stream.
 
 use candle_core::backend::BackendDevice;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, bail};
@@ -84,4 +85,27 @@ pub(super) fn launch<A: Args>(
     // SAFETY: the argument is the kernel's struct, and its operands outlive the launch in the stream's order.
     unsafe { builder.launch(config) }.w()?;
     Ok(())
+}
+
+/// Recorded work, ready to launch.
+pub(crate) struct Graph(CudaGraph);
+
+impl Graph {
+    pub fn launch(&self) -> Result<()> {
+        self.0.launch().w()
+    }
+}
+
+/// Records the work that `body` queues on the device's stream.
+pub(super) fn record<T>(device: &CudaDevice, body: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
+    let stream = device.cuda_stream();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;
+    let outcome = body();
+    // What `body` returns outlives a repetition, and is written at the same place by the next one.
+    let graph = stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
+    let output = outcome?;
+    match graph.w()? {
+        Some(graph) => Ok((Graph(graph), output)),
+        None => bail!("a step could not be recorded as a CUDA graph: it asked the device for a value"),
+    }
 }

@@ -197,6 +197,66 @@ impl Gpu {
     }
 }
 
+/// Recorded work.
+pub(crate) enum Graph {
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Graph),
+    #[cfg(test)]
+    Emulated,
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Graph")
+    }
+}
+
+impl Graph {
+    /// Queues the recorded work. Under emulation nothing is recorded, and the work is done again by `again`, whose result comes
+    /// back.
+    pub fn launch<T>(&self, again: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref graph) => {
+                drop(again);
+                graph.launch().map(|()| None)
+            }
+            #[cfg(test)]
+            Self::Emulated => again().map(Some),
+        }
+    }
+}
+
+impl Gpu {
+    /// Records the work that `body` queues, without doing it.
+    ///
+    /// # Errors
+    /// What `body` reports, or that it asked the device for a value.
+    pub fn record<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref device) => {
+                let (graph, output) = cuda::record(device, body)?;
+                Ok((Graph::Cuda(graph), output))
+            }
+            #[cfg(test)]
+            Self::Emulated => Ok((Graph::Emulated, emulate::without_launches(body)?)),
+        }
+    }
+
+    /// Keeps candle's small uploads (shapes and strides) on the device as long as the guard lives: a recording may not upload.
+    pub fn keep_uploads(&self) -> impl Sized + use<> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref device) => Some(device.enable_cuda_graph_htod_cache()),
+            #[cfg(all(test, feature = "cuda"))]
+            Self::Emulated => None,
+            #[cfg(all(test, not(feature = "cuda")))]
+            Self::Emulated => (),
+        }
+    }
+}
+
 /// `name` with the dtype's suffix, as the kernels of several types are called.
 pub(crate) fn typed(name: &str, dtype: DType) -> Result<String> {
     let suffix = match dtype {

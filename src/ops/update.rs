@@ -10,7 +10,7 @@ pub(crate) const FLAGS: usize = 5;
 pub(crate) const BLAMED: usize = 1;
 pub(crate) const FAILED_AT: usize = 2;
 pub(crate) const SKIPPED: usize = 3;
-pub(crate) const NUMBERS: usize = 12;
+pub(crate) const NUMBERS: usize = 14;
 pub(crate) const PREVIOUS: usize = 4;
 pub(crate) const DONE: usize = 6;
 pub(crate) const AFTER: usize = 8;
@@ -21,7 +21,16 @@ pub(crate) const NOBODY: u32 = u32::MAX;
 pub(crate) const FIRST_BLOCK: u32 = 1 << 31;
 
 args! {
-    struct BeginArgs { flags: u64, numbers: u64, lr: f64, given: f64, wake_decay: f64, power: f64 }
+    struct BeginArgs {
+        flags: u64,
+        numbers: u64,
+        lr: f64,
+        given: f64,
+        wake_decay: f64,
+        power: f64,
+        rest_lr: f64,
+        step: u64,
+    }
 }
 
 /// What the options say of a step's numbers. Absent: below 0.
@@ -34,6 +43,9 @@ pub(crate) struct Begin {
     pub wake_decay: f64,
     /// Of the weights of averaged parameters, absent without them.
     pub power: f64,
+    /// The learning rate of parameters without a block.
+    pub rest_lr: f64,
+    pub step: usize,
 }
 
 /// Puts down what the options say.
@@ -45,6 +57,8 @@ pub(crate) fn begin(gpu: &Gpu, board: &Board, of: Begin) -> Result<()> {
         given: of.given,
         wake_decay: of.wake_decay,
         power: of.power,
+        rest_lr: of.rest_lr,
+        step: of.step as u64,
     };
     gpu.launch(Module::Update, "begin", Grid::line(1, 32)?, &args)
 }
@@ -63,8 +77,7 @@ args! {
         slope_aim: f64,
         pace: f64,
         kl_clip: f64,
-        step: u32,
-        skips: u32,
+        skips: u64,
     }
 }
 
@@ -79,7 +92,6 @@ pub(crate) struct Rate {
     /// Absent where slopes are not measured.
     pub pace: f64,
     pub kl_clip: f64,
-    pub step: u32,
     /// Whether a step that is not finite is left out without more ado.
     pub skips: bool,
 }
@@ -108,7 +120,6 @@ pub(crate) fn rate(gpu: &Gpu, board: &Board, sums: &Sums<'_>, of: Rate) -> Resul
         slope_aim: of.slope_aim,
         pace: of.pace,
         kl_clip: of.kl_clip,
-        step: of.step,
         skips: of.skips.into(),
     };
     gpu.launch(Module::Update, "rate", Grid::line(1, THREADS)?, &args)
@@ -186,7 +197,6 @@ args! {
         items: [AdamItem; TABLE],
         flags: u64,
         numbers: u64,
-        lr: f64,
         beta1: f64,
         beta2: f64,
         eps: f64,
@@ -229,10 +239,9 @@ pub(crate) fn carries(gpu: &Gpu, dtype: DType, items: &[CarryItem], board: &Boar
     Ok(())
 }
 
-/// Adam's options, as in [`candle_nn::ParamsAdamW`].
+/// Adam's options, as in [`candle_nn::ParamsAdamW`]; the rate is [`Begin::rest_lr`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AdamOptions {
-    pub lr: f64,
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f64,
@@ -246,10 +255,10 @@ pub(crate) fn adams(
     board: &Board,
     options: AdamOptions,
 ) -> Result<()> {
-    let AdamOptions { lr, beta1, beta2, eps } = options;
+    let AdamOptions { beta1, beta2, eps } = options;
     for Part { items, count, blocks, .. } in parts(items) {
         let (flags, numbers) = (board.flags.address(), board.numbers.address());
-        let args = AdamArgs { items, flags, numbers, lr, beta1, beta2, eps, count, pad: 0 };
+        let args = AdamArgs { items, flags, numbers, beta1, beta2, eps, count, pad: 0 };
         gpu.launch(Module::Update, &typed("adam", dtype)?, Grid::line(blocks, THREADS)?, &args)?;
     }
     Ok(())

@@ -116,6 +116,9 @@ impl<R: WakeRule> Natural<R> {
             averages: vec![],
             models: vec![],
             device: None,
+            captured: false,
+            keep_inverses: false,
+            spaces: 0,
             closure_checked: false,
         })
     }

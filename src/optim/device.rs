@@ -25,6 +25,8 @@ pub(super) struct DeviceStep {
     /// Of the state.
     pub dtype: DType,
     pub needs: Needs,
+    /// Changes when what recorded kernels read and write moves.
+    pub space: usize,
     /// See `kernels/step.cuh`.
     flags: Tensor,
     numbers: Tensor,
@@ -207,10 +209,9 @@ impl<R: WakeRule> Natural<R> {
         let refresh = self.take_factors()?;
         let renewing = refresh.is_some() || self.inverses_due();
         let board = device.board()?;
-        let power = self.params.average.map_or(-1.0, |average| average.power);
-        let wake_decay = self.params.wake.wake_decay(self.params.stat_decay).unwrap_or(0.0);
-        let given = self.given_rate().unwrap_or(-1.0);
-        update::begin(&device.gpu, &board, Begin { lr: self.params.lr, given, wake_decay, power })?;
+        if !self.captured {
+            self.begin(device)?;
+        }
         self.wake(device, &board, grads)?;
 
         let mut renewed = Vec::with_capacity(self.blocks.len());
@@ -235,18 +236,43 @@ impl<R: WakeRule> Natural<R> {
             block.state = state;
         }
         self.damping = damping;
-        self.steps += 1;
-        for adam in &mut self.rest {
-            adam.steps += 1;
+        if !self.captured {
+            self.count();
         }
-        if renewing && !device.gone()? {
+        if !renewing {
+            return Ok(false);
+        }
+        if !device.gone()? {
             // The factors of a step that was not taken do not count either.
             self.damping = before.0;
             for (block, state) in self.blocks.iter_mut().zip(before.1) {
                 block.state = state;
             }
+        } else if self.keep_inverses {
+            device.space += usize::from(!self.settle_inverses(&before.1)?);
         }
-        Ok(renewing)
+        Ok(true)
+    }
+
+    /// Puts down what the options say of the coming step.
+    pub(super) fn begin(&self, device: &DeviceStep) -> Result<()> {
+        let of = Begin {
+            lr: self.params.lr,
+            given: self.given_rate().unwrap_or(-1.0),
+            wake_decay: self.params.wake.wake_decay(self.params.stat_decay).unwrap_or(0.0),
+            power: self.params.average.map_or(-1.0, |average| average.power),
+            rest_lr: self.params.rest.lr,
+            step: self.steps,
+        };
+        update::begin(&device.gpu, &device.board()?, of)
+    }
+
+    /// Counts a step that was queued.
+    pub(super) fn count(&mut self) {
+        self.steps += 1;
+        for adam in &mut self.rest {
+            adam.steps += 1;
+        }
     }
 
     /// The work space for the options as they are, and state that kernels can write in place: tensors of its own.
@@ -321,10 +347,12 @@ impl<R: WakeRule> Natural<R> {
         let mut flags = [0u32; update::FLAGS];
         flags[update::BLAMED] = update::NOBODY;
         let lr_scales: Vec<f64> = self.blocks.iter().map(|b| b.lr_scale).collect();
+        self.spaces += 1 << 32;
         Ok(DeviceStep {
             gpu,
             dtype,
             needs,
+            space: self.spaces,
             flags: Tensor::new(&flags, &device)?,
             numbers: Tensor::new(&numbers, &device)?,
             lr_scales: Tensor::new(lr_scales, &device)?,

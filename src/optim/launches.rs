@@ -209,7 +209,6 @@ impl<R: WakeRule> Natural<R> {
             slope_aim,
             pace,
             kl_clip: self.params.kl_clip.unwrap_or(-1.0),
-            step: self.steps as u32,
             skips: self.params.non_finite == NonFinite::Skip,
         };
         update::rate(&device.gpu, board, &sums, rate)
@@ -295,8 +294,8 @@ impl<R: WakeRule> Natural<R> {
             });
         }
         if !items.is_empty() {
-            let candle_nn::ParamsAdamW { lr, beta1, beta2, eps, .. } = self.params.rest;
-            update::adams(gpu, device.dtype, &items, board, AdamOptions { lr, beta1, beta2, eps })?;
+            let candle_nn::ParamsAdamW { beta1, beta2, eps, .. } = self.params.rest;
+            update::adams(gpu, device.dtype, &items, board, AdamOptions { beta1, beta2, eps })?;
         }
         Ok(())
     }

@@ -49,6 +49,12 @@ pub struct Natural<R> {
     pub(super) models: Vec<Vec<Tensor>>,
     /// The step's numbers and work space on a GPU, once a step was taken there.
     pub(super) device: Option<DeviceStep>,
+    /// Whether the step under way is recorded or repeated by a [`super::Replay`], which counts it.
+    pub(super) captured: bool,
+    /// Whether new inverses are moved to where the old ones are, for the kernels that a [`super::Replay`] has recorded.
+    pub(super) keep_inverses: bool,
+    /// Work spaces on a GPU so far, times a number larger than that of the changes within one.
+    pub(super) spaces: usize,
     /// Whether QE's closure has been seen to give the same outputs twice.
     pub(super) closure_checked: bool,
 }

@@ -5,7 +5,8 @@ use crate::curvature::Relative;
 use crate::gpu::emulate::emulate;
 use crate::nn::{self, Module, VarBuilder, VarMap};
 use crate::optim::{
-    AdaptiveKl, Average, Decay, Every, Group, Groups, KFacRule, Optimizer, Params, Q, QSolve, So, TwoRate,
+    AdaptiveKl, Average, Decay, Every, Group, Groups, KFacRule, Optimizer, Params, Q, QSolve, Replay, So,
+    TwoRate,
 };
 use crate::tape::{Fisher, Likelihood, Tape};
 
@@ -222,4 +223,31 @@ fn tempfile() -> Result<std::path::PathBuf> {
     let folder = std::env::temp_dir().join(format!("kronwake-device-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
     Ok(folder)
+}
+
+#[test]
+fn replayed_steps_are_the_steps() -> Result<()> {
+    emulate(|| -> Result<()> {
+        let (mut run, mut plain) = (Run::new(NonFinite::Error)?, Run::new(NonFinite::Error)?);
+        let x = crate::ops::testing::random(90, &[6, 5])?;
+        let labels = Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?;
+        let mut replay = Replay::new();
+        for step in 0..14 {
+            let rate = 0.3 / (1.0 + step as f64);
+            run.optimizer.set_learning_rate(rate);
+            plain.optimizer.set_learning_rate(rate);
+            plain.step(None)?;
+            let Run { optimizer, forward, .. } = &mut run;
+            replay.step(optimizer, |optimizer| {
+                let outputs = forward(&x)?;
+                optimizer.observe(&outputs, Likelihood::Categorical)?;
+                let loss = nn::loss::cross_entropy(&outputs, &labels)?;
+                optimizer.backward_step(&loss)?;
+                Ok(loss.detach())
+            })?;
+            assert_eq!(run.optimizer.steps(), step + 1);
+            assert_eq!(run.values()?, plain.values()?, "step {step}");
+        }
+        Ok(())
+    })
 }

@@ -1,0 +1,152 @@
+//! Whole training steps as a CUDA graph.
+
+use super::block::BlockState;
+use super::natural::Natural;
+use super::rule::{Model, WakeRule};
+use crate::gpu::{Gpu, Graph};
+use candle_core::{Result, Tensor};
+
+/// Training steps that are recorded once and then repeated as one CUDA graph, so that the host launches a step at once instead of its
+/// kernels one by one. Worth it where steps are short: small models, small batches.
+///
+/// A step is forward, [`Natural::observe`], backward and the optimizer's step, all in one closure, on tensors that stay where they are:
+/// new batches are copied into the old one's tensors, of one shape. What the closure returns (the loss, say) is written anew by
+/// every repetition. Steps that renew curvature, and those before the first inverse, run as they are; so does everything where it cannot
+/// be recorded: on other devices, and with quadratic wakes. Nothing in the closure may ask the device for a value, or depend on the step's number:
+/// dropout would repeat its masks.
+///
+/// ```
+/// use kronwake::nn::{self, Module, VarBuilder, VarMap};
+/// use kronwake::optim::{Optimizer, ParamsSoKldWrm, Replay, SoKldWrm};
+/// use kronwake::tape::{Likelihood, Tape};
+/// use candle_core::{DType, Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let device = Device::cuda_if_available(0)?;
+/// let (tape, vars) = (Tape::new(), VarMap::new());
+/// let model = tape.build(|| nn::linear(4, 3, VarBuilder::from_varmap(&vars, DType::F32, &device)))?;
+/// let mut optimizer = SoKldWrm::from_varmap(&vars, ParamsSoKldWrm::on(&tape))?;
+/// let x = Tensor::zeros((8, 4), DType::F32, &device)?;
+/// let y = Tensor::zeros(8, DType::U32, &device)?;
+/// let mut replay = Replay::new();
+/// for _ in 0..20 {
+///     x.slice_set(&Tensor::randn(0f32, 1.0, (8, 4), &device)?, 0, 0)?;
+///     let loss = replay.step(&mut optimizer, |optimizer| {
+///         let logits = model.forward(&x)?;
+///         optimizer.observe(&logits, Likelihood::Categorical)?;
+///         let loss = nn::loss::cross_entropy(&logits, &y)?;
+///         optimizer.backward_step(&loss)?;
+///         Ok(loss.detach())
+///     })?;
+///     # let _ = loss;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Default)]
+pub struct Replay<T> {
+    recorded: Option<Recorded<T>>,
+    /// Whether a plain step has run with candle's uploads kept for the recording.
+    warm: bool,
+}
+
+#[derive(Debug)]
+struct Recorded<T> {
+    graph: Graph,
+    output: T,
+    /// Which work space the recorded kernels write.
+    space: usize,
+}
+
+impl<T: Clone> Replay<T> {
+    /// Nothing recorded yet.
+    pub fn new() -> Self {
+        Self { recorded: None, warm: false }
+    }
+
+    /// One training step, `pass`: run, recorded or repeated. See [`Replay`].
+    ///
+    /// # Errors
+    /// What `pass` reports; and when a step that is being recorded asks the device for a value.
+    pub fn step<R: WakeRule>(
+        &mut self,
+        optimizer: &mut Natural<R>,
+        mut pass: impl FnMut(&mut Natural<R>) -> Result<T>,
+    ) -> Result<T> {
+        let Some(gpu) = optimizer.records() else {
+            return pass(optimizer);
+        };
+        optimizer.keep_inverses = true;
+        if self.recorded.as_ref().is_some_and(|recorded| recorded.space != optimizer.space()) {
+            *self = Self::new();
+        }
+        if optimizer.renews() || optimizer.device.is_none() {
+            return pass(optimizer);
+        }
+        let _kept = gpu.keep_uploads();
+        if !self.warm {
+            self.warm = true;
+            return pass(optimizer);
+        }
+        let recorded = match self.recorded.take() {
+            Some(recorded) => recorded,
+            None => {
+                optimizer.captured = true;
+                let outcome = gpu.record(|| pass(optimizer));
+                optimizer.captured = false;
+                let (graph, output) = outcome?;
+                Recorded { graph, output, space: optimizer.space() }
+            }
+        };
+        if let Some(device) = &optimizer.device {
+            optimizer.begin(device)?;
+        }
+        let emulated = recorded.graph.launch(|| {
+            optimizer.captured = true;
+            let outcome = pass(optimizer);
+            optimizer.captured = false;
+            outcome
+        })?;
+        optimizer.count();
+        let output = emulated.unwrap_or_else(|| recorded.output.clone());
+        self.recorded = Some(recorded);
+        Ok(output)
+    }
+}
+
+impl<R: WakeRule> Natural<R> {
+    /// The GPU that can record this optimizer's plain steps.
+    fn records(&self) -> Option<Gpu> {
+        self.gpu().filter(|_| self.params.wake.model() == Model::Linear)
+    }
+
+    /// Whether the coming step makes new factors or inverses.
+    fn renews(&self) -> bool {
+        self.curvature_due() || self.inverses_due()
+    }
+
+    /// Tells one work space from another.
+    fn space(&self) -> usize {
+        self.device.as_ref().map_or(0, |device| device.space)
+    }
+
+    /// Moves new inverses to where the old ones are, which recorded kernels read; whether all could.
+    pub(super) fn settle_inverses(&mut self, old: &[BlockState]) -> Result<bool> {
+        let mut all = true;
+        for (block, old) in self.blocks.iter_mut().zip(old) {
+            let (Some(new), Some(old)) = (&block.state.preconditioner, &old.preconditioner) else { continue };
+            let (from, to) = (new.parts(), old.parts());
+            let alike = |(a, b): (&(&str, &Tensor), &(&str, &Tensor))| a.0 == b.0 && a.1.dims() == b.1.dims();
+            if from.len() != to.len() || !from.iter().zip(&to).all(alike) {
+                all = false;
+                continue;
+            }
+            for ((_, from), (_, to)) in from.iter().zip(&to) {
+                if from.id() != to.id() {
+                    to.slice_set(&from.contiguous()?, 0, 0)?;
+                }
+            }
+            block.state.preconditioner = Some(old.clone());
+        }
+        Ok(all)
+    }
+}
