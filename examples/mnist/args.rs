@@ -39,6 +39,9 @@ pub struct Args {
     /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
     #[arg(long, default_value = "cpu", help_heading = DATA)]
     pub device: Place,
+    /// Record the training step as a CUDA graph and repeat it while no curvature is renewed; needs --device cuda and no --dropout
+    #[arg(long, help_heading = DATA)]
+    pub graph: bool,
     /// Worker threads [default: one a core]
     #[arg(long, value_name = "N", value_parser = count, help_heading = DATA)]
     pub threads: Option<usize>,
@@ -234,6 +237,11 @@ impl Args {
     ) -> clap::error::Result<Self> {
         let matches = Self::command().try_get_matches_from(words)?;
         let args = Self::from_arg_matches(&matches)?;
+        if args.graph && (args.device == Place::Cpu || args.dropout > 0.0) {
+            let message =
+                "--graph needs --device cuda, and no --dropout: a recorded step would repeat its masks";
+            return Err(Self::command().error(ErrorKind::ArgumentConflict, message));
+        }
         match args.stray_option(&matches) {
             Some(message) => Err(Self::command().error(ErrorKind::ArgumentConflict, message)),
             None => Ok(args),

@@ -34,8 +34,8 @@ impl Name {
 /// Images and labels of the training or of the test set.
 pub struct Part {
     /// `count x 28 x 28` bytes.
-    pixels: Vec<u8>,
-    labels: Vec<u8>,
+    pub pixels: Vec<u8>,
+    pub labels: Vec<u8>,
 }
 
 /// Training and test set, normalized alike.
@@ -43,7 +43,8 @@ pub struct Data {
     pub title: String,
     pub train: Part,
     pub test: Part,
-    moments: (f64, f64),
+    /// Mean and standard deviation of the pixels, in [0, 1].
+    pub moments: (f64, f64),
 }
 
 macro_rules! bundled {

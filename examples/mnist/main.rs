@@ -3,6 +3,7 @@
 mod args;
 mod data;
 mod defaults;
+mod feed;
 mod first_order;
 mod idx;
 mod model;

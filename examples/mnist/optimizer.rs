@@ -3,13 +3,14 @@
 use super::args::Args;
 use super::defaults;
 use super::first_order::{FirstOrder, Rule};
+use super::train::Outcome;
 use super::values::{BiasKind, CarryKind, Choice, DampingKind, FisherKind, QSolveKind, StepKind};
 use candle_core::{Result, Tensor, bail};
 use kronwake::curvature::{Adaptive, Damping, Relative};
 use kronwake::nn::VarMap;
 use kronwake::optim::{
     AdaptiveKl, Average, Bias, Carry, Defaults, Every, Inner, KFacRule, Natural, Optimizer, Params, Q,
-    QSolve, Qe, So, StepRule, TwoRate, WakeRule,
+    QSolve, Qe, Replay, So, StepRule, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use std::path::Path;
@@ -27,6 +28,9 @@ pub struct Pass<'a> {
     pub loss_now: &'a dyn Fn() -> Result<Tensor>,
 }
 
+/// Forward, backward, and the step of the optimizer that it is given.
+pub type Whole<'a> = dyn FnMut(&mut dyn Train) -> Result<Outcome> + 'a;
+
 /// What the training loop needs of an optimizer.
 pub trait Train {
     /// The options that matter most, on a line.
@@ -39,6 +43,8 @@ pub trait Train {
     fn set_learning_rate(&mut self, lr: f64);
     /// One step.
     fn step(&mut self, pass: &Pass) -> Result<()>;
+    /// A whole training step by way of `replay`, where the optimizer can be recorded.
+    fn replay(&mut self, replay: &mut Replay<Outcome>, pass: &mut Whole<'_>) -> Result<Outcome>;
     /// Runs `f` at the averaged parameters, where the optimizer keeps such.
     fn at_average(&mut self, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         f()
@@ -237,6 +243,10 @@ impl<R: Stepping> Train for Natural<R> {
         Ok(())
     }
 
+    fn replay(&mut self, replay: &mut Replay<Outcome>, pass: &mut Whole<'_>) -> Result<Outcome> {
+        replay.step(self, |optimizer| pass(optimizer))
+    }
+
     fn at_average(&mut self, f: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         Natural::at_average(self, f)
     }
@@ -283,6 +293,10 @@ impl Train for FirstOrder {
     fn step(&mut self, pass: &Pass) -> Result<()> {
         let grads = info_span!("backward").in_scope(|| pass.loss.backward())?;
         info_span!("step").in_scope(|| self.update(&grads))
+    }
+
+    fn replay(&mut self, _: &mut Replay<Outcome>, pass: &mut Whole<'_>) -> Result<Outcome> {
+        pass(self)
     }
 
     fn save(&self, path: &Path) -> Result<()> {

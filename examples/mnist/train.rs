@@ -1,7 +1,8 @@
 //! The training loop: steps in epochs, an evaluation after each, stops on a loss that is no number.
 
 use super::args::Args;
-use super::data::{self, Data, Part};
+use super::data::{self, Data};
+use super::feed::Feed;
 use super::model::{Dropout, Model};
 use super::optimizer::{self, Pass, Train};
 use super::report::{self, Log, Row};
@@ -10,13 +11,16 @@ use super::weights;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use kronwake::nn::{VarBuilder, VarMap, loss::cross_entropy};
-use kronwake::optim::Schedule;
+use kronwake::optim::{Replay, Schedule};
 use kronwake::tape::Tape;
 use std::time::Instant;
 use tracing::info_span;
 
 /// Examples of an evaluation batch; the result does not depend on it.
 const EVALUATION_BATCH: usize = 250;
+
+/// Steps whose outcomes are read together where reading waits for the device.
+const READ_EVERY: usize = 32;
 
 /// A finished training.
 pub struct Run {
@@ -85,22 +89,53 @@ fn mean_loss(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     cross_entropy(&logits.to_dtype(wide)?, labels)
 }
 
-/// How many of the `logits [n, 10]` are largest at their label.
-fn correct(logits: &Tensor, labels: &Tensor) -> Result<f64> {
-    logits.argmax(D::Minus1)?.eq(labels)?.to_dtype(DType::F64)?.sum_all()?.to_scalar()
+/// How many of the `logits [n, 10]` are largest at their label, a scalar.
+fn right(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    logits.detach().argmax(D::Minus1)?.eq(labels)?.to_dtype(DType::F32)?.sum_all()
 }
 
-fn scalar(loss: &Tensor) -> Result<f64> {
-    loss.to_dtype(DType::F64)?.to_scalar()
+/// Stops on a loss that is no number; `step` counts from 0.
+fn check(choice: Choice, loss: f64, step: usize) -> Result<()> {
+    if !loss.is_finite() {
+        let name = choice.name();
+        bail!("{name}: the loss of step {} is {loss}; a lower --lr or more --damping may help", step + 1);
+    }
+    Ok(())
 }
 
-/// Mean loss and accuracy on `part`, without dropout.
-fn evaluate(model: &Model, data: &Data, part: &Part, dtype: DType, device: &Device) -> Result<(f64, f64)> {
-    let mut sums = Sums::default();
-    for places in data::order(part.len(), None, 0).chunks(EVALUATION_BATCH) {
-        let (x, y) = data.batch(part, places, dtype, device)?;
+/// What a batch was, still on its device: its mean loss and how many were right, scalars both.
+#[derive(Clone)]
+pub struct Outcome {
+    loss: Tensor,
+    right: Tensor,
+}
+
+impl Outcome {
+    fn of(logits: &Tensor, labels: &Tensor, loss: &Tensor) -> Result<Self> {
+        Ok(Self { loss: loss.detach(), right: right(logits, labels)? })
+    }
+
+    /// The numbers of several batches, read at once.
+    fn read(outcomes: &[Self]) -> Result<Vec<(f64, f64)>> {
+        let losses = Tensor::stack(&outcomes.iter().map(|o| &o.loss).collect::<Vec<_>>(), 0)?;
+        let rights = Tensor::stack(&outcomes.iter().map(|o| &o.right).collect::<Vec<_>>(), 0)?;
+        let losses = losses.to_dtype(DType::F64)?.to_vec1()?;
+        Ok(losses.into_iter().zip(rights.to_dtype(DType::F64)?.to_vec1()?).collect())
+    }
+}
+
+/// Mean loss and accuracy on all examples of `feed`, without dropout.
+fn evaluate(model: &Model, feed: &Feed) -> Result<(f64, f64)> {
+    let order = data::order(feed.len(), None, 0);
+    let mut outcomes = Vec::new();
+    for places in order.chunks(EVALUATION_BATCH) {
+        let (x, y) = feed.batch(places)?;
         let logits = model.forward(&x, None)?.detach();
-        sums.add(scalar(&mean_loss(&logits, &y)?)?, correct(&logits, &y)?, places.len());
+        outcomes.push(Outcome::of(&logits, &y, &mean_loss(&logits, &y)?)?);
+    }
+    let mut sums = Sums::default();
+    for ((loss, right), places) in Outcome::read(&outcomes)?.into_iter().zip(order.chunks(EVALUATION_BATCH)) {
+        sums.add(loss, right, places.len());
     }
     Ok(sums.means())
 }
@@ -133,14 +168,18 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
     let bar = ProgressBar::new(plan.end as u64).with_position(start as u64);
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} steps, {eta} left, loss {msg}");
     bar.set_style(style.map_err(candle_core::Error::wrap)?);
+    let feed = Feed::new(data, &data.train, args.dtype, device)?;
+    let test = Feed::new(data, &data.test, args.dtype, device)?;
+    let optimizer = optimizer.as_mut();
+    let (replay, at_once) = (args.graph.then(Replay::new), if device.is_cpu() { 1 } else { READ_EVERY });
     let mut looped =
-        Loop { choice, args, data, device, model: &model, optimizer: optimizer.as_mut(), plan, schedule };
+        Loop { choice, args, feed, model: &model, optimizer, plan, schedule, replay, batch: None, at_once };
     let mut rows = Vec::new();
     for epoch in start / plan.per_epoch..plan.end.div_ceil(plan.per_epoch) {
         let (mut row, sums) = looped.epoch(epoch, &bar, log)?;
         (row.train_loss, row.train_accuracy) = sums.means();
         looped.optimizer.at_average(&mut || {
-            (row.test_loss, row.test_accuracy) = evaluate(&model, data, &data.test, args.dtype, device)?;
+            (row.test_loss, row.test_accuracy) = evaluate(&model, &test)?;
             Ok(())
         })?;
         bar.suspend(|| println!("{row}"));
@@ -160,12 +199,16 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
 struct Loop<'a> {
     choice: Choice,
     args: &'a Args,
-    data: &'a Data,
-    device: &'a Device,
+    feed: Feed<'a>,
     model: &'a Model,
     optimizer: &'a mut dyn Train,
     plan: Plan,
     schedule: Schedule,
+    /// Under --graph, with the batch that its recorded steps read.
+    replay: Option<Replay<Outcome>>,
+    batch: Option<(Tensor, Tensor)>,
+    /// Steps whose outcomes are read together.
+    at_once: usize,
 }
 
 impl Loop<'_> {
@@ -173,22 +216,30 @@ impl Loop<'_> {
     fn epoch(&mut self, epoch: usize, bar: &ProgressBar, log: &mut Log) -> Result<(Row, Sums)> {
         let (args, plan) = (self.args, self.plan);
         let shuffle = (!args.no_shuffle).then_some(args.seed);
-        let order = data::order(self.data.train.len(), shuffle, epoch);
+        let order = data::order(self.feed.len(), shuffle, epoch);
         let first = self.optimizer.steps() - epoch * plan.per_epoch;
         let many = plan.end - self.optimizer.steps();
         let mut sums = Sums::default();
         let mut row = Row::new(self.choice, epoch + 1);
         let clock = Instant::now();
-        for places in order.chunks(args.batch).skip(first).take(many) {
-            let step = self.optimizer.steps();
-            row.lr = self.schedule.at(step);
-            self.optimizer.set_learning_rate(row.lr);
-            let (loss, correct) = self.step(places, step)?;
-            sums.add(loss, correct, places.len());
-            bar.set_message(format!("{loss:.3}"));
-            bar.inc(1);
-            if args.steps.is_some() {
-                log.write_step(self.choice, step + 1, loss)?;
+        let batches: Vec<_> = order.chunks(args.batch).skip(first).take(many).collect();
+        for batches in batches.chunks(self.at_once) {
+            let before = self.optimizer.steps();
+            let mut outcomes = Vec::with_capacity(batches.len());
+            for places in batches {
+                let step = self.optimizer.steps();
+                row.lr = self.schedule.at(step);
+                self.optimizer.set_learning_rate(row.lr);
+                outcomes.push(self.step(places, step)?);
+            }
+            for (index, (loss, right)) in Outcome::read(&outcomes)?.into_iter().enumerate() {
+                check(self.choice, loss, before + index)?;
+                sums.add(loss, right, batches[index].len());
+                bar.set_message(format!("{loss:.3}"));
+                bar.inc(1);
+                if args.steps.is_some() {
+                    log.write_step(self.choice, before + index + 1, loss)?;
+                }
             }
         }
         row.seconds = clock.elapsed().as_secs_f64();
@@ -196,30 +247,44 @@ impl Loop<'_> {
         Ok((row, sums))
     }
 
-    /// One step on the examples at `places`; the batch's mean loss before it, and how many were right.
-    fn step(&mut self, places: &[usize], step: usize) -> Result<(f64, f64)> {
-        let args = self.args;
-        let (x, y) = self.data.batch(&self.data.train, places, args.dtype, self.device)?;
+    /// One step on the examples at `places`.
+    fn step(&mut self, places: &[usize], step: usize) -> Result<Outcome> {
+        let (x, y) = self.feed.batch(places)?;
+        let (args, model, choice, read) = (self.args, self.model, self.choice, self.at_once == 1);
         let dropout = Some(Dropout { p: args.dropout, seed: args.seed, step });
-        let forward = |dropout| info_span!("forward").in_scope(|| self.model.forward(&x, dropout));
-        let logits = forward(dropout)?;
-        let loss = mean_loss(&logits, &y)?;
-        let value = scalar(&loss)?;
-        if !value.is_finite() {
-            let name = self.choice.name();
-            bail!(
-                "{name}: the loss of step {} is {value}; a lower --lr or more --damping may help",
-                step + 1
-            );
-        }
-        let right = correct(&logits, &y)?;
-        self.optimizer.step(&Pass {
-            logits: &logits,
-            loss: &loss,
-            logits_now: &|| forward(None),
-            loss_now: &|| mean_loss(&forward(dropout)?, &y),
-        })?;
-        Ok((value, right))
+        let pass = |optimizer: &mut dyn Train, x: &Tensor, y: &Tensor| -> Result<Outcome> {
+            let forward = |dropout| info_span!("forward").in_scope(|| model.forward(x, dropout));
+            let logits = forward(dropout)?;
+            let loss = mean_loss(&logits, y)?;
+            if read {
+                check(choice, loss.to_dtype(DType::F64)?.to_scalar()?, step)?;
+            }
+            optimizer.step(&Pass {
+                logits: &logits,
+                loss: &loss,
+                logits_now: &|| forward(None),
+                loss_now: &|| mean_loss(&forward(dropout)?, y),
+            })?;
+            Outcome::of(&logits, y, &loss)
+        };
+        let full = places.len() == args.batch;
+        let Some(replay) = self.replay.as_mut().filter(|_| full) else {
+            return pass(self.optimizer, &x, &y);
+        };
+        // A recorded step reads its batch where it was.
+        let (held_x, held_y) = match &self.batch {
+            Some((held_x, held_y)) => {
+                held_x.slice_set(&x, 0, 0)?;
+                held_y.slice_set(&y, 0, 0)?;
+                (held_x.clone(), held_y.clone())
+            }
+            None => (x.copy()?, y.copy()?),
+        };
+        self.batch = Some((held_x.clone(), held_y.clone()));
+        let Outcome { loss, right } =
+            self.optimizer.replay(replay, &mut |optimizer| pass(optimizer, &held_x, &held_y))?;
+        // The next repetition writes over it.
+        Ok(Outcome { loss: loss.copy()?, right: right.copy()? })
     }
 }
 
@@ -249,7 +314,8 @@ mod tests {
         let logits = Tensor::from_vec(logits, (2, CLASSES), &Device::Cpu).unwrap();
         let labels = Tensor::new(&[3u32, 1], &Device::Cpu).unwrap();
         let expected = ((9.0 + 2f64.exp()).ln() - 2.0 + (9.0 + 1f64.exp()).ln()) / 2.0;
-        assert!((scalar(&mean_loss(&logits, &labels).unwrap()).unwrap() - expected).abs() < 1e-12);
-        assert_eq!(correct(&logits, &labels).unwrap(), 1.0);
+        let outcome = Outcome::of(&logits, &labels, &mean_loss(&logits, &labels).unwrap()).unwrap();
+        let numbers = Outcome::read(&[outcome.clone(), outcome]).unwrap();
+        assert!(numbers.iter().all(|(loss, right)| (loss - expected).abs() < 1e-12 && *right == 1.0));
     }
 }
