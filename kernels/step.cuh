@@ -59,13 +59,14 @@ template <class T> DEVICE void store_as(void *data, u64 at, u32 type, Acc<T> val
     }
 }
 
-// A parameter's place in its block's matrix of `columns` columns: it fills `width` of them, from `offset` on.
+// A parameter's place in its block's matrix of `columns` columns: it fills `width` of them, from `offset` on. It has fewer
+// than 2^32 elements.
 struct Place {
     u32 width, columns, offset, pad;
 };
 
 DEVICE u64 place_of(const Place &place, u64 element) {
     if (place.width == place.columns) return element;
-    u64 row = element / place.width;
-    return row * place.columns + place.offset + (element - row * place.width);
+    const u32 row = (u32)element / place.width;
+    return (u64)row * place.columns + place.offset + ((u32)element - row * place.width);
 }

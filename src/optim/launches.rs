@@ -14,7 +14,7 @@ use crate::gpu::{Gpu, Operand};
 use crate::ops::precondition::{DotItem, ScaleItem, TotalItem, dots, scales, totals};
 use crate::ops::update::{self, AdamItem, AdamOptions, CarryItem, Rate, Sums, UpdateItem};
 use crate::ops::wake::{Board, Place, WakeItem, Wakes, wakes};
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 impl<R: WakeRule> Natural<R> {
     /// The wake gradients into the scratch matrices.
@@ -32,7 +32,7 @@ impl<R: WakeRule> Natural<R> {
                 out: held.address(&scratch.wake, &block.name)?,
                 ..WakeItem::default()
             };
-            for (index, place) in self.places(block) {
+            for (index, place) in self.places(block)? {
                 let param = &self.vars[index];
                 let decayed = param.weight_decay != 0.0 && self.params.decay != Decay::Decoupled;
                 let value = if decayed { held.address(&param.value(), &param.name)? } else { 0 };
@@ -248,7 +248,7 @@ impl<R: WakeRule> Natural<R> {
                 lr_scale: block.lr_scale,
                 ..UpdateItem::default()
             };
-            for (param, place) in self.places(block) {
+            for (param, place) in self.places(block)? {
                 let [value, var, average, dtype] = self.targets(&mut held, param)?;
                 let decoupled = self.params.decay == Decay::Decoupled;
                 items.push(UpdateItem {
@@ -340,16 +340,20 @@ impl<R: WakeRule> Natural<R> {
     }
 
     /// The params of a block with their places in its matrix.
-    fn places(&self, block: &Block) -> Vec<(usize, Place)> {
+    fn places(&self, block: &Block) -> Result<Vec<(usize, Place)>> {
         let mut offset = 0;
         let mut places = Vec::with_capacity(block.params.len());
         for &index in &block.params {
-            let width = self.vars[index].var.elem_count() / (block.groups * block.out).max(1);
-            let columns = block.columns as u32;
-            places.push((index, Place { width: width as u32, columns, offset, pad: 0 }));
-            offset += width as u32;
+            let param = &self.vars[index];
+            let len = param.var.elem_count();
+            if u32::try_from(len).is_err() {
+                bail!("{}: {len} elements, more than the 2^32 - 1 that a step on a GPU takes", param.name)
+            }
+            let width = (len / (block.groups * block.out).max(1)) as u32;
+            places.push((index, Place { width, columns: block.columns as u32, offset, pad: 0 }));
+            offset += width;
         }
-        places
+        Ok(places)
     }
 
     /// Where a param is written: the value in the state's dtype, the Var where it has another, the average, and the Var's dtype.
