@@ -164,23 +164,33 @@ impl Gpu {
 
     /// Storage of a shape whose elements a kernel will write, every one of them.
     pub fn storage(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Storage> {
+        self.allocate(&shape.into(), dtype, true)
+    }
+
+    /// Storage, of which the emulator checks that kernels write it in `whole`.
+    fn allocate(&self, shape: &Shape, dtype: DType, whole: bool) -> Result<Storage> {
         match *self {
             #[cfg(feature = "cuda")]
-            Self::Cuda(ref device) => cuda::storage(device, &shape.into(), dtype).map(Storage::Cuda),
+            Self::Cuda(ref device) => {
+                let _ = whole;
+                cuda::storage(device, shape, dtype).map(Storage::Cuda)
+            }
             #[cfg(test)]
-            Self::Emulated => emulate::storage(&shape.into(), dtype).map(Storage::Cpu),
+            Self::Emulated => emulate::storage(shape, dtype, whole).map(Storage::Cpu),
         }
     }
 
     /// A tensor of a shape whose elements a kernel will write, every one of them.
     pub fn tensor(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();
-        Ok(Tensor::from_storage(
-            self.storage(&shape, dtype)?,
-            shape,
-            candle_core::op::BackpropOp::none(),
-            false,
-        ))
+        Ok(tensor_of(self.storage(&shape, dtype)?, shape))
+    }
+
+    /// A tensor for kernels alone: they may leave elements of it unwritten that none reads.
+    #[allow(dead_code)]
+    pub fn scratch(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        let shape = shape.into();
+        Ok(tensor_of(self.allocate(&shape, dtype, false)?, shape))
     }
 
     /// Queues a kernel.
@@ -195,6 +205,10 @@ impl Gpu {
             Self::Emulated => emulate::launch(module, kernel, grid, args),
         }
     }
+}
+
+fn tensor_of(storage: Storage, shape: Shape) -> Tensor {
+    Tensor::from_storage(storage, shape, candle_core::op::BackpropOp::none(), false)
 }
 
 /// Recorded work.

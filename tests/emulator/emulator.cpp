@@ -1,13 +1,15 @@
-// The scheduler of shim.h, compiled with every kernel file.
-#include "shim.h"
+// The scheduler: runs the fibers of a block from barrier to barrier.
+#include "emulator.h"
 
 #include <algorithm>
-
-dim3 gridDim, blockDim, blockIdx, threadIdx;
+#include <cstdio>
+#include <sys/mman.h>
 
 namespace emulator {
 
 State state;
+
+extern "C" void emulator_switch(void **from, void *to);
 
 #if defined(__x86_64__)
 // Saves what a call preserves, and goes on where `to` left off.
@@ -67,17 +69,88 @@ emulator_switch:
 #error "the emulator knows how to switch fibers on x86-64 and AArch64 alone"
 #endif
 
+// The next fiber that goes on: first come, first served; or last come; or any.
+static bool take_ready(unsigned &next) {
+    auto &ready = state.ready;
+    if (state.ready_head == ready.size()) {
+        ready.clear();
+        state.ready_head = 0;
+        return false;
+    }
+    if (state.order == 0) {
+        next = ready[state.ready_head++];
+        return true;
+    }
+    if (state.order > 1) {
+        state.random = state.random * 6364136223846793005ull + 1442695040888963407ull;
+        std::swap(ready[(state.random >> 33) % ready.size()], ready.back());
+    }
+    next = ready.back();
+    ready.pop_back();
+    return true;
+}
+
+static void go_on(unsigned next, void **from) {
+    Fiber &fiber = state.fibers[next];
+    state.current = next;
+    state.stack = fiber.stack;
+    emulator_switch(from, fiber.stack_pointer);
+}
+
+static void give_way() {
+    void **from = &state.fibers[state.current].stack_pointer;
+    unsigned next;
+    if (take_ready(next)) {
+        if (next != state.current) go_on(next, from);
+    } else {
+        emulator_switch(from, state.scheduler);
+    }
+}
+
+void fail(const std::string &what) {
+    char block[64];
+    std::snprintf(block, sizeof block, ", block (%u, %u, %u)", state.block_index.x, state.block_index.y, state.block_index.z);
+    state.error = what + block;
+    void *abandoned;
+    emulator_switch(&abandoned, state.scheduler);
+    std::abort();
+}
+
+static std::string text(Site site) {
+    const char *name = std::strrchr(site.file, '/');
+    return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+void fail_at(const std::string &what, Site site) { fail(what + " at " + text(site)); }
+
 static void begin() {
     state.kernel(state.args);
-    state.fibers[state.current].wait = Wait::done;
+    Fiber &self = state.fibers[state.current];
+    if (!self.copies.empty()) fail("an asynchronous copy that its thread never waits for");
+    self.wait = Wait::done;
     give_way();
     std::abort();
 }
 
-static void prepare(Fiber &fiber) {
-    fiber.stack.resize(STACK);
+// Stacks stay from launch to launch.
+static void provide(unsigned threads) {
+    state.fibers.reserve(MOST_THREADS);
+    while (state.fibers.size() < threads) {
+        Fiber fiber;
+        void *at = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED || mprotect(at, STACK / 2, PROT_NONE)) std::abort();
+        fiber.stack = reinterpret_cast<uintptr_t>(at);
+        state.fibers.push_back(std::move(fiber));
+    }
+}
+
+static void prepare(unsigned index) {
+    Fiber &fiber = state.fibers[index];
     fiber.wait = Wait::nothing;
-    uintptr_t top = (reinterpret_cast<uintptr_t>(fiber.stack.data()) + STACK) & ~uintptr_t(15);
+    fiber.fenced = false;
+    fiber.copies.clear();
+    // Stacks begin at different places of a page, or they would all share a few lines of the cache.
+    uintptr_t top = fiber.stack + STACK - index % 32 * 128;
     void **at = reinterpret_cast<void **>(top);
 #if defined(__x86_64__)
     // As after a call: the return address at an odd multiple of 8.
@@ -92,101 +165,220 @@ static void prepare(Fiber &fiber) {
     fiber.stack_pointer = at;
 }
 
-// The order in which ready fibers go on: as they are, backwards, or shuffled by a seed.
-static std::vector<unsigned> order_of(unsigned count, unsigned order) {
-    std::vector<unsigned> list(count);
-    for (unsigned i = 0; i < count; ++i) list[i] = order == 1 ? count - 1 - i : i;
-    if (order > 1) {
-        uint64_t seed = order * 0x9e3779b97f4a7c15ull;
-        for (unsigned i = count; i > 1; --i) {
-            seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-            std::swap(list[i - 1], list[(seed >> 33) % i]);
+int barrier(int predicate, Site site) {
+    Fiber &self = state.fibers[state.current];
+    self.wait = Wait::block;
+    self.site = site;
+    self.predicate = predicate;
+    give_way();
+    return state.combined;
+}
+
+void meet(unsigned mask, const void *value, void *all, size_t size, bool memory, Site site) {
+    unsigned first = state.current / LANES * LANES, warp = state.current / LANES;
+    if (!(mask >> lane() & 1)) fail_at("a warp operation whose mask lacks the calling lane", site);
+    Fiber &self = state.fibers[state.current];
+    self.wait = Wait::warp;
+    self.site = site;
+    self.mask = mask;
+    self.value = value;
+    self.all = all;
+    self.size = size;
+    for (unsigned i = 0; i < LANES; ++i) {
+        if (!(mask >> i & 1)) continue;
+        Fiber &other = state.fibers[first + i];
+        if (first + i >= state.threads || other.wait != Wait::warp || other.mask != mask || other.size != size || !(other.site == site)) {
+            give_way();
+            return;
         }
     }
-    return list;
+    // The last lane to come serves all of them.
+    static std::vector<char> values;
+    values.assign(LANES * size, static_cast<char>(POISON));
+    for (unsigned i = 0; i < LANES; ++i)
+        if (mask >> i & 1 && size) std::memcpy(&values[i * size], state.fibers[first + i].value, size);
+    for (unsigned i = 0; i < LANES; ++i) {
+        if (!(mask >> i & 1)) continue;
+        Fiber &other = state.fibers[first + i];
+        if (size) std::memcpy(other.all, values.data(), values.size());
+        other.wait = Wait::nothing;
+        state.ready.push_back(first + i);
+    }
+    if (memory) meet_memory(warp, mask);
+    give_way();
 }
 
-static std::string at_block() {
-    char text[64];
-    std::snprintf(text, sizeof text, " in block (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z);
-    return text;
+// Why no fiber can go on.
+static std::string stuck() {
+    auto fibers = state.fibers.begin();
+    unsigned at_barrier = 0;
+    const Fiber *waiting = nullptr;
+    for (unsigned i = 0; i < state.threads; ++i) {
+        at_barrier += fibers[i].wait == Wait::block;
+        if (fibers[i].wait == Wait::block) waiting = &fibers[i];
+    }
+    for (unsigned i = 0; i < state.threads; ++i) {
+        if (fibers[i].wait != Wait::warp) continue;
+        unsigned missing = 0;
+        for (unsigned j = 0; j < LANES; ++j) {
+            unsigned other = i / LANES * LANES + j;
+            if (!(fibers[i].mask >> j & 1)) continue;
+            if (other < state.threads && fibers[other].wait == Wait::warp && !(fibers[other].site == fibers[i].site))
+                return "lanes of a warp at different operations, " + text(fibers[i].site) + " and " + text(fibers[other].site);
+            missing += other >= state.threads || fibers[other].wait != Wait::warp || fibers[other].mask != fibers[i].mask;
+        }
+        return "a warp operation that lacks " + std::to_string(missing) + " of the lanes in its mask at " + text(fibers[i].site);
+    }
+    return "a barrier that only " + std::to_string(at_barrier) + " of " + std::to_string(state.threads) + " threads reach at " + text(waiting->site);
 }
 
-// Lets the fibers of a warp go on whose operation has all its lanes.
-static bool release_warp(unsigned first, unsigned last) {
-    bool any = false;
-    for (unsigned i = first; i < last; ++i) {
+// The threads of the block in the order in which they begin, or go on after a barrier.
+static void ready_all() {
+    state.ready.clear();
+    state.ready_head = 0;
+    // Last come first: which thread that is alternates.
+    bool backwards = state.order == 1 && state.phase % 2 == 1;
+    for (unsigned i = 0; i < state.threads; ++i) state.ready.push_back(backwards ? state.threads - 1 - i : i);
+    ++state.phase;
+}
+
+static bool release_barrier() {
+    const Site site = state.fibers[0].site;
+    int any = 0;
+    for (unsigned i = 0; i < state.threads; ++i) {
         Fiber &fiber = state.fibers[i];
-        if (fiber.wait != Wait::warp) continue;
-        bool complete = true;
-        for (unsigned lane = 0; lane < 32; ++lane) {
-            if (!(fiber.mask >> lane & 1)) continue;
-            if (first + lane >= last || state.fibers[first + lane].wait != Wait::warp || state.fibers[first + lane].mask != fiber.mask)
-                complete = false;
+        if (!(fiber.site == site)) {
+            state.error = "threads of a block at different barriers, " + text(site) + " and " + text(fiber.site);
+            return false;
         }
-        if (!complete) continue;
-        unsigned mask = fiber.mask;
-        for (unsigned lane = 0; lane < 32; ++lane)
-            if (mask >> lane & 1) state.fibers[first + lane].wait = Wait::nothing;
-        any = true;
+        any += fiber.predicate != 0;
+        fiber.wait = Wait::nothing;
     }
-    return any;
+    state.combined = any;
+    end_phase();
+    ready_all();
+    return true;
 }
 
-static void run_block(unsigned threads, const std::vector<unsigned> &order) {
-    for (auto &fiber : state.fibers) prepare(fiber);
-    state.shared.clear();
-    state.slots.assign((threads + 31) / 32, std::vector<char>(32 * SLOT, static_cast<char>(POISON)));
-    while (state.error.empty()) {
-        for (unsigned i : order) {
-            Fiber &fiber = state.fibers[i];
-            if (fiber.wait != Wait::nothing) continue;
-            state.current = i;
-            threadIdx.x = i % blockDim.x;
-            threadIdx.y = i / blockDim.x % blockDim.y;
-            threadIdx.z = i / (blockDim.x * blockDim.y);
-            emulator_switch(&state.scheduler, fiber.stack_pointer);
+// An array in shared memory, made when a block first comes to its declaration, and kept: checks.cpp knows what the present block has written.
+struct Array {
+    const void *tag;
+    size_t size;
+    unsigned char *bytes;
+};
+static std::vector<Array> arrays;
+
+static void run_block() {
+    for (unsigned i = 0; i < state.threads; ++i) prepare(i);
+    begin_block();
+    ready_all();
+    for (;;) {
+        unsigned next;
+        if (take_ready(next)) {
+            go_on(next, &state.scheduler);
+            if (!state.error.empty()) return;
+            continue;
         }
-        bool released = false;
-        for (unsigned first = 0; first < threads; first += 32) released |= release_warp(first, std::min(first + 32, threads));
-        if (released) continue;
-        unsigned at_barrier = 0, done = 0, at_warp = 0;
-        for (auto &fiber : state.fibers) {
-            at_barrier += fiber.wait == Wait::block;
-            at_warp += fiber.wait == Wait::warp;
-            done += fiber.wait == Wait::done;
+        unsigned at_barrier = 0, done = 0;
+        for (unsigned i = 0; i < state.threads; ++i) {
+            at_barrier += state.fibers[i].wait == Wait::block;
+            done += state.fibers[i].wait == Wait::done;
         }
-        if (done == threads) break;
-        if (at_warp > 0) fail("a warp operation that lacks some of its lanes" + at_block());
-        else if (at_barrier < threads) fail("a barrier that only " + std::to_string(at_barrier) + " of " + std::to_string(threads) + " threads reach" + at_block());
-        else
-            for (auto &fiber : state.fibers) fiber.wait = Wait::nothing;
+        if (done == state.threads) break;
+        if (at_barrier < state.threads) {
+            state.error = stuck();
+            return;
+        }
+        if (!release_barrier()) return;
     }
-    for (auto &entry : state.shared) {
-        const auto &area = entry.second;
+    for (auto &array : arrays)
         for (size_t i = 0; i < GUARD; ++i)
-            if ((unsigned char)area.bytes[i] != POISON || (unsigned char)area.bytes[GUARD + area.size + i] != POISON) {
-                fail("a write beyond an array in shared memory" + at_block());
+            if (array.bytes[i] != POISON || array.bytes[GUARD + array.size + i] != POISON) {
+                state.error = "a write beyond an array in shared memory";
                 return;
             }
+}
+
+void *shared(const void *tag, const char *name, size_t size, size_t unit) {
+    for (auto &array : arrays)
+        if (array.tag == tag) return array.bytes + GUARD;
+    auto bytes = static_cast<unsigned char *>(std::aligned_alloc(GUARD, (size + 3 * GUARD - 1) / GUARD * GUARD));
+    std::memset(bytes, POISON, size + 2 * GUARD);
+    arrays.push_back({tag, size, bytes});
+    add_shared(name, bytes + GUARD, size, unit);
+    return bytes + GUARD;
+}
+
+void copy_async(void *to, const void *from, unsigned bytes) {
+    if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes)
+        fail("an asynchronous copy to or from an address that is no multiple of its bytes");
+    // The copy may read and write at any time from here to the end of the wait.
+    if (from) check(from, bytes, false, nullptr);
+    check(to, bytes, true, nullptr);
+    state.fibers[state.current].copies.push_back({to, from, bytes});
+}
+
+void wait_for_copies() {
+    auto &copies = state.fibers[state.current].copies;
+    for (auto &copy : copies) {
+        check(copy.to, copy.bytes, true, nullptr);
+        if (copy.from) {
+            check(copy.from, copy.bytes, false, nullptr);
+            std::memcpy(copy.to, copy.from, copy.bytes);
+        } else {
+            std::memset(copy.to, 0, copy.bytes);
+        }
     }
+    copies.clear();
 }
 
 } // namespace emulator
 
+// An operand of a launch; `mask` and `mark` as in Region.
+struct Operand {
+    uint64_t start, bytes, unit;
+    const char *name;
+    uint64_t mask, mark;
+};
+
 // Runs a kernel over a grid of blocks; `order` chooses the order of blocks and of threads. Null, or what went wrong.
-extern "C" const char *emulate(void (*kernel)(const void *), const void *args, const unsigned *grid, unsigned threads, unsigned order) {
+extern "C" const char *emulate(void (*kernel)(const void *), const void *args, size_t args_size, const unsigned *grid, unsigned threads,
+                               const Operand *operands, size_t count, unsigned order) {
     using namespace emulator;
     state.error.clear();
     state.kernel = kernel;
     state.args = args;
-    state.fibers.resize(threads);
-    gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {threads, 1, 1};
-    std::vector<unsigned> thread_order = order_of(threads, order);
-    for (unsigned i : order_of(grid[0] * grid[1] * grid[2], order)) {
-        blockIdx = {i % grid[0], i / grid[0] % grid[1], i / (grid[0] * grid[1])};
-        run_block(threads, thread_order);
+    state.threads = threads;
+    state.grid = {grid[0], grid[1], grid[2]};
+    state.order = order;
+    state.phase = 0;
+    state.random = order * 0x9e3779b97f4a7c15ull;
+    provide(threads);
+    std::vector<Region> regions(count + 1);
+    for (size_t i = 0; i < count; ++i) {
+        regions[i].start = operands[i].start;
+        regions[i].bytes = operands[i].bytes;
+        regions[i].shift = __builtin_ctzll(operands[i].unit);
+        regions[i].name = operands[i].name;
+        regions[i].mask = operands[i].mask;
+        regions[i].mark = operands[i].mark;
+    }
+    regions[count].start = reinterpret_cast<uintptr_t>(args);
+    regions[count].bytes = args_size;
+    regions[count].name = "the argument";
+    regions[count].writable = false;
+    begin_launch(regions.data(), regions.size());
+    size_t blocks = (size_t)grid[0] * grid[1] * grid[2];
+    std::vector<size_t> list(blocks);
+    for (size_t i = 0; i < blocks; ++i) list[i] = order == 1 ? blocks - 1 - i : i;
+    uint64_t seed = state.random;
+    for (size_t i = order > 1 ? blocks : 0; i > 1; --i) {
+        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        std::swap(list[i - 1], list[(seed >> 33) % i]);
+    }
+    for (size_t i : list) {
+        state.block_index = {(unsigned)(i % grid[0]), (unsigned)(i / grid[0] % grid[1]), (unsigned)(i / grid[0] / grid[1])};
+        run_block();
         if (!state.error.empty()) return state.error.c_str();
     }
     return nullptr;
