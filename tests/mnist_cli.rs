@@ -111,10 +111,8 @@ fn other_errors_are_one_sentence() {
         ("--optimizer q --q-solve exact", "q-kld-wrm: the exact solve needs pi damping"),
     ];
     if !cfg!(feature = "cuda") {
-        cases.push((
-            "--device cuda:1",
-            "--device cuda:1: the candle crate has not been built with cuda support",
-        ));
+        cases
+            .push(("--device cuda:1", "--device cuda:1: this build has no CUDA; build with --features cuda"));
     }
     for (line, sentence) in cases {
         let error = folder.fail(line, 1);

@@ -147,10 +147,24 @@ impl Place {
             Self::Cpu => Ok(Device::Cpu),
             Self::Cuda(n) => match Device::new_cuda(n) {
                 Ok(device) => Ok(device),
-                Err(e) => bail!("--device cuda:{n}: {}", sentence(&e)),
+                Err(e) => bail!("--device cuda:{n}: {}", without_device(&sentence(&e))),
             },
         }
     }
+}
+
+/// Why a CUDA device does not open, in words where `error` has only the driver's name for it.
+fn without_device(error: &str) -> String {
+    for (name, reason) in [
+        ("not been built with cuda", "this build has no CUDA; build with --features cuda"),
+        ("CUDA_ERROR_NO_DEVICE", "no NVIDIA GPU is present, or none is visible (CUDA_ERROR_NO_DEVICE)"),
+        ("CUDA_ERROR_INVALID_DEVICE", "there is no GPU of this number (CUDA_ERROR_INVALID_DEVICE)"),
+    ] {
+        if error.contains(name) {
+            return reason.to_owned();
+        }
+    }
+    error.to_owned()
 }
 
 fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> std::result::Result<f64, String> {
@@ -183,5 +197,22 @@ pub fn dtype(text: &str) -> std::result::Result<DType, String> {
         "bf16" => Ok(DType::BF16),
         "f16" => Ok(DType::F16),
         _ => Err("expected f32, f64, bf16 or f16".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_devices_are_explained() {
+        let driver = |name: &str| format!("DriverError({name}, \"no text\")");
+        assert!(without_device(&driver("CUDA_ERROR_NO_DEVICE")).starts_with("no NVIDIA GPU is present"));
+        assert!(
+            without_device(&driver("CUDA_ERROR_INVALID_DEVICE"))
+                .starts_with("there is no GPU of this number")
+        );
+        let other = driver("CUDA_ERROR_OUT_OF_MEMORY");
+        assert_eq!(without_device(&other), other);
     }
 }
