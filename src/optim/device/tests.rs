@@ -124,11 +124,13 @@ fn steps_with_two_rates_as_the_general_path_does() -> Result<()> {
     })
 }
 
+type Forward = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
 /// An optimizer on the model, with data to train it on.
 struct Run {
     vars: Vec<(String, candle_core::Var)>,
     optimizer: Natural<So>,
-    forward: Box<dyn Fn(&Tensor) -> Result<Tensor>>,
+    forward: Forward,
 }
 
 impl Run {
