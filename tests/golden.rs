@@ -89,7 +89,7 @@ fn run<R: WakeRule>(
 ) -> Result<()> {
     let meta: Value = serde_json::from_str(&std::fs::read_to_string(format!(
         "{}/tests/golden/{kind}_meta.json",
-        env!("CARGO_MANIFEST_DIR")
+        root().display()
     ))?)
     .unwrap();
     let config = &meta["configs"][name];
