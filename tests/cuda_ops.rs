@@ -113,9 +113,8 @@ fn values_and_gradients() -> Result<()> {
         for (dtype, lie) in DTYPES.into_iter().flat_map(|dtype| LIES.map(|lie| (dtype, lie))) {
             let exact = case.compute(&Device::Cpu, DType::F64, dtype, lie)?;
             for device in &devices {
-                let what = |part| {
-                    format!("{} {dtype:?} {lie:?} {:?}, result {part}", case.name, device.location())
-                };
+                let what =
+                    |part| format!("{} {dtype:?} {lie:?} {:?}, result {part}", case.name, device.location());
                 let found = case.compute(device, dtype, dtype, lie);
                 let found = found.unwrap_or_else(|error| panic!("{}: {error}", what(0)));
                 for (part, (found, exact)) in found.iter().zip(&exact).enumerate() {
@@ -253,7 +252,13 @@ fn samples_are_those_of_the_cpu() -> Result<()> {
             assert!(differing(&found, &exact) <= 3, "categorical {what}");
             let (found, exact) = (bernoulli(&here, key)?, bernoulli(&logits, key)?);
             assert!(differing(&found, &exact) <= 3 * classes, "bernoulli {what}");
-            assert_exact(&normal(&here, key)?, &normal(&logits, key)?, &device, 1.0, &format!("normal {what}"));
+            assert_exact(
+                &normal(&here, key)?,
+                &normal(&logits, key)?,
+                &device,
+                1.0,
+                &format!("normal {what}"),
+            );
         }
     }
     Ok(())
@@ -305,7 +310,13 @@ fn records_and_gradients_of_a_net() -> Result<()> {
             let (found, exact) = (all(&device, dtype, dtype)?, all(&Device::Cpu, DType::F64, dtype)?);
             assert_eq!(found.len(), exact.len());
             for ((name, found), (_, exact)) in found.iter().zip(&exact) {
-                assert_exact(found, exact, &device, 5.0, &format!("{name} {dtype:?} {:?}", device.location()));
+                assert_exact(
+                    found,
+                    exact,
+                    &device,
+                    5.0,
+                    &format!("{name} {dtype:?} {:?}", device.location()),
+                );
             }
         }
     }
