@@ -125,30 +125,33 @@ struct Steps {
     plain: Times,
 }
 
-/// A measurement goes on for this long, but for one period after a whole one to warm up in any case.
+/// A measurement takes about this many seconds at most, but has a period to warm up and one that counts in any case.
 const LONGEST: f64 = 15.0;
 
 fn time_steps(options: &Options, period: usize, step: &mut dyn FnMut() -> Result<()>) -> Result<Steps> {
-    let device = &options.device;
-    let most = if options.quick { 1 } else { 5 };
     let start = Instant::now();
-    for _ in 0..period.max(3) {
-        once(device, 1, step)?;
+    // A whole number of periods, so that the first step of each that follows is the one that renews the curvature.
+    for _ in 0..3usize.next_multiple_of(period) {
+        once(&options.device, 1, step)?;
     }
-    let (mut means, mut refreshes, mut plains) = (vec![], vec![], vec![]);
-    // A whole number of periods is behind, so that the first step of each is the one that renews the curvature.
-    let align = period.max(3).next_multiple_of(period) - period.max(3);
-    for _ in 0..align {
-        once(device, 1, step)?;
+    let mut means = vec![];
+    // At least 30 steps, or short periods would be noise.
+    let steps = if options.quick { period } else { 30usize.next_multiple_of(period) };
+    let most = if options.quick { 1 } else { 5 };
+    while means.len() < most && start.elapsed().as_secs_f64() < LONGEST / 2.0 {
+        means.push(once(&options.device, steps, step)? / steps as f64);
     }
-    while means.is_empty() || (means.len() < most && start.elapsed().as_secs_f64() < LONGEST) {
-        // At least 30 steps, or short periods would be noise.
-        let periods = if options.quick { 1 } else { 30usize.div_ceil(period) };
-        means.push(once(device, periods * period, step)? / (periods * period) as f64);
+    // One by one, with a wait for the device after each.
+    let (mut refreshes, mut plains) = (vec![], vec![]);
+    while refreshes.is_empty() || (refreshes.len() < most && start.elapsed().as_secs_f64() < LONGEST) {
+        for index in 0..period {
+            let seconds = once(&options.device, 1, step)?;
+            if index == 0 { &mut refreshes } else { &mut plains }.push(seconds);
+        }
     }
-    for index in 0..if options.quick { period } else { (2 * period).max(10) } {
-        let seconds = once(device, 1, step)?;
-        if index % period == 0 { refreshes.push(seconds) } else { plains.push(seconds) }
+    if means.is_empty() {
+        let all: f64 = refreshes.iter().chain(&plains).sum();
+        means.push(all / (refreshes.len() + plains.len()) as f64);
     }
     Ok(Steps { mean: Times::of(means), refresh: Times::of(refreshes), plain: Times::of(plains) })
 }
@@ -172,6 +175,10 @@ fn one(
                 "refresh_seconds": steps.refresh.median, "plain_seconds": plain.median,
                 "ratio_to_adamw": adamw.map_or(1.0, |adamw| steps.mean.median / adamw),
             }));
+            // What follows may take minutes.
+            if let Err(error) = report.write() {
+                report.failed(name, &error);
+            }
             Some(steps.mean.median)
         }
         Err(error) => {
