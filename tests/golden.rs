@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use common::{assert_close, golden};
+use common::{assert_close, golden, root};
 use kronwake::curvature::Damping;
 use kronwake::nn::{self, Conv2d, Linear, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::max_pool2d;
