@@ -8,8 +8,8 @@ use common::*;
 use kronwake::curvature::{Adaptive, Damping, Inverse, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Bias, Carry, Every, Inner, KFacRule, Natural, Optimizer, Params, ParamsAdamW, Q, QSolve, Qe, So, TwoRate,
-    WakeRule,
+    Bias, Carry, Every, Inner, KFacRule, Natural, NonFinite, Optimizer, Params, ParamsAdamW, Q, QSolve, Qe,
+    Replay, So, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
@@ -41,6 +41,21 @@ fn plain<R: WakeRule>(opt: &mut Natural<R>, loss: &Tensor, _: &dyn Fn() -> Resul
 
 fn with_closure(opt: &mut Natural<Qe>, loss: &Tensor, outputs: &dyn Fn() -> Result<Tensor>) -> Result<()> {
     opt.step_with(loss, Likelihood::Categorical, &mut || outputs())
+}
+
+/// The batch of a step: few of them in turn, so that the loss falls.
+fn batch(step: usize, device: &Device, dtype: DType) -> Result<(Tensor, Tensor)> {
+    let x = random(300 + step as u64 % 4, &[32, 1, 8, 8])?;
+    let y = x.narrow(2, 0, 1)?.flatten_from(1)?.narrow(1, 0, 3)?.argmax(1)?;
+    Ok((x.to_dtype(dtype)?.to_device(device)?, y.to_device(device)?))
+}
+
+/// A net's outputs and their mean loss, in f32 or f64.
+fn loss(net: &Net, x: &Tensor, y: &Tensor) -> Result<(Tensor, Tensor)> {
+    let z = (net.forward)(x)?;
+    let wide = if z.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let loss = candle_nn::loss::cross_entropy(&z.to_dtype(wide)?, y)?;
+    Ok((z, loss))
 }
 
 /// Training from one start on one sequence of batches; the class says which of an image's first three pixels is brightest.
@@ -262,6 +277,74 @@ fn two_runs_on_a_device_are_the_same_to_the_last_bit() -> Result<()> {
             saved(&run.opt)
         };
         assert_same_state(&run()?, &run()?, &[], &format!("{:?}", device.location()));
+    }
+    Ok(())
+}
+
+/// The losses of 22 steps on tensors that stay where they are, and the state after them.
+fn on_fixed_tensors<R: WakeRule>(device: &Device, recorded: bool) -> Result<(Vec<f64>, Checkpoint)> {
+    let every = Every { factors: 7, inverses: 7 };
+    let mut run = Run::<R>::new(device, DType::F64, |p| Params { every, ..p })?;
+    let (x, y) = batch(0, device, DType::F64)?;
+    let (mut replay, mut losses) = (Replay::new(), vec![]);
+    for step in 0..22 {
+        let (images, classes) = batch(step, device, DType::F64)?;
+        x.slice_set(&images, 0, 0)?;
+        y.slice_set(&classes, 0, 0)?;
+        let Run { net, opt, .. } = &mut run;
+        let pass = |opt: &mut Natural<R>| {
+            let (z, loss) = loss(net, &x, &y)?;
+            opt.observe(&z, Likelihood::Categorical)?;
+            opt.backward_step(&loss)?;
+            Ok(loss.detach())
+        };
+        let loss = if recorded { replay.step(opt, pass)? } else { pass(opt)? };
+        losses.push(loss.to_scalar()?);
+    }
+    Ok((losses, run.state()?))
+}
+
+#[test]
+fn recorded_steps_are_plain_ones() -> Result<()> {
+    fn check<R: WakeRule>(what: &str, device: &Device) -> Result<()> {
+        let (expected, found) = (on_fixed_tensors::<R>(device, false)?, on_fixed_tensors::<R>(device, true)?);
+        for (step, (found, expected)) in found.0.iter().zip(&expected.0).enumerate() {
+            assert!((found - expected).abs() < 1e-9, "{what}, step {step}: loss {found}, plainly {expected}");
+        }
+        assert_state(&found.1, &expected.1, 1e-9, what);
+        Ok(())
+    }
+    for device in devices() {
+        check::<KFacRule>("kfac", &device)?;
+        check::<So>("so", &device)?;
+        check::<TwoRate>("kld-wrm", &device)?;
+        check::<Q>("q", &device)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_step_that_is_not_finite() -> Result<()> {
+    for device in devices() {
+        for non_finite in [NonFinite::Error, NonFinite::Skip] {
+            let mut run = Run::<So>::new(&device, DType::F32, |p| Params { non_finite, ..p })?;
+            run.train(plain, 3)?;
+            let before = run.parameters()?;
+            let (x, y) = batch(3, &device, DType::F32)?;
+            let (_, loss) = loss(&run.net, &(x * f64::NAN)?, &y)?;
+            // A GPU tells when it is asked.
+            let outcome = run.opt.backward_step(&loss).and_then(|()| run.opt.settle());
+            match non_finite {
+                NonFinite::Error => assert_says(outcome, &["so-kld-wrm: step 3"]),
+                NonFinite::Skip => {
+                    outcome?;
+                    assert_eq!(run.opt.skipped(), 1);
+                }
+            }
+            assert_eq!(run.parameters()?, before);
+            run.train(plain, 6)?;
+            assert!(run.losses.iter().all(|loss| loss.is_finite()));
+        }
     }
     Ok(())
 }
