@@ -212,6 +212,10 @@ fn softmaxes(options: &Options, report: &mut Report) -> Result<()> {
             let x = random(&options.device, dtype, &dims)?;
             both_ways(options, report, "softmax", &x, (2.0, 3.0), &softmax::softmax_last_dim)?;
             both_ways(options, report, "log_softmax", &x, (2.0, 3.0), &softmax::log_softmax_last_dim)?;
+            let labels = Tensor::zeros(dims[0], DType::U32, &options.device)?;
+            both_ways(options, report, "cross_entropy", &x, (1.0, 2.0), &|x| {
+                softmax::cross_entropy(x, &labels)
+            })?;
         }
     }
     Ok(())

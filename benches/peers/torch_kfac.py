@@ -216,7 +216,7 @@ def run(args):
             base = row(name, short, "AdamW", 1, None, lambda: adamw(False))
             if args.device.startswith("cuda"):
                 row(name, short, "AdamW, fused", 1, base, lambda: adamw(True))
-            for period in args.periods:
+            for period in args.periods if short == "f32" else args.periods[:1]:
                 row(name, short, f"K-FAC, {period}", period, base, lambda: kfac(period))
     cuda = args.device.startswith("cuda")
     return {
