@@ -54,6 +54,37 @@ fn bytes(t: &Tensor) -> f64 {
     (t.elem_count() * t.dtype().size_in_bytes()) as f64
 }
 
+/// A dtype as it is reported.
+fn named(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F64 => "f64",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        _ => "f32",
+    }
+}
+
+/// Kinds of products: a name, a dtype, and whether products of f32 may round their operands to TF32.
+fn products(options: &Options) -> Vec<(&'static str, DType, bool)> {
+    let mut kinds: Vec<_> =
+        narrow_dtypes(options).into_iter().map(|dtype| (named(dtype), dtype, false)).collect();
+    if !options.device.is_cpu() {
+        kinds.insert(1, ("tf32", DType::F32, true));
+    }
+    kinds
+}
+
+/// Runs `f` for each of them.
+fn with_products(options: &Options, mut f: impl FnMut(&'static str, DType) -> Result<()>) -> Result<()> {
+    for (name, dtype, reduced) in products(options) {
+        cuda::set_gemm_reduced_precision_f32(reduced);
+        let outcome = f(name, dtype);
+        cuda::set_gemm_reduced_precision_f32(false);
+        outcome?;
+    }
+    Ok(())
+}
+
 /// Sizes for a GPU, for a CPU, and to see that it runs.
 fn pick<T: Copy>(options: &Options, gpu: &[T], cpu: &[T], quick: &[T]) -> Vec<T> {
     match (options.quick, options.device.is_cpu()) {
@@ -96,7 +127,7 @@ fn ceilings(options: &Options, report: &mut Report) -> Result<()> {
 fn second_moments(options: &Options, report: &mut Report) -> Result<()> {
     let rows: &[usize] = &[256, 4096, 65_536];
     let widths = pick(options, &[64usize, 256, 1024, 4096], &[64, 256, 1024], &[64]);
-    for dtype in narrow_dtypes(options) {
+    with_products(options, |arithmetic, dtype| {
         for &d in &widths {
             for &n in if options.quick { &rows[..1] } else { rows } {
                 if options.device.is_cpu() && n * d * d > 1 << 34 {
@@ -115,11 +146,11 @@ fn second_moments(options: &Options, report: &mut Report) -> Result<()> {
                 let flops = n as f64 * d as f64 * (d as f64 + 1.0);
                 let work = Work { bytes: bytes(&x) + 4.0 * (d * d) as f64, flops };
                 let baseline = Some(("product and average", composed));
-                report.kernel("second_moment", &format!("[{n}, {d}]"), dtype, work, times, baseline);
+                report.kernel("second_moment", &format!("[{n}, {d}]"), arithmetic, work, times, baseline);
             }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Images `[n, c, side, side]` under kernels of `k x k`, padded to keep their size.
@@ -128,7 +159,7 @@ const CONVOLUTIONS: [(usize, usize, usize, usize); 4] =
 
 fn patch_moments(options: &Options, report: &mut Report) -> Result<()> {
     let shapes = pick(options, &CONVOLUTIONS, &CONVOLUTIONS[..2], &[(4, 3, 8, 3)]);
-    for dtype in narrow_dtypes(options) {
+    with_products(options, |arithmetic, dtype| {
         for &(n, c, side, k) in &shapes {
             let x = random(&options.device, dtype, &[n, c, side, side])?;
             let pad = (k / 2, k / 2);
@@ -140,10 +171,17 @@ fn patch_moments(options: &Options, report: &mut Report) -> Result<()> {
             let flops = (n * side * side) as f64 * d * (d + 1.0);
             let work = Work { bytes: bytes(&x) + 4.0 * d * d, flops };
             let name = format!("[{n}, {c}, {side}, {side}], {k} x {k}");
-            report.kernel("patch_moment", &name, dtype, work, times, Some(("patches, stored", composed)));
+            report.kernel(
+                "patch_moment",
+                &name,
+                arithmetic,
+                work,
+                times,
+                Some(("patches, stored", composed)),
+            );
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 fn mixes(options: &Options, report: &mut Report) -> Result<()> {
@@ -153,7 +191,7 @@ fn mixes(options: &Options, report: &mut Report) -> Result<()> {
             let times = run(options, || dense::mix(&a, 0.9, &b, 0.1))?;
             let composed = run(options, || (&a * 0.9)? + (&b * 0.1)?)?;
             let work = Work { bytes: 3.0 * bytes(&a), flops: 3.0 * n as f64 };
-            report.kernel("mix", &format!("[{n}]"), dtype, work, times, Some(("candle", composed)));
+            report.kernel("mix", &format!("[{n}]"), named(dtype), work, times, Some(("candle", composed)));
         }
     }
     Ok(())
@@ -172,7 +210,7 @@ fn both_ways(
     let shape = format!("{:?}", x.dims());
     let times = run(options, || f(x))?;
     let forward = Work { bytes: passes.0 * bytes(x), flops: 0.0 };
-    report.kernel(name, &shape, x.dtype(), forward, times, None);
+    report.kernel(name, &shape, named(x.dtype()), forward, times, None);
     let backward = |var: &Var, y: &Tensor| -> Result<Times> {
         let root = y.sum_all()?;
         run(options, || match root.backward()?.get(var) {
@@ -193,7 +231,7 @@ fn both_ways(
         least: net(all.least, at_x.least, at_y.least),
     };
     let work = Work { bytes: passes.1 * bytes(x), flops: 0.0 };
-    report.kernel(&format!("{name}, backward"), &shape, x.dtype(), work, times, None);
+    report.kernel(&format!("{name}, backward"), &shape, named(x.dtype()), work, times, None);
     Ok(())
 }
 
@@ -263,7 +301,7 @@ fn samples(options: &Options, report: &mut Report) -> Result<()> {
             Ok(())
         })?;
         let work = Work { bytes: bytes(&x) + 4.0 * dims[0] as f64, flops: 0.0 };
-        report.kernel("sample, categorical", &format!("{dims:?}"), DType::F32, work, times, None);
+        report.kernel("sample, categorical", &format!("{dims:?}"), "f32", work, times, None);
     }
     Ok(())
 }
@@ -289,7 +327,7 @@ fn decompositions(options: &Options, report: &mut Report) -> Result<()> {
         // Tridiagonal form, its decomposition, and the turn back: about 9 d^3.
         let flops = 9.0 * groups as f64 * (d as f64).powi(3);
         let work = Work { bytes: 2.0 * bytes(&m), flops };
-        report.kernel("eigh", &format!("[{groups}, {d}, {d}]"), DType::F32, work, times, None);
+        report.kernel("eigh", &format!("[{groups}, {d}, {d}]"), "f32", work, times, None);
     }
     Ok(())
 }
@@ -301,7 +339,7 @@ fn inverses(options: &Options, report: &mut Report) -> Result<()> {
         let shape = format!("[{groups}, {d}, {d}]");
         let times = run(options, || inverse_spd(&m, "bench"))?;
         let work = Work { bytes: 2.0 * bytes(&m), flops: cube };
-        report.kernel("inverse, Cholesky", &shape, DType::F32, work, times, None);
+        report.kernel("inverse, Cholesky", &shape, "f32", work, times, None);
         let moved = ((&m * 0.95)? + (spd(options, groups, d)? * 0.05)?)?;
         let newton = |m: &Tensor, start| newton_inverse(m, start, NewtonOptions::new(DType::F32), "bench");
         let first = newton(&m, None)?;
@@ -309,7 +347,7 @@ fn inverses(options: &Options, report: &mut Report) -> Result<()> {
         let times = run(options, || Ok(newton(&moved, Some(&first.inverse))?.inverse))?;
         let flops = 4.0 * cube * again.iterations as f64;
         let work = Work { bytes: 2.0 * bytes(&m), flops };
-        report.kernel("inverse, Newton from the last", &shape, DType::F32, work, times, None);
+        report.kernel("inverse, Newton from the last", &shape, "f32", work, times, None);
     }
     Ok(())
 }

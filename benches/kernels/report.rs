@@ -1,7 +1,7 @@
 //! Figures as they come, for the eye and as JSON.
 
 use super::timing::Times;
-use candle_core::{DType, Result, bail};
+use candle_core::{Result, bail};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 
@@ -41,20 +41,19 @@ impl Report {
         self.products.insert(arithmetic.to_string(), rate);
     }
 
-    /// A kernel's figures. `baseline` is the time of a composition that computes the same.
+    /// A kernel's figures. `arithmetic` is a dtype, or tf32. `baseline` is the time of a composition that computes the same.
     pub fn kernel(
         &mut self,
         name: &str,
         shape: &str,
-        dtype: DType,
+        arithmetic: &str,
         work: Work,
         times: Times,
         baseline: Option<(&str, Times)>,
     ) {
         let (moved, computed) = (work.bytes / times.median, work.flops / times.median);
-        let arithmetic = format!("{dtype:?}").to_lowercase();
         let of_copy = self.copy.map(|copy| moved / copy);
-        let product = self.products.get(&arithmetic);
+        let product = self.products.get(arithmetic);
         let of_product = product.filter(|_| work.flops > 0.0).map(|product| computed / product);
         let percent = |share: Option<f64>| share.map_or("-".to_string(), |s| format!("{:.0} %", 100.0 * s));
         let ratio = baseline.map(|(_, other)| other.median / times.median);
@@ -69,7 +68,7 @@ impl Report {
                 .map_or(String::new(), |(name, _)| format!("  {:.2} x {name}", ratio.unwrap_or(f64::NAN)))
         );
         self.kernels.push(json!({
-            "name": name, "shape": shape, "dtype": arithmetic,
+            "name": name, "shape": shape, "arithmetic": arithmetic,
             "seconds": times.median, "least_seconds": times.least,
             "bytes": work.bytes, "flops": work.flops,
             "bytes_per_second": moved, "flops_per_second": computed,
