@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use common::{assert_close, golden};
+use common::{assert_close, golden, root};
 use kronwake::curvature::Damping;
 use kronwake::nn::{self, Conv2d, Linear, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::max_pool2d;
@@ -89,7 +89,7 @@ fn run<R: WakeRule>(
 ) -> Result<()> {
     let meta: Value = serde_json::from_str(&std::fs::read_to_string(format!(
         "{}/tests/golden/{kind}_meta.json",
-        env!("CARGO_MANIFEST_DIR")
+        root().display()
     ))?)
     .unwrap();
     let config = &meta["configs"][name];

@@ -1,66 +1,9 @@
 //! The example from end to end, as a user starts it.
 
-use serde_json::Value;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+#[path = "common/folder.rs"]
+mod folder;
 
-/// A folder of its own for a test, removed at its end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("kronwake-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    /// The example, to be run here, with the words of `line`.
-    fn command(&self, line: &str) -> Command {
-        // This test is target/PROFILE/deps/NAME, the example target/PROFILE/examples/mnist; `cargo test` builds both.
-        let test = std::env::current_exe().unwrap();
-        let profile = test.parent().and_then(Path::parent).unwrap();
-        let program = profile.join("examples").join(format!("mnist{}", std::env::consts::EXE_SUFFIX));
-        assert!(program.exists(), "{} is missing: `cargo build --example mnist` makes it", program.display());
-        let mut command = Command::new(program);
-        command.args(line.split_whitespace()).current_dir(&self.0);
-        command
-    }
-
-    fn run(&self, line: &str) -> Output {
-        self.command(line).output().unwrap()
-    }
-
-    /// Runs the example and requires success.
-    fn train(&self, line: &str) -> String {
-        let output = self.run(line);
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success(), "{line}\n{out}\n{err}");
-        out.into_owned()
-    }
-
-    /// Runs the example and requires failure with `code`; the error output.
-    fn fail(&self, line: &str, code: i32) -> String {
-        let output = self.run(line);
-        assert_eq!(output.status.code(), Some(code), "{line}");
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    fn read(&self, file: &str) -> Vec<u8> {
-        std::fs::read(self.0.join(file)).unwrap()
-    }
-
-    /// The objects of a log.
-    fn log(&self, file: &str) -> Vec<Value> {
-        let text = String::from_utf8(self.read(file)).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
+use folder::Folder;
 
 const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/fashion-mnist-6k");
 

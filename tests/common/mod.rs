@@ -1,6 +1,8 @@
 //! What several test files share.
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod device;
+
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use faer::{Mat, linalg::solvers::Solve};
 pub use kronwake::checkpoint::Checkpoint;
@@ -11,12 +13,17 @@ use kronwake::tape::{Fisher, Likelihood, Tape};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use safetensors::{SafeTensors, tensor::TensorView};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The folder of this package; `KRONWAKE_ROOT` where tests run on another machine than the one that built them.
+pub fn root() -> PathBuf {
+    std::env::var_os("KRONWAKE_ROOT").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
 
 /// A file of `tests/golden`.
 pub fn golden(name: &str) -> Result<Checkpoint> {
-    Checkpoint::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name), &Device::Cpu)
+    Checkpoint::read(root().join("tests/golden").join(name), &Device::Cpu)
 }
 
 /// The largest absolute difference, relative to the largest expected element.
@@ -58,17 +65,27 @@ pub struct Net {
 }
 
 impl Net {
-    /// Builds a model of `dtype` and fills its Vars from `seed`.
+    /// Builds a model of `dtype` on the CPU and fills its Vars from `seed`.
     pub fn of(dtype: DType, seed: u64, build: impl FnOnce(VarBuilder) -> Result<Forward>) -> Result<Self> {
+        Self::on(&Device::Cpu, dtype, seed, build)
+    }
+
+    /// [`Net::of`] on a device: the same values, rounded to `dtype`.
+    pub fn on(
+        device: &Device,
+        dtype: DType,
+        seed: u64,
+        build: impl FnOnce(VarBuilder) -> Result<Forward>,
+    ) -> Result<Self> {
         let (varmap, tape) = (VarMap::new(), Tape::new());
-        let vb = VarBuilder::from_varmap(&varmap, dtype, &Device::Cpu);
+        let vb = VarBuilder::from_varmap(&varmap, dtype, device);
         let forward = tape.build(|| build(vb))?;
         let net = Self { varmap, tape, forward };
         for (index, name) in net.names().iter().enumerate() {
             let var = net.var(name);
             let fan_in: usize = var.dims().iter().skip(1).product();
             let value = (random(1000 * seed + index as u64, var.dims())? * (2.0 / (fan_in as f64).sqrt()))?;
-            var.set(&value.to_dtype(dtype)?)?;
+            var.set(&value.to_dtype(dtype)?.to_device(device)?)?;
         }
         Ok(net)
     }
