@@ -31,6 +31,7 @@ macro_rules! modules {
 modules! {
     Mix "mix"
     Precondition "precondition"
+    Spd "spd"
     Update "update"
     Wake "wake"
 }
