@@ -1,12 +1,13 @@
 //! Damped inverses of Kronecker products, in the form in which they multiply a gradient.
 
 use super::damping::DampingKind;
-use crate::linalg::cholesky::inverse_spd;
-use crate::linalg::eigh::{Eigh, eigh, generalized_eigh};
-use crate::linalg::kron::{add_diagonal_each, pi_split};
-use crate::linalg::newton::{NewtonOptions, newton_inverse};
+use crate::gpu::Gpu;
+use crate::linalg::cholesky::inverse_spd_all;
+use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh};
+use crate::linalg::kron::{inverse_spectrum, pi_damped};
+use crate::linalg::newton::{NewtonJob, newton_all};
 use crate::ops::dense::{mix, product};
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 /// How the damped factors are inverted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,13 +58,6 @@ pub(crate) fn sandwich(g: &Tensor, x: &Tensor, a: &Tensor) -> Result<Tensor> {
     product(&product(g, x)?, a)
 }
 
-/// The outer products `dg da^T` of two spectra, `[groups, out, in]`; values at or below `floor` count as 0, and rounding
-/// may have made a zero eigenvalue negative.
-pub(crate) fn spectrum(values_a: &Tensor, values_g: &Tensor, floor: f64) -> Result<Tensor> {
-    let clean = |v: &Tensor| -> Result<Tensor> { v.gt(floor.max(0.0))?.to_dtype(v.dtype())?.mul(v) };
-    clean(values_g)?.unsqueeze(2)?.broadcast_mul(&clean(values_a)?.unsqueeze(1)?)
-}
-
 /// What a damped inverse is made with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Recipe {
@@ -73,7 +67,94 @@ pub(crate) struct Recipe {
     pub floor: f64,
 }
 
-/// `(A (x) G + damping)^-1`. `last` is the previous inverse of the same block, where Newton starts.
+impl Recipe {
+    /// Eigenvalue damping has only one.
+    fn method(&self) -> Inverse {
+        if self.kind == DampingKind::Eigenvalue { Inverse::Eigen } else { self.inverse }
+    }
+}
+
+/// A block to invert.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Task<'a> {
+    pub a: &'a Tensor,
+    pub g: &'a Tensor,
+    pub recipe: Recipe,
+    /// The previous inverse of the same block, where Newton starts.
+    pub last: Option<&'a Preconditioner>,
+    pub name: &'a str,
+}
+
+/// `(A (x) G + damping)^-1` for every block. On a CUDA device all of them are queued before the host asks how they went.
+pub(crate) fn damped_inverses(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
+    // On the host one after the other takes less memory, and each uses all threads.
+    let on_device = tasks.first().is_some_and(|task| Gpu::of(task.a.device()).is_some());
+    tasks.chunks(if on_device { tasks.len() } else { 1 }).flat_map(together).collect()
+}
+
+fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
+    let damped: Vec<Result<(Tensor, Tensor)>> = tasks
+        .iter()
+        .map(|task| match task.recipe.kind {
+            DampingKind::Eigenvalue => Ok((task.a.clone(), task.g.clone())),
+            DampingKind::Pi => pi_damped(task.a, task.g, task.recipe.damping, task.name),
+        })
+        .collect();
+    // The two factors of every block, one after the other.
+    let of = |inverse: Inverse| {
+        let pairs = tasks.iter().zip(&damped).filter(move |(task, _)| task.recipe.method() == inverse);
+        pairs.filter_map(|(task, pair)| Some((task, pair.as_ref().ok()?)))
+    };
+    let named = |inverse| -> Vec<(&Tensor, &str)> {
+        of(inverse).flat_map(|(task, (a, g))| [(a, task.name), (g, task.name)]).collect()
+    };
+    let starts = of(Inverse::Newton).flat_map(|(task, (a, g))| {
+        let (last_a, last_g) = match task.last {
+            Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
+            _ => (None, None),
+        };
+        let name = task.name;
+        [NewtonJob { m: a, start: last_a, name }, NewtonJob { m: g, start: last_g, name }]
+    });
+    let starts: Vec<_> = starts.collect();
+    let mut eigen = eigh_all(&named(Inverse::Eigen)).into_iter();
+    let mut inverses = inverse_spd_all(&named(Inverse::Cholesky)).into_iter();
+    let mut newton = newton_all(&starts).into_iter();
+    let found = tasks.iter().zip(&damped).map(|(task, pair)| {
+        if let Err(error) = pair {
+            bail!("{error}")
+        }
+        let Recipe { kind, damping, floor, .. } = task.recipe;
+        let (inv_a, inv_g) = match task.recipe.method() {
+            Inverse::Eigen => {
+                let (a, g) = (next(&mut eigen), next(&mut eigen));
+                let (Eigh { values: da, vectors: basis_a }, Eigh { values: dg, vectors: basis_g }) = (a?, g?);
+                if kind == DampingKind::Eigenvalue {
+                    let scale = inverse_spectrum((&da, &dg), floor, 1.0, damping)?;
+                    return Ok(Preconditioner::Basis { basis_a, basis_g, scale });
+                }
+                let inverse = |values: Tensor, vectors: Tensor| {
+                    product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
+                };
+                (inverse(da, basis_a), inverse(dg, basis_g))
+            }
+            Inverse::Cholesky => (next(&mut inverses), next(&mut inverses)),
+            Inverse::Newton => {
+                let (a, g) = (next(&mut newton), next(&mut newton));
+                (a.map(|a| a.inverse), g.map(|g| g.inverse))
+            }
+        };
+        Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
+    });
+    found.collect()
+}
+
+/// The next result of those that were asked for in the same order.
+fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
+    results.next().unwrap_or_else(|| bail!("inverse: a result is missing"))
+}
+
+/// `(A (x) G + damping)^-1`; see [`damped_inverses`].
 pub(crate) fn damped_inverse(
     a: &Tensor,
     g: &Tensor,
@@ -81,40 +162,7 @@ pub(crate) fn damped_inverse(
     last: Option<&Preconditioner>,
     name: &str,
 ) -> Result<Preconditioner> {
-    let Recipe { kind, damping, inverse, floor } = recipe;
-    match (kind, inverse) {
-        (DampingKind::Eigenvalue, _) => {
-            let (a, g) = rayon::join(|| eigh(a, name), || eigh(g, name));
-            let Eigh { values: da, vectors: basis_a } = a?;
-            let Eigh { values: dg, vectors: basis_g } = g?;
-            let scale = (spectrum(&da, &dg, floor)? + damping)?.recip()?;
-            Ok(Preconditioner::Basis { basis_a, basis_g, scale })
-        }
-        (DampingKind::Pi, inverse) => {
-            let (a, g) = pi_damped(a, g, damping, name)?;
-            let invert = |m: &Tensor, last: Option<&Tensor>| match inverse {
-                Inverse::Eigen => {
-                    let Eigh { values, vectors } = eigh(m, name)?;
-                    product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
-                }
-                Inverse::Cholesky => inverse_spd(m, name),
-                Inverse::Newton => Ok(newton_inverse(m, last, NewtonOptions::new(m.dtype()), name)?.inverse),
-            };
-            let (last_a, last_g) = match last {
-                Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
-                _ => (None, None),
-            };
-            let (inv_a, inv_g) = rayon::join(|| invert(&a, last_a), || invert(&g, last_g));
-            Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
-        }
-    }
-}
-
-/// `A + pi sqrt(la) I` and `G + sqrt(la) / pi I`.
-pub(crate) fn pi_damped(a: &Tensor, g: &Tensor, damping: f64, name: &str) -> Result<(Tensor, Tensor)> {
-    let pi = pi_split(a, g, name)?;
-    let root = damping.sqrt();
-    Ok((add_diagonal_each(a, &(&pi * root)?, name)?, add_diagonal_each(g, &(pi.recip()? * root)?, name)?))
+    damped_inverses(&[Task { a, g, recipe, last, name }]).remove(0)
 }
 
 /// `(A (x) G + damping) x` for `x` of shape `[groups, out, in]`.
@@ -147,6 +195,6 @@ pub(crate) fn sum_inverse(
     let (bar_a, bar_g) = pi_damped(bar.0, bar.1, damping, name)?;
     let Eigh { values: da, vectors: basis_a } = generalized_eigh(&bar_a, current.0, name)?;
     let Eigh { values: dg, vectors: basis_g } = generalized_eigh(&bar_g, current.1, name)?;
-    let scale = ((spectrum(&da, &dg, 0.0)? * lr)? + 1.0)?.recip()?;
+    let scale = inverse_spectrum((&da, &dg), 0.0, lr, 1.0)?;
     Ok(Preconditioner::Basis { basis_a, basis_g, scale })
 }

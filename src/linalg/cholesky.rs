@@ -5,8 +5,9 @@ use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_
 use faer::linalg::cholesky::llt::inverse::{inverse, inverse_scratch};
 use faer::prelude::default;
 use faer::{MatMut, MatRef, Par};
+use rayon::prelude::*;
 
-use super::device::{Queued, Verdict};
+use super::device::{self, Job, Queued, Verdict};
 use super::host::{Factorize, Real, by_group, distance, mirror_lower, probe, square, times, transposed};
 use super::solver::Solver;
 use super::spd::{Evidence, SMALL, Spd};
@@ -37,6 +38,15 @@ pub fn inverse_spd(m: &Tensor, name: &str) -> Result<Tensor> {
     let (groups, dim) = square(m, name)?;
     let [inverse] = by_group(&Inverse, [m], name)?;
     inverse.reshape((groups, dim, dim))
+}
+
+/// [`inverse_spd`] of several tensors. On a CUDA device the host waits for all of them once.
+pub(crate) fn inverse_spd_all(jobs: &[(&Tensor, &str)]) -> Vec<Result<Tensor>> {
+    let gpu = jobs.first().and_then(|(m, _)| Gpu::of(m.device()));
+    let Some(gpu) = gpu else { return jobs.par_iter().map(|(m, name)| inverse_spd(m, name)).collect() };
+    let queue: Vec<_> = jobs.iter().map(|&(m, name)| Job { inputs: [m], name }).collect();
+    let found = device::by_group(&Inverse, &gpu, &queue).into_iter().zip(jobs);
+    found.map(|(found, (m, _))| found.and_then(|[inverse]| inverse.reshape(m.shape()))).collect()
 }
 
 struct Cholesky;

@@ -12,8 +12,10 @@ pub mod eigh;
 mod host;
 pub mod kron;
 pub mod newton;
+mod newton_run;
 mod solver;
 mod spd;
+pub(crate) mod traces;
 
 #[cfg(test)]
 pub(crate) mod testing {

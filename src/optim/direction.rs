@@ -10,7 +10,7 @@ use crate::curvature::{
     Damping, Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, damped_product, moments,
     sum_inverse, turned_moments,
 };
-use crate::linalg::kron::diagonal;
+use crate::linalg::traces::traces;
 use crate::ops::dense::{dot, mix};
 use crate::ops::factor::ema;
 use candle_core::{Result, Tensor};
@@ -63,14 +63,8 @@ impl<R: WakeRule> Natural<R> {
         if !self.inverses_due() {
             return Ok(self.damping);
         }
-        let mut totals = Vec::with_capacity(2 * renewed.len());
-        for Renewed { average: (a, g), .. } in renewed {
-            totals.push((a.sqr()?.sum((1, 2))? * g.sqr()?.sum((1, 2))?)?.sum_all()?);
-            totals.push((diagonal(a)?.sum(1)? * diagonal(g)?.sum(1)?)?.sum_all()?);
-        }
-        let totals = numbers(&totals)?;
-        let every_other = |first: usize| totals.iter().skip(first).step_by(2).sum::<f64>();
-        let (squares, trace) = (every_other(0), every_other(1));
+        let factors: Vec<_> = renewed.iter().map(|Renewed { average: (a, g), .. }| (a, g)).collect();
+        let (squares, trace) = traces(&factors)?;
         Ok(relative.of(squares, trace))
     }
 
