@@ -198,3 +198,90 @@ pub(crate) fn sum_inverse(
     let scale = inverse_spectrum((&da, &dg), 0.0, lr, 1.0)?;
     Ok(Preconditioner::Basis { basis_a, basis_g, scale })
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::gpu::emulate::emulate;
+    use crate::linalg::testing::{max_abs, random_symmetric, spd};
+
+    const METHODS: [(DampingKind, Inverse); 4] = [
+        (DampingKind::Eigenvalue, Inverse::Eigen),
+        (DampingKind::Pi, Inverse::Eigen),
+        (DampingKind::Pi, Inverse::Cholesky),
+        (DampingKind::Pi, Inverse::Newton),
+    ];
+
+    #[test]
+    fn a_device_inverts_as_the_host_does() -> Result<()> {
+        let shapes = [(1, 5, 3), (3, 9, 1), (1, 70, 33), (2, 1, 20)];
+        for (dtype, tolerance) in [(DType::F32, 2e-3), (DType::F64, 1e-9)] {
+            let blocks = shapes.iter().map(|&(groups, a, g)| {
+                let gradient = random_symmetric(groups, a.max(g), 3)?.narrow(1, 0, g)?.narrow(2, 0, a)?;
+                let [a, g] = [spd(groups, a, 50.0, 1)?, spd(groups, g, 20.0, 2)?];
+                Ok([a, g, gradient.contiguous()?].map(|t| t.to_dtype(dtype)))
+            });
+            let blocks = blocks.collect::<Result<Vec<_>>>()?;
+            let blocks = blocks.into_iter().map(|parts| parts.into_iter().collect::<Result<Vec<_>>>());
+            let blocks = blocks.collect::<Result<Vec<_>>>()?;
+            for (kind, inverse) in METHODS {
+                let recipe = Recipe { kind, damping: 0.1, inverse, floor: 0.0 };
+                let directions = |last: &[Preconditioner]| -> Result<Vec<(Preconditioner, Tensor)>> {
+                    let tasks = blocks.iter().enumerate().map(|(i, block)| Task {
+                        a: &block[0],
+                        g: &block[1],
+                        recipe,
+                        last: last.get(i),
+                        name: "fc",
+                    });
+                    let found = damped_inverses(&tasks.collect::<Vec<_>>()).into_iter().zip(&blocks);
+                    found
+                        .map(|(found, block)| {
+                            let found = found?;
+                            let v = found.apply(&block[2])?;
+                            Ok((found, v))
+                        })
+                        .collect()
+                };
+                let host = directions(&[])?;
+                let cold = emulate(|| directions(&[]))?;
+                let last: Vec<_> = cold.iter().map(|(last, _)| last.clone()).collect();
+                for found in [&cold, &emulate(|| directions(&last))?] {
+                    for ((_, found), (_, host)) in found.iter().zip(&host) {
+                        let scale = max_abs(host)?;
+                        let off = max_abs(&(found - host)?)? / scale;
+                        assert!(off < tolerance, "{kind:?} {inverse:?} {dtype:?} {off}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_error_names_its_block_and_spares_the_others() -> Result<()> {
+        let (good, bad) = (spd(1, 4, 10.0, 1)?, (spd(1, 4, 10.0, 2)? * -3.0)?);
+        let large = (spd(1, 70, 10.0, 2)? * -3.0)?;
+        for (inverse, part) in
+            [(Inverse::Cholesky, "pivot 0"), (Inverse::Newton, "residual"), (Inverse::Eigen, "finite")]
+        {
+            let kind = if inverse == Inverse::Eigen { DampingKind::Eigenvalue } else { DampingKind::Pi };
+            let recipe = Recipe { kind, damping: 0.1, inverse, floor: 0.0 };
+            let broken =
+                [&bad, &large].map(|m| if inverse == Inverse::Eigen { m.log() } else { Ok(m.clone()) });
+            for bad in broken {
+                let bad = bad?;
+                let tasks = [(&good, "conv1"), (&bad, "conv2"), (&good, "fc")];
+                let tasks = tasks.map(|(a, name)| Task { a, g: &good, recipe, last: None, name });
+                for found in [damped_inverses(&tasks), emulate(|| damped_inverses(&tasks))] {
+                    assert!(found[0].is_ok() && found[2].is_ok());
+                    let message = found[1].as_ref().err().map(ToString::to_string).unwrap_or_default();
+                    assert!(message.contains("conv2") && message.contains(part), "{message}");
+                }
+            }
+        }
+        Ok(())
+    }
+}
