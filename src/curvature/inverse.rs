@@ -3,7 +3,7 @@
 use super::damping::DampingKind;
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
-use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh};
+use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh_two};
 use crate::linalg::kron::{inverse_spectrum, pi_damped};
 use crate::linalg::newton::{NewtonJob, newton_all};
 use crate::ops::dense::{mix, product};
@@ -154,17 +154,6 @@ fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
     results.next().unwrap_or_else(|| bail!("inverse: a result is missing"))
 }
 
-/// `(A (x) G + damping)^-1`; see [`damped_inverses`].
-pub(crate) fn damped_inverse(
-    a: &Tensor,
-    g: &Tensor,
-    recipe: Recipe,
-    last: Option<&Preconditioner>,
-    name: &str,
-) -> Result<Preconditioner> {
-    damped_inverses(&[Task { a, g, recipe, last, name }]).remove(0)
-}
-
 /// `(A (x) G + damping) x` for `x` of shape `[groups, out, in]`.
 pub(crate) fn damped_product(
     a: &Tensor,
@@ -193,8 +182,9 @@ pub(crate) fn sum_inverse(
     name: &str,
 ) -> Result<Preconditioner> {
     let (bar_a, bar_g) = pi_damped(bar.0, bar.1, damping, name)?;
-    let Eigh { values: da, vectors: basis_a } = generalized_eigh(&bar_a, current.0, name)?;
-    let Eigh { values: dg, vectors: basis_g } = generalized_eigh(&bar_g, current.1, name)?;
+    let [a, g] = generalized_eigh_two([(&bar_a, current.0), (&bar_g, current.1)], name);
+    let Eigh { values: da, vectors: basis_a } = a?;
+    let Eigh { values: dg, vectors: basis_g } = g?;
     let scale = inverse_spectrum((&da, &dg), 0.0, lr, 1.0)?;
     Ok(Preconditioner::Basis { basis_a, basis_g, scale })
 }

@@ -1,5 +1,5 @@
 //! Eigendecompositions of symmetric matrices.
-use candle_core::{DType, Result, Tensor, WithDType};
+use candle_core::{DType, Result, Tensor, WithDType, bail};
 use faer::diag::DiagMut;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::evd::{
@@ -65,6 +65,22 @@ pub fn generalized_eigh(bar: &Tensor, current: &Tensor, name: &str) -> Result<Ei
     let (groups, dim) = square(bar, name)?;
     let [values, vectors] = by_group(&Generalized, [bar, current], name)?;
     Ok(Eigh { values, vectors: vectors.reshape((groups, dim, dim))? })
+}
+
+/// [`generalized_eigh`] of two pairs. On a CUDA device the host waits for both at once.
+pub(crate) fn generalized_eigh_two(pairs: [(&Tensor, &Tensor); 2], name: &str) -> [Result<Eigh>; 2] {
+    let Some(gpu) = Gpu::of(pairs[0].0.device()) else {
+        return pairs.map(|(bar, current)| generalized_eigh(bar, current, name));
+    };
+    let jobs = pairs.map(|(bar, current)| Job { inputs: [bar, current], name });
+    let mut found = device::by_group(&Generalized, &gpu, &jobs).into_iter();
+    pairs.map(|(bar, _)| match found.next() {
+        Some(found) => {
+            let [values, vectors] = found?;
+            Ok(Eigh { values, vectors: vectors.reshape(bar.shape())? })
+        }
+        None => bail!("{name}: a decomposition is missing"),
+    })
 }
 
 struct Ordinary;
