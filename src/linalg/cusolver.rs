@@ -18,22 +18,24 @@ use crate::gpu::Gpu;
 const TRIANGLE: sys::cublasFillMode_t = sys::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
 const VECTORS: sys::cusolverEigMode_t = sys::cusolverEigMode_t::CUSOLVER_EIG_MODE_VECTOR;
 
-/// Up to this size NVIDIA's batched Jacobi method keeps a matrix within a block of threads, and does all of a batch at once. Above,
-/// divide and conquer does less work, a matrix at a time.
-const JACOBI: usize = 32;
+/// Up to this size a batch is decomposed together; larger matrices fill a GPU one by one, and need less work space so.
+#[cfg(cusolver_syev_batched)]
+const BATCHED: usize = 1024;
 
 struct Library {
     dense: DnHandle,
-    jacobi: sys::syevjInfo_t,
+    #[cfg(cusolver_syev_batched)]
+    params: sys::cusolverDnParams_t,
 }
 
 // SAFETY: a plain heap object of the library, used by one thread at a time under the `Mutex`.
 unsafe impl Send for Library {}
 
+#[cfg(cusolver_syev_batched)]
 impl Drop for Library {
     fn drop(&mut self) {
         // SAFETY: made by `Library::new` and destroyed once. An error here would leave nothing to be done.
-        unsafe { sys::cusolverDnDestroySyevjInfo(self.jacobi) };
+        unsafe { sys::cusolverDnDestroyParams(self.params) };
     }
 }
 
@@ -41,14 +43,18 @@ impl Library {
     fn new(device: &CudaDevice) -> Result<Self> {
         let dense =
             DnHandle::new(device.cuda_stream()).map_err(|error| failed("cusolverDnCreate", error.0))?;
-        let mut jacobi = std::ptr::null_mut();
-        // SAFETY: the pointer is to a place for the object; the second call gets the object.
-        unsafe {
-            check("cusolverDnCreateSyevjInfo", sys::cusolverDnCreateSyevjInfo(&mut jacobi))?;
-            let library = Self { dense, jacobi };
-            check("cusolverDnXsyevjSetSortEig", sys::cusolverDnXsyevjSetSortEig(library.jacobi, 1))?;
-            Ok(library)
-        }
+        #[cfg(cusolver_syev_batched)]
+        let params = {
+            let mut params = std::ptr::null_mut();
+            // SAFETY: the pointer is to a place for the object.
+            check("cusolverDnCreateParams", unsafe { sys::cusolverDnCreateParams(&mut params) })?;
+            params
+        };
+        Ok(Self {
+            dense,
+            #[cfg(cusolver_syev_batched)]
+            params,
+        })
     }
 }
 
@@ -72,7 +78,7 @@ pub(super) struct Solver {
 
 /// Calls the function for f64 or for f32, and reports what it returns.
 macro_rules! call {
-    ($dtype:expr, $double:ident, $single:ident, $($argument:expr),+ $(,)?) => {
+    ($dtype:expr, $double:ident, $single:ident, ($($argument:expr),+ $(,)?)) => {
         check(
             stringify!($single),
             if $dtype == DType::F64 { sys::$double($($argument),+) } else { sys::$single($($argument),+) },
@@ -136,88 +142,121 @@ impl Solver {
     }
 
     /// Ascending eigenvalues `[groups, dim]`, eigenvectors in rows, codes `[groups]`. Overwrites `m`.
+    ///
+    /// One matrix goes through divide and conquer, which is the second opinion on what a batched method fails at.
     pub fn eigen(&self, m: Tensor) -> Result<(Tensor, Tensor, Tensor)> {
         let (groups, dim, dtype) = (m.dim(0)?, m.dim(1)?, m.dtype());
-        let (count, n) = (int(groups)?, int(dim)?);
         let (values, info) = (self.gpu.tensor((groups, dim), dtype)?, self.codes(&m)?);
-        let [a, w, code] = [self.array(&m)?, self.array(&values)?, self.array(&info)?];
-        let mut work = 0;
+        let arrays = [self.array(&m)?, self.array(&values)?, self.array(&info)?];
         self.with(|library| {
-            let handle = library.dense.cu();
-            // SAFETY: `a` is `groups` matrices of `n` rows, contiguous and with a leading dimension of `n`; `w` and `code` have
-            // `n` elements and one element a group. The workspace has the size that was asked for, and everything
-            // is freed in the stream's order.
-            unsafe {
-                if dim <= JACOBI {
-                    call!(
-                        dtype,
-                        cusolverDnDsyevjBatched_bufferSize,
-                        cusolverDnSsyevjBatched_bufferSize,
-                        handle,
-                        VECTORS,
-                        TRIANGLE,
-                        n,
-                        a.group(0),
-                        n,
-                        w.group(0),
-                        &mut work,
-                        library.jacobi,
-                        count,
-                    )?;
-                    let (_space, space) = self.workspace(work, dtype)?;
-                    return call!(
-                        dtype,
-                        cusolverDnDsyevjBatched,
-                        cusolverDnSsyevjBatched,
-                        handle,
-                        VECTORS,
-                        TRIANGLE,
-                        n,
-                        a.group(0),
-                        n,
-                        w.group(0),
-                        space.group(0),
-                        work,
-                        code.group(0),
-                        library.jacobi,
-                        count,
-                    );
-                }
-                call!(
-                    dtype,
-                    cusolverDnDsyevd_bufferSize,
-                    cusolverDnSsyevd_bufferSize,
-                    handle,
-                    VECTORS,
-                    TRIANGLE,
-                    n,
-                    a.group(0),
-                    n,
-                    w.group(0),
-                    &mut work,
-                )?;
-                let (_space, space) = self.workspace(work, dtype)?;
-                for group in 0..groups {
-                    call!(
-                        dtype,
-                        cusolverDnDsyevd,
-                        cusolverDnSsyevd,
-                        handle,
-                        VECTORS,
-                        TRIANGLE,
-                        n,
-                        a.group(group),
-                        n,
-                        w.group(group),
-                        space.group(0),
-                        work,
-                        code.group(group),
-                    )?;
-                }
-                Ok(())
+            #[cfg(cusolver_syev_batched)]
+            if groups > 1 && dim <= BATCHED {
+                return self.eigen_batched(library, (groups, dim, dtype), &arrays);
             }
+            self.eigen_each(library, (groups, dim, dtype), &arrays)
         })?;
         Ok((values, m, info))
+    }
+
+    fn eigen_each(
+        &self,
+        library: &Library,
+        (groups, dim, dtype): (usize, usize, DType),
+        [a, w, code]: &[Array; 3],
+    ) -> Result<()> {
+        let (handle, n, mut work) = (library.dense.cu(), int(dim)?, 0);
+        // SAFETY: `a` is `groups` matrices of `n` rows, contiguous and with a leading dimension of `n`; `w` and `code` have
+        // `n` elements and one element a group. The workspace has the size that was asked for, and everything is freed in the
+        // stream's order.
+        unsafe {
+            call!(
+                dtype,
+                cusolverDnDsyevd_bufferSize,
+                cusolverDnSsyevd_bufferSize,
+                (handle, VECTORS, TRIANGLE, n, a.group(0), n, w.group(0), &mut work)
+            )?;
+            let (_space, space) = self.workspace(work, dtype)?;
+            for i in 0..groups {
+                call!(
+                    dtype,
+                    cusolverDnDsyevd,
+                    cusolverDnSsyevd,
+                    (
+                        handle,
+                        VECTORS,
+                        TRIANGLE,
+                        n,
+                        a.group(i),
+                        n,
+                        w.group(i),
+                        space.group(0),
+                        work,
+                        code.group(i)
+                    )
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(cusolver_syev_batched)]
+    fn eigen_batched(
+        &self,
+        library: &Library,
+        (groups, dim, dtype): (usize, usize, DType),
+        [a, w, code]: &[Array; 3],
+    ) -> Result<()> {
+        let kind = if dtype == DType::F64 {
+            sys::cudaDataType_t::CUDA_R_64F
+        } else {
+            sys::cudaDataType_t::CUDA_R_32F
+        };
+        let (handle, params, n, count) = (library.dense.cu(), library.params, dim as i64, groups as i64);
+        let (matrices, values) = (a.group(0), w.group(0));
+        let (mut on_device, mut on_host) = (0, 0);
+        // SAFETY: as in `eigen_each`; the two workspaces have the bytes that were asked for, and the library is done with the one
+        // on the host when it returns.
+        unsafe {
+            let size = sys::cusolverDnXsyevBatched_bufferSize(
+                handle,
+                params,
+                VECTORS,
+                TRIANGLE,
+                n,
+                kind,
+                matrices,
+                n,
+                kind,
+                values,
+                kind,
+                &mut on_device,
+                &mut on_host,
+                count,
+            );
+            check("cusolverDnXsyevBatched_bufferSize", size)?;
+            let space = self.gpu.tensor((1, on_device.max(1)), DType::U8)?;
+            let mut host = vec![0u8; on_host];
+            let done = sys::cusolverDnXsyevBatched(
+                handle,
+                params,
+                VECTORS,
+                TRIANGLE,
+                n,
+                kind,
+                matrices,
+                n,
+                kind,
+                values,
+                kind,
+                self.array(&space)?.group(0),
+                on_device,
+                host.as_mut_ptr().cast(),
+                on_host,
+                code.group(0),
+                count,
+            );
+            check("cusolverDnXsyevBatched", done)
+        }
     }
 
     /// Values and vectors with `current v = value bar v` and `v^T bar v = 1`, as [`Solver::eigen`] gives them. A code
@@ -233,23 +272,13 @@ impl Solver {
         let mut work = 0;
         self.with(|library| {
             let handle = library.dense.cu();
-            // SAFETY: as in `eigen`, with a second matrix of the first one's size.
+            // SAFETY: as in `eigen_each`, with a second matrix of the first one's size.
             unsafe {
                 call!(
                     dtype,
                     cusolverDnDsygvd_bufferSize,
                     cusolverDnSsygvd_bufferSize,
-                    handle,
-                    kind,
-                    VECTORS,
-                    TRIANGLE,
-                    n,
-                    a.group(0),
-                    n,
-                    b.group(0),
-                    n,
-                    w.group(0),
-                    &mut work,
+                    (handle, kind, VECTORS, TRIANGLE, n, a.group(0), n, b.group(0), n, w.group(0), &mut work)
                 )?;
                 let (_space, space) = self.workspace(work, dtype)?;
                 for group in 0..groups {
@@ -257,19 +286,21 @@ impl Solver {
                         dtype,
                         cusolverDnDsygvd,
                         cusolverDnSsygvd,
-                        handle,
-                        kind,
-                        VECTORS,
-                        TRIANGLE,
-                        n,
-                        a.group(group),
-                        n,
-                        b.group(group),
-                        n,
-                        w.group(group),
-                        space.group(0),
-                        work,
-                        code.group(group),
+                        (
+                            handle,
+                            kind,
+                            VECTORS,
+                            TRIANGLE,
+                            n,
+                            a.group(group),
+                            n,
+                            b.group(group),
+                            n,
+                            w.group(group),
+                            space.group(0),
+                            work,
+                            code.group(group)
+                        )
                     )?;
                 }
                 Ok(())
@@ -286,18 +317,13 @@ impl Solver {
         let mut work = 0;
         self.with(|library| {
             let handle = library.dense.cu();
-            // SAFETY: as in `eigen`.
+            // SAFETY: as in `eigen_each`.
             unsafe {
                 call!(
                     dtype,
                     cusolverDnDpotrf_bufferSize,
                     cusolverDnSpotrf_bufferSize,
-                    handle,
-                    TRIANGLE,
-                    n,
-                    a.group(0),
-                    n,
-                    &mut work,
+                    (handle, TRIANGLE, n, a.group(0), n, &mut work)
                 )?;
                 let (_space, space) = self.workspace(work, dtype)?;
                 for group in 0..groups {
@@ -305,14 +331,7 @@ impl Solver {
                         dtype,
                         cusolverDnDpotrf,
                         cusolverDnSpotrf,
-                        handle,
-                        TRIANGLE,
-                        n,
-                        a.group(group),
-                        n,
-                        space.group(0),
-                        work,
-                        code.group(group),
+                        (handle, TRIANGLE, n, a.group(group), n, space.group(0), work, code.group(group))
                     )?;
                 }
                 Ok(())
@@ -330,18 +349,13 @@ impl Solver {
         let mut work = 0;
         self.with(|library| {
             let handle = library.dense.cu();
-            // SAFETY: as in `eigen`.
+            // SAFETY: as in `eigen_each`.
             unsafe {
                 call!(
                     dtype,
                     cusolverDnDpotri_bufferSize,
                     cusolverDnSpotri_bufferSize,
-                    handle,
-                    TRIANGLE,
-                    n,
-                    a.group(0),
-                    n,
-                    &mut work,
+                    (handle, TRIANGLE, n, a.group(0), n, &mut work)
                 )?;
                 let (_space, space) = self.workspace(work, dtype)?;
                 for group in 0..groups {
@@ -349,14 +363,7 @@ impl Solver {
                         dtype,
                         cusolverDnDpotri,
                         cusolverDnSpotri,
-                        handle,
-                        TRIANGLE,
-                        n,
-                        a.group(group),
-                        n,
-                        space.group(0),
-                        work,
-                        code.group(group),
+                        (handle, TRIANGLE, n, a.group(group), n, space.group(0), work, code.group(group))
                     )?;
                 }
                 Ok(())

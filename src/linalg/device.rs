@@ -41,42 +41,110 @@ pub(crate) struct Job<'a, const I: usize> {
     pub name: &'a str,
 }
 
-/// [`super::host::by_group`] on a device for several jobs, whose dtypes and sizes may differ. The host reads once for all of
-/// them.
+/// [`super::host::by_group`] on a device for several jobs, whose dtypes and sizes may differ. Those of one size run together, and
+/// the host reads once for all of them.
 pub(crate) fn by_group<const I: usize, const O: usize>(
     method: &impl Factorize<I, O>,
     gpu: &Gpu,
     jobs: &[Job<'_, I>],
 ) -> Vec<Result<[Tensor; O]>> {
-    let queued: Vec<_> = jobs.iter().map(|job| queue(method, gpu, job)).collect();
-    let verdicts: Vec<&Tensor> = queued.iter().flatten().map(|queued| &queued.verdict).collect();
-    let read = || if verdicts.is_empty() { Ok(vec![]) } else { Tensor::cat(&verdicts, 0)?.to_vec2::<f64>() };
-    let read = match read() {
-        Ok(read) => read,
-        // What goes wrong on a device shows here, whoever caused it.
+    let mut found: Vec<Option<Result<[Tensor; O]>>> = jobs.iter().map(|_| None).collect();
+    let kinds = jobs.iter().zip(&mut found).map(|(job, found)| match fitting(job.inputs, job.name) {
+        Ok((groups, dim)) => Some(Kind { groups, dim, dtype: job.inputs[0].dtype(), started: false }),
         Err(error) => {
-            let message = error.to_string();
-            let failed = |job: &Job<'_, I>| Err(candle_core::Error::Msg(format!("{}: {message}", job.name)));
-            return jobs.iter().map(failed).collect();
+            *found = Some(Err(error));
+            None
         }
-    };
-    let mut rest = read.as_slice();
-    let settled = jobs.iter().zip(queued).map(|(job, queued)| {
-        let queued = queued?;
-        let (own, others) = rest.split_at(queued.verdict.dim(0)?);
-        rest = others;
-        settle(method, gpu, job, queued.outputs, own)
     });
-    settled.collect()
+    let kinds: Vec<_> = kinds.collect();
+    let batches = batches(&kinds);
+    let queued: Vec<_> = batches.iter().map(|batch| queue(method, gpu, jobs, batch)).collect();
+    let verdicts: Vec<&Tensor> = queued.iter().flatten().map(|queued| &queued.verdict).collect();
+    let read = read(&verdicts);
+    let mut at = 0;
+    for (batch, queued) in batches.iter().zip(&queued) {
+        let mut first = 0;
+        for &index in batch {
+            let (job, groups) = (&jobs[index], kinds[index].map_or(0, |kind| kind.groups));
+            let settled = match (queued, &read) {
+                (Ok(queued), Ok(read)) => {
+                    let parts = queued.outputs.iter().map(|all| all.narrow(0, first, groups));
+                    let lines = &read[at..at + groups];
+                    at += groups;
+                    parts.collect::<Result<Vec<_>>>().and_then(|parts| match parts.try_into() {
+                        Ok(outputs) => settle(method, gpu, job, outputs, lines),
+                        Err(_) => bail!("{}: expected {O} outputs", job.name),
+                    })
+                }
+                // What goes wrong on a device may show at the read, whoever caused it.
+                (Err(error), _) | (_, Err(error)) => {
+                    Err(candle_core::Error::Msg(format!("{}: {error}", job.name)))
+                }
+            };
+            found[index] = Some(settled);
+            first += groups;
+        }
+    }
+    let missing = |job: &Job<'_, I>| Err(candle_core::Error::Msg(format!("{}: not decomposed", job.name)));
+    found.into_iter().zip(jobs).map(|(found, job)| found.unwrap_or_else(|| missing(job))).collect()
+}
+
+/// What decides which matrices run together.
+#[derive(Clone, Copy)]
+pub(super) struct Kind {
+    pub groups: usize,
+    pub dim: usize,
+    pub dtype: DType,
+    /// Whether there is something to start from.
+    pub started: bool,
+}
+
+/// The jobs in batches of matrices of one size and type. Large ones, of which one fills a device, stay alone.
+pub(super) fn batches(kinds: &[Option<Kind>]) -> Vec<Vec<usize>> {
+    const LARGE: usize = 1024;
+    /// Elements of a batch, whose matrices are copied together.
+    const MOST: usize = 1 << 24;
+    let size = |kind: &Kind| kind.groups * kind.dim * kind.dim;
+    let mut batches: Vec<(Kind, usize, Vec<usize>)> = Vec::new();
+    for (index, kind) in kinds.iter().enumerate() {
+        let Some(kind) = kind else { continue };
+        let open = batches.iter_mut().find(|(other, elements, _)| {
+            (other.dim, other.dtype, other.started) == (kind.dim, kind.dtype, kind.started)
+                && kind.dim <= LARGE
+                && elements + size(kind) <= MOST
+        });
+        match open {
+            Some((_, elements, batch)) => {
+                *elements += size(kind);
+                batch.push(index);
+            }
+            None => batches.push((*kind, size(kind), vec![index])),
+        }
+    }
+    batches.into_iter().map(|(_, _, batch)| batch).collect()
+}
+
+/// The rows of several tensors `[_, columns]`, in one read.
+pub(super) fn read(tensors: &[&Tensor]) -> Result<Vec<Vec<f64>>> {
+    if tensors.is_empty() { Ok(vec![]) } else { joined(tensors)?.to_vec2() }
+}
+
+/// Tensors joined along their first dimension, contiguous.
+pub(super) fn joined(tensors: &[&Tensor]) -> Result<Tensor> {
+    match tensors {
+        [one] => one.detach().contiguous(),
+        several => Tensor::cat(several, 0)?.detach().contiguous(),
+    }
 }
 
 fn queue<const I: usize, const O: usize>(
     method: &impl Factorize<I, O>,
     gpu: &Gpu,
-    job: &Job<'_, I>,
+    jobs: &[Job<'_, I>],
+    batch: &[usize],
 ) -> Result<Queued<O>> {
-    fitting(job.inputs, job.name)?;
-    let inputs = job.inputs.iter().map(|m| m.detach().contiguous()).collect::<Result<Vec<_>>>()?;
+    let input = |i: usize| joined(&batch.iter().map(|&index| jobs[index].inputs[i]).collect::<Vec<_>>());
+    let inputs = (0..I).map(input).collect::<Result<Vec<_>>>()?;
     method.queue(gpu, std::array::from_fn(|i| &inputs[i]))
 }
 

@@ -4,6 +4,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
+use super::device::{Kind, batches, joined, read};
 use super::host::square;
 use super::newton_run::{Report, Run, State};
 use crate::gpu::Gpu;
@@ -111,63 +112,90 @@ fn on_device(
     // A start from the last refresh takes two to four updates.
     const WARM: usize = 5;
     const COLD: usize = 12;
-    const MORE: usize = 6;
-    let begin = |job: &NewtonJob<'_>| -> Result<Run> {
-        check(job)?;
-        let options = options(job);
-        let start = job.start.map(|start| start.detach().contiguous()).transpose()?;
-        let mut run = Run::new(gpu, &job.m.detach().contiguous()?, start.as_ref())?;
+    let mut found: Vec<Option<Result<Newton>>> = jobs.iter().map(|_| None).collect();
+    let kinds = jobs.iter().zip(&mut found).map(|(job, found)| match check(job) {
+        Ok((groups, dim)) => Some(Kind { groups, dim, dtype: job.m.dtype(), started: job.start.is_some() }),
+        Err(error) => {
+            *found = Some(Err(error));
+            None
+        }
+    });
+    let kinds: Vec<_> = kinds.collect();
+    let batches = batches(&kinds);
+    let begin = |batch: &Vec<usize>| -> Result<Run> {
+        let m = joined(&batch.iter().map(|&index| jobs[index].m).collect::<Vec<_>>())?;
+        let starts: Vec<&Tensor> = batch.iter().filter_map(|&index| jobs[index].start).collect();
+        let start = if starts.is_empty() { None } else { Some(joined(&starts)?) };
+        let mut run = Run::new(gpu, &m, start.as_ref())?;
+        let options = options(&jobs[batch[0]]);
         for _ in 0..options.max_iterations.min(if start.is_some() { WARM } else { COLD }) {
             run.advance(options.tolerance)?;
         }
         Ok(run)
     };
-    let mut runs: Vec<Result<Run>> = jobs.iter().map(begin).collect();
+    let mut runs: Vec<Result<Run>> = batches.iter().map(begin).collect();
     let reports: Vec<&Tensor> = runs.iter().flatten().map(|run| &run.report).collect();
-    let read = if reports.is_empty() {
-        Ok(vec![])
-    } else {
-        Tensor::cat(&reports, 0).and_then(|all| all.to_vec2::<f64>())
-    };
-    let mut rest = match &read {
-        Ok(read) => read.as_slice(),
-        Err(_) => &[],
-    };
-    let mut found = Vec::with_capacity(jobs.len());
-    for (job, run) in jobs.iter().zip(runs.drain(..)) {
-        found.push(run.and_then(|mut run| {
-            if let Err(error) = &read {
-                bail!("{}: {error}", job.name)
+    let lines = read(&reports);
+    let mut at = 0;
+    for (batch, run) in batches.iter().zip(&mut runs) {
+        let outcome = match (run, &lines) {
+            (Ok(run), Ok(lines)) => {
+                let count =
+                    batch.iter().filter_map(|&index| kinds[index]).map(|kind| kind.groups).sum::<usize>();
+                at += count;
+                finish(run, &lines[at - count..at], options(&jobs[batch[0]]))
             }
-            let (own, others) = rest.split_at(run.report.dim(0)?);
-            rest = others;
-            let (mut own, options) = (own.to_vec(), options(job));
-            loop {
-                let reports = own.iter().map(|line| Report::of(line)).collect::<Result<Vec<_>>>()?;
-                if let Some(newton) = outcome(job, &run, &reports, options)? {
-                    return Ok(newton);
+            // What goes wrong on a device may show at the read, whoever caused it.
+            (Err(error), _) => Err(candle_core::Error::Msg(error.to_string())),
+            (_, Err(error)) => Err(candle_core::Error::Msg(error.to_string())),
+        };
+        let mut first = 0;
+        for &index in batch {
+            let (job, groups) = (&jobs[index], kinds[index].map_or(0, |kind| kind.groups));
+            found[index] = Some(match &outcome {
+                Ok((inverse, reports)) => {
+                    let own = &reports[first..first + groups];
+                    inverse
+                        .narrow(0, first, groups)
+                        .and_then(|inverse| judged(job, inverse, own, options(job)))
                 }
-                for _ in 0..MORE.min(options.max_iterations - updates(&reports)) {
-                    run.advance(options.tolerance)?;
-                }
-                own = run.report.to_vec2::<f64>()?;
-            }
-        }));
+                Err(error) => Err(candle_core::Error::Msg(format!("{}: {error}", job.name))),
+            });
+            first += groups;
+        }
     }
-    found
+    let missing = |job: &NewtonJob<'_>| Err(candle_core::Error::Msg(format!("{}: not inverted", job.name)));
+    found.into_iter().zip(jobs).map(|(found, job)| found.unwrap_or_else(|| missing(job))).collect()
+}
+
+/// Goes on until no group runs or the updates are used up; the inverses and how each group ended.
+fn finish(run: &mut Run, lines: &[Vec<f64>], options: NewtonOptions) -> Result<(Tensor, Vec<Report>)> {
+    /// Updates between two looks at what still runs.
+    const MORE: usize = 6;
+    let mut reports = lines.iter().map(|line| Report::of(line)).collect::<Result<Vec<_>>>()?;
+    loop {
+        let left = options.max_iterations - updates(&reports).min(options.max_iterations);
+        if left == 0 || reports.iter().all(|report| report.state != State::Running) {
+            return Ok((run.inverse()?, reports));
+        }
+        for _ in 0..MORE.min(left) {
+            run.advance(options.tolerance)?;
+        }
+        reports = read(&[&run.report])?.iter().map(|line| Report::of(line)).collect::<Result<_>>()?;
+    }
 }
 
 fn updates(reports: &[Report]) -> usize {
     reports.iter().map(|report| report.updates).max().unwrap_or(0)
 }
 
-/// The inverse if all groups are done, nothing while some run.
-fn outcome(
+/// The inverse, if all its groups are done.
+fn judged(
     job: &NewtonJob<'_>,
-    run: &Run,
+    inverse: Tensor,
     reports: &[Report],
     options: NewtonOptions,
-) -> Result<Option<Newton>> {
+) -> Result<Newton> {
     if reports.iter().any(|report| report.state == State::Unusable) {
         let eye = Tensor::eye(job.m.dim(1)?, job.m.dtype(), job.m.device())?.unsqueeze(0)?;
         // Its error says what is wrong.
@@ -180,12 +208,9 @@ fn outcome(
     let residual = reports.iter().map(|report| report.residual).fold(0.0, max_or_nan);
     let iterations = updates(reports);
     if reports.iter().all(|report| report.state == State::Done) {
-        return Ok(Some(Newton { inverse: run.inverse()?, iterations, residual }));
+        return Ok(Newton { inverse, iterations, residual });
     }
-    if iterations >= options.max_iterations {
-        return Err(unconverged(job, residual, options));
-    }
-    Ok(None)
+    Err(unconverged(job, residual, options))
 }
 
 fn broke_off(job: &NewtonJob<'_>, done: usize, residual: f64, options: NewtonOptions) -> candle_core::Error {
