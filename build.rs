@@ -4,8 +4,32 @@
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rustc-check-cfg=cfg(cusolver_syev_batched)");
     #[cfg(feature = "cuda")]
-    kernels::compile();
+    {
+        kernels::compile();
+        if toolkit::version().is_some_and(|version| version >= (12, 8)) {
+            println!("cargo:rustc-cfg=cusolver_syev_batched");
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod toolkit {
+    use std::process::Command;
+
+    /// The version of CUDA that cudarc's bindings are for, found as cudarc does.
+    pub fn version() -> Option<(u32, u32)> {
+        println!("cargo:rerun-if-env-changed=CUDARC_CUDA_VERSION");
+        if let Ok(number) = std::env::var("CUDARC_CUDA_VERSION") {
+            let number: u32 = number.trim().parse().ok()?;
+            return Some((number / 1000, number % 1000 / 10));
+        }
+        let out = Command::new("nvcc").arg("--version").output().ok()?;
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let (major, rest) = text.split_once("release ")?.1.split_once('.')?;
+        Some((major.parse().ok()?, rest.split(',').next()?.trim().parse().ok()?))
+    }
 }
 
 #[cfg(feature = "cuda")]

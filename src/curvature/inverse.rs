@@ -1,12 +1,13 @@
 //! Damped inverses of Kronecker products, in the form in which they multiply a gradient.
 
 use super::damping::DampingKind;
-use crate::linalg::cholesky::inverse_spd;
-use crate::linalg::eigh::{Eigh, eigh, generalized_eigh};
-use crate::linalg::kron::{add_diagonal_each, pi_split};
-use crate::linalg::newton::{NewtonOptions, newton_inverse};
+use crate::gpu::Gpu;
+use crate::linalg::cholesky::inverse_spd_all;
+use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh_two};
+use crate::linalg::kron::{inverse_spectrum, pi_damped};
+use crate::linalg::newton::{NewtonJob, newton_all};
 use crate::ops::dense::{mix, product};
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 /// How the damped factors are inverted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,13 +58,6 @@ pub(crate) fn sandwich(g: &Tensor, x: &Tensor, a: &Tensor) -> Result<Tensor> {
     product(&product(g, x)?, a)
 }
 
-/// The outer products `dg da^T` of two spectra, `[groups, out, in]`; values at or below `floor` count as 0, and rounding
-/// may have made a zero eigenvalue negative.
-pub(crate) fn spectrum(values_a: &Tensor, values_g: &Tensor, floor: f64) -> Result<Tensor> {
-    let clean = |v: &Tensor| -> Result<Tensor> { v.gt(floor.max(0.0))?.to_dtype(v.dtype())?.mul(v) };
-    clean(values_g)?.unsqueeze(2)?.broadcast_mul(&clean(values_a)?.unsqueeze(1)?)
-}
-
 /// What a damped inverse is made with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Recipe {
@@ -73,48 +67,91 @@ pub(crate) struct Recipe {
     pub floor: f64,
 }
 
-/// `(A (x) G + damping)^-1`. `last` is the previous inverse of the same block, where Newton starts.
-pub(crate) fn damped_inverse(
-    a: &Tensor,
-    g: &Tensor,
-    recipe: Recipe,
-    last: Option<&Preconditioner>,
-    name: &str,
-) -> Result<Preconditioner> {
-    let Recipe { kind, damping, inverse, floor } = recipe;
-    match (kind, inverse) {
-        (DampingKind::Eigenvalue, _) => {
-            let (a, g) = rayon::join(|| eigh(a, name), || eigh(g, name));
-            let Eigh { values: da, vectors: basis_a } = a?;
-            let Eigh { values: dg, vectors: basis_g } = g?;
-            let scale = (spectrum(&da, &dg, floor)? + damping)?.recip()?;
-            Ok(Preconditioner::Basis { basis_a, basis_g, scale })
-        }
-        (DampingKind::Pi, inverse) => {
-            let (a, g) = pi_damped(a, g, damping, name)?;
-            let invert = |m: &Tensor, last: Option<&Tensor>| match inverse {
-                Inverse::Eigen => {
-                    let Eigh { values, vectors } = eigh(m, name)?;
-                    product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
-                }
-                Inverse::Cholesky => inverse_spd(m, name),
-                Inverse::Newton => Ok(newton_inverse(m, last, NewtonOptions::new(m.dtype()), name)?.inverse),
-            };
-            let (last_a, last_g) = match last {
-                Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
-                _ => (None, None),
-            };
-            let (inv_a, inv_g) = rayon::join(|| invert(&a, last_a), || invert(&g, last_g));
-            Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
-        }
+impl Recipe {
+    /// Eigenvalue damping has only one.
+    fn method(&self) -> Inverse {
+        if self.kind == DampingKind::Eigenvalue { Inverse::Eigen } else { self.inverse }
     }
 }
 
-/// `A + pi sqrt(la) I` and `G + sqrt(la) / pi I`.
-pub(crate) fn pi_damped(a: &Tensor, g: &Tensor, damping: f64, name: &str) -> Result<(Tensor, Tensor)> {
-    let pi = pi_split(a, g, name)?;
-    let root = damping.sqrt();
-    Ok((add_diagonal_each(a, &(&pi * root)?, name)?, add_diagonal_each(g, &(pi.recip()? * root)?, name)?))
+/// A block to invert.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Task<'a> {
+    pub a: &'a Tensor,
+    pub g: &'a Tensor,
+    pub recipe: Recipe,
+    /// The previous inverse of the same block, where Newton starts.
+    pub last: Option<&'a Preconditioner>,
+    pub name: &'a str,
+}
+
+/// `(A (x) G + damping)^-1` for every block. On a CUDA device all of them are queued before the host asks how they went.
+pub(crate) fn damped_inverses(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
+    // On the host one after the other takes less memory, and each uses all threads.
+    let on_device = tasks.first().is_some_and(|task| Gpu::of(task.a.device()).is_some());
+    tasks.chunks(if on_device { tasks.len() } else { 1 }).flat_map(together).collect()
+}
+
+fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
+    let damped: Vec<Result<(Tensor, Tensor)>> = tasks
+        .iter()
+        .map(|task| match task.recipe.kind {
+            DampingKind::Eigenvalue => Ok((task.a.clone(), task.g.clone())),
+            DampingKind::Pi => pi_damped(task.a, task.g, task.recipe.damping, task.name),
+        })
+        .collect();
+    // The two factors of every block, one after the other.
+    let of = |inverse: Inverse| {
+        let pairs = tasks.iter().zip(&damped).filter(move |(task, _)| task.recipe.method() == inverse);
+        pairs.filter_map(|(task, pair)| Some((task, pair.as_ref().ok()?)))
+    };
+    let named = |inverse| -> Vec<(&Tensor, &str)> {
+        of(inverse).flat_map(|(task, (a, g))| [(a, task.name), (g, task.name)]).collect()
+    };
+    let starts = of(Inverse::Newton).flat_map(|(task, (a, g))| {
+        let (last_a, last_g) = match task.last {
+            Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
+            _ => (None, None),
+        };
+        let name = task.name;
+        [NewtonJob { m: a, start: last_a, name }, NewtonJob { m: g, start: last_g, name }]
+    });
+    let starts: Vec<_> = starts.collect();
+    let mut eigen = eigh_all(&named(Inverse::Eigen)).into_iter();
+    let mut inverses = inverse_spd_all(&named(Inverse::Cholesky)).into_iter();
+    let mut newton = newton_all(&starts).into_iter();
+    let found = tasks.iter().zip(&damped).map(|(task, pair)| {
+        if let Err(error) = pair {
+            bail!("{error}")
+        }
+        let Recipe { kind, damping, floor, .. } = task.recipe;
+        let (inv_a, inv_g) = match task.recipe.method() {
+            Inverse::Eigen => {
+                let (a, g) = (next(&mut eigen), next(&mut eigen));
+                let (Eigh { values: da, vectors: basis_a }, Eigh { values: dg, vectors: basis_g }) = (a?, g?);
+                if kind == DampingKind::Eigenvalue {
+                    let scale = inverse_spectrum((&da, &dg), floor, 1.0, damping)?;
+                    return Ok(Preconditioner::Basis { basis_a, basis_g, scale });
+                }
+                let inverse = |values: Tensor, vectors: Tensor| {
+                    product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
+                };
+                (inverse(da, basis_a), inverse(dg, basis_g))
+            }
+            Inverse::Cholesky => (next(&mut inverses), next(&mut inverses)),
+            Inverse::Newton => {
+                let (a, g) = (next(&mut newton), next(&mut newton));
+                (a.map(|a| a.inverse), g.map(|g| g.inverse))
+            }
+        };
+        Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
+    });
+    found.collect()
+}
+
+/// The next result of those that were asked for in the same order.
+fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
+    results.next().unwrap_or_else(|| bail!("inverse: a result is missing"))
 }
 
 /// `(A (x) G + damping) x` for `x` of shape `[groups, out, in]`.
@@ -145,8 +182,96 @@ pub(crate) fn sum_inverse(
     name: &str,
 ) -> Result<Preconditioner> {
     let (bar_a, bar_g) = pi_damped(bar.0, bar.1, damping, name)?;
-    let Eigh { values: da, vectors: basis_a } = generalized_eigh(&bar_a, current.0, name)?;
-    let Eigh { values: dg, vectors: basis_g } = generalized_eigh(&bar_g, current.1, name)?;
-    let scale = ((spectrum(&da, &dg, 0.0)? * lr)? + 1.0)?.recip()?;
+    let [a, g] = generalized_eigh_two([(&bar_a, current.0), (&bar_g, current.1)], name);
+    let Eigh { values: da, vectors: basis_a } = a?;
+    let Eigh { values: dg, vectors: basis_g } = g?;
+    let scale = inverse_spectrum((&da, &dg), 0.0, lr, 1.0)?;
     Ok(Preconditioner::Basis { basis_a, basis_g, scale })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+    use crate::gpu::emulate::emulate;
+    use crate::linalg::testing::{max_abs, random_symmetric, spd};
+
+    const METHODS: [(DampingKind, Inverse); 4] = [
+        (DampingKind::Eigenvalue, Inverse::Eigen),
+        (DampingKind::Pi, Inverse::Eigen),
+        (DampingKind::Pi, Inverse::Cholesky),
+        (DampingKind::Pi, Inverse::Newton),
+    ];
+
+    #[test]
+    fn a_device_inverts_as_the_host_does() -> Result<()> {
+        let shapes = [(1, 5, 3), (3, 9, 1), (1, 70, 33), (2, 1, 20), (2, 9, 5)];
+        for (dtype, tolerance) in [(DType::F32, 2e-3), (DType::F64, 1e-9)] {
+            let blocks = shapes.iter().map(|&(groups, a, g)| {
+                let gradient = random_symmetric(groups, a.max(g), 3)?.narrow(1, 0, g)?.narrow(2, 0, a)?;
+                let [a, g] = [spd(groups, a, 50.0, 1)?, spd(groups, g, 20.0, 2)?];
+                Ok([a, g, gradient.contiguous()?].map(|t| t.to_dtype(dtype)))
+            });
+            let blocks = blocks.collect::<Result<Vec<_>>>()?;
+            let blocks = blocks.into_iter().map(|parts| parts.into_iter().collect::<Result<Vec<_>>>());
+            let blocks = blocks.collect::<Result<Vec<_>>>()?;
+            for (kind, inverse) in METHODS {
+                let recipe = Recipe { kind, damping: 0.1, inverse, floor: 0.0 };
+                let directions = |last: &[Preconditioner]| -> Result<Vec<(Preconditioner, Tensor)>> {
+                    let tasks = blocks.iter().enumerate().map(|(i, block)| Task {
+                        a: &block[0],
+                        g: &block[1],
+                        recipe,
+                        last: last.get(i),
+                        name: "fc",
+                    });
+                    let found = damped_inverses(&tasks.collect::<Vec<_>>()).into_iter().zip(&blocks);
+                    found
+                        .map(|(found, block)| {
+                            let found = found?;
+                            let v = found.apply(&block[2])?;
+                            Ok((found, v))
+                        })
+                        .collect()
+                };
+                let host = directions(&[])?;
+                let cold = emulate(|| directions(&[]))?;
+                let last: Vec<_> = cold.iter().map(|(last, _)| last.clone()).collect();
+                for found in [&cold, &emulate(|| directions(&last))?] {
+                    for ((_, found), (_, host)) in found.iter().zip(&host) {
+                        let scale = max_abs(host)?;
+                        let off = max_abs(&(found - host)?)? / scale;
+                        assert!(off < tolerance, "{kind:?} {inverse:?} {dtype:?} {off}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_error_names_its_block_and_spares_the_others() -> Result<()> {
+        let (good, bad) = (spd(1, 4, 10.0, 1)?, (spd(1, 4, 10.0, 2)? * -3.0)?);
+        let large = (spd(1, 70, 10.0, 2)? * -3.0)?;
+        for (inverse, part) in
+            [(Inverse::Cholesky, "pivot 0"), (Inverse::Newton, "residual"), (Inverse::Eigen, "finite")]
+        {
+            let kind = if inverse == Inverse::Eigen { DampingKind::Eigenvalue } else { DampingKind::Pi };
+            let recipe = Recipe { kind, damping: 0.1, inverse, floor: 0.0 };
+            let broken =
+                [&bad, &large].map(|m| if inverse == Inverse::Eigen { m.log() } else { Ok(m.clone()) });
+            for bad in broken {
+                let bad = bad?;
+                let tasks = [(&good, "conv1"), (&bad, "conv2"), (&good, "fc")];
+                let tasks = tasks.map(|(a, name)| Task { a, g: &good, recipe, last: None, name });
+                for found in [damped_inverses(&tasks), emulate(|| damped_inverses(&tasks))] {
+                    assert!(found[0].is_ok() && found[2].is_ok());
+                    let message = found[1].as_ref().err().map(ToString::to_string).unwrap_or_default();
+                    assert!(message.contains("conv2") && message.contains(part), "{message}");
+                }
+            }
+        }
+        Ok(())
+    }
 }

@@ -10,5 +10,7 @@ pub use inverse::Inverse;
 pub use sums::Sharing;
 
 pub(crate) use ekfac::{moments, turned as turned_moments};
-pub(crate) use inverse::{Preconditioner, Recipe, damped_inverse, damped_product, sandwich, sum_inverse};
+pub(crate) use inverse::{
+    Preconditioner, Recipe, Task, damped_inverses, damped_product, sandwich, sum_inverse,
+};
 pub(crate) use sums::{FactorSums, LayerFactors, Want, wide, wide_dtype};

@@ -67,6 +67,11 @@ pub(super) fn storage(device: &CudaDevice, shape: &Shape, dtype: DType) -> Resul
     unsafe { device.alloc_uninit(shape, dtype) }
 }
 
+pub(super) fn free_memory(device: &CudaDevice) -> Result<usize> {
+    let (free, _) = device.cuda_stream().context().mem_get_info().w()?;
+    Ok(free)
+}
+
 pub(super) fn launch<A: Args>(
     device: &CudaDevice,
     module: Module,

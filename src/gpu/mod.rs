@@ -193,6 +193,16 @@ impl Gpu {
         Ok(tensor_of(self.allocate(&shape, dtype, false)?, shape))
     }
 
+    /// Bytes of memory that nobody uses; nothing where that is not known.
+    pub fn free_memory(&self) -> Result<Option<usize>> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref device) => cuda::free_memory(device).map(Some),
+            #[cfg(test)]
+            Self::Emulated => Ok(None),
+        }
+    }
+
     /// Queues a kernel.
     ///
     /// # Errors

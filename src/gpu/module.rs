@@ -29,8 +29,12 @@ macro_rules! modules {
 }
 
 modules! {
+    Kron "kron"
     Mix "mix"
+    Newton "newton"
     Precondition "precondition"
+    Spd "spd"
+    Traces "traces"
     Update "update"
     Wake "wake"
 }

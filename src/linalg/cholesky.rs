@@ -1,17 +1,22 @@
 //! Cholesky factors and the inverses of symmetric positive definite matrices.
-use candle_core::{Result, Tensor, WithDType};
+use candle_core::{DType, Result, Tensor, WithDType};
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::cholesky::llt::inverse::{inverse, inverse_scratch};
 use faer::prelude::default;
 use faer::{MatMut, MatRef, Par};
+use rayon::prelude::*;
 
+use super::device::{self, Job, Queued, Verdict};
 use super::host::{Factorize, Real, by_group, distance, mirror_lower, probe, square, times, transposed};
+use super::solver::Solver;
+use super::spd::{Evidence, SMALL, Spd};
+use crate::gpu::Gpu;
 
 /// The lower triangular `L` with `m = L L^T`, zero above the diagonal, of positive definite `m` `[g, d, d]`.
 ///
 /// Only the lower triangle of `m` is read. What fails in f32 is repeated in f64 and cast back, with a warning that
-/// names `name`. A tensor on another device is factorized on the host.
+/// names `name`.
 ///
 /// # Errors
 /// If `m` is not square, not f32 or f64, not finite, or not positive definite; the last names the pivot.
@@ -25,7 +30,7 @@ pub fn cholesky(m: &Tensor, name: &str) -> Result<Tensor> {
 ///
 /// Only the lower triangle of `m` is read. The result is applied to `m` times one vector: where that is off by more
 /// than 1 %, f32 is given up for f64, as for matrices that are indefinite by f32 rounding, with a warning that names
-/// `name`. A tensor on another device is inverted on the host.
+/// `name`.
 ///
 /// # Errors
 /// As [`cholesky`], and if the inverse is off by more than 1 % in f64.
@@ -33,6 +38,15 @@ pub fn inverse_spd(m: &Tensor, name: &str) -> Result<Tensor> {
     let (groups, dim) = square(m, name)?;
     let [inverse] = by_group(&Inverse, [m], name)?;
     inverse.reshape((groups, dim, dim))
+}
+
+/// [`inverse_spd`] of several tensors. On a CUDA device the host waits for all of them once.
+pub(crate) fn inverse_spd_all(jobs: &[(&Tensor, &str)]) -> Vec<Result<Tensor>> {
+    let gpu = jobs.first().and_then(|(m, _)| Gpu::of(m.device()));
+    let Some(gpu) = gpu else { return jobs.par_iter().map(|(m, name)| inverse_spd(m, name)).collect() };
+    let queue: Vec<_> = jobs.iter().map(|&(m, name)| Job { inputs: [m], name }).collect();
+    let found = device::by_group(&Inverse, &gpu, &queue).into_iter().zip(jobs);
+    found.map(|(found, (m, _))| found.and_then(|[inverse]| inverse.reshape(m.shape()))).collect()
 }
 
 struct Cholesky;
@@ -49,6 +63,26 @@ impl Factorize<1, 1> for Cholesky {
             row[i + 1..].fill(<T as WithDType>::from_f64(0.0));
         }
         Ok([lower])
+    }
+
+    fn queue(&self, gpu: &Gpu, [m]: [&Tensor; 1]) -> Result<Queued<1>> {
+        let m = Spd::new(gpu, m)?;
+        let (factor, info) = Solver::of(gpu)?.cholesky(m.mirrored(None, false)?)?;
+        let lower = Spd::new(gpu, &factor)?.mirrored(None, true)?;
+        // Only that it is finite counts.
+        let factor = Spd::new(gpu, &lower)?;
+        let q = factor.times(Some(&factor.turned(None, None)?), None)?;
+        let evidence = Evidence { info: [Some(&info), None], q: Some(&q), ..Evidence::default() };
+        let verdict = factor.verdict(&m.scale()?, &evidence)?;
+        Ok(Queued { outputs: [lower.flatten_from(1)?], verdict })
+    }
+
+    fn reason(&self, verdict: &Verdict, dim: usize, _: DType) -> Option<String> {
+        match verdict.code {
+            0 if verdict.residual.is_finite() => None,
+            0 => Some("the result is not finite".into()),
+            code => Some(no_pivot(code - 1, dim)),
+        }
     }
 }
 
@@ -74,12 +108,48 @@ impl Factorize<1, 1> for Inverse {
         mirror_lower(&mut full, dim);
         let z = probe(dim);
         let off = distance(&times(&full, &times(&result, &z)), &z, (dim as f64).sqrt());
-        if off <= 0.01 {
-            Ok([result])
+        if off <= TOLERANCE { Ok([result]) } else { Err(inexact(off)) }
+    }
+
+    fn queue(&self, gpu: &Gpu, [m]: [&Tensor; 1]) -> Result<Queued<1>> {
+        let given = Spd::new(gpu, m)?;
+        let full = given.mirrored(None, false)?;
+        let (inverse, info) = if m.dim(1)? <= SMALL {
+            let (inverse, info) = given.small_inverse()?;
+            (inverse, [Some(info), None])
         } else {
-            Err(format!("the inverse is off by {off:.1e}: ill-conditioned"))
+            let solver = Solver::of(gpu)?;
+            let (factor, info) = solver.cholesky(given.mirrored(None, false)?)?;
+            let (lower, later) = solver.inverse(factor)?;
+            (Spd::new(gpu, &lower)?.mirrored(None, false)?, [Some(info), Some(later)])
+        };
+        let once = Spd::new(gpu, &inverse)?.times(None, None)?;
+        let full = Spd::new(gpu, &full)?;
+        let p = full.times(Some(&once), None)?;
+        let evidence =
+            Evidence { info: info.each_ref().map(Option::as_ref), p: Some(&p), ..Evidence::default() };
+        let verdict = full.verdict(&given.scale()?, &evidence)?;
+        Ok(Queued { outputs: [inverse.flatten_from(1)?], verdict })
+    }
+
+    fn reason(&self, verdict: &Verdict, dim: usize, _: DType) -> Option<String> {
+        match verdict.code {
+            0 if verdict.drift <= TOLERANCE => None,
+            0 => Some(inexact(verdict.drift)),
+            code => Some(no_pivot(code - 1, dim)),
         }
     }
+}
+
+/// How far an inverse times the matrix may be from 1.
+const TOLERANCE: f64 = 0.01;
+
+fn inexact(off: f64) -> String {
+    format!("the inverse is off by {off:.1e}: ill-conditioned")
+}
+
+pub(super) fn no_pivot(index: usize, dim: usize) -> String {
+    format!("expected a positive definite matrix, but pivot {index} of {dim} is not positive")
 }
 
 /// The Cholesky factor in column-major order, with leftovers of `m` above the diagonal.
@@ -92,9 +162,7 @@ pub(crate) fn lower_factor<T: Real>(m: &[T], dim: usize, par: Par) -> std::resul
         MemStack::new(&mut MemBuffer::new(cholesky_in_place_scratch::<T>(dim, par, default()))),
         default(),
     )
-    .map_err(|LltError::NonPositivePivot { index }| {
-        format!("expected a positive definite matrix, but pivot {index} of {dim} is not positive")
-    })?;
+    .map_err(|LltError::NonPositivePivot { index }| no_pivot(index, dim))?;
     Ok(factor)
 }
 
@@ -103,74 +171,84 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
-    use crate::linalg::testing::{max_abs, spd};
+    use crate::linalg::testing::{here_and_on_a_device, max_abs, spd};
 
     #[test]
     fn factor_and_inverse() -> Result<()> {
-        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 1e-12)] {
-            for (g, d) in [(1, 1), (3, 2), (2, 5), (1, 26), (5, 64), (1, 126), (1, 300)] {
-                let m = spd(g, d, 100.0, 3)?.to_dtype(dtype)?;
-                let l = cholesky(&m, "m")?;
-                assert!(max_abs(&(l.matmul(&l.transpose(1, 2)?.contiguous()?)? - &m)?)? < tolerance);
-                for group in l.to_dtype(DType::F64)?.to_vec3::<f64>()? {
-                    for (i, row) in group.iter().enumerate() {
-                        assert!(row[i] > 0.0 && row[i + 1..].iter().all(|v| *v == 0.0));
+        here_and_on_a_device(|| {
+            for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F64, 1e-12)] {
+                for (g, d) in [(1, 1), (3, 2), (2, 5), (1, 26), (5, 64), (1, 126), (1, 300)] {
+                    let m = spd(g, d, 100.0, 3)?.to_dtype(dtype)?;
+                    let l = cholesky(&m, "m")?;
+                    assert!(max_abs(&(l.matmul(&l.transpose(1, 2)?.contiguous()?)? - &m)?)? < tolerance);
+                    for group in l.to_dtype(DType::F64)?.to_vec3::<f64>()? {
+                        for (i, row) in group.iter().enumerate() {
+                            assert!(row[i] > 0.0 && row[i + 1..].iter().all(|v| *v == 0.0));
+                        }
                     }
+                    let x = inverse_spd(&m, "m")?;
+                    assert_eq!(max_abs(&(&x - x.transpose(1, 2)?)?)?, 0.0);
+                    let eye = Tensor::eye(d, dtype, &Device::Cpu)?.broadcast_as((g, d, d))?;
+                    assert!(max_abs(&(m.matmul(&x)? - eye)?)? < 10.0 * tolerance);
                 }
-                let x = inverse_spd(&m, "m")?;
-                assert_eq!(max_abs(&(&x - x.transpose(1, 2)?)?)?, 0.0);
-                let eye = Tensor::eye(d, dtype, &Device::Cpu)?.broadcast_as((g, d, d))?;
-                assert!(max_abs(&(m.matmul(&x)? - eye)?)? < 10.0 * tolerance);
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     #[test]
     fn only_the_lower_triangle_is_read() -> Result<()> {
-        let m = Tensor::new(&[[[4f64, 77.0], [2.0, 3.0]]], &Device::Cpu)?;
-        let l = cholesky(&m, "m")?.flatten_all()?.to_vec1::<f64>()?;
-        let x = inverse_spd(&m, "m")?.flatten_all()?.to_vec1::<f64>()?;
-        for (found, exact) in l.iter().chain(&x).zip([2.0, 0.0, 1.0, 2f64.sqrt(), 0.375, -0.25, -0.25, 0.5]) {
-            assert!((found - exact).abs() < 1e-15);
-        }
-        Ok(())
+        here_and_on_a_device(|| {
+            let m = Tensor::new(&[[[4f64, 77.0], [2.0, 3.0]]], &Device::Cpu)?;
+            let l = cholesky(&m, "m")?.flatten_all()?.to_vec1::<f64>()?;
+            let x = inverse_spd(&m, "m")?.flatten_all()?.to_vec1::<f64>()?;
+            for (found, exact) in
+                l.iter().chain(&x).zip([2.0, 0.0, 1.0, 2f64.sqrt(), 0.375, -0.25, -0.25, 0.5])
+            {
+                assert!((found - exact).abs() < 1e-15);
+            }
+            Ok(())
+        })
     }
 
     #[test]
     fn ill_conditioned_is_inverted_in_f64() -> Result<()> {
-        // diag(1, 1e-9) rotated by 45 degrees, as far as f32 entries can say it: far beyond f32's own inverse.
-        let m = Tensor::new(
-            &[[[1f32, 1.0 - 4.0 * f32::EPSILON], [1.0 - 4.0 * f32::EPSILON, 1.0]]],
-            &Device::Cpu,
-        )?;
-        let x = inverse_spd(&m, "m")?.flatten_all()?.to_vec1::<f32>()?;
-        let off = 1.0 - 4.0 * f64::from(f32::EPSILON);
-        let exact = 1.0 / (1.0 - off * off);
-        assert!((f64::from(x[0]) / exact - 1.0).abs() < 1e-6, "{} {exact}", x[0]);
-        Ok(())
+        here_and_on_a_device(|| {
+            // diag(1, 1e-9) rotated by 45 degrees, as far as f32 entries can say it: far beyond f32's own inverse.
+            let m = Tensor::new(
+                &[[[1f32, 1.0 - 4.0 * f32::EPSILON], [1.0 - 4.0 * f32::EPSILON, 1.0]]],
+                &Device::Cpu,
+            )?;
+            let x = inverse_spd(&m, "m")?.flatten_all()?.to_vec1::<f32>()?;
+            let off = 1.0 - 4.0 * f64::from(f32::EPSILON);
+            let exact = 1.0 / (1.0 - off * off);
+            assert!((f64::from(x[0]) / exact - 1.0).abs() < 1e-6, "{} {exact}", x[0]);
+            Ok(())
+        })
     }
 
     #[test]
     fn refuses() -> Result<()> {
-        let cpu = &Device::Cpu;
-        let indefinite = Tensor::new(&[[[1f32, 2.0], [2.0, 1.0]]], cpu)?;
-        let tiny = (Tensor::eye(2, DType::F32, cpu)? * 1e-39)?.unsqueeze(0)?;
-        for (m, part) in [
-            (indefinite, "pivot 1 of 2"),
-            (tiny, "overflow"),
-            (Tensor::zeros((2, 2), DType::F32, cpu)?, "[g, d, d]"),
-            (Tensor::zeros((1, 2, 2), DType::I64, cpu)?, "I64"),
-            (Tensor::full(f64::INFINITY, (1, 2, 2), cpu)?, "finite"),
-        ] {
-            for message in [
-                inverse_spd(&m, "fc1").err(),
-                (part != "overflow").then(|| cholesky(&m, "fc1").err()).flatten(),
+        here_and_on_a_device(|| {
+            let cpu = &Device::Cpu;
+            let indefinite = Tensor::new(&[[[1f32, 2.0], [2.0, 1.0]]], cpu)?;
+            let tiny = (Tensor::eye(2, DType::F32, cpu)? * 1e-39)?.unsqueeze(0)?;
+            for (m, part) in [
+                (indefinite, "pivot 1 of 2"),
+                (tiny, "overflow"),
+                (Tensor::zeros((2, 2), DType::F32, cpu)?, "[g, d, d]"),
+                (Tensor::zeros((1, 2, 2), DType::I64, cpu)?, "I64"),
+                (Tensor::full(f64::INFINITY, (1, 2, 2), cpu)?, "finite"),
             ] {
-                let message = message.map(|e| e.to_string()).unwrap_or_else(|| format!("fc1 {part}"));
-                assert!(message.contains("fc1") && message.contains(part), "{message}");
+                for message in [
+                    inverse_spd(&m, "fc1").err(),
+                    (part != "overflow").then(|| cholesky(&m, "fc1").err()).flatten(),
+                ] {
+                    let message = message.map(|e| e.to_string()).unwrap_or_else(|| format!("fc1 {part}"));
+                    assert!(message.contains("fc1") && message.contains(part), "{message}");
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 }

@@ -1,11 +1,15 @@
 //! Dense matrices on the host: the checks on `[g, d, d]` tensors that all of the algebra shares, and the driver that
 //! runs a factorization group by group, in f32 with a second attempt in f64.
 //!
-//! A tensor on another device is copied to the host and the results are copied back.
+//! A tensor on a CUDA device is factorized there (`device.rs`). From any other device it is copied to the host and the results
+//! are copied back.
 use candle_core::{DType, Result, Tensor, WithDType, bail};
 use faer::Par;
 use faer::traits::RealField;
 use rayon::prelude::*;
+
+use super::device::{self, Job, Queued, Verdict};
+use crate::gpu::Gpu;
 
 /// An element type of the dense algebra: f32 or f64.
 pub(crate) trait Real: WithDType + RealField {
@@ -33,6 +37,12 @@ pub(crate) trait Factorize<const I: usize, const O: usize>: Sync {
         dim: usize,
         par: Par,
     ) -> std::result::Result<[Vec<T>; O], String>;
+
+    /// Queues the factorization of contiguous `inputs` `[groups, d, d]` on a device.
+    fn queue(&self, gpu: &Gpu, inputs: [&Tensor; I]) -> Result<Queued<O>>;
+
+    /// What is wrong with a factorization on a device, if anything is.
+    fn reason(&self, verdict: &Verdict, dim: usize, dtype: DType) -> Option<String>;
 }
 
 /// `(g, d)` of a batch of square matrices.
@@ -74,6 +84,9 @@ pub(crate) fn by_group<const I: usize, const O: usize>(
     inputs: [&Tensor; I],
     name: &str,
 ) -> Result<[Tensor; O]> {
+    if let Some(gpu) = Gpu::of(inputs[0].device()) {
+        return device::by_group(method, &gpu, &[Job { inputs, name }]).remove(0);
+    }
     match inputs[0].dtype() {
         DType::F64 => run::<f64, I, O>(method, inputs, name),
         _ => run::<f32, I, O>(method, inputs, name),
@@ -85,18 +98,7 @@ fn run<T: Real, const I: usize, const O: usize>(
     inputs: [&Tensor; I],
     name: &str,
 ) -> Result<[Tensor; O]> {
-    let (groups, dim) = square(inputs[0], name)?;
-    for other in &inputs[1..] {
-        if square(other, name)? != (groups, dim) || other.dtype() != T::DTYPE {
-            bail!(
-                "{name}: expected two tensors of one shape and dtype, got {:?} {:?} and {:?} {:?}",
-                inputs[0].dtype(),
-                inputs[0].dims(),
-                other.dtype(),
-                other.dims()
-            );
-        }
-    }
+    let (groups, dim) = fitting(inputs, name)?;
     let host = inputs.iter().map(|m| to_host::<T>(m, name)).collect::<Result<Vec<_>>>()?;
     let size = dim * dim;
     let par = if groups == 1 { parallelism(dim) } else { Par::Seq };
@@ -127,6 +129,23 @@ fn run<T: Real, const I: usize, const O: usize>(
     });
     let tensors = tensors.collect::<Result<Vec<_>>>()?;
     tensors.try_into().map_err(|_| candle_core::Error::Msg(format!("{name}: expected {O} outputs")))
+}
+
+/// `(g, d)` of tensors that [`square`] takes, and that have one shape, dtype and device.
+pub(crate) fn fitting<const I: usize>(inputs: [&Tensor; I], name: &str) -> Result<(usize, usize)> {
+    let shape = square(inputs[0], name)?;
+    for other in &inputs[1..] {
+        if square(other, name)? != shape || other.dtype() != inputs[0].dtype() {
+            bail!(
+                "{name}: expected two tensors of one shape and dtype, got {:?} {:?} and {:?} {:?}",
+                inputs[0].dtype(),
+                inputs[0].dims(),
+                other.dtype(),
+                other.dims()
+            );
+        }
+    }
+    Ok(shape)
 }
 
 /// One group: in `T`, and in f64 where that fails.

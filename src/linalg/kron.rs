@@ -2,6 +2,7 @@
 use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::host::square;
+use crate::gpu::{Args, Gpu, Grid, Module, args, typed};
 
 /// `pi = sqrt((tr a / dim a) / (tr g / dim g))` for each group, `[g]` in the dtype of the factors.
 ///
@@ -13,6 +14,9 @@ use super::host::square;
 /// If a factor is not square, or the two differ in groups or dtype.
 pub fn pi_split(a: &Tensor, g: &Tensor, name: &str) -> Result<Tensor> {
     let (a_dim, g_dim) = pair(a, g, name)?;
+    if let Some(gpu) = Gpu::of(a.device()) {
+        return gpu_pi(&gpu, &a.detach().contiguous()?, &g.detach().contiguous()?);
+    }
     let a_mean = (diagonal(a)?.sum(1)? / a_dim as f64)?;
     let g_mean = (diagonal(g)?.sum(1)? / g_dim as f64)?;
     // The roots first: a mean over a mean may leave the range of f32.
@@ -44,9 +48,42 @@ pub fn add_diagonal_each(m: &Tensor, values: &Tensor, name: &str) -> Result<Tens
             values.dims()
         )
     }
+    if let Some(gpu) = Gpu::of(m.device()) {
+        return gpu_shift(&gpu, &m.detach().contiguous()?, &values.detach().contiguous()?, (1.0, false));
+    }
     let added = values.unsqueeze(1)?.broadcast_as((groups, dim))?.contiguous()?;
     let flat = m.reshape((groups, dim * dim))?;
     flat.index_add(&diagonal_indices(dim, m)?, &added, 1)?.reshape((groups, dim, dim))
+}
+
+/// `a + pi sqrt(damping) I` and `g + sqrt(damping) / pi I`; see [`pi_split`].
+pub(crate) fn pi_damped(a: &Tensor, g: &Tensor, damping: f64, name: &str) -> Result<(Tensor, Tensor)> {
+    let pi = pi_split(a, g, name)?;
+    let root = damping.sqrt();
+    if let Some(gpu) = Gpu::of(a.device()) {
+        let shift = |m: &Tensor, how| gpu_shift(&gpu, &m.detach().contiguous()?, &pi, how);
+        return Ok((shift(a, (root, false))?, shift(g, (root, true))?));
+    }
+    Ok((add_diagonal_each(a, &(&pi * root)?, name)?, add_diagonal_each(g, &(pi.recip()? * root)?, name)?))
+}
+
+/// `1 / (factor dg da^T + offset)`, `[groups, dg, da]`, of two spectra `[groups, da]` and `[groups, dg]`; values at or below
+/// `floor` count as 0, and rounding may have made a zero eigenvalue negative.
+pub(crate) fn inverse_spectrum(
+    (a, g): (&Tensor, &Tensor),
+    floor: f64,
+    factor: f64,
+    offset: f64,
+) -> Result<Tensor> {
+    let floor = floor.max(0.0);
+    if let Some(gpu) = Gpu::of(a.device()) {
+        let range = Range { floor, factor, offset };
+        return gpu_spectrum(&gpu, &a.detach().contiguous()?, &g.detach().contiguous()?, range);
+    }
+    let clean = |v: &Tensor| -> Result<Tensor> { v.gt(floor)?.to_dtype(v.dtype())?.mul(v) };
+    let products = clean(g)?.unsqueeze(2)?.broadcast_mul(&clean(a)?.unsqueeze(1)?)?;
+    let products = if factor == 1.0 { products } else { (products * factor)? };
+    (products + offset)?.recip()
 }
 
 /// The dense Kronecker product of each group, `[g, da dg, da dg]`, for tests and diagnostics.
@@ -115,13 +152,113 @@ fn diagonal_indices(dim: usize, like: &Tensor) -> Result<Tensor> {
     Tensor::from_iter((0..dim as u32).map(|i| i * (dim as u32 + 1)), like.device())
 }
 
+args! {
+    struct PiArgs { a: u64, g: u64, pi: u64, groups: u32, a_dim: u32, g_dim: u32, pad: u32 }
+}
+args! {
+    struct ShiftArgs {
+        m: u64,
+        values: u64,
+        out: u64,
+        factor: f64,
+        groups: u32,
+        dim: u32,
+        inverse: u32,
+        pad: u32,
+    }
+}
+args! {
+    struct SpectrumArgs {
+        a: u64,
+        g: u64,
+        out: u64,
+        floor: f64,
+        factor: f64,
+        offset: f64,
+        total: u64,
+        a_dim: u32,
+        g_dim: u32,
+    }
+}
+
+const THREADS: u32 = 256;
+
+/// Launches over `elements`, or as many blocks of one task each; the kernels take up what is left over.
+fn launch<A: Args>(gpu: &Gpu, kernel: &str, blocks: usize, dtype: DType, args: &A) -> Result<()> {
+    gpu.launch(Module::Kron, &typed(kernel, dtype)?, Grid::line(blocks.min(1 << 20), THREADS)?, args)
+}
+
+fn gpu_pi(gpu: &Gpu, a: &Tensor, g: &Tensor) -> Result<Tensor> {
+    let groups = a.dim(0)?;
+    let out = gpu.tensor(groups, a.dtype())?;
+    let [left, right, target] = [gpu.operand(a, "pi")?, gpu.operand(g, "pi")?, gpu.operand(&out, "pi")?];
+    let args = PiArgs {
+        a: left.address(),
+        g: right.address(),
+        pi: target.address(),
+        groups: groups as u32,
+        a_dim: a.dim(1)? as u32,
+        g_dim: g.dim(1)? as u32,
+        pad: 0,
+    };
+    launch(gpu, "pi", groups, a.dtype(), &args)?;
+    Ok(out)
+}
+
+/// `m + factor values I`, or with the reciprocal values.
+fn gpu_shift(gpu: &Gpu, m: &Tensor, values: &Tensor, (factor, inverse): (f64, bool)) -> Result<Tensor> {
+    let out = gpu.tensor(m.shape(), m.dtype())?;
+    let [from, added, target] =
+        [gpu.operand(m, "shift")?, gpu.operand(values, "shift")?, gpu.operand(&out, "shift")?];
+    let args = ShiftArgs {
+        m: from.address(),
+        values: added.address(),
+        out: target.address(),
+        factor,
+        groups: m.dim(0)? as u32,
+        dim: m.dim(1)? as u32,
+        inverse: u32::from(inverse),
+        pad: 0,
+    };
+    launch(gpu, "shift", m.elem_count().div_ceil(THREADS as usize * 4), m.dtype(), &args)?;
+    Ok(out)
+}
+
+struct Range {
+    floor: f64,
+    factor: f64,
+    offset: f64,
+}
+
+fn gpu_spectrum(gpu: &Gpu, a: &Tensor, g: &Tensor, range: Range) -> Result<Tensor> {
+    let ((groups, a_dim), g_dim) = (a.dims2()?, g.dim(1)?);
+    let out = gpu.tensor((groups, g_dim, a_dim), a.dtype())?;
+    let Range { floor, factor, offset } = range;
+    let [left, right, target] =
+        [gpu.operand(a, "spectrum")?, gpu.operand(g, "spectrum")?, gpu.operand(&out, "spectrum")?];
+    let args = SpectrumArgs {
+        a: left.address(),
+        g: right.address(),
+        out: target.address(),
+        floor,
+        factor,
+        offset,
+        total: out.elem_count() as u64,
+        a_dim: a_dim as u32,
+        g_dim: g_dim as u32,
+    };
+    launch(gpu, "spectrum", out.elem_count().div_ceil(THREADS as usize * 4), a.dtype(), &args)?;
+    Ok(out)
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::gpu::emulate::emulate;
     use crate::linalg::eigh::eigh;
-    use crate::linalg::testing::{max_abs, random_symmetric, spd};
+    use crate::linalg::testing::{here_and_on_a_device, max_abs, random_symmetric, spd};
 
     #[test]
     fn product_and_log_determinant() -> Result<()> {
@@ -145,28 +282,55 @@ mod tests {
 
     #[test]
     fn diagonals() -> Result<()> {
-        for dtype in [DType::F32, DType::F64] {
-            let m = random_symmetric(3, 5, 1)?.to_dtype(dtype)?;
-            let values = Tensor::new(&[1.0, -2.0, 0.5], &Device::Cpu)?.to_dtype(dtype)?;
-            let eye = Tensor::eye(5, dtype, &Device::Cpu)?.unsqueeze(0)?;
-            let naive = (&m + eye.broadcast_mul(&values.reshape((3, 1, 1))?)?)?;
-            assert_eq!(max_abs(&(add_diagonal_each(&m, &values, "m")? - &naive)?)?, 0.0);
-            let naive = m.broadcast_add(&(&eye * 0.25)?)?;
-            assert_eq!(max_abs(&(add_diagonal(&m, 0.25, "m")? - naive)?)?, 0.0);
-        }
-        Ok(())
+        here_and_on_a_device(|| {
+            for dtype in [DType::F32, DType::F64] {
+                let m = random_symmetric(3, 5, 1)?.to_dtype(dtype)?;
+                let values = Tensor::new(&[1.0, -2.0, 0.5], &Device::Cpu)?.to_dtype(dtype)?;
+                let eye = Tensor::eye(5, dtype, &Device::Cpu)?.unsqueeze(0)?;
+                let naive = (&m + eye.broadcast_mul(&values.reshape((3, 1, 1))?)?)?;
+                assert_eq!(max_abs(&(add_diagonal_each(&m, &values, "m")? - &naive)?)?, 0.0);
+                let naive = m.broadcast_add(&(&eye * 0.25)?)?;
+                assert_eq!(max_abs(&(add_diagonal(&m, 0.25, "m")? - naive)?)?, 0.0);
+            }
+            Ok(())
+        })
     }
 
     #[test]
     fn pi() -> Result<()> {
-        let eye = |d: usize, scales: &[f32]| -> Result<Tensor> {
-            let scales = Tensor::new(scales, &Device::Cpu)?.reshape((scales.len(), 1, 1))?;
-            Tensor::eye(d, DType::F32, &Device::Cpu)?.unsqueeze(0)?.broadcast_mul(&scales)
-        };
-        let (a, g) = (eye(3, &[4.0, 0.0, 1.0, 1e30, -1.0])?, eye(7, &[1.0, 1.0, 0.0, 1e-30, 1.0])?);
-        let found = pi_split(&a, &g, "m")?.to_vec1::<f32>()?;
-        for (found, exact) in found.iter().zip([2.0, 1.0, 1.0, 1e30, 1.0]) {
-            assert!((found / exact - 1.0).abs() < 1e-5, "{found} {exact}");
+        here_and_on_a_device(|| {
+            let eye = |d: usize, scales: &[f32]| -> Result<Tensor> {
+                let scales = Tensor::new(scales, &Device::Cpu)?.reshape((scales.len(), 1, 1))?;
+                Tensor::eye(d, DType::F32, &Device::Cpu)?.unsqueeze(0)?.broadcast_mul(&scales)
+            };
+            let (a, g) = (eye(3, &[4.0, 0.0, 1.0, 1e30, -1.0])?, eye(7, &[1.0, 1.0, 0.0, 1e-30, 1.0])?);
+            let found = pi_split(&a, &g, "m")?.to_vec1::<f32>()?;
+            for (found, exact) in found.iter().zip([2.0, 1.0, 1.0, 1e30, 1.0]) {
+                assert!((found / exact - 1.0).abs() < 1e-5, "{found} {exact}");
+            }
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn damped_factors_and_spectra() -> Result<()> {
+        for (groups, a_dim, g_dim) in [(1, 1, 1), (3, 40, 2), (2, 17, 300)] {
+            for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F64, 1e-13)] {
+                let [a, g] = [(a_dim, 5), (g_dim, 6)].map(|(dim, seed)| random_symmetric(groups, dim, seed));
+                let [a, g] = [a?.sqr()?.to_dtype(dtype)?, g?.sqr()?.to_dtype(dtype)?];
+                let [da, dg] = [a.narrow(1, 0, 1)?.squeeze(1)?, g.narrow(1, 0, 1)?.squeeze(1)?];
+                let run = || -> Result<[Tensor; 4]> {
+                    let (damped_a, damped_g) = pi_damped(&a, &g, 0.3, "m")?;
+                    let damped = inverse_spectrum((&da, &dg), 0.1, 1.0, 0.2)?;
+                    Ok([damped_a, damped_g, damped, inverse_spectrum((&da, &dg), -1.0, 0.7, 1.0)?])
+                };
+                for (found, wanted) in emulate(run)?.iter().zip(run()?) {
+                    assert_eq!(found.dims(), wanted.dims());
+                    let off = (found / &wanted)?.to_dtype(DType::F64)?.affine(1.0, -1.0)?;
+                    let zeros = wanted.eq(0.0)?;
+                    assert!(max_abs(&zeros.where_cond(&off.zeros_like()?, &off)?)? < tolerance);
+                }
+            }
         }
         Ok(())
     }

@@ -1,13 +1,21 @@
 //! Decompositions of the small symmetric matrices that the curvature needs.
 //!
 //! Matrices are tensors `[g, d, d]` of f32 or f64, `g` blocks of a grouped convolution (1 for other layers). Functions
-//! take the name of the layer or factor that errors and warnings should give. A function that decomposes a CUDA
-//! tensor copies it to the host and the result back.
+//! take the name of the layer or factor that errors and warnings should give. On a CUDA device they run there, by cuSOLVER
+//! and kernels of this crate, and the host reads a few numbers that tell whether all went well. A tensor on any other
+//! device is decomposed on the host.
 pub mod cholesky;
+#[cfg(feature = "cuda")]
+mod cusolver;
+mod device;
 pub mod eigh;
 mod host;
 pub mod kron;
 pub mod newton;
+mod newton_run;
+mod solver;
+mod spd;
+pub(crate) mod traces;
 
 #[cfg(test)]
 pub(crate) mod testing {
@@ -17,6 +25,13 @@ pub(crate) mod testing {
     use rand::{RngExt, SeedableRng};
 
     use super::eigh::eigh;
+    use crate::gpu::emulate::emulate;
+
+    /// Runs a test on the host, and as if the host were a device.
+    pub(crate) fn here_and_on_a_device(test: fn() -> Result<()>) -> Result<()> {
+        test()?;
+        emulate(test)
+    }
 
     /// `[g, d, d]` f64, entries below 1 in size.
     pub(crate) fn random_symmetric(g: usize, d: usize, seed: u64) -> Result<Tensor> {

@@ -96,7 +96,7 @@ impl<R: WakeRule> Natural<R> {
             .map(|param| Adam { param, steps: 0, moments: None })
             .collect();
         let rest_ratio = if params.lr > 0.0 { params.rest.lr / params.lr } else { 1.0 };
-        Ok(Self {
+        let built = Self {
             damping: params.damping.initial(),
             params,
             vars: trained,
@@ -120,7 +120,9 @@ impl<R: WakeRule> Natural<R> {
             keep_inverses: false,
             spaces: 0,
             closure_checked: false,
-        })
+        };
+        built.check_memory()?;
+        Ok(built)
     }
 }
 

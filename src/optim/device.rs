@@ -223,9 +223,7 @@ impl<R: WakeRule> Natural<R> {
             renewed.push(self.renew(block, refresh.as_ref())?);
         }
         let damping = self.damping_due(&renewed)?;
-        for (block, renewed) in self.blocks.iter().zip(&mut renewed) {
-            self.prepare(block, renewed, self.damping_of(block, damping))?;
-        }
+        self.prepare(&self.blocks, &mut renewed, damping)?;
         let directions = self.directions(device, &renewed, damping)?;
         self.decide(device, &board)?;
         self.write(device, &board, &directions, &renewed, grads)?;

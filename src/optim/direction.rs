@@ -7,10 +7,10 @@ use super::params::Decay;
 use super::rule::{Model, QSolve, WakeRule};
 use super::step::{Refusal, numbers, sum};
 use crate::curvature::{
-    Damping, Inverse, LayerFactors, Preconditioner, Recipe, damped_inverse, damped_product, moments,
+    Damping, Inverse, LayerFactors, Preconditioner, Recipe, Task, damped_inverses, damped_product, moments,
     sum_inverse, turned_moments,
 };
-use crate::linalg::kron::diagonal;
+use crate::linalg::traces::traces;
 use crate::ops::dense::{dot, mix};
 use crate::ops::factor::ema;
 use candle_core::{Result, Tensor};
@@ -63,43 +63,43 @@ impl<R: WakeRule> Natural<R> {
         if !self.inverses_due() {
             return Ok(self.damping);
         }
-        let mut totals = Vec::with_capacity(2 * renewed.len());
-        for Renewed { average: (a, g), .. } in renewed {
-            totals.push((a.sqr()?.sum((1, 2))? * g.sqr()?.sum((1, 2))?)?.sum_all()?);
-            totals.push((diagonal(a)?.sum(1)? * diagonal(g)?.sum(1)?)?.sum_all()?);
-        }
-        let totals = numbers(&totals)?;
-        let every_other = |first: usize| totals.iter().skip(first).step_by(2).sum::<f64>();
-        let (squares, trace) = (every_other(0), every_other(1));
+        let factors: Vec<_> = renewed.iter().map(|Renewed { average: (a, g), .. }| (a, g)).collect();
+        let (squares, trace) = traces(&factors)?;
         Ok(relative.of(squares, trace))
     }
 
-    /// A block's inverse, made anew where that is due, in `renewed.state`.
+    /// The inverses of `blocks`, made anew where that is due, in the state of `renewed`. On a GPU the host waits for all of
+    /// them at once. `damping` is the one that all blocks share.
     pub(super) fn prepare(
         &self,
-        block: &Block,
-        renewed: &mut Renewed<'_>,
+        blocks: &[Block],
+        renewed: &mut [Renewed<'_>],
         damping: f64,
     ) -> std::result::Result<(), Refusal> {
-        let Renewed { state, average, factors, records } = renewed;
-        if self.inverses_due() {
+        let due = self.inverses_due();
+        if due {
             let _span = tracing::info_span!("inverse").entered();
-            match self.invert(block, average, factors, damping) {
-                Ok(new) => state.preconditioner = Some(new),
-                Err(error) if state.preconditioner.is_some() => {
-                    tracing::warn!("block {}: {error}; the last inverse stays", block.name)
+            let found = self.invert(blocks, renewed, damping);
+            for ((block, Renewed { state, .. }), found) in blocks.iter().zip(&mut *renewed).zip(found) {
+                match found {
+                    Ok(new) => state.preconditioner = Some(new),
+                    Err(error) if state.preconditioner.is_some() => {
+                        tracing::warn!("block {}: {error}; the last inverse stays", block.name)
+                    }
+                    Err(error) => return Err(error.into()),
                 }
-                Err(error) => return Err(error.into()),
             }
         }
-        // A new inverse has the scaling of one Kronecker product, and new records change the moments.
-        if self.params.ekfac && (records.is_some() || self.inverses_due()) {
-            self.correct(block, state, *records, damping)?;
+        for (block, Renewed { state, records, .. }) in blocks.iter().zip(renewed) {
+            // A new inverse has the scaling of one Kronecker product, and new records change the moments.
+            if self.params.ekfac && (records.is_some() || due) {
+                self.correct(block, state, *records, self.damping_of(block, damping))?;
+            }
+            if state.preconditioner.is_none() {
+                return Err(Refusal::Failed(missing::<R>(block, "inverse")));
+            }
         }
-        match &state.preconditioner {
-            Some(_) => Ok(()),
-            None => Err(Refusal::Failed(missing::<R>(block, "inverse"))),
-        }
+        Ok(())
     }
 
     /// Turns a block's wake gradient into a direction.
@@ -110,8 +110,8 @@ impl<R: WakeRule> Natural<R> {
         grads: &[Tensor],
         damping: f64,
     ) -> std::result::Result<Direction, Refusal> {
+        self.prepare(std::slice::from_ref(block), std::slice::from_mut(&mut renewed), damping)?;
         let damping = self.damping_of(block, damping);
-        self.prepare(block, &mut renewed, damping)?;
         let Renewed { state, average, factors, .. } = renewed;
         let gradient = block.matrix(|i| Ok(grads[i].clone()))?;
         let decay = self.decayed(block)?;
@@ -235,33 +235,46 @@ impl<R: WakeRule> Natural<R> {
         self.due(period, self.steps) || (quadratic && self.steps > 0 && self.due(period, self.steps - 1))
     }
 
-    fn invert(
-        &self,
-        block: &Block,
-        bar: &(Tensor, Tensor),
-        current: &(Tensor, Tensor),
-        damping: f64,
-    ) -> Result<Preconditioner> {
+    fn invert(&self, blocks: &[Block], renewed: &[Renewed<'_>], damping: f64) -> Vec<Result<Preconditioner>> {
+        let rate = |block: &Block| {
+            block.lr_scale * self.given_rate().or(self.previous_rate).unwrap_or(self.rate_scale())
+        };
+        let tasks = |factors: &mut dyn Iterator<Item = (&Tensor, &Tensor)>| -> Vec<_> {
+            let task = |(block, (a, g)): (_, (_, _))| self.task(block, a, g, damping);
+            damped_inverses(&blocks.iter().zip(factors).map(task).collect::<Vec<_>>())
+        };
+        match self.params.wake.model() {
+            Model::Linear => tasks(&mut renewed.iter().map(|r| (&r.average.0, &r.average.1))),
+            Model::Quadratic(QSolve::Factor) => {
+                let sum = |(block, r): (&Block, &Renewed<'_>)| -> Result<Factors> {
+                    let (bar, current) = (&r.average, &r.factors);
+                    let a = mix(&bar.0, 1.0, &current.0, rate(block))?;
+                    Ok((a, mix(&bar.1, 1.0, &current.1, rate(block))?))
+                };
+                match blocks.iter().zip(renewed).map(sum).collect::<Result<Vec<_>>>() {
+                    Ok(sums) => tasks(&mut sums.iter().map(|(a, g)| (a, g))),
+                    Err(error) => vec![Err(error)],
+                }
+            }
+            Model::Quadratic(QSolve::Exact) => {
+                let solve = |(block, r): (&Block, &Renewed<'_>)| {
+                    let (bar, current) = ((&r.average.0, &r.average.1), (&r.factors.0, &r.factors.1));
+                    sum_inverse(bar, current, rate(block), self.damping_of(block, damping), &block.name)
+                };
+                blocks.iter().zip(renewed).map(solve).collect()
+            }
+        }
+    }
+
+    fn task<'a>(&self, block: &'a Block, a: &'a Tensor, g: &'a Tensor, damping: f64) -> Task<'a> {
         let recipe = Recipe {
             kind: self.params.damping.kind(),
-            damping,
+            damping: self.damping_of(block, damping),
             // A 1 x 1 factor has no use for an iteration.
             inverse: if block.columns * block.out == 1 { Inverse::Eigen } else { self.params.inverse },
             floor: self.params.eigenvalue_floor,
         };
-        let rate = block.lr_scale * self.given_rate().or(self.previous_rate).unwrap_or(self.rate_scale());
-        let last = block.state.preconditioner.as_ref();
-        match self.params.wake.model() {
-            Model::Linear => damped_inverse(&bar.0, &bar.1, recipe, last, &block.name),
-            Model::Quadratic(QSolve::Factor) => {
-                let a = mix(&bar.0, 1.0, &current.0, rate)?;
-                let g = mix(&bar.1, 1.0, &current.1, rate)?;
-                damped_inverse(&a, &g, recipe, last, &block.name)
-            }
-            Model::Quadratic(QSolve::Exact) => {
-                sum_inverse((&bar.0, &bar.1), (&current.0, &current.1), rate, damping, &block.name)
-            }
-        }
+        Task { a, g, recipe, last: block.state.preconditioner.as_ref(), name: &block.name }
     }
 
     /// The damping of a block. A step of fixed KL counts the curvature of the weight decay in, which is a penalty's Hessian.

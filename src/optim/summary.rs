@@ -5,6 +5,8 @@ use super::length::StepRule;
 use super::natural::Natural;
 use super::rule::{Carry, Model, WakeRule};
 use crate::curvature::wide_dtype;
+use crate::gpu::Gpu;
+use candle_core::{Result, bail};
 use std::fmt;
 
 /// One line of a [`Summary`].
@@ -31,6 +33,8 @@ pub struct SummaryBlock {
     pub inverse_bytes: usize,
     /// Bytes of its other state in steady operation: carry, averaged models, last step, momentum, second moments.
     pub other_bytes: usize,
+    /// Bytes of the arrays with which its inverse is made, about; blocks have them one after the other.
+    pub workspace_bytes: usize,
     /// Multiplications of one factor update, for every row (example, or position of one) of the batch.
     pub factor_cost: usize,
     /// Multiplications of one update of the inverse, to leading order.
@@ -50,6 +54,9 @@ pub struct Summary {
     pub blocks: Vec<SummaryBlock>,
     /// Bytes of the Adam moments, single-precision masters, averaged parameters and stored models.
     pub other_bytes: usize,
+    /// Bytes that a step needs beside the state, about: the new inverses until they replace the old ones, the matrices of a
+    /// step, and the largest of the blocks' work spaces. Factors of a batch and records of layers are not counted.
+    pub workspace_bytes: usize,
 }
 
 impl Summary {
@@ -58,6 +65,11 @@ impl Summary {
         let blocks: usize =
             self.blocks.iter().map(|b| b.factor_bytes + b.inverse_bytes + b.other_bytes).sum();
         blocks + self.other_bytes
+    }
+
+    /// Bytes of all state and the work space of a step.
+    pub fn peak_bytes(&self) -> usize {
+        self.bytes() + self.workspace_bytes
     }
 }
 
@@ -90,11 +102,20 @@ impl<R: WakeRule> Natural<R> {
         let stored = self.params.wake.inner().map_or(0, |inner| inner.models - 1);
         let copies = stored + usize::from(self.params.average.is_some());
         let models: usize = copies * (0..self.vars.len()).map(size).sum::<usize>();
-        Summary {
-            optimizer: R::NAME,
-            rows,
-            blocks: self.blocks.iter().map(|b| self.summary_block(b)).collect(),
-            other_bytes: masters + adam + models,
+        let blocks: Vec<_> = self.blocks.iter().map(|b| self.summary_block(b)).collect();
+        let largest = blocks.iter().map(|b| b.workspace_bytes).max().unwrap_or(0);
+        let matrices: usize = self.blocks.iter().flat_map(|b| &b.params).map(|&i| MATRICES * size(i)).sum();
+        let workspace_bytes = blocks.iter().map(|b| b.inverse_bytes).sum::<usize>() + matrices + largest;
+        let other_bytes = masters + adam + models;
+        Summary { optimizer: R::NAME, rows, blocks, other_bytes, workspace_bytes }
+    }
+
+    /// Refuses what a GPU has no memory for, before the first step would find out.
+    pub(super) fn check_memory(&self) -> Result<()> {
+        let gpu = self.vars.first().and_then(|param| Gpu::of(param.var.device()));
+        match gpu.map(|gpu| gpu.free_memory()).transpose()?.flatten() {
+            Some(free) => fits(R::NAME, self.summary().peak_bytes(), free),
+            None => Ok(()),
         }
     }
 
@@ -121,6 +142,7 @@ impl<R: WakeRule> Natural<R> {
             factor_bytes: squares * element,
             inverse_bytes: (squares + if eigen { matrix } else { 0 }) * element,
             other_bytes: (matrices * matrix + usize::from(quadratic) * squares) * element,
+            workspace_bytes: WORKSPACE * squares * element,
             factor_cost: squares / 2,
             // A symmetric eigendecomposition with vectors takes about 9 d^3 multiplications, a Cholesky inverse d^3 / 2.
             inverse_cost: groups * (out.pow(3) + columns.pow(3)) * if eigen { 9 } else { 1 },
@@ -129,10 +151,36 @@ impl<R: WakeRule> Natural<R> {
     }
 }
 
+/// Matrices of a parameter's size within a step: gradient, wake gradient, its product with one basis, direction.
+const MATRICES: usize = 4;
+
+/// Matrices of a factor's size that a decomposition works with: LAPACK's divide and conquer takes two beside its matrix and the result,
+/// Newton's iteration as many.
+const WORKSPACE: usize = 4;
+
+fn fits(optimizer: &str, needed: usize, free: usize) -> Result<()> {
+    if needed > free {
+        bail!(
+            "{optimizer}: state and work space take {}, but the GPU has {} of free memory; give the largest layers to Adam \
+             (Group {{ rule: Some(Rule::Adam), .. }})",
+            Bytes(needed),
+            Bytes(free)
+        )
+    }
+    Ok(())
+}
+
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.rows.iter().map(|r| r.var.len()).chain([3]).max().unwrap_or(3);
-        writeln!(f, "{}: {} Vars, {} of state", self.optimizer, self.rows.len(), Bytes(self.bytes()))?;
+        writeln!(
+            f,
+            "{}: {} Vars, {} of state, {} of work space",
+            self.optimizer,
+            self.rows.len(),
+            Bytes(self.bytes()),
+            Bytes(self.workspace_bytes)
+        )?;
         writeln!(f, "{:width$}  {:16}  block", "Var", "shape")?;
         for row in &self.rows {
             writeln!(f, "{:width$}  {:16}  {}", row.var, format!("{:?}", row.shape), row.rule)?;
@@ -140,18 +188,19 @@ impl fmt::Display for Summary {
         let width = self.blocks.iter().map(|b| b.name.len()).chain([5]).max().unwrap_or(5);
         writeln!(
             f,
-            "{:width$}  {:>16}  {:>10}  {:>10}  {:>12}  {:>12}",
-            "block", "groups x out x in", "factors", "inverses", "mults/invert", "mults/step"
+            "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",
+            "block", "groups x out x in", "factors", "inverses", "work space", "mults/invert", "mults/step"
         )?;
         for b in &self.blocks {
             let [groups, out, columns] = b.dims;
             writeln!(
                 f,
-                "{:width$}  {:>16}  {:>10}  {:>10}  {:>12}  {:>12}",
+                "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",
                 b.name,
                 format!("{groups} x {out} x {columns}"),
                 Bytes(b.factor_bytes).to_string(),
                 Bytes(b.inverse_bytes).to_string(),
+                Bytes(b.workspace_bytes).to_string(),
                 b.inverse_cost,
                 b.step_cost
             )?;
@@ -171,5 +220,17 @@ impl fmt::Display for Bytes {
             b if b < 1 << 30 => write!(f, "{:.1} MiB", b as f64 / (1 << 20) as f64),
             b => write!(f, "{:.1} GiB", b as f64 / (1u64 << 30) as f64),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_what_does_not_fit() {
+        assert!(fits("K-FAC", 5 << 20, 5 << 20).is_ok());
+        let message = fits("K-FAC", 3 << 30, 5 << 20).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(message.contains("3.0 GiB") && message.contains("5.0 MiB"), "{message}");
     }
 }
