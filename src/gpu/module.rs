@@ -29,8 +29,11 @@ macro_rules! modules {
 }
 
 modules! {
+    CrossEntropy "cross_entropy"
     Mix "mix"
+    Norm "norm"
     Precondition "precondition"
+    Softmax "softmax"
     Update "update"
     Wake "wake"
 }
