@@ -30,9 +30,13 @@ macro_rules! modules {
 
 modules! {
     CrossEntropy "cross_entropy"
+    Dropout "dropout"
     Mix "mix"
     Norm "norm"
+    Pool "pool"
     Precondition "precondition"
+    Relu "relu"
+    Sample "sample"
     Softmax "softmax"
     Update "update"
     Wake "wake"
