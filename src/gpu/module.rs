@@ -29,6 +29,8 @@ macro_rules! modules {
 }
 
 modules! {
+    Conv "conv"
+    ConvPool "conv_pool"
     CrossEntropy "cross_entropy"
     Dropout "dropout"
     Mix "mix"

@@ -1,8 +1,10 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
 pub mod conv;
+pub(crate) mod conv_kernels;
 pub(crate) mod conv_pool;
 mod conv_pool_forward;
 mod conv_pool_grads;
+pub(crate) mod conv_pool_kernels;
 mod conv_slices;
 mod correlate;
 mod cross;
