@@ -29,6 +29,7 @@ macro_rules! modules {
 }
 
 modules! {
+    Bias "bias"
     Conv "conv"
     ConvPool "conv_pool"
     CrossEntropy "cross_entropy"

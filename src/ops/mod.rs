@@ -1,4 +1,5 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
+pub(crate) mod bias;
 pub mod conv;
 pub(crate) mod conv_kernels;
 pub(crate) mod conv_pool;
