@@ -162,6 +162,17 @@ impl Gpu {
         }
     }
 
+    /// [`Gpu::operand`] for [`Gpu::storage`] of `len` elements.
+    pub fn of_storage(&self, storage: &Storage, len: usize, name: &str) -> Result<Operand> {
+        let layout = Layout::contiguous(len);
+        match storage {
+            Storage::Cpu(storage) => self.on_cpu(storage, &layout, name),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(storage) => self.on_cuda(storage, &layout, name),
+            other => bail!("{name}: expected storage on the GPU, got it on {:?}", other.device().location()),
+        }
+    }
+
     /// Storage of a shape whose elements a kernel will write, every one of them.
     pub fn storage(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Storage> {
         self.allocate(&shape.into(), dtype, true)
@@ -278,6 +289,23 @@ impl Gpu {
             #[cfg(all(test, not(feature = "cuda")))]
             Self::Emulated => (),
         }
+    }
+}
+
+/// What a custom operation returns under emulation.
+pub(crate) fn into_cpu(storage: Storage) -> Result<CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        other => bail!("a kernel's output is on {:?}, expected it on the CPU", other.device().location()),
+    }
+}
+
+/// What a custom operation returns on a GPU.
+#[cfg(feature = "cuda")]
+pub(crate) fn into_cuda(storage: Storage) -> Result<candle_core::CudaStorage> {
+    match storage {
+        Storage::Cuda(storage) => Ok(storage),
+        other => bail!("a kernel's output is on {:?}, expected it on a GPU", other.device().location()),
     }
 }
 

@@ -29,10 +29,20 @@ macro_rules! modules {
 }
 
 modules! {
+    Bias "bias"
+    Conv "conv"
+    ConvPool "conv_pool"
+    CrossEntropy "cross_entropy"
+    Dropout "dropout"
     Kron "kron"
     Mix "mix"
     Newton "newton"
+    Norm "norm"
+    Pool "pool"
     Precondition "precondition"
+    Relu "relu"
+    Sample "sample"
+    Softmax "softmax"
     Spd "spd"
     Traces "traces"
     Update "update"

@@ -5,13 +5,9 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use candle_core::{Device, ModuleT, Result, Tensor, bail};
-use rayon::prelude::*;
+use candle_core::{ModuleT, Result, Tensor, bail};
 
-use crate::ops::rng;
-
-/// Places of the random stream, of four elements each, that are worth a task of their own.
-const PLACES: usize = 1024;
+use crate::ops::dropout::dropout;
 
 /// Sets each element to 0 with probability `p` in training and divides the others by `1 - p`; the identity otherwise.
 ///
@@ -64,22 +60,8 @@ impl Dropout {
         }
         self.check()?;
         let Some(seed) = self.seed else { return candle_nn::ops::dropout(xs, self.drop_p) };
-        let p = f64::from(self.drop_p);
         // The lower half of the streams belongs to the samples of labels.
-        let stream = self.step() | 1 << 63;
-        // 32 random bits an element: the probability is exact to 2^-33.
-        let (threshold, kept) = ((p * 2f64.powi(32)).round() as u64, (1. / (1. - p)) as f32);
-        let mut mask = vec![0f32; xs.elem_count()];
-        mask.par_chunks_mut(4 * PLACES).enumerate().for_each(|(part, mask)| {
-            for (at, mask) in mask.chunks_mut(4).enumerate() {
-                let bits = rng::bits(seed, stream, (part * PLACES + at) as u64);
-                for (mask, bits) in mask.iter_mut().zip(bits) {
-                    *mask = if u64::from(bits) < threshold { 0. } else { kept };
-                }
-            }
-        });
-        let mask = Tensor::from_vec(mask, xs.shape(), &Device::Cpu)?.to_dtype(xs.dtype())?;
-        xs * mask.to_device(xs.device())?
+        dropout(xs, self.drop_p.into(), seed, self.step() | 1 << 63)
     }
 }
 
@@ -91,7 +73,7 @@ impl ModuleT for Dropout {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Var};
+    use candle_core::{DType, Device, Var};
 
     use super::*;
 

@@ -6,10 +6,12 @@
 //! All sums run over the batch: nothing is divided by its size.
 
 use super::{
+    conv_kernels::{bias_gradient, gradients},
     conv_slices::{conv_slices, grad_input_slices, weight_grads},
     element::{Element, Host, Real, contiguous, float_dispatch, sum},
     patches::{ConvShape, fold_compose, unfold_compose},
 };
+use crate::gpu::Gpu;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -87,6 +89,10 @@ pub fn grad_input(gy: &Tensor, w: &Tensor, shape: &ConvShape) -> Result<Tensor> 
     let n = shape.output_batch("grad_input", gy.dims())?;
     shape.check_weight("grad_input", w.dims())?;
     let dims = (n, shape.channels, shape.input.0, shape.input.1);
+    if let Some(gpu) = Gpu::of(gy.device()) {
+        let (gx, _) = gradients(&gpu, &gy.detach(), None, Some(w), (n, gy.dtype()), shape)?;
+        return gx.map_or_else(|| Tensor::zeros(dims, gy.dtype(), gy.device()), Ok);
+    }
     if !gy.device().is_cpu() {
         return grad_input_compose(gy, w, shape);
     }
@@ -110,6 +116,10 @@ pub fn grad_weight(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor>
     let n = shape.output_batch("grad_weight", gy.dims())?;
     if shape.input_batch("grad_weight", x.dims())? != n {
         bail!("grad_weight: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
+    }
+    if let Some(gpu) = Gpu::of(gy.device()) {
+        let (_, gw) = gradients(&gpu, &gy.detach(), Some(x), None, (n, gy.dtype()), shape)?;
+        return gw.map_or_else(|| Tensor::zeros(&shape.weight_dims(), gy.dtype(), gy.device()), Ok);
     }
     if !gy.device().is_cpu() {
         return grad_weight_compose(x, gy, shape);
@@ -135,6 +145,9 @@ fn grad_weight_compose(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Ten
 /// `dL/db [o]` from `gy = dL/dy [n, o, oh, ow]`: its sum over batch and positions. Not differentiable.
 pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
     let (n, o, oh, ow) = gy.dims4()?;
+    if let Some(gpu) = Gpu::of(gy.device()) {
+        return bias_gradient(&gpu, gy, None);
+    }
     if !gy.device().is_cpu() {
         let dtype = gy.dtype();
         let wide = if dtype == DType::F64 { dtype } else { DType::F32 };
@@ -163,16 +176,17 @@ pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use candle_core::CustomOp3;
 
     use super::*;
     use crate::ops::testing::{assert_close, random, values};
 
     /// Input `[n, c, h, w]`, output channels, kernel, stride, padding, dilation, groups.
-    type Case = ([usize; 4], usize, (usize, usize), (usize, usize), (usize, usize), (usize, usize), usize);
+    pub(in crate::ops) type Case =
+        ([usize; 4], usize, (usize, usize), (usize, usize), (usize, usize), (usize, usize), usize);
 
-    const CASES: [Case; 12] = [
+    pub(in crate::ops) const CASES: [Case; 12] = [
         ([3, 1, 28, 28], 5, (5, 5), (1, 1), (0, 0), (1, 1), 1),
         ([2, 5, 12, 11], 7, (5, 3), (1, 1), (0, 0), (1, 1), 1),
         ([2, 3, 7, 9], 17, (3, 3), (1, 1), (1, 1), (1, 1), 1),

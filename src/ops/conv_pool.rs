@@ -1,4 +1,5 @@
-//! A convolution, the maxima of windows of its outputs and, if wanted, a rectifier, as one CPU operation.
+//! A convolution, the maxima of windows of its outputs and, if wanted, a rectifier, as one operation on the CPU (on a GPU:
+//! `conv_pool_kernels.rs`).
 //!
 //! Of `relu(max_pool(conv(x)))` only the pooled outputs are kept, with a byte for each: which element of its window was
 //! the maximum, or that the rectifier cut it. The convolution's own outputs, several times as many, exist only for a few
@@ -142,11 +143,12 @@ pub(crate) fn grad_output(gy: &Tensor, at: &[u8], shape: &PooledShape) -> Result
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use candle_core::{DType, Module, Var};
     use candle_nn::Conv2dConfig;
 
     use super::*;
+    use crate::gpu::emulate::emulate;
     use crate::nn::Conv2d;
     use crate::ops::{
         pool::{max_pool2d, relu},
@@ -155,9 +157,9 @@ mod tests {
     use crate::tape::{Keep, Tape};
 
     /// Input `[n, c, h, w]`, weight `[o, c / groups, kh, kw]`, stride, padding, dilation, groups; pool kernel and stride.
-    type Case = ([usize; 4], [usize; 4], [usize; 4], (usize, usize), (usize, usize));
+    pub(in crate::ops) type Case = ([usize; 4], [usize; 4], [usize; 4], (usize, usize), (usize, usize));
 
-    const CASES: [Case; 15] = [
+    pub(in crate::ops) const CASES: [Case; 15] = [
         ([3, 1, 28, 28], [5, 1, 5, 5], [1, 0, 1, 1], (2, 2), (2, 2)),
         ([2, 5, 12, 12], [7, 5, 5, 5], [1, 0, 1, 1], (2, 2), (2, 2)),
         ([2, 1, 28, 28], [6, 1, 5, 5], [1, 2, 1, 1], (2, 2), (2, 2)),
@@ -226,17 +228,21 @@ mod tests {
         let nan = f32::NAN;
         let rows = [[1f32, 3., 5., 5., -1., -2., 0., -0.], [3., 3., 5., nan, -1., -3., -1., 0.]];
         let x = Var::from_tensor(&Tensor::new(&rows, &Device::Cpu)?.reshape((1, 1, 2, 8))?)?;
-        for (rectify, at) in [(true, vec![1, 11]), (false, vec![1, 4, 6, 11])] {
-            let y = layer.forward_pooled(&x, (2, 2), (2, 2), rectify)?;
-            let found = values(&y)?;
-            assert!(found[0] == 3. && found[1].is_nan());
-            assert_eq!(found[2..], [if rectify { 0. } else { -1. }, 0.]);
-            let grads = y.sum_all()?.backward()?;
-            let grad = grads.get(&x).map(values).transpose()?.unwrap_or_default();
-            let expected: Vec<f64> = (0..16).map(|i| f64::from(u8::from(at.contains(&i)))).collect();
-            assert_eq!(grad, expected);
-        }
-        Ok(())
+        let check = || -> Result<()> {
+            for (rectify, at) in [(true, vec![1, 11]), (false, vec![1, 4, 6, 11])] {
+                let y = layer.forward_pooled(&x, (2, 2), (2, 2), rectify)?;
+                let found = values(&y)?;
+                assert!(found[0] == 3. && found[1].is_nan());
+                assert_eq!(found[2..], [if rectify { 0. } else { -1. }, 0.]);
+                let grads = y.sum_all()?.backward()?;
+                let grad = grads.get(&x).map(values).transpose()?.unwrap_or_default();
+                let expected: Vec<f64> = (0..16).map(|i| f64::from(u8::from(at.contains(&i)))).collect();
+                assert_eq!(grad, expected);
+            }
+            Ok(())
+        };
+        check()?;
+        emulate(check)
     }
 
     #[test]

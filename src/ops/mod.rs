@@ -1,24 +1,32 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
+pub(crate) mod bias;
 pub mod conv;
+pub(crate) mod conv_kernels;
 pub(crate) mod conv_pool;
 mod conv_pool_forward;
 mod conv_pool_grads;
+pub(crate) mod conv_pool_kernels;
 mod conv_slices;
 mod correlate;
 mod cross;
+pub(crate) mod cross_entropy;
 pub mod dense;
+pub(crate) mod dropout;
 mod element;
 pub mod factor;
 mod lanes;
 pub(crate) mod memory;
 mod moment;
 pub mod norm;
+mod norm_kernels;
 pub mod patches;
 pub mod pool;
 pub(crate) mod precondition;
 mod products;
 mod record;
+mod relu;
 pub mod rng;
+mod rows;
 pub mod sample;
 pub mod softmax;
 #[cfg(test)]

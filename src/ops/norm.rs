@@ -5,12 +5,15 @@
 //! `dL/dx = r (g - sum g / d - xh sum(g xh) / d)`, without its second term in the variant.
 //! (Ba, Kiros, Hinton, "Layer normalization", 2016; Zhang, Sennrich, "Root mean square layer normalization", 2019.)
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail,
 };
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, dot, float_dispatch, sum};
+use crate::gpu::{self, Gpu};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension, with the biased variance; `weight` and
 /// `bias` are `[d]`, in the dtype of `x [.., d]`. Fails where dimensions or dtypes differ.
@@ -49,10 +52,15 @@ impl Norm {
                 )
             }
         }
+        let kernels = Gpu::of(x.device()).is_some();
+        if !x.device().is_cpu() && !kernels {
+            return self.compose(x, weight, bias);
+        }
+        // The kernels read rows alone; the CPU's version reads any layout.
+        let laid = |t: &Tensor| if kernels { t.contiguous() } else { Ok(t.clone()) };
         match bias {
-            _ if !x.device().is_cpu() => self.compose(x, weight, bias),
-            Some(bias) => x.apply_op3(weight, bias, self),
-            None => x.apply_op2(weight, self),
+            Some(bias) => laid(x)?.apply_op3(&laid(weight)?, &laid(bias)?, self),
+            None => laid(x)?.apply_op2(&laid(weight)?, self),
         }
     }
 
@@ -143,6 +151,13 @@ impl Norm {
         bias: Option<(&CpuStorage, &Layout)>,
     ) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
+        if let Some(gpu) = Gpu::emulated() {
+            let bias = bias.map(|(b, layout)| gpu.on_cpu(b, layout, self.name)).transpose()?;
+            let (x, weight) =
+                (gpu.on_cpu(x, x_layout, self.name)?, gpu.on_cpu(weight, weight_layout, self.name)?);
+            let y = self.gpu_forward(&gpu, &x, &weight, bias.as_ref())?;
+            return Ok((gpu::into_cpu(y)?, x_layout.shape().clone()));
+        }
         float_dispatch!(self.name, x.dtype(), T => {
             let bias = match bias {
                 Some((storage, layout)) => Some(contiguous::<T>(storage, layout)?),
@@ -154,7 +169,25 @@ impl Norm {
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn run_cuda(
+        &self,
+        (x, x_layout): (&CudaStorage, &Layout),
+        (weight, weight_layout): (&CudaStorage, &Layout),
+        bias: Option<(&CudaStorage, &Layout)>,
+    ) -> Result<(CudaStorage, Shape)> {
+        let gpu = Gpu::Cuda(x.device.clone());
+        let bias = bias.map(|(b, layout)| gpu.on_cuda(b, layout, self.name)).transpose()?;
+        let (x, weight) =
+            (gpu.on_cuda(x, x_layout, self.name)?, gpu.on_cuda(weight, weight_layout, self.name)?);
+        let y = self.gpu_forward(&gpu, &x, &weight, bias.as_ref())?;
+        Ok((gpu::into_cuda(y)?, x_layout.shape().clone()))
+    }
+
     fn gradients(&self, x: &Tensor, weight: &Tensor, gy: &Tensor) -> Result<[Option<Tensor>; 3]> {
+        if let Some(gpu) = Gpu::of(x.device()) {
+            return self.gpu_gradients(&gpu, x, weight, gy);
+        }
         float_dispatch!(self.name, x.dtype(), T => {
             let hosts = [Host::of(x), Host::of(weight), Host::of(gy)];
             let (gx, gw, gb) =
@@ -188,6 +221,17 @@ impl CustomOp2 for Norm {
         self.run((x, lx), (w, lw), None)
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.run_cuda((x, lx), (w, lw), None)
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -215,6 +259,19 @@ impl CustomOp3 for Norm {
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         self.run((x, lx), (w, lw), Some((b, lb)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+        b: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.run_cuda((x, lx), (w, lw), Some((b, lb)))
     }
 
     fn bwd(

@@ -1,17 +1,100 @@
-//! Max pooling and the rectifier, with the derivatives that PyTorch uses where they are not unique.
+//! Max pooling, with the derivative that PyTorch uses where it is not unique.
 
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor, WithDType, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{
+    CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail,
+};
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, float_dispatch};
+use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
+
+pub use super::relu::relu;
 
 struct MaxPool {
     kernel: (usize, usize),
     stride: (usize, usize),
     /// Position of each output's maximum within its input plane, from the forward pass.
-    at: OnceLock<Vec<u32>>,
+    at: OnceLock<Places>,
+}
+
+enum Places {
+    Host(Vec<u32>),
+    /// u32, in the shape of the outputs.
+    Device(Tensor),
+}
+
+impl MaxPool {
+    fn geometry(&self, (h, w): (usize, usize), (oh, ow): (usize, usize)) -> Result<[u32; 8]> {
+        if h * w > u32::MAX as usize {
+            bail!("max-pool2d: an image of {h} x {w} elements, expected below 2^32")
+        }
+        let (kernel, stride) = (self.kernel, self.stride);
+        Ok([h, w, oh, ow, kernel.0, kernel.1, stride.0, stride.1]
+            .map(|size| size.min(u32::MAX as usize) as u32))
+    }
+
+    fn gpu_forward(&self, gpu: &Gpu, x: &Operand, layout: &Layout) -> Result<(Storage, Shape)> {
+        let (n, c, h, w) = layout.shape().dims4()?;
+        let (oh, ow) = pooled_size(h, w, self.kernel, self.stride)?;
+        let shape = Shape::from((n, c, oh, ow));
+        let len = shape.elem_count();
+        let (out, at) = (gpu.storage(&shape, x.dtype)?, gpu.tensor(&shape, DType::U32)?);
+        let (y, of_at) = (gpu.of_storage(&out, len, "max-pool2d")?, gpu.operand(&at, "max-pool2d")?);
+        let args = PoolArgs {
+            x: x.address(),
+            y: y.address(),
+            at: of_at.address(),
+            len: len as u64,
+            geometry: self.geometry((h, w), (oh, ow))?,
+        };
+        gpu.launch(Module::Pool, &typed("max_pool", x.dtype)?, one_each(len)?, &args)?;
+        // Set once: an op is applied to one tensor.
+        self.at.get_or_init(|| Places::Device(at));
+        Ok((out, shape))
+    }
+
+    fn gpu_backward(&self, gpu: &Gpu, at: &Tensor, x: &Shape, gy: &Tensor) -> Result<Tensor> {
+        let gy = gy.contiguous()?;
+        let gx = gpu.tensor(x, gy.dtype())?;
+        let operand = |t: &Tensor| gpu.operand(t, "max-pool2d");
+        let (of_gy, of_at, of_gx) = (operand(&gy)?, operand(at)?, operand(&gx)?);
+        let ((_, _, h, w), (_, _, oh, ow)) = (x.dims4()?, gy.dims4()?);
+        let args = PoolGradientArgs {
+            gy: of_gy.address(),
+            at: of_at.address(),
+            gx: of_gx.address(),
+            len: of_gx.len as u64,
+            geometry: self.geometry((h, w), (oh, ow))?,
+        };
+        let grid = one_each(of_gx.len)?;
+        gpu.launch(Module::Pool, &typed("max_pool_gradient", gy.dtype())?, grid, &args)?;
+        Ok(gx)
+    }
+}
+
+args! {
+    /// The argument of `max_pool` in `pool.cu`.
+    struct PoolArgs {
+        x: u64, y: u64, at: u64, len: u64,
+        /// Sizes of input and output, kernel and stride.
+        geometry: [u32; 8],
+    }
+}
+
+args! {
+    /// The argument of `max_pool_gradient` in `pool.cu`.
+    struct PoolGradientArgs { gy: u64, at: u64, gx: u64, len: u64, geometry: [u32; 8] }
+}
+
+const THREADS: u32 = 256;
+
+/// A thread for each of `len` elements.
+fn one_each(len: usize) -> Result<Grid> {
+    Grid::line(len.div_ceil(THREADS as usize), THREADS)
 }
 
 /// The maxima of one plane of width `w` and their positions. The first of equal ones counts; a NaN is larger than
@@ -54,6 +137,10 @@ impl CustomOp1 for MaxPool {
         use candle_core::backend::BackendStorage;
         let (n, c, h, w) = layout.shape().dims4()?;
         let (oh, ow) = pooled_size(h, w, self.kernel, self.stride)?;
+        if let Some(gpu) = Gpu::emulated() {
+            let (y, shape) = self.gpu_forward(&gpu, &gpu.on_cpu(x, layout, "max-pool2d")?, layout)?;
+            return Ok((gpu::into_cpu(y)?, shape));
+        }
         float_dispatch!(self.name(), x.dtype(), T => {
             let x = contiguous::<T>(x, layout)?;
             let (mut y, mut at) = (vec![T::default(); n * c * oh * ow], vec![0u32; n * c * oh * ow]);
@@ -66,13 +153,26 @@ impl CustomOp1 for MaxPool {
                     window => plane((x, w), window, ow, y, at),
                 });
             // Set once: an op is applied to one tensor.
-            self.at.get_or_init(|| at);
+            self.at.get_or_init(|| Places::Host(at));
             Ok((T::to_cpu_storage_owned(y), Shape::from((n, c, oh, ow))))
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let gpu = Gpu::Cuda(x.device.clone());
+        let (y, shape) = self.gpu_forward(&gpu, &gpu.on_cuda(x, layout, "max-pool2d")?, layout)?;
+        Ok((gpu::into_cuda(y)?, shape))
+    }
+
     fn bwd(&self, x: &Tensor, _y: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
-        let Some(at) = self.at.get() else { bail!("max-pool2d: backward without a forward pass") };
+        let at = match (self.at.get(), Gpu::of(x.device())) {
+            (Some(Places::Host(at)), _) => at,
+            (Some(Places::Device(at)), Some(gpu)) => {
+                return Ok(Some(self.gpu_backward(&gpu, at, x.shape(), gy)?));
+            }
+            _ => bail!("max-pool2d: backward without a forward pass on the same device"),
+        };
         let (_, _, h, w) = x.dims4()?;
         let (_, c, oh, ow) = gy.dims4()?;
         float_dispatch!(self.name(), gy.dtype(), T => {
@@ -105,13 +205,16 @@ pub(crate) fn pooled_size(
 
 /// The maxima of windows of `kernel` (height, width), `stride` apart, without padding: `[n, c, h, w]` to
 /// `[n, c, (h - kh) / stride + 1, (w - kw) / stride + 1]`. The gradient goes to the first maximum of a window in row-major
-/// order, as in PyTorch. A NaN in a window is its maximum. (On devices other than the CPU, ties and NaN go where the
-/// device's argmax says.) Fails on a zero kernel or stride and on a kernel larger than the input.
+/// order, as in PyTorch. A NaN in a window is its maximum. (On devices other than the CPU and NVIDIA's, ties and NaN go
+/// where the device's argmax says.) Fails on a zero kernel or stride and on a kernel larger than the input.
 pub fn max_pool2d(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) -> Result<Tensor> {
     let &[_, _, h, w] = x.dims() else {
         bail!("max-pool2d: expected an input [batch, channels, height, width], got {:?}", x.dims())
     };
     pooled_size(h, w, kernel, stride)?;
+    if Gpu::of(x.device()).is_some() {
+        return x.contiguous()?.apply_op1(MaxPool { kernel, stride, at: OnceLock::new() });
+    }
     if x.device().is_cpu() {
         return x.apply_op1(MaxPool { kernel, stride, at: OnceLock::new() });
     }
@@ -138,62 +241,13 @@ fn max_pool_compose(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) 
     windows.gather(&at, 1)?.reshape((n, c, oh, ow))
 }
 
-struct Relu;
-
-impl CustomOp1 for Relu {
-    fn name(&self) -> &'static str {
-        "relu"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        float_dispatch!(self.name(), x.dtype(), T => {
-            let x = contiguous::<T>(x, layout)?;
-            let zero = T::default();
-            // A NaN is not below zero, so that it passes.
-            let y: Vec<T> = x.iter().map(|&v| if v <= zero { zero } else { v }).collect();
-            Ok((T::to_cpu_storage_owned(y), layout.shape().clone()))
-        })
-    }
-
-    fn bwd(&self, _x: &Tensor, y: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
-        float_dispatch!(self.name(), gy.dtype(), T => {
-            let (ys, gys) = (Host::of(y), Host::of(gy));
-            let (ys, gys) = (ys.values::<T>()?, gys.values::<T>()?);
-            let zero = T::default();
-            let gx: Vec<T> = ys.iter().zip(&*gys).map(|(&y, &g)| if y <= zero { zero } else { g }).collect();
-            Ok(Some(Tensor::from_vec(gx, y.shape(), &Device::Cpu)?))
-        })
-    }
-}
-
-/// `max(x, 0)` element by element, of any shape, with derivative 0 at 0 (candle's own has 1). A NaN stays one.
-pub fn relu(x: &Tensor) -> Result<Tensor> {
-    if x.device().is_cpu() { x.apply_op1(Relu) } else { relu_compose(x) }
-}
-
-fn relu_compose(x: &Tensor) -> Result<Tensor> {
-    let zero = x.zeros_like()?;
-    x.detach().le(&zero)?.where_cond(&zero, x)
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Var};
 
     use super::*;
-    use crate::ops::testing::{random_var, values};
-
-    /// The gradient of `sum(weights * f(x))` for weights 1, 2, ...
-    fn gradient(x: &Var, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Vec<f64>> {
-        let y = f(x)?;
-        let weights = Tensor::arange(1., 1. + y.elem_count() as f64, &Device::Cpu)?.reshape(y.shape())?;
-        let grads = (y.to_dtype(DType::F64)? * weights)?.sum_all()?.backward()?;
-        match grads.get(x) {
-            Some(grad) => values(grad),
-            None => bail!("no gradient"),
-        }
-    }
+    use crate::gpu::emulate::emulate;
+    use crate::ops::testing::{gradient, random_var, values};
 
     #[test]
     fn maxima_and_gradients_of_overlapping_windows() -> Result<()> {
@@ -211,6 +265,8 @@ mod tests {
                 expected[max] += (o + 1) as f64;
             }
             assert_eq!(gradient(&x, |x| max_pool2d(x, kernel, stride))?, expected);
+            assert_eq!(emulate(|| gradient(&x, |x| max_pool2d(x, kernel, stride)))?, expected);
+            assert_eq!(values(&emulate(|| max_pool2d(&x, kernel, stride))?)?, values(&y)?);
             assert_eq!(gradient(&x, |x| max_pool_compose(x, kernel, stride))?, expected);
             assert_eq!(values(&max_pool_compose(&x, kernel, stride)?)?, values(&y)?);
         }
@@ -222,27 +278,23 @@ mod tests {
         let nan = f32::NAN;
         let rows = [[1f32, 3., 5., 5.], [3., 3., 5., nan]];
         let x = Var::from_tensor(&Tensor::new(&rows, &Device::Cpu)?.reshape((1, 1, 2, 4))?)?;
-        let y = values(&max_pool2d(&x, (2, 2), (2, 2))?)?;
-        assert!(y[0] == 3. && y[1].is_nan());
-        assert_eq!(gradient(&x, |x| max_pool2d(x, (2, 2), (2, 2)))?, [0., 1., 0., 0., 0., 0., 0., 2.]);
-        for dtype in [DType::F16, DType::BF16, DType::F64] {
-            assert_eq!(values(&max_pool2d(&x.to_dtype(dtype)?, (2, 2), (2, 1))?)?[..2], [3., 5.]);
-        }
+        let check = || -> Result<()> {
+            let y = values(&max_pool2d(&x, (2, 2), (2, 2))?)?;
+            assert!(y[0] == 3. && y[1].is_nan());
+            assert_eq!(gradient(&x, |x| max_pool2d(x, (2, 2), (2, 2)))?, [0., 1., 0., 0., 0., 0., 0., 2.]);
+            for dtype in [DType::F16, DType::BF16, DType::F64] {
+                let x = x.to_dtype(dtype)?.transpose(2, 3)?.contiguous()?.transpose(2, 3)?;
+                assert_eq!(values(&max_pool2d(&x, (2, 2), (2, 1))?)?[..2], [3., 5.]);
+                assert_eq!(max_pool2d(&x.narrow(0, 0, 0)?, (2, 2), (2, 1))?.dims(), [0, 1, 1, 3]);
+            }
+            Ok(())
+        };
+        check()?;
+        emulate(check)?;
         for (kernel, stride) in [((0, 1), (1, 1)), ((1, 1), (1, 0)), ((3, 1), (1, 1))] {
             assert!(max_pool2d(&x, kernel, stride).is_err());
         }
         assert!(max_pool2d(&x.squeeze(0)?, (1, 1), (1, 1)).is_err());
-        Ok(())
-    }
-
-    #[test]
-    fn relu_at_zero() -> Result<()> {
-        let x = Var::new(&[-1f32, 0., -0., 2., f32::INFINITY, f32::NEG_INFINITY], &Device::Cpu)?;
-        for f in [relu, relu_compose] {
-            assert_eq!(values(&f(&x)?)?, [0., 0., 0., 2., f64::INFINITY, 0.]);
-            assert_eq!(gradient(&x, f)?, [0., 0., 0., 4., 5., 0.]);
-            assert!(values(&f(&Tensor::new(&[f32::NAN], &Device::Cpu)?)?)?[0].is_nan());
-        }
         Ok(())
     }
 

@@ -1,12 +1,20 @@
-//! Softmax over the last dimension, its logarithm, and the cross-entropy of labels: safe for large inputs, differentiable.
+//! Softmax over the last dimension and its logarithm: safe for large inputs, differentiable.
 //!
 //! For a row with largest entry `m`: `log softmax(x) = (x - m) - log sum exp(x - m)`. A row of -inf alone, or with a NaN or
 //! +inf, gives NaN, as in PyTorch.
 
-use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, WithDType, bail};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{
+    CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Storage, Tensor, WithDType, bail,
+};
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, dot, float_dispatch, sum};
+use super::rows::a_team_each;
+use crate::gpu::{self, Gpu, Module, Operand, args, typed};
+
+pub use super::cross_entropy::cross_entropy;
 
 /// `exp(x) / sum exp(x)` over the last dimension, in the shape and dtype of `x`. Fails on a tensor without elements in
 /// that dimension.
@@ -20,19 +28,19 @@ pub fn log_softmax_last_dim(x: &Tensor) -> Result<Tensor> {
 }
 
 #[derive(Clone, Copy)]
-struct Softmax {
-    log: bool,
+pub(super) struct Softmax {
+    pub(super) log: bool,
 }
 
 /// The largest entry `m` of a row, and `log sum exp(x - m)`: apart, since in the sum of the two a large `m` would swallow
 /// the other.
-fn log_sum_exp<T: Element>(row: &[T]) -> (T::Acc, T::Acc) {
+pub(super) fn log_sum_exp<T: Element>(row: &[T]) -> (T::Acc, T::Acc) {
     let max = row.iter().fold(T::Acc::NEG_INFINITY, |m, v| m.max(v.widen()));
     (max, sum(row, |v| (v - max).exp()).ln())
 }
 
 /// The exponentials `exp(x - m)` of a row in `exps`, and one over their sum.
-fn exponentials<T: Element>(row: &[T], exps: &mut Vec<T::Acc>) -> T::Acc {
+pub(super) fn exponentials<T: Element>(row: &[T], exps: &mut Vec<T::Acc>) -> T::Acc {
     let max = row.iter().fold(T::Acc::NEG_INFINITY, |m, v| m.max(v.widen()));
     exps.clear();
     exps.extend(row.iter().map(|v| (v.widen() - max).exp()));
@@ -40,7 +48,7 @@ fn exponentials<T: Element>(row: &[T], exps: &mut Vec<T::Acc>) -> T::Acc {
 }
 
 /// Rows that are worth a task of their own.
-fn rows_of_part(d: usize) -> usize {
+pub(super) fn rows_of_part(d: usize) -> usize {
     (1024 / d).max(1)
 }
 
@@ -49,11 +57,15 @@ impl Softmax {
         if !matches!(x.dims().last(), Some(1..)) {
             bail!("{}: expected an input [.., classes], got {:?}", self.name(), x.dims())
         }
+        if Gpu::of(x.device()).is_some() {
+            // The kernels read rows alone; the CPU's version reads any layout.
+            return x.contiguous()?.apply_op1(self);
+        }
         if x.device().is_cpu() { x.apply_op1(self) } else { self.compose(x) }
     }
 
     /// The same from candle's own operations.
-    fn compose(self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn compose(self, x: &Tensor) -> Result<Tensor> {
         let dtype = x.dtype();
         let wide = if dtype == DType::F64 { dtype } else { DType::F32 };
         let x = x.to_dtype(wide)?;
@@ -97,6 +109,48 @@ impl Softmax {
         });
         gx
     }
+
+    fn gpu_forward(self, gpu: &Gpu, x: &Operand, d: usize) -> Result<Storage> {
+        let out = gpu.storage(x.len, x.dtype)?;
+        let y = gpu.of_storage(&out, x.len, self.name())?;
+        let rows = x.len / d;
+        let (grid, block) = a_team_each(rows, d, x.dtype)?;
+        let log = u32::from(self.log);
+        let args = SoftmaxArgs { x: x.address(), y: y.address(), rows: rows as u64, d: d as u64, log, block };
+        gpu.launch(Module::Softmax, &typed("softmax", x.dtype)?, grid, &args)?;
+        Ok(out)
+    }
+
+    fn gpu_backward(self, gpu: &Gpu, y: &Tensor, gy: &Tensor) -> Result<Tensor> {
+        let (y, gy) = (y.contiguous()?, gy.contiguous()?);
+        let gx = gpu.tensor(y.shape(), y.dtype())?;
+        let operand = |t: &Tensor| gpu.operand(t, self.name());
+        let (of_y, of_gy, of_gx) = (operand(&y)?, operand(&gy)?, operand(&gx)?);
+        let d = y.dim(D::Minus1)?;
+        let rows = y.elem_count() / d;
+        let (grid, block) = a_team_each(rows, d, y.dtype())?;
+        let args = SoftmaxGradientArgs {
+            y: of_y.address(),
+            gy: of_gy.address(),
+            gx: of_gx.address(),
+            rows: rows as u64,
+            d: d as u64,
+            log: self.log.into(),
+            block,
+        };
+        gpu.launch(Module::Softmax, &typed("softmax_gradient", y.dtype())?, grid, &args)?;
+        Ok(gx)
+    }
+}
+
+args! {
+    /// The argument of `softmax` in `softmax.cu`.
+    struct SoftmaxArgs { x: u64, y: u64, rows: u64, d: u64, log: u32, block: u32 }
+}
+
+args! {
+    /// The argument of `softmax_gradient` in `softmax.cu`.
+    struct SoftmaxGradientArgs { y: u64, gy: u64, gx: u64, rows: u64, d: u64, log: u32, block: u32 }
 }
 
 impl CustomOp1 for Softmax {
@@ -107,98 +161,32 @@ impl CustomOp1 for Softmax {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         use candle_core::backend::BackendStorage;
         let d = layout.shape().dim(D::Minus1)?;
+        if let Some(gpu) = Gpu::emulated() {
+            let y = self.gpu_forward(&gpu, &gpu.on_cpu(x, layout, self.name())?, d)?;
+            return Ok((gpu::into_cpu(y)?, layout.shape().clone()));
+        }
         float_dispatch!(self.name(), x.dtype(), T => {
             let y = self.forward(&contiguous::<T>(x, layout)?, d);
             Ok((T::to_cpu_storage_owned(y), layout.shape().clone()))
         })
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let gpu = Gpu::Cuda(x.device.clone());
+        let d = layout.shape().dim(D::Minus1)?;
+        let y = self.gpu_forward(&gpu, &gpu.on_cuda(x, layout, self.name())?, d)?;
+        Ok((gpu::into_cuda(y)?, layout.shape().clone()))
+    }
+
     fn bwd(&self, _x: &Tensor, y: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
+        if let Some(gpu) = Gpu::of(y.device()) {
+            return Ok(Some(self.gpu_backward(&gpu, y, gy)?));
+        }
         float_dispatch!(self.name(), y.dtype(), T => {
             let hosts = [Host::of(y), Host::of(gy)];
             let gx = self.backward(&hosts[0].values::<T>()?, &hosts[1].values::<T>()?, y.dim(D::Minus1)?);
             Ok(Some(Tensor::from_vec(gx, y.shape(), &Device::Cpu)?))
-        })
-    }
-}
-
-/// The mean over the batch of `-log softmax(logits)[target]`, a scalar in the dtype of `logits [n, c]`; `targets [n]` are
-/// u32 or i64. The gradient is `(softmax - onehot) / n`. Fails on an empty batch and on a label outside `0..c`, which are
-/// read on the host.
-pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let &[n, c] = logits.dims() else {
-        bail!("cross_entropy: expected logits [batch, classes], got {:?}", logits.dims())
-    };
-    if targets.dims() != [n] || !matches!(targets.dtype(), DType::U32 | DType::I64) {
-        let (dims, dtype) = (targets.dims(), targets.dtype());
-        bail!("cross_entropy: expected targets [{n}] of u32 or i64, got {dims:?} of {dtype:?}")
-    }
-    if n == 0 {
-        bail!("cross_entropy: the batch is empty")
-    }
-    let labels = targets.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-    if let Some(row) = labels.iter().position(|&label| !(0..c as i64).contains(&label)) {
-        bail!("cross_entropy: label {} in row {row} is not one of {c} classes", labels[row])
-    }
-    if logits.device().is_cpu() {
-        return logits.apply_op1(CrossEntropy { labels: labels.into_iter().map(|l| l as usize).collect() });
-    }
-    cross_entropy_compose(logits, targets)
-}
-
-fn cross_entropy_compose(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let wide = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let log_p = Softmax { log: true }.compose(&logits.to_dtype(wide)?)?;
-    log_p.gather(&targets.unsqueeze(1)?.contiguous()?, 1)?.mean_all()?.neg()?.to_dtype(logits.dtype())
-}
-
-struct CrossEntropy {
-    labels: Vec<usize>,
-}
-
-impl CrossEntropy {
-    fn forward<T: Element>(&self, logits: &[T]) -> f64 {
-        let c = logits.len() / self.labels.len();
-        let row_loss = |(row, &label): (&[T], &usize)| {
-            let (max, log_sum) = log_sum_exp(row);
-            (log_sum - (row[label].widen() - max)).to_f64()
-        };
-        logits.chunks_exact(c).zip(&self.labels).map(row_loss).sum::<f64>() / self.labels.len() as f64
-    }
-
-    fn backward<T: Element>(&self, logits: &[T], scale: f64) -> Vec<T> {
-        let c = logits.len() / self.labels.len();
-        let scale = T::Acc::from_f64(scale / self.labels.len() as f64);
-        let mut grad = vec![T::narrow(T::Acc::ZERO); logits.len()];
-        let rows = grad.par_chunks_exact_mut(c).zip(logits.par_chunks_exact(c).zip(&self.labels));
-        rows.with_min_len(rows_of_part(c)).for_each_init(Vec::new, |exps, (grad, (row, &label))| {
-            let one_over_sum = exponentials(row, exps);
-            grad.iter_mut().zip(&*exps).for_each(|(g, e)| *g = T::narrow(*e * one_over_sum * scale));
-            grad[label] = T::narrow((exps[label] * one_over_sum - T::Acc::from_f64(1.)) * scale);
-        });
-        grad
-    }
-}
-
-impl CustomOp1 for CrossEntropy {
-    fn name(&self) -> &'static str {
-        "cross_entropy"
-    }
-
-    fn cpu_fwd(&self, logits: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        float_dispatch!(self.name(), logits.dtype(), T => {
-            let loss = self.forward(&contiguous::<T>(logits, layout)?);
-            Ok((T::to_cpu_storage_owned(vec![T::from_f64(loss)]), Shape::from(())))
-        })
-    }
-
-    fn bwd(&self, logits: &Tensor, _loss: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let scale = grad.to_dtype(DType::F64)?.to_scalar()?;
-        float_dispatch!(self.name(), logits.dtype(), T => {
-            let host = Host::of(logits);
-            let grad = self.backward(&host.values::<T>()?, scale);
-            Ok(Some(Tensor::from_vec(grad, logits.shape(), &Device::Cpu)?))
         })
     }
 }
@@ -208,7 +196,8 @@ mod tests {
     use candle_core::Var;
 
     use super::*;
-    use crate::ops::testing::{assert_close, check_gradients, random_var, values};
+    use crate::gpu::emulate::emulate;
+    use crate::ops::testing::{assert_close, check_gradients, extreme, random, random_var, values};
 
     #[test]
     fn values_and_gradients() -> Result<()> {
@@ -227,17 +216,6 @@ mod tests {
                 assert_close(&softmax.compose(&x)?, expected, 1e-14);
                 check_gradients(std::slice::from_ref(&x), |a| softmax.apply(&a[0]));
             }
-            let targets: Vec<u32> = (0..dims[0]).map(|i| (i * 7 % dims[1]) as u32).collect();
-            let loss =
-                -targets.iter().enumerate().map(|(i, &t)| log_p[i * dims[1] + t as usize]).sum::<f64>()
-                    / dims[0] as f64;
-            let targets = Tensor::new(targets, &Device::Cpu)?;
-            assert_close(&cross_entropy(&x, &targets)?, &[loss], 1e-14);
-            assert_close(&cross_entropy_compose(&x, &targets)?, &[loss], 1e-14);
-            check_gradients(std::slice::from_ref(&x), |a| {
-                cross_entropy(&a[0], &targets.to_dtype(DType::I64)?)
-            });
-            check_gradients(std::slice::from_ref(&x), |a| cross_entropy_compose(&a[0], &targets));
         }
         Ok(())
     }
@@ -247,14 +225,6 @@ mod tests {
         let inf = f32::INFINITY;
         let x = Var::new(&[[1e4f32, 1e4, -1e4], [-1e30, -1e30, -inf], [0., 100., -100.]], &Device::Cpu)?;
         assert_close(&softmax_last_dim(&x)?, &[0.5, 0.5, 0., 0.5, 0.5, 0., 0., 1., 0.], 1e-7);
-        let loss = cross_entropy(&x, &Tensor::new(&[2u32, 0, 0], &Device::Cpu)?)?;
-        let ln2 = std::f64::consts::LN_2;
-        assert_close(&loss, &[(2e4 + ln2 + ln2 + 100.) / 3.], 1e-6);
-        let grads = loss.backward()?;
-        let grad = grads.get(&x).map(values).transpose()?.unwrap_or_default();
-        let third = 1. / 3.;
-        let expected = [0.5, 0.5, -1., -0.5, 0.5, 0., -1., 1., 0.].map(|v| v * third);
-        assert_close(&Tensor::new(&grad[..], &Device::Cpu)?, &expected, 1e-6);
         for bad in [[f32::NAN, 0.], [inf, 0.], [-inf, -inf]] {
             let p = values(&softmax_last_dim(&Tensor::new(&bad, &Device::Cpu)?)?)?;
             assert!(p.iter().any(|p| p.is_nan()), "{bad:?} gives {p:?}");
@@ -275,20 +245,45 @@ mod tests {
     }
 
     #[test]
-    fn refusals_name_the_row() -> Result<()> {
-        let x = Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?;
-        for label in [-1i64, 3] {
-            let targets = Tensor::new(&[0, label], &Device::Cpu)?;
-            let message = cross_entropy(&x, &targets).err().map(|e| e.to_string()).unwrap_or_default();
-            assert!(
-                message.contains(&format!("label {label} in row 1 is not one of 3 classes")),
-                "{message}"
-            );
+    fn kernels_agree_with_the_cpu() -> Result<()> {
+        let all = [1, 3, 31, 33, 127, 513, 1000]
+            .into_iter()
+            .flat_map(|d| [DType::F32, DType::F64, DType::F16, DType::BF16].map(|dtype| ([10, d], dtype)));
+        let few = [
+            ([0, 3], DType::F32),
+            ([6, 4099], DType::F32),
+            ([6, 5003], DType::BF16),
+            ([6, 2501], DType::F64),
+        ];
+        for (dims, dtype) in all.chain(few) {
+            let x = Var::from_tensor(&extreme(dims)?.to_dtype(dtype)?)?;
+            let tolerance = match dtype {
+                DType::F64 => 1e-13,
+                DType::F32 => 2e-6,
+                DType::F16 => 1e-3,
+                _ => 1e-2,
+            };
+            for log in [false, true] {
+                let run = || -> Result<Vec<Vec<f64>>> {
+                    let y = Softmax { log }.apply(&x)?;
+                    // Not by a product with the outputs, which may be infinite.
+                    let gy = random(3, &dims)?.to_dtype(dtype)?;
+                    let gx = Softmax { log }.bwd(&x, &y, &gy)?;
+                    [Some(y), gx].iter().flatten().map(values).collect()
+                };
+                for (found, expected) in emulate(run)?.iter().zip(&run()?) {
+                    assert_close(&Tensor::new(&found[..], &Device::Cpu)?, expected, tolerance);
+                }
+            }
         }
-        assert!(cross_entropy(&x, &Tensor::new(&[0u32], &Device::Cpu)?).is_err());
-        assert!(cross_entropy(&x, &Tensor::new(&[0f32, 1.], &Device::Cpu)?).is_err());
-        assert!(cross_entropy(&x.narrow(0, 0, 0)?, &Tensor::zeros(0, DType::U32, &Device::Cpu)?).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn unfitting_inputs_are_refused() -> Result<()> {
+        let x = Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?;
         assert!(softmax_last_dim(&x.narrow(1, 0, 0)?).is_err());
+        assert!(emulate(|| softmax_last_dim(&x.to_dtype(DType::U32)?)).is_err());
         Ok(())
     }
 }

@@ -1,11 +1,13 @@
 //! The tapped affine map `y = x W^T + b`, the whole of a linear layer as one op.
 
 use super::{Inputs, Owed, Record, Tap};
+use crate::gpu::Gpu;
+use crate::ops::bias::{gpu_add, gpu_sum};
 use crate::ops::dense::{self, Matrices, products};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, WithDType, bail,
-};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -131,9 +133,12 @@ impl Affine {
     }
 }
 
-/// The sum of the rows of `[rows, out]`, as a product with ones: a reduction over a leading dimension is candle's
+/// The sum of the rows of `[rows, out]`, on the CPU as a product with ones: a reduction over a leading dimension is candle's
 /// slowest, a matrix product its fastest, and half types accumulate in f32.
 fn sum_rows(gy: &Tensor) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(gy.device()) {
+        return gpu_sum(&gpu, gy);
+    }
     let ones = Tensor::ones((1, gy.dim(0)?), gy.dtype(), gy.device())?;
     dense::product(&ones, gy)?.squeeze(0)
 }
@@ -153,10 +158,16 @@ impl CustomOp3 for Affine {
         b_l: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (mut y, shape) = cpu_product(x, x_l, w, w_l)?;
+        if let Some(gpu) = Gpu::emulated() {
+            let of_y = gpu.on_cpu(&y, &Layout::contiguous(&shape), "linear layer")?;
+            gpu_add(&gpu, &of_y, &gpu.on_cpu(b, b_l, "linear layer")?)?;
+            return Ok((y, shape));
+        }
         add_to_rows(&mut y, b, b_l)?;
         Ok((y, shape))
     }
 
+    #[cfg(feature = "cuda")]
     fn cuda_fwd(
         &self,
         x: &CudaStorage,
@@ -167,8 +178,9 @@ impl CustomOp3 for Affine {
         b_l: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let (y, shape) = product(x, x_l, w, w_l)?;
-        let y_l = Layout::contiguous(&shape);
-        let y = y.binary_impl::<candle_core::op::Add>(b, &y_l, &b_l.broadcast_as(&shape)?)?;
+        let gpu = Gpu::Cuda(x.device.clone());
+        let of_y = gpu.on_cuda(&y, &Layout::contiguous(&shape), "linear layer")?;
+        gpu_add(&gpu, &of_y, &gpu.on_cuda(b, b_l, "linear layer")?)?;
         Ok((y, shape))
     }
 
@@ -199,6 +211,7 @@ impl CustomOp2 for Affine {
         cpu_product(x, x_l, w, w_l)
     }
 
+    #[cfg(feature = "cuda")]
     fn cuda_fwd(
         &self,
         x: &CudaStorage,

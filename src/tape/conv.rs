@@ -1,12 +1,15 @@
 //! The tapped convolution: forward, gradients and the record all speak of the same patches.
 
 use super::{Inputs, Owed, Record, Tap};
+use crate::gpu::{self, Gpu, Operand};
 use crate::ops::conv as op;
+use crate::ops::conv_kernels::{gradients, outputs, products};
 use crate::ops::patches::ConvShape;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail,
-};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use std::sync::{Mutex, PoisonError};
 
 /// The cross-correlation of `x` `[n, c, h, w]` with `weight` `[o, c / groups, kh, kw]`, plus `bias` `[o]`.
 pub(crate) fn conv(
@@ -20,13 +23,14 @@ pub(crate) fn conv(
     if x.dtype() != weight.dtype() {
         bail!("layer {name}: the weight is {:?}, the input {:?}", weight.dtype(), x.dtype())
     }
-    // Other devices compute the value from candle's own ops; the op below then only carries it into the graph.
-    let value = if x.device().is_cpu() {
-        None
-    } else {
-        Some(op::conv_compose(&x.detach(), &weight.detach(), bias.map(|b| b.detach()).as_ref(), &shape)?)
+    let products = match Gpu::of(x.device()) {
+        Some(gpu) => Mutex::new(Some(products(&gpu, x, weight, &shape)?)),
+        None => Mutex::default(),
     };
-    let op = Conv { tap, shape, value };
+    let op = Conv { tap, shape, products };
+    // The kernels read a contiguous bias.
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let bias = bias.as_ref();
     match bias {
         Some(bias) => x.apply_op3(weight, bias, op),
         None => x.apply_op2(weight, op),
@@ -36,17 +40,45 @@ pub(crate) fn conv(
 struct Conv {
     tap: Option<Tap>,
     shape: ConvShape,
-    value: Option<Tensor>,
+    /// On a GPU, what the forward pass makes its values of.
+    products: Mutex<Option<Vec<Tensor>>>,
 }
 
 impl Conv {
-    fn carried(&self) -> Result<(CudaStorage, Shape)> {
-        let Some(value) = &self.value else { bail!("convolution: no value for this device") };
-        let (storage, layout) = value.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, value.shape().clone())),
-            _ => bail!("convolution: expected a CUDA tensor, found one on {:?}", value.device().location()),
-        }
+    fn cpu(
+        &self,
+        (x, x_l): (&CpuStorage, &Layout),
+        (w, w_l): (&CpuStorage, &Layout),
+        b: Option<(&CpuStorage, &Layout)>,
+    ) -> Result<(CpuStorage, Shape)> {
+        let Some(gpu) = Gpu::emulated() else { return op::conv_cpu(x, x_l, w, w_l, b, &self.shape) };
+        let b = b.map(|(b, layout)| gpu.on_cpu(b, layout, "convolution")).transpose()?;
+        let (y, shape) = self.gpu(&gpu, x_l.dims(), x.dtype(), b)?;
+        Ok((gpu::into_cpu(y)?, shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(
+        &self,
+        (x, x_l): (&CudaStorage, &Layout),
+        b: Option<(&CudaStorage, &Layout)>,
+    ) -> Result<(CudaStorage, Shape)> {
+        let gpu = Gpu::Cuda(x.device.clone());
+        let b = b.map(|(b, layout)| gpu.on_cuda(b, layout, "convolution")).transpose()?;
+        let (y, shape) = self.gpu(&gpu, x_l.dims(), x.dtype(), b)?;
+        Ok((gpu::into_cuda(y)?, shape))
+    }
+
+    fn gpu(&self, gpu: &Gpu, x: &[usize], dtype: DType, bias: Option<Operand>) -> Result<(Storage, Shape)> {
+        let n = self.shape.input_batch("convolution", x)?;
+        // Taken, so that the graph does not keep them.
+        let products = self.products.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(products) = products else {
+            bail!("convolution: applied twice, or not on the device it is for")
+        };
+        let y = outputs(gpu, &products, bias.as_ref(), &self.shape, n, dtype)?;
+        let (oh, ow) = self.shape.output;
+        Ok((y, Shape::from((n, self.shape.out_channels, oh, ow))))
     }
 
     /// Gradients of x, W and b, as far as they are owed; the record on the way.
@@ -62,6 +94,13 @@ impl Conv {
         if let (true, Some(tap)) = (owed.record, &self.tap) {
             let inputs = Inputs::Patches { x: x.detach(), shape: self.shape };
             tap.record(&Record { inputs, grads: gy.flatten_from(2)?.transpose(1, 2)? })?;
+        }
+        if let Some(gpu) = Gpu::of(gy.device()) {
+            let (of_x, of_w) = (owed.weight.then_some(x), owed.input.then_some(w));
+            let of = (x.dim(0)?, gy.dtype());
+            let (dx, dw) = gradients(&gpu, &gy.detach(), of_x, of_w, of, &self.shape)?;
+            let db = if owed.bias { Some(op::grad_bias(&gy)?) } else { None };
+            return Ok((dx, dw, db));
         }
         let dx = if owed.input { Some(op::grad_input(&gy, &w.detach(), &self.shape)?) } else { None };
         let dw = if owed.weight { Some(op::grad_weight(&x.detach(), &gy, &self.shape)?) } else { None };
@@ -84,19 +123,20 @@ impl CustomOp3 for Conv {
         b: &CpuStorage,
         b_l: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        op::conv_cpu(x, x_l, w, w_l, Some((b, b_l)), &self.shape)
+        self.cpu((x, x_l), (w, w_l), Some((b, b_l)))
     }
 
+    #[cfg(feature = "cuda")]
     fn cuda_fwd(
         &self,
+        x: &CudaStorage,
+        x_l: &Layout,
         _: &CudaStorage,
         _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
+        b: &CudaStorage,
+        b_l: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.carried()
+        self.cuda((x, x_l), Some((b, b_l)))
     }
 
     fn bwd(
@@ -123,17 +163,18 @@ impl CustomOp2 for Conv {
         w: &CpuStorage,
         w_l: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        op::conv_cpu(x, x_l, w, w_l, None, &self.shape)
+        self.cpu((x, x_l), (w, w_l), None)
     }
 
+    #[cfg(feature = "cuda")]
     fn cuda_fwd(
         &self,
-        _: &CudaStorage,
-        _: &Layout,
+        x: &CudaStorage,
+        x_l: &Layout,
         _: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        self.carried()
+        self.cuda((x, x_l), None)
     }
 
     fn bwd(

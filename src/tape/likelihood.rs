@@ -5,6 +5,8 @@
 //! (type 2), one drawn `r` an unbiased sample of it. With the training labels instead (the empirical Fisher) `r` is the
 //! ordinary gradient: no pass of its own, and a different matrix.
 
+use crate::gpu::Gpu;
+use crate::ops::cross_entropy::gpu_residual;
 use crate::ops::sample::{self, DrawKey};
 use candle_core::{D, DType, Result, Tensor, bail};
 
@@ -107,6 +109,10 @@ impl Likelihood {
         let rows = outputs.reshape(((), classes))?;
         let labels = match self {
             Likelihood::Categorical => {
+                if let Some(gpu) = Gpu::of(rows.device()) {
+                    let labels = sample::gpu_labels(&gpu, &rows, key)?;
+                    return gpu_residual(&gpu, &rows, &labels)?.reshape(outputs.shape());
+                }
                 let labels = sample::categorical(&rows, key)?;
                 return self
                     .label_cotangent(&outputs, &Tensor::from_vec(labels, rows.dim(0)?, rows.device())?);
@@ -118,10 +124,10 @@ impl Likelihood {
     }
 
     /// The summed loss's gradient at given labels: class numbers `[..]` for a categorical likelihood (any integer
-    /// dtype), targets in the outputs' shape for the others.
+    /// dtype), targets in the outputs' shape for the others. A class number that is none makes its row NaN on a GPU, and counts
+    /// for no class elsewhere.
     pub(crate) fn label_cotangent(&self, outputs: &Tensor, labels: &Tensor) -> Result<Tensor> {
         let outputs = outputs.detach();
-        let mean = self.mean(&outputs)?;
         let targets = match self {
             Likelihood::Categorical => {
                 let classes = outputs.dim(D::Minus1)?;
@@ -135,6 +141,10 @@ impl Likelihood {
                     )
                 }
                 let labels = labels.to_device(outputs.device())?.flatten_all()?.to_dtype(DType::U32)?;
+                if let Some(gpu) = Gpu::of(outputs.device()) {
+                    let rows = outputs.reshape((terms, classes))?;
+                    return gpu_residual(&gpu, &rows, &labels)?.reshape(outputs.shape());
+                }
                 let ids = Tensor::arange(0u32, classes as u32, outputs.device())?;
                 let hot = labels.unsqueeze(1)?.broadcast_eq(&ids.unsqueeze(0)?)?;
                 hot.to_dtype(outputs.dtype())?.reshape(outputs.shape())?
@@ -142,6 +152,28 @@ impl Likelihood {
             _ if labels.dims() == outputs.dims() => labels.to_dtype(outputs.dtype())?,
             _ => bail!("labels: expected targets of shape {:?}, got {:?}", outputs.dims(), labels.dims()),
         };
-        (mean - targets)?.contiguous()
+        (self.mean(&outputs)? - targets)?.contiguous()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::emulate::emulate;
+    use crate::ops::testing::{assert_close, random, values};
+
+    #[test]
+    fn cotangents_on_a_gpu_are_those_on_the_cpu() -> Result<()> {
+        let outputs = random(0, &[3, 4, 5])?;
+        let key = DrawKey { seed: 1, step: 2, draw: 0, first_row: 7 };
+        for likelihood in [Likelihood::Categorical, Likelihood::Bernoulli, Likelihood::Gaussian] {
+            let sampled = || likelihood.sampled_cotangent(&outputs, key);
+            assert_close(&emulate(sampled)?, &values(&sampled()?)?, 1e-14);
+        }
+        let labels: Vec<i64> = (0..12).map(|i| i % 5).collect();
+        let labels = Tensor::from_vec(labels, (3, 4), outputs.device())?;
+        let given = || Likelihood::Categorical.label_cotangent(&outputs, &labels);
+        assert_close(&emulate(given)?, &values(&given()?)?, 1e-14);
+        Ok(())
     }
 }
