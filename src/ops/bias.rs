@@ -19,7 +19,11 @@ args! {
 
 /// Adds `bias [d]` to every row of `y [.., d]`, in place.
 pub(crate) fn gpu_add(gpu: &Gpu, y: &Operand, bias: &Operand) -> Result<()> {
-    if y.dtype != bias.dtype || bias.len == 0 || y.len % bias.len != 0 || bias.len > u32::MAX as usize {
+    if y.dtype != bias.dtype
+        || bias.len == 0
+        || !y.len.is_multiple_of(bias.len)
+        || bias.len > u32::MAX as usize
+    {
         bail!(
             "{NAME}: {} outputs of {:?} found for a bias of {} elements of {:?}",
             y.len,
