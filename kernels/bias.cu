@@ -11,7 +11,7 @@ struct AddArgs {
 
 struct SumArgs {
     const void *gy; // [rows, d]
-    void *sums;     // [parts, d], of the accumulator's type
+    void *sums;     // [parts, d], of the accumulator's type; null for one part
     void *gb;       // [d]
     u64 rows;
     u64 d;

@@ -49,12 +49,14 @@ pub(crate) fn gpu_sum(gpu: &Gpu, gy: &Tensor) -> Result<Tensor> {
     let wide = if gy.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let tiles = d.div_ceil(32).max(1);
     let parts = BLOCKS.div_ceil(tiles).min(rows.div_ceil(ROWS)).max(1);
-    let (sums, gb) = (gpu.tensor((parts, d), wide)?, gpu.tensor(d, gy.dtype())?);
-    let [of_gy, of_sums, of_gb] =
-        [gpu.operand(&gy, NAME)?, gpu.operand(&sums, NAME)?, gpu.operand(&gb, NAME)?];
+    // A single part is the result.
+    let sums = if parts > 1 { Some(gpu.tensor((parts, d), wide)?) } else { None };
+    let gb = gpu.tensor(d, gy.dtype())?;
+    let [of_gy, of_gb] = [gpu.operand(&gy, NAME)?, gpu.operand(&gb, NAME)?];
+    let of_sums = sums.as_ref().map(|sums| gpu.operand(sums, NAME)).transpose()?;
     let args = SumArgs {
         gy: of_gy.address(),
-        sums: of_sums.address(),
+        sums: of_sums.as_ref().map_or(0, Operand::address),
         gb: of_gb.address(),
         rows: rows as u64,
         d: d as u64,
