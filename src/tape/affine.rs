@@ -7,7 +7,7 @@ use crate::ops::dense::{self, Matrices, products};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -134,13 +134,14 @@ impl Affine {
 }
 
 /// The sum of the rows of `[rows, out]`, on the CPU as a product with ones: a reduction over a leading dimension is candle's
-/// slowest, a matrix product its fastest, and half types accumulate in f32.
+/// slowest, a matrix product its fastest. Half precision is summed in f32.
 fn sum_rows(gy: &Tensor) -> Result<Tensor> {
     if let Some(gpu) = Gpu::of(gy.device()) {
         return gpu_sum(&gpu, gy);
     }
-    let ones = Tensor::ones((1, gy.dim(0)?), gy.dtype(), gy.device())?;
-    dense::product(&ones, gy)?.squeeze(0)
+    let wide = if gy.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let ones = Tensor::ones((1, gy.dim(0)?), wide, gy.device())?;
+    dense::product(&ones, &gy.to_dtype(wide)?)?.squeeze(0)?.to_dtype(gy.dtype())
 }
 
 impl CustomOp3 for Affine {
