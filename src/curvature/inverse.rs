@@ -208,29 +208,25 @@ mod tests {
     fn a_device_inverts_as_the_host_does() -> Result<()> {
         let shapes = [(1, 5, 3), (3, 9, 1), (1, 70, 33), (2, 1, 20), (2, 9, 5)];
         for (dtype, tolerance) in [(DType::F32, 2e-3), (DType::F64, 1e-9)] {
-            let blocks = shapes.iter().map(|&(groups, a, g)| {
+            let mut blocks = vec![];
+            for (groups, a, g) in shapes {
                 let gradient = random_symmetric(groups, a.max(g), 3)?.narrow(1, 0, g)?.narrow(2, 0, a)?;
-                let [a, g] = [spd(groups, a, 50.0, 1)?, spd(groups, g, 20.0, 2)?];
-                Ok([a, g, gradient.contiguous()?].map(|t| t.to_dtype(dtype)))
-            });
-            let blocks = blocks.collect::<Result<Vec<_>>>()?;
-            let blocks = blocks.into_iter().map(|parts| parts.into_iter().collect::<Result<Vec<_>>>());
-            let blocks = blocks.collect::<Result<Vec<_>>>()?;
+                let factors = (spd(groups, a, 50.0, 1)?, spd(groups, g, 20.0, 2)?);
+                let (a, g) = (factors.0.to_dtype(dtype)?, factors.1.to_dtype(dtype)?);
+                blocks.push((a, g, gradient.contiguous()?.to_dtype(dtype)?));
+            }
             for (kind, inverse) in METHODS {
                 let recipe = Recipe { kind, damping: 0.1, inverse, floor: 0.0 };
                 let directions = |last: &[Preconditioner]| -> Result<Vec<(Preconditioner, Tensor)>> {
-                    let tasks = blocks.iter().enumerate().map(|(i, block)| Task {
-                        a: &block[0],
-                        g: &block[1],
-                        recipe,
-                        last: last.get(i),
-                        name: "fc",
-                    });
-                    let found = damped_inverses(&tasks.collect::<Vec<_>>()).into_iter().zip(&blocks);
+                    let mut tasks = vec![];
+                    for (i, (a, g, _)) in blocks.iter().enumerate() {
+                        tasks.push(Task { a, g, recipe, last: last.get(i), name: "fc" });
+                    }
+                    let found = damped_inverses(&tasks).into_iter().zip(&blocks);
                     found
-                        .map(|(found, block)| {
+                        .map(|(found, (_, _, gradient))| {
                             let found = found?;
-                            let v = found.apply(&block[2])?;
+                            let v = found.apply(gradient)?;
                             Ok((found, v))
                         })
                         .collect()

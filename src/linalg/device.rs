@@ -89,6 +89,9 @@ pub(crate) fn by_group<const I: usize, const O: usize>(
     found.into_iter().zip(jobs).map(|(found, job)| found.unwrap_or_else(|| missing(job))).collect()
 }
 
+/// Elements of the matrices that are decomposed together at most, unless one has more.
+pub(crate) const BATCH: usize = 1 << 24;
+
 /// What decides which matrices run together.
 #[derive(Clone, Copy)]
 pub(super) struct Kind {
@@ -102,8 +105,6 @@ pub(super) struct Kind {
 /// The jobs in batches of matrices of one size and type. Large ones, of which one fills a device, stay alone.
 pub(super) fn batches(kinds: &[Option<Kind>]) -> Vec<Vec<usize>> {
     const LARGE: usize = 1024;
-    /// Elements of a batch, whose matrices are copied together.
-    const MOST: usize = 1 << 24;
     let size = |kind: &Kind| kind.groups * kind.dim * kind.dim;
     let mut batches: Vec<(Kind, usize, Vec<usize>)> = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
@@ -111,7 +112,7 @@ pub(super) fn batches(kinds: &[Option<Kind>]) -> Vec<Vec<usize>> {
         let open = batches.iter_mut().find(|(other, elements, _)| {
             (other.dim, other.dtype, other.started) == (kind.dim, kind.dtype, kind.started)
                 && kind.dim <= LARGE
-                && elements + size(kind) <= MOST
+                && elements + size(kind) <= BATCH
         });
         match open {
             Some((_, elements, batch)) => {

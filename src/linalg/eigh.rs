@@ -101,7 +101,7 @@ impl Factorize<1, 2> for Ordinary {
         let given = Spd::new(gpu, m)?;
         let scale = given.scale()?;
         if dim == 1 {
-            let outputs = [m.reshape((groups, 1))?, m.ones_like()?.reshape((groups, 1))?];
+            let outputs = [m.reshape((groups, 1))?.copy()?, m.ones_like()?.reshape((groups, 1))?];
             return Ok(Queued { outputs, verdict: given.verdict(&scale, &Evidence::default())? });
         }
         let (values, rows, info) = Solver::of(gpu)?.eigen(given.mirrored(Some(&scale), false)?)?;
@@ -293,7 +293,7 @@ mod tests {
             for (dtype, tolerance) in [(DType::F32, 2e-5), (DType::F64, 1e-13)] {
                 let shapes =
                     [(1, 1), (3, 2), (2, 5), (1, 26), (4, 33), (1, 127), (1, 128), (1, 200), (1, 270)];
-                for (g, d) in shapes.into_iter().take(if Gpu::emulated().is_some() { 6 } else { 9 }) {
+                for (g, d) in shapes.into_iter().take(if Gpu::emulated().is_some() { 5 } else { 9 }) {
                     for scale in [1.0, 1e-30, 1e15] {
                         let m = (random_symmetric(g, d, 7)? * scale)?.to_dtype(dtype)?;
                         let e = eigh(&m, "m")?;

@@ -7,7 +7,7 @@
 pub mod cholesky;
 #[cfg(feature = "cuda")]
 mod cusolver;
-mod device;
+pub(crate) mod device;
 pub mod eigh;
 mod host;
 pub mod kron;

@@ -160,7 +160,6 @@ impl Run {
             pad: 0,
         };
         self.launch("step", self.matrix_blocks(), &args)?;
-        drop((read, written));
         (self.x, self.report) = (next, next_report);
         Ok(())
     }

@@ -4,8 +4,9 @@ use super::block::Block;
 use super::length::StepRule;
 use super::natural::Natural;
 use super::rule::{Carry, Model, WakeRule};
-use crate::curvature::wide_dtype;
+use crate::curvature::{DampingKind, Inverse, wide_dtype};
 use crate::gpu::Gpu;
+use crate::linalg::device::BATCH;
 use candle_core::{Result, bail};
 use std::fmt;
 
@@ -33,7 +34,8 @@ pub struct SummaryBlock {
     pub inverse_bytes: usize,
     /// Bytes of its other state in steady operation: carry, averaged models, last step, momentum, second moments.
     pub other_bytes: usize,
-    /// Bytes of the arrays with which its inverse is made, about; blocks have them one after the other.
+    /// Bytes of the arrays with which its inverse is made, about; blocks have them one after the other, except small ones on a
+    /// GPU.
     pub workspace_bytes: usize,
     /// Multiplications of one factor update, for every row (example, or position of one) of the batch.
     pub factor_cost: usize,
@@ -55,7 +57,7 @@ pub struct Summary {
     /// Bytes of the Adam moments, single-precision masters, averaged parameters and stored models.
     pub other_bytes: usize,
     /// Bytes that a step needs beside the state, about: the new inverses until they replace the old ones, the matrices of a
-    /// step, and the largest of the blocks' work spaces. Factors of a batch and records of layers are not counted.
+    /// step, and what decompositions work with at a time. Factors of a batch and records of layers are not counted.
     pub workspace_bytes: usize,
 }
 
@@ -103,11 +105,28 @@ impl<R: WakeRule> Natural<R> {
         let copies = stored + usize::from(self.params.average.is_some());
         let models: usize = copies * (0..self.vars.len()).map(size).sum::<usize>();
         let blocks: Vec<_> = self.blocks.iter().map(|b| self.summary_block(b)).collect();
-        let largest = blocks.iter().map(|b| b.workspace_bytes).max().unwrap_or(0);
         let matrices: usize = self.blocks.iter().flat_map(|b| &b.params).map(|&i| MATRICES * size(i)).sum();
-        let workspace_bytes = blocks.iter().map(|b| b.inverse_bytes).sum::<usize>() + matrices + largest;
+        let workspace_bytes = matrices + self.decomposing(&blocks);
         let other_bytes = masters + adam + models;
         Summary { optimizer: R::NAME, rows, blocks, other_bytes, workspace_bytes }
+    }
+
+    /// Bytes that an update of the inverses takes: the new ones, and what decompositions work with at a time.
+    fn decomposing(&self, blocks: &[SummaryBlock]) -> usize {
+        let inverses = blocks.iter().map(|b| b.inverse_bytes).sum::<usize>();
+        let largest = blocks.iter().map(|b| b.workspace_bytes).max().unwrap_or(0);
+        let Some(param) = self.vars.first().filter(|param| Gpu::of(param.var.device()).is_some()) else {
+            return inverses + largest;
+        };
+        // Small factors are decomposed together, and what is added to or iterated on is kept until all are done.
+        let factors: usize = blocks.iter().map(|b| b.factor_bytes).sum();
+        let together = WORKSPACE * factors.min(BATCH * wide_dtype(param.var.dtype()).size_in_bytes());
+        let kept = match (self.params.damping.kind(), self.params.inverse) {
+            (DampingKind::Eigenvalue, _) => 0,
+            (DampingKind::Pi, Inverse::Newton) => 3 * factors,
+            (DampingKind::Pi, _) => factors,
+        };
+        inverses + kept + largest.max(together)
     }
 
     /// Refuses what a GPU has no memory for, before the first step would find out.
@@ -122,8 +141,8 @@ impl<R: WakeRule> Natural<R> {
     fn summary_block(&self, block: &Block) -> SummaryBlock {
         let Block { groups, out, columns, .. } = *block;
         let element = wide_dtype(self.vars[block.params[0]].var.dtype()).size_in_bytes();
-        let eigen = self.params.inverse == crate::curvature::Inverse::Eigen
-            && self.params.damping.kind() == crate::curvature::DampingKind::Eigenvalue
+        let eigen = self.params.inverse == Inverse::Eigen
+            && self.params.damping.kind() == DampingKind::Eigenvalue
             || matches!(self.params.wake.model(), Model::Quadratic(super::QSolve::Exact));
         let squares = groups * (out * out + columns * columns);
         let matrix = groups * out * columns;
