@@ -15,6 +15,8 @@
 #define KERNEL(name, threads, Args, body)                                                                              \
     extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args) { body(args); }
 #define SHARED(type, name, count) __shared__ type name[count]
+// The same, from a multiple of 16 bytes on.
+#define SHARED_ALIGNED(type, name, count) __shared__ __align__(16) type name[count]
 #endif
 
 using u32 = uint32_t;

@@ -17,6 +17,16 @@ DEVICE Split divide(u64 i, u32 by) {
     return {quotient, (u32)(i - quotient * by)};
 }
 
+// A number below 2^30, and what divides others below 2^31 by it (Granlund & Montgomery 1994, figure 4.1).
+struct Divisor {
+    u32 value, factor, shift;
+};
+
+DEVICE void divide(u32 a, const Divisor &b, u32 &quotient, u32 &rest) {
+    quotient = (__umulhi(a, b.factor) + a) >> b.shift;
+    rest = a - quotient * b.value;
+}
+
 struct Span {
     u32 from, to;
 };

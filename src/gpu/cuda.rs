@@ -1,7 +1,9 @@
 //! Kernels on an NVIDIA GPU, through candle's device and its stream.
 
 use candle_core::backend::BackendDevice;
-use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUdevice_attribute, CUgraphInstantiate_flags, CUstreamCaptureMode,
+};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
 };
@@ -70,6 +72,12 @@ pub(super) fn storage(device: &CudaDevice, shape: &Shape, dtype: DType) -> Resul
 pub(super) fn free_memory(device: &CudaDevice) -> Result<usize> {
     let (free, _) = device.cuda_stream().context().mem_get_info().w()?;
     Ok(free)
+}
+
+pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
+    let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    let count = device.cuda_stream().context().attribute(count).w()?;
+    Ok(usize::try_from(count).unwrap_or(1).max(1))
 }
 
 pub(super) fn launch<A: Args>(

@@ -28,13 +28,13 @@ pub(crate) unsafe trait Args: Copy {}
 
 /// Declares the argument of a kernel, or a part of it: field by field the kernel's struct, addresses as `u64`.
 macro_rules! args {
-    ($(#[$doc:meta])* struct $name:ident { $($(#[$note:meta])* $field:ident: $type:ty),* $(,)? }) => {
+    ($(#[$doc:meta])* $seen:vis struct $name:ident { $($(#[$note:meta])* $field:ident: $type:ty),* $(,)? }) => {
         $(#[$doc])*
         #[repr(C)]
         #[derive(Clone, Copy)]
         // Only kernels read the fields.
         #[allow(dead_code)]
-        struct $name { $($(#[$note])* $field: $type),* }
+        $seen struct $name { $($(#[$note])* $field: $type),* }
 
         // SAFETY: `repr(C)`; that its size is the kernel's is checked at every launch under emulation.
         unsafe impl $crate::gpu::Args for $name {}
@@ -198,7 +198,6 @@ impl Gpu {
     }
 
     /// A tensor for kernels alone: they may leave elements of it unwritten that none reads.
-    #[allow(dead_code)]
     pub fn scratch(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();
         Ok(tensor_of(self.allocate(&shape, dtype, false)?, shape))
@@ -211,6 +210,16 @@ impl Gpu {
             Self::Cuda(ref device) => cuda::free_memory(device).map(Some),
             #[cfg(test)]
             Self::Emulated => Ok(None),
+        }
+    }
+
+    /// How many multiprocessors share the blocks of a launch; a few under emulation.
+    pub fn multiprocessors(&self) -> Result<usize> {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref device) => cuda::multiprocessors(device),
+            #[cfg(test)]
+            Self::Emulated => Ok(3),
         }
     }
 

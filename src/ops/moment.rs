@@ -1,6 +1,7 @@
 //! Second moments of small features that lie sample by sample as `[features, t]`: the patches of a convolution, made one
 //! sample at a time and never stored, and the gradients of its outputs where they are.
 
+use crate::gpu::Gpu;
 use candle_core::{Device, Layout, Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -8,7 +9,9 @@ use std::ops::Range;
 use super::{
     conv_slices::add_parts,
     element::{Element, Host, Real, float_dispatch},
-    factor::{mirror_upper, second_moment},
+    factor::{Average, mirror_upper, second_moment},
+    factor_gpu::gpu_patch_moment,
+    factor_tiles::Precision,
     patches::{ConvShape, patches, unfold_plane},
     products::square_products,
 };
@@ -17,12 +20,43 @@ use super::{
 const SMALL: usize = 1 << 18;
 
 /// [`second_moment`] of the [`patches`] of `x [n, c, h, w]`: `[groups, d', d']` with `d = c / groups * kh * kw`. On the CPU
-/// the patches are not stored, unless the moments are so large that little would be saved.
+/// the patches are not stored, unless the moments are so large that little would be saved; on a GPU never.
 ///
 /// # Errors
 /// If `x` is not a floating point tensor of the dimensions that `shape` says.
 pub fn patch_moment(x: &Tensor, shape: &ConvShape, append_one: bool, name: &str) -> Result<Tensor> {
+    patch_moment_into(None, x, shape, append_one, 0.0, 1.0, name)
+}
+
+/// `decay bar + weight M` for the [`patch_moment`] `M` of `x`, in one pass on a GPU; `weight M` without a `bar`.
+///
+/// # Errors
+/// As for [`patch_moment`], and if `bar` has not the shape and dtype of `M`, or lies on another device.
+pub(crate) fn patch_moment_into(
+    bar: Option<&Tensor>,
+    x: &Tensor,
+    shape: &ConvShape,
+    append_one: bool,
+    decay: f64,
+    weight: f64,
+    name: &str,
+) -> Result<Tensor> {
     let n = shape.input_batch(name, x.dims())?;
+    let average = Average { bar, decay, weight };
+    average.check(x, shape.groups, shape.group_features() + usize::from(append_one), name)?;
+    if let Some(gpu) = Gpu::of(x.device()) {
+        return gpu_patch_moment(&gpu, x, n, shape, append_one, average, Precision::chosen(), name);
+    }
+    average.add(host_patch_moment(x, n, shape, append_one, name)?)
+}
+
+fn host_patch_moment(
+    x: &Tensor,
+    n: usize,
+    shape: &ConvShape,
+    append_one: bool,
+    name: &str,
+) -> Result<Tensor> {
     let size = shape.group_features() + usize::from(append_one);
     if !x.device().is_cpu() || shape.groups * size * size > SMALL {
         return second_moment(&patches(x, shape)?, shape.groups, append_one, name);

@@ -5,6 +5,8 @@ use rayon::prelude::*;
 
 use super::correlate::copy;
 use super::element::{Host, float_dispatch};
+use super::patches_gpu::gpu_patches;
+use crate::gpu::Gpu;
 
 /// The sizes of a 2-D convolution of `[n, c, h, w]` with weights `[o, c / groups, kh, kw]`; pairs are (height, width).
 /// The batch size `n` is not part of it. A 1-D convolution is one of height 1.
@@ -220,6 +222,9 @@ pub(crate) fn fold_plane<T: Copy + std::ops::AddAssign>(shape: &ConvShape, patch
 /// differentiable: the result is detached.
 pub fn patches(x: &Tensor, shape: &ConvShape) -> Result<Tensor> {
     let n = shape.input_batch("patches", x.dims())?;
+    if let Some(gpu) = Gpu::of(x.device()) {
+        return gpu_patches(&gpu, x, n, shape)?.transpose(1, 2);
+    }
     if !x.device().is_cpu() {
         return unfold_compose(&x.detach(), shape)?.transpose(1, 2);
     }

@@ -18,6 +18,7 @@
 #define SHARED(type, name, count)                                                                                      \
     static const char name##_tag = 0;                                                                                  \
     type(&name)[count] = *reinterpret_cast<type(*)[count]>(emulator::shared(&name##_tag, #name, sizeof(type) * (count), sizeof(type)))
+#define SHARED_ALIGNED SHARED
 
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
