@@ -10,7 +10,7 @@
 //! The layer's Fisher is about `A (x) G`. Sources: Martens & Grosse 2015; for convolutions Grosse & Martens 2016; expand and
 //! reduce after Eschenhagen et al. 2023. The uses of a layer that a forward pass uses several times count as positions.
 
-use crate::ops::factor::second_moment;
+use crate::ops::factor::{second_moment, second_moment_into};
 use crate::tape::{Layer, Record, Reduce};
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -169,8 +169,9 @@ impl Reduce for FactorSums {
                 add(&mut sums.totals.a, a)?;
                 sums.rows += batch * shared;
             }
-            let g = second_moment(&record.grads, layer.groups, false, &layer.name)?;
-            add(&mut sums.totals.g, (g * (scale * scale))?)?;
+            let (last, weight) = (sums.totals.g.as_ref(), scale * scale);
+            let g = second_moment_into(last, &record.grads, layer.groups, false, 1.0, weight, &layer.name)?;
+            sums.totals.g = Some(g);
         }
         if want.bias || (want.weight && self.sharing == Sharing::Reduce) {
             add_uses(&mut sums.grad_sum, &(wide(&record.grads.sum_keepdim(1)?)? * scale)?, layer)?;
