@@ -56,11 +56,15 @@ pub(super) fn operand(
     })
 }
 
-/// Where a slice begins, and the bytes of an element. All of candle's work on a device goes through one stream, so the order of
-/// the queue is all the synchronization that a kernel needs.
+/// Where a slice begins, and the bytes of an element.
 fn address<T>(device: &CudaDevice, slice: &CudaSlice<T>) -> (u64, usize) {
     let stream = device.cuda_stream();
-    let (address, _queued) = slice.device_ptr(&stream);
+    let (address, queued) = slice.device_ptr(&stream);
+    // Dropped, it records an event for other streams. Where all of candle's work goes through one, the order of the queue is
+    // all the synchronization that a kernel needs, and a step has a hundred operands.
+    if !stream.context().is_managing_stream_synchronization() {
+        std::mem::forget(queued);
+    }
     (address, size_of::<T>())
 }
 

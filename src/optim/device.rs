@@ -85,7 +85,7 @@ impl<R: WakeRule> Natural<R> {
                 let failed = self.device.as_ref().map(DeviceStep::failed_at).transpose();
                 if let (Ok(Some(step)), Some(device)) = (failed, &mut self.device) {
                     self.steps = step;
-                    device.absolve()?;
+                    device.forget()?;
                 }
                 return Err(error);
             }
@@ -93,7 +93,7 @@ impl<R: WakeRule> Natural<R> {
         let Seen { slopes, previous_rate, skipped, done } = seen;
         (self.slopes, self.previous_rate, self.skipped) = (slopes, previous_rate, skipped);
         if let Some(device) = &mut self.device {
-            device.forget_skipped()?;
+            device.forget()?;
             for (adam, ahead) in self.rest.iter_mut().zip(&device.adam_ahead) {
                 adam.steps = (done + ahead) as usize;
             }
@@ -386,17 +386,16 @@ impl DeviceStep {
         Ok(self.taken.to_vec1::<f64>()?.iter().sum::<f64>().abs())
     }
 
-    /// Forgets the culprit that was reported, and the steps that were not taken for its sake.
-    fn absolve(&mut self) -> Result<()> {
-        let mut flags = [0u32; update::FLAGS];
-        flags[update::BLAMED] = update::NOBODY;
-        self.flags = Tensor::new(&flags, self.flags.device())?;
-        Ok(())
-    }
-
-    /// Forgets the skipped steps that were counted.
-    fn forget_skipped(&mut self) -> Result<()> {
-        self.absolve()
+    /// Forgets the culprit that was reported and the skipped steps that were counted: in place, since recorded kernels know
+    /// where the flags are.
+    fn forget(&self) -> Result<()> {
+        let flags: Vec<u32> = self.flags.to_vec1()?;
+        if flags[update::BLAMED] == update::NOBODY && flags[update::SKIPPED] == 0 {
+            return Ok(());
+        }
+        let mut fresh = [0u32; update::FLAGS];
+        fresh[update::BLAMED] = update::NOBODY;
+        self.flags.slice_set(&Tensor::new(&fresh, self.flags.device())?, 0, 0)
     }
 }
 
