@@ -42,6 +42,16 @@ impl Preconditioner {
         }
     }
 
+    /// The same kind of inverse with every tensor replaced, in the order of [`Preconditioner::parts`].
+    pub fn map(&self, mut change: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(match self {
+            Self::Factors { inv_a, inv_g } => Self::Factors { inv_a: change(inv_a)?, inv_g: change(inv_g)? },
+            Self::Basis { basis_a, basis_g, scale } => {
+                Self::Basis { basis_a: change(basis_a)?, basis_g: change(basis_g)?, scale: change(scale)? }
+            }
+        })
+    }
+
     /// Every tensor with its name, for saving and for counting bytes.
     pub fn parts(&self) -> Vec<(&'static str, &Tensor)> {
         match self {

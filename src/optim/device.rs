@@ -10,6 +10,7 @@ use super::length::{Slopes, StepRule};
 use super::natural::Natural;
 use super::params::NonFinite;
 use super::rule::{Carry, Model, WakeRule};
+use super::stacks::Stack;
 use super::step::Refusal;
 use crate::curvature::{Damping, wide_dtype};
 use crate::gpu::Gpu;
@@ -39,6 +40,8 @@ pub(super) struct DeviceStep {
     pub slopes: Tensor,
     pub taken: Tensor,
     pub scratch: Vec<Scratch>,
+    /// Blocks of one shape together.
+    pub stacks: Vec<Stack>,
     /// What Adam's step counts are ahead of the device's count of steps.
     pub adam_ahead: Vec<f64>,
 }
@@ -224,6 +227,10 @@ impl<R: WakeRule> Natural<R> {
         }
         let damping = self.damping_due(&renewed)?;
         self.prepare(&self.blocks, &mut renewed, damping)?;
+        let stacked: Vec<_> = device.stacks.iter().map(|stack| stack.inverse.clone()).collect();
+        for stack in &mut device.stacks {
+            stack.take_inverses(&self.blocks, &mut renewed)?;
+        }
         let directions = self.directions(device, &renewed, damping)?;
         self.decide(device, &board)?;
         self.write(device, &board, &directions, &renewed, grads)?;
@@ -246,8 +253,12 @@ impl<R: WakeRule> Natural<R> {
             for (block, state) in self.blocks.iter_mut().zip(before.1) {
                 block.state = state;
             }
-        } else if self.keep_inverses {
-            device.space += usize::from(!self.settle_inverses(&before.1)?);
+        } else if !(self.keep_inverses && self.settle_inverses(&before.1)?) {
+            device.space += 1;
+            return Ok(true);
+        }
+        for (stack, inverse) in device.stacks.iter_mut().zip(stacked) {
+            stack.inverse = inverse;
         }
         Ok(true)
     }
@@ -286,8 +297,15 @@ impl<R: WakeRule> Natural<R> {
                     (None, true) => Tensor::zeros(shape, dtype, &device).map(Some),
                 }
             };
+        let stacks = Stack::all(&self.blocks, dtype, &device)?;
+        let mut wakes = vec![Tensor::zeros(1, dtype, &device)?; self.blocks.len()];
+        for stack in &stacks {
+            for (nth, &index) in stack.blocks.iter().enumerate() {
+                wakes[index] = stack.part(&stack.wake, nth)?;
+            }
+        }
         let mut scratch = Vec::with_capacity(self.blocks.len());
-        for block in &mut self.blocks {
+        for (index, block) in self.blocks.iter_mut().enumerate() {
             let shape = (block.groups, block.out, block.columns);
             let state = &mut block.state;
             let fresh = state.carry.is_none() && state.mean.is_none();
@@ -306,7 +324,7 @@ impl<R: WakeRule> Natural<R> {
             scratch.push(Scratch {
                 gradient: gradient.then(zeros).transpose()?,
                 model: model.then(zeros).transpose()?,
-                wake: zeros()?,
+                wake: wakes[index].clone(),
             });
         }
         for param in &mut self.vars {
@@ -360,6 +378,7 @@ impl<R: WakeRule> Natural<R> {
             slopes: zeros(all)?,
             taken: Tensor::new(taken, &device)?,
             scratch,
+            stacks,
             adam_ahead: self.rest.iter().map(|adam| adam.steps as f64 - self.steps as f64).collect(),
         })
     }

@@ -7,7 +7,6 @@ use super::length::StepRule;
 use super::natural::Natural;
 use super::params::{Decay, NonFinite};
 use super::rule::{Model, WakeRule};
-use super::step::Refusal;
 use crate::curvature::{Preconditioner, damped_product, sandwich};
 use crate::gpu::table::{blocks_of, type_number};
 use crate::gpu::{Gpu, Operand};
@@ -74,44 +73,56 @@ impl<R: WakeRule> Natural<R> {
         device: &DeviceStep,
         renewed: &[Renewed<'_>],
         damping: f64,
-    ) -> std::result::Result<Vec<Tensor>, Refusal> {
+    ) -> Result<Vec<Tensor>> {
         let gpu = &device.gpu;
         let mut held = Held::new(gpu);
         // A quadratic wake solves with more than the divergence's curvature.
         let by_metric = self.params.step_rule != StepRule::LearningRate
             && matches!(self.params.wake.model(), Model::Quadratic(_));
-        let mut inside = Vec::with_capacity(renewed.len());
+        let mut turned = Vec::with_capacity(device.stacks.len());
         let (mut scaled, mut scaled_blocks) = (Vec::new(), Vec::new());
-        for (index, (renewed, scratch)) in renewed.iter().zip(&device.scratch).enumerate() {
-            match &renewed.state.preconditioner {
+        for stack in &device.stacks {
+            turned.push(match &stack.inverse {
                 Some(Preconditioner::Basis { basis_a, basis_g, scale }) => {
-                    let turned = sandwich(&basis_g.t()?, &scratch.wake, basis_a)?.contiguous()?;
-                    let name = &self.blocks[index].name;
-                    scaled.push(ScaleItem {
-                        inside: held.address(&turned, name)?,
-                        scale: held.address(&scale.contiguous()?, name)?,
-                        len: turned.elem_count() as u64,
-                        ..ScaleItem::default()
-                    });
-                    scaled_blocks.push(index);
-                    inside.push(Some(turned));
+                    let turned = sandwich(&basis_g.t()?, &stack.wake, basis_a)?.contiguous()?;
+                    let scale = scale.contiguous()?;
+                    for (nth, &index) in stack.blocks.iter().enumerate() {
+                        let (name, inside) = (&self.blocks[index].name, stack.part(&turned, nth)?);
+                        scaled.push(ScaleItem {
+                            inside: held.address(&inside, name)?,
+                            scale: held.address(&stack.part(&scale, nth)?, name)?,
+                            len: inside.elem_count() as u64,
+                            ..ScaleItem::default()
+                        });
+                        scaled_blocks.push(index);
+                    }
+                    Some(turned)
                 }
-                _ => inside.push(None),
-            }
+                _ => None,
+            });
         }
         let products = gpu.operand(&device.products, "products")?;
         if !scaled.is_empty() {
             scales(gpu, device.dtype, &scaled, &products)?;
         }
-        let mut directions = Vec::with_capacity(renewed.len());
-        for ((renewed, scratch), inside) in renewed.iter().zip(&device.scratch).zip(inside) {
-            directions.push(match (&renewed.state.preconditioner, inside) {
-                (Some(Preconditioner::Basis { basis_a, basis_g, .. }), Some(inside)) => {
-                    sandwich(basis_g, &inside, &basis_a.t()?)?.contiguous()?
+        let mut directions: Vec<Tensor> = device.scratch.iter().map(|scratch| scratch.wake.clone()).collect();
+        for (stack, turned) in device.stacks.iter().zip(turned) {
+            let together = match (&stack.inverse, turned) {
+                (Some(Preconditioner::Basis { basis_a, basis_g, .. }), Some(turned)) => {
+                    Some(sandwich(basis_g, &turned, &basis_a.t()?)?.contiguous()?)
                 }
-                (Some(preconditioner), _) => preconditioner.apply(&scratch.wake)?.contiguous()?,
-                (None, _) => return Err(Refusal::Failed(candle_core::Error::Msg("no inverse".into()))),
-            });
+                (Some(inverse), _) => Some(inverse.apply(&stack.wake)?.contiguous()?),
+                (None, _) => None,
+            };
+            for (nth, &index) in stack.blocks.iter().enumerate() {
+                directions[index] = match (&together, &renewed[index].state.preconditioner) {
+                    (Some(together), _) => stack.part(together, nth)?,
+                    (None, Some(inverse)) => inverse.apply(&device.scratch[index].wake)?.contiguous()?,
+                    (None, None) => {
+                        bail!("{}: block {} has no inverse yet", R::NAME, self.blocks[index].name)
+                    }
+                };
+            }
         }
 
         let total = gpu.operand(&device.totals, "totals")?;

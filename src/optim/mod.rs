@@ -19,6 +19,7 @@ mod rest;
 mod rule;
 mod schedule;
 mod so;
+mod stacks;
 mod state;
 mod step;
 mod summary;

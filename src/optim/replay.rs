@@ -129,24 +129,27 @@ impl<R: WakeRule> Natural<R> {
         self.device.as_ref().map_or(0, |device| device.space)
     }
 
-    /// Moves new inverses to where the old ones are, which recorded kernels read; whether all could.
+    /// Moves new inverses to where the old ones are, which recorded kernels read. Nothing, where they are of another kind.
     pub(super) fn settle_inverses(&mut self, old: &[BlockState]) -> Result<bool> {
-        let mut all = true;
-        for (block, old) in self.blocks.iter_mut().zip(old) {
-            let (Some(new), Some(old)) = (&block.state.preconditioner, &old.preconditioner) else { continue };
+        let both =
+            || self.blocks.iter().zip(old).map(|(b, old)| (&b.state.preconditioner, &old.preconditioner));
+        let mut moves: Vec<(&Tensor, &Tensor)> = Vec::new();
+        for pair in both() {
+            let (Some(new), Some(old)) = pair else { return Ok(false) };
             let (from, to) = (new.parts(), old.parts());
             let alike = |(a, b): (&(&str, &Tensor), &(&str, &Tensor))| a.0 == b.0 && a.1.dims() == b.1.dims();
             if from.len() != to.len() || !from.iter().zip(&to).all(alike) {
-                all = false;
-                continue;
+                return Ok(false);
             }
-            for ((_, from), (_, to)) in from.iter().zip(&to) {
-                if from.id() != to.id() {
-                    to.slice_set(&from.contiguous()?, 0, 0)?;
-                }
-            }
-            block.state.preconditioner = Some(old.clone());
+            let pairs = from.iter().zip(&to).map(|(from, to)| (from.1, to.1));
+            moves.extend(pairs.filter(|(from, to)| from.id() != to.id()));
         }
-        Ok(all)
+        for (from, to) in moves {
+            to.slice_set(&from.contiguous()?, 0, 0)?;
+        }
+        for (block, old) in self.blocks.iter_mut().zip(old) {
+            block.state.preconditioner.clone_from(&old.preconditioner);
+        }
+        Ok(true)
     }
 }

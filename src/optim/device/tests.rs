@@ -12,17 +12,22 @@ use crate::tape::{Fisher, Likelihood, Tape};
 
 const STEPS: usize = 8;
 
-/// Two linear layers, one without a bias, and a layer norm between them.
+/// Four linear layers, two of one shape and one without a bias, and a layer norm among them.
 fn model(tape: &Tape, vars: &VarMap, dtype: DType) -> Result<impl Fn(&Tensor) -> Result<Tensor> + use<>> {
     let vb = VarBuilder::from_varmap(vars, dtype, &Device::Cpu);
-    let (first, norm, last) = tape.build(|| {
+    let (first, second, third, norm, last) = tape.build(|| {
         Ok((
             nn::linear(5, 7, vb.pp("first"))?,
+            nn::linear(7, 7, vb.pp("second"))?,
+            nn::linear(7, 7, vb.pp("third"))?,
             nn::layer_norm(7, 1e-5, vb.pp("norm"))?,
             nn::linear_no_bias(7, 3, vb.pp("last"))?,
         ))
     })?;
-    Ok(move |x: &Tensor| last.forward(&norm.forward(&first.forward(x)?.tanh()?)?))
+    Ok(move |x: &Tensor| {
+        let x = second.forward(&first.forward(x)?.tanh()?)?.tanh()?;
+        last.forward(&norm.forward(&third.forward(&x)?)?)
+    })
 }
 
 /// The Vars by name, filled with fixed values.

@@ -1,0 +1,87 @@
+//! Blocks of one shape as one: on a GPU their products with the inverses are a batch.
+
+use super::block::Block;
+use super::direction::Renewed;
+use crate::curvature::Preconditioner;
+use candle_core::{DType, Device, Result, Tensor};
+
+/// Blocks of one shape, whose wake gradients and inverses lie one behind the other.
+#[derive(Debug)]
+pub(super) struct Stack {
+    /// Indices of the blocks.
+    pub blocks: Vec<usize>,
+    /// Groups of one block.
+    groups: usize,
+    /// `[blocks groups, out, columns]`
+    pub wake: Tensor,
+    /// The inverses of all; none where they differ in kind, or before the first.
+    pub inverse: Option<Preconditioner>,
+}
+
+impl Stack {
+    /// The stacks of a model's blocks.
+    pub fn all(blocks: &[Block], dtype: DType, device: &Device) -> Result<Vec<Self>> {
+        let shape = |block: &Block| (block.groups, block.out, block.columns);
+        let mut kinds: Vec<Vec<usize>> = Vec::new();
+        for (index, block) in blocks.iter().enumerate() {
+            match kinds.iter_mut().find(|kind| shape(&blocks[kind[0]]) == shape(block)) {
+                Some(kind) => kind.push(index),
+                None => kinds.push(vec![index]),
+            }
+        }
+        let stack = |kind: Vec<usize>| {
+            let (groups, out, columns) = shape(&blocks[kind[0]]);
+            let wake = Tensor::zeros((kind.len() * groups, out, columns), dtype, device)?;
+            Ok(Self { blocks: kind, groups, wake, inverse: None })
+        };
+        kinds.into_iter().map(stack).collect()
+    }
+
+    /// The part of a stacked tensor that belongs to the `nth` of the blocks.
+    pub fn part(&self, of: &Tensor, nth: usize) -> Result<Tensor> {
+        if self.blocks.len() == 1 { Ok(of.clone()) } else { of.narrow(0, nth * self.groups, self.groups) }
+    }
+
+    /// Stacks the inverses of the blocks, where they are not those that are stacked already, and leaves each block its part.
+    pub fn take_inverses(&mut self, blocks: &[Block], renewed: &mut [Renewed<'_>]) -> Result<()> {
+        let ids = |inverse: &Option<Preconditioner>| -> Vec<_> {
+            inverse.iter().flat_map(Preconditioner::parts).map(|(_, part)| part.id()).collect()
+        };
+        let same = |&i: &usize| ids(&renewed[i].state.preconditioner) == ids(&blocks[i].state.preconditioner);
+        if self.inverse.is_some() && self.blocks.iter().all(same) {
+            return Ok(());
+        }
+        if let [only] = self.blocks[..] {
+            self.inverse = renewed[only].state.preconditioner.clone();
+            return Ok(());
+        }
+        let found: Vec<&Preconditioner> =
+            self.blocks.iter().filter_map(|&i| renewed[i].state.preconditioner.as_ref()).collect();
+        self.inverse = if found.len() == self.blocks.len() { stacked(&found)? } else { None };
+        if let Some(inverse) = &self.inverse {
+            for (nth, &index) in self.blocks.iter().enumerate() {
+                renewed[index].state.preconditioner = Some(inverse.map(|part| self.part(part, nth))?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Inverses of one kind, one behind the other.
+fn stacked(all: &[&Preconditioner]) -> Result<Option<Preconditioner>> {
+    let parts: Vec<_> = all.iter().map(|inverse| inverse.parts()).collect();
+    let alike = |other: &Vec<(&str, &Tensor)>| {
+        other.len() == parts[0].len()
+            && other.iter().zip(&parts[0]).all(|(a, b)| a.0 == b.0 && a.1.dims() == b.1.dims())
+    };
+    if !parts.iter().all(alike) {
+        return Ok(None);
+    }
+    let mut index = 0;
+    let joined = all[0].map(|_| {
+        let same: Vec<&Tensor> = parts.iter().map(|parts| parts[index].1).collect();
+        index += 1;
+        Tensor::cat(&same, 0)
+    })?;
+    Ok(Some(joined))
+}
