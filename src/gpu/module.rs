@@ -39,6 +39,7 @@ modules! {
     FactorF32 "factor_f32"
     FactorF64 "factor_f64"
     FactorTf32 "factor_tf32"
+    Group "group"
     Kron "kron"
     Mix "mix"
     Newton "newton"
