@@ -50,6 +50,7 @@ modules! {
     Relu "relu"
     Sample "sample"
     Softmax "softmax"
+    Spatial "spatial"
     Spd "spd"
     Traces "traces"
     Update "update"

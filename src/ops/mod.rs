@@ -35,6 +35,7 @@ pub mod rng;
 mod rows;
 pub mod sample;
 pub mod softmax;
+pub(crate) mod spatial;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod update;

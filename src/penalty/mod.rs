@@ -6,6 +6,7 @@
 //! | [`GroupLasso`] | the norms of groups of weights: whole rows, columns, channels or blocks become zero |
 //! | [`SparseGroupLasso`] | a mixture of the group lasso and L1 |
 //! | [`UnitLasso`] | the group lasso of hidden units, whose weights are in two layers |
+//! | [`Spatial`] | an entropy of where in the matrix the weights lie |
 //!
 //! A penalty says nothing of its factor: the loss is `loss + factor * penalty.value(w)`, and the proximal step with learning
 //! rate `lr` is `penalty.prox(w, lr * factor)`; [`ScaledProx`] is the same in the metric of a diagonal.
@@ -14,6 +15,7 @@ mod group;
 mod groups;
 mod lp;
 mod scaled;
+mod spatial;
 #[cfg(test)]
 mod tests;
 mod unit;
@@ -22,6 +24,7 @@ pub use group::{GroupLasso, SparseGroupLasso};
 pub use groups::Grouping;
 pub use lp::Lp;
 pub use scaled::ScaledProx;
+pub use spatial::Spatial;
 pub use unit::UnitLasso;
 
 use candle_core::{Result, Tensor};
