@@ -51,13 +51,9 @@ fn sum_run<T: Element>(w: &[T], threshold: f64) -> [f64; 2] {
         sums[at] += size;
     };
     for chunk in chunks {
-        for at in 0..PARTS {
-            add(at, chunk[at]);
-        }
+        chunk.iter().enumerate().for_each(|(at, w)| add(at, *w));
     }
-    for (at, w) in rest.iter().enumerate() {
-        add(at, *w);
-    }
+    rest.iter().enumerate().for_each(|(at, w)| add(at, *w));
     [squares.iter().sum(), sums.iter().sum()]
 }
 

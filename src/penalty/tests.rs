@@ -224,7 +224,7 @@ fn kernels_agree_with_the_cpu() -> Result<()> {
         vec![1, 1],
         vec![5, 7],
         vec![3, 4, 3, 3],
-        vec![70, 3],
+        vec![300, 3],
         vec![33, 45],
         vec![2, 700],
         vec![20_000],
