@@ -96,18 +96,21 @@ impl Entropy {
     /// The value, and what the gradient needs, of contiguous weights.
     fn pass(&self, w: &Tensor) -> Result<(Storage, Seen)> {
         let shape = Shape::of(w);
-        if let Some(gpu) = Gpu::of(w.device()).filter(|_| w.elem_count() > 0) {
+        let mut sums = if w.elem_count() == 0 {
+            Sums { marginals: vec![0.; shape.m + shape.n], logs: 0., squares: 0. }
+        } else if let Some(gpu) = Gpu::of(w.device()) {
             return self.gpu_pass(&gpu, w, shape);
-        }
-        let mut sums = float_dispatch!(NAME, w.dtype(), T => {
-            let host = Host::of(w);
-            let values = host.values::<T>()?;
-            let sums = sums(&values, shape);
-            if !sums.squares.is_finite() {
-                group_host::check(NAME, w.dims(), &values)?;
-            }
-            sums
-        });
+        } else {
+            float_dispatch!(NAME, w.dtype(), T => {
+                let host = Host::of(w);
+                let values = host.values::<T>()?;
+                let sums = sums(&values, shape);
+                if !sums.squares.is_finite() {
+                    group_host::check(NAME, w.dims(), &values)?;
+                }
+                sums
+            })
+        };
         let sum: f64 = sums.marginals[..shape.m].iter().sum();
         let (mut value, mut numbers) = (self.empty, [0.; 4]);
         if sum > 0. {
@@ -182,11 +185,9 @@ impl Entropy {
 /// Elements that are worth a task of their own.
 const SHARE: usize = 1 << 14;
 
+/// The sums of at least one weight.
 fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
     let Shape { m, n, k } = shape;
-    if w.is_empty() {
-        return Sums { marginals: vec![0.; m + n], logs: 0., squares: 0. };
-    }
     // The rows are cut by their number alone, so that the sums do not depend on the number of threads.
     let band = (SHARE / shape.width()).max(m.div_ceil(64)).max(1);
     let parts: Vec<_> = w
