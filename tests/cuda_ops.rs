@@ -9,6 +9,7 @@ use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::ops::patches::{ConvShape, patches};
 use kronwake::ops::sample::{DrawKey, bernoulli, categorical, normal};
 use kronwake::ops::{conv, dense, factor, norm, pool, softmax};
+use kronwake::penalty::{Grouping, Lp, Penalty, SparseGroupLasso, Spatial, UnitLasso};
 use kronwake::tape::Keep;
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
@@ -48,6 +49,15 @@ fn classes(of: &Tensor) -> Result<Tensor> {
     labels(5, of.dim(0)?, of.dim(1)? as u32)?.to_device(of.device())
 }
 
+/// A penalty's value in the dtype of the weights.
+fn penalty(penalty: impl Penalty, w: &Tensor) -> Result<Tensor> {
+    penalty.value(w)?.to_dtype(w.dtype())
+}
+
+fn groups(grouping: Grouping, w: &Tensor) -> Result<Tensor> {
+    penalty(SparseGroupLasso::new(0.4, grouping, true)?, w)
+}
+
 const DIFFERENTIABLE: &[Case] = cases! {
     "relu" [[5, 33]] |x| pool::relu(&x[0]);
     "relu" [[1]] |x| pool::relu(&x[0]);
@@ -78,6 +88,14 @@ const DIFFERENTIABLE: &[Case] = cases! {
     "Conv2d without bias" [[2, 3, 5, 5], [4, 3, 1, 1]] |x| conv2d(x, config(1, 0, 1, 1)).forward(&x[0]);
     "Conv2d, pooled" [[3, 2, 8, 8], [4, 2, 3, 3], [4]] |x| conv2d(x, config(1, 0, 1, 1)).forward_pooled(&x[0], (2, 2), (2, 2), true);
     "Conv2d, pooled, overlapping" [[2, 2, 9, 8], [4, 2, 2, 2]] |x| conv2d(x, config(1, 1, 1, 1)).forward_pooled(&x[0], (3, 2), (2, 1), false);
+    "elastic net" [[20_000]] |x| penalty(Lp::elastic_net(0.3)?, &x[0]);
+    "sparse group lasso, rows" [[9, 33]] |x| groups(Grouping::Rows, &x[0]);
+    "sparse group lasso, columns" [[300, 5]] |x| groups(Grouping::Columns, &x[0]);
+    "sparse group lasso, channels" [[3, 4, 3, 3]] |x| groups(Grouping::InputChannels, &x[0]);
+    "sparse group lasso, blocks" [[70, 45]] |x| groups(Grouping::Blocks { rows: 33, columns: 4 }, &x[0]);
+    "unit lasso" [[4, 9], [5, 8]] |x| UnitLasso { size_weighted: true }.value(&x[0], &x[1])?.to_dtype(x[0].dtype());
+    "spatial" [[20, 300]] |x| penalty(Spatial::default(), &x[0]);
+    "spatial, exact" [[3, 4, 3, 3]] |x| penalty(Spatial::new(0.3, 2.)?.exact(), &x[0]);
     "Conv1d" [[3, 2, 12], [4, 1, 3], [4]] |x| {
         let config = nn::Conv1dConfig { stride: 2, padding: 1, groups: 2, ..Default::default() };
         nn::Conv1d::new(x[1].clone(), Some(x[2].clone()), config).forward(&x[0])
@@ -160,6 +178,10 @@ const PLAIN: &[(&str, Plain)] = &[
         let shape = uneven()?;
         let moment = |append_one| factor::patch_moment(&x, &shape, append_one, "x");
         Ok(vec![patches(&x, &shape)?, moment(false)?, moment(true)?])
+    }),
+    ("proximal steps", |t| {
+        let lasso = SparseGroupLasso::new(0.4, Grouping::Columns, true)?;
+        Ok(vec![lasso.prox(&t(1, &[9, 33])?, 0.1)?, Lp::l1().prox(&t(2, &[5, 4, 3, 3])?, 0.1)?])
     }),
     ("cross_square", |t| {
         let (e, a) = (t(1, &[9, 4, 6])?, t(2, &[9, 4, 10])?);

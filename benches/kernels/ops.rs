@@ -13,11 +13,12 @@ use kronwake::ops::factor::{patch_moment, second_moment};
 use kronwake::ops::patches::{ConvShape, patches};
 use kronwake::ops::sample::{DrawKey, categorical};
 use kronwake::ops::{dense, norm, pool, softmax};
+use kronwake::penalty::{GroupLasso, Grouping, Lp, Penalty, Spatial};
 
 /// Measures the operations that are asked for. What fails is reported, and the rest goes on.
 pub fn measure(options: &Options, report: &mut Report) -> Result<()> {
     type Part = fn(&Options, &mut Report) -> Result<()>;
-    let parts: [(&str, Part); 10] = [
+    let parts: [(&str, Part); 11] = [
         ("ceilings", ceilings),
         ("second_moment", second_moments),
         ("patch_moment", patch_moments),
@@ -25,6 +26,7 @@ pub fn measure(options: &Options, report: &mut Report) -> Result<()> {
         ("softmax", softmaxes),
         ("layer_norm", layer_norms),
         ("max_pool2d", pools),
+        ("penalty", penalties),
         ("sample", samples),
         ("eigh", decompositions),
         ("inverse", inverses),
@@ -287,6 +289,39 @@ fn pools(options: &Options, report: &mut Report) -> Result<()> {
             both_ways(options, report, "max_pool2d", &x, (1.25, 2.25), &|x| {
                 pool::max_pool2d(x, (2, 2), (2, 2))
             })?;
+        }
+    }
+    Ok(())
+}
+
+fn penalties(options: &Options, report: &mut Report) -> Result<()> {
+    let shapes = pick(
+        options,
+        &[&[300, 784][..], &[512, 512, 3, 3], &[4096, 4096]],
+        &[&[300, 784], &[256, 256, 3, 3], &[2048, 2048]],
+        &[&[16, 33]],
+    );
+    let lasso = |grouping| Box::new(GroupLasso { grouping, size_weighted: true });
+    let all: [Box<dyn Penalty>; 4] = [
+        Box::new(Lp::l1()),
+        lasso(Grouping::Rows),
+        lasso(Grouping::InputChannels),
+        Box::new(Spatial::default()),
+    ];
+    for dtype in narrow_dtypes(options) {
+        for dims in shapes.iter().copied() {
+            let w = random(&options.device, dtype, dims)?;
+            for (at, penalty) in all.iter().enumerate() {
+                // The value reads the weights; the gradient and the proximal step's second pass read and write.
+                both_ways(options, report, &penalty.name(), &w, (1.0, 2.0), &|w| penalty.value(w))?;
+                if at < 3 {
+                    let times = run(options, || penalty.prox(&w, 0.01))?;
+                    let passes = if at == 0 { 2.0 } else { 3.0 };
+                    let work = Work { bytes: passes * bytes(&w), flops: 0.0 };
+                    let name = format!("{}, proximal step", penalty.name());
+                    report.kernel(&name, &format!("{dims:?}"), named(dtype), work, times, None);
+                }
+            }
         }
     }
     Ok(())

@@ -1,0 +1,44 @@
+//! Penalties of weights: added to a loss, or applied as a proximal step after the optimizer's.
+//!
+//! | type | value |
+//! |---|---|
+//! | [`Lp`] | `sum abs w`, `sum w^2`, or a mixture of both |
+//! | [`GroupLasso`] | the norms of groups of weights: whole rows, columns, channels or blocks become zero |
+//! | [`SparseGroupLasso`] | a mixture of the group lasso and L1 |
+//! | [`UnitLasso`] | the group lasso of hidden units, whose weights are in two layers |
+//! | [`Spatial`] | an entropy of where in the matrix the weights lie |
+//!
+//! A penalty says nothing of its factor: the loss is `loss + factor * penalty.value(w)`, and the proximal step with learning
+//! rate `lr` is `penalty.prox(w, lr * factor)`; [`ScaledProx`] is the same in the metric of a diagonal.
+
+mod group;
+mod groups;
+mod lp;
+mod scaled;
+mod spatial;
+#[cfg(test)]
+mod tests;
+mod unit;
+
+pub use group::{GroupLasso, SparseGroupLasso};
+pub use groups::Grouping;
+pub use lp::Lp;
+pub use scaled::ScaledProx;
+pub use spatial::Spatial;
+pub use unit::UnitLasso;
+
+use candle_core::{Result, Tensor};
+
+/// A function of one tensor of weights that is added to a loss, times a factor.
+///
+/// On the CPU a weight that is NaN or infinite is an error; on a GPU, where nothing waits for the device, the result is NaN.
+pub trait Penalty: std::fmt::Debug + Send + Sync {
+    /// In messages and tables.
+    fn name(&self) -> String;
+    /// The penalty as a scalar in f32 (f64 for f64), differentiable: a custom op whose backward is `gradient`.
+    fn value(&self, w: &Tensor) -> Result<Tensor>;
+    /// A (sub)gradient in w's shape and dtype; zero at exact zeros.
+    fn gradient(&self, w: &Tensor) -> Result<Tensor>;
+    /// `argmin_x 1/2 ||x - w||^2 + step penalty(x)`; an error where there is no closed form.
+    fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor>;
+}
