@@ -9,6 +9,7 @@
 //! | [`tape`] | what a layer reports of a backward pass; likelihoods and Fisher matrices |
 //! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
 //! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
+//! | [`penalty`] | penalties of weights and the priors they stand for |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!
@@ -24,4 +25,5 @@ pub mod linalg;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+pub mod penalty;
 pub mod tape;
