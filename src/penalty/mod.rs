@@ -1,10 +1,13 @@
 //! Functions of weights that are added to a loss, and the priors they stand for.
 
+mod admissible;
 mod factor;
+mod fft;
 mod norms;
 mod prior;
 mod variational;
 
+pub use admissible::{Failure, Grid, Posterior, Report, deconvolve};
 pub use factor::{Factor, Family, Init};
 pub use prior::Prior;
 pub use variational::{MeanField, kl, variational_loss};
