@@ -6,8 +6,10 @@ mod fft;
 mod norms;
 mod prior;
 mod variational;
+mod verdict;
 
-pub use admissible::{Failure, Grid, Posterior, Report, deconvolve};
+pub use admissible::{Grid, Posterior, deconvolve};
 pub use factor::{Factor, Family, Init};
 pub use prior::Prior;
 pub use variational::{MeanField, kl, variational_loss};
+pub use verdict::{Failure, Report};

@@ -215,6 +215,8 @@ pub fn variational_loss(mean_nll: &Tensor, layers: &[&MeanField], examples: usiz
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::ops::testing::{check_gradients, random, random_var, values};
 
@@ -253,6 +255,24 @@ mod tests {
             assert!((mean - exact).abs() < 5. * error, "{prior:?}: {mean} +- {error}, {exact}");
         }
         Ok(())
+    }
+
+    proptest! {
+        /// A divergence is never negative, whatever the shapes and scales.
+        #[test]
+        fn is_not_negative(
+            groups in 1usize..5, size in 1usize..9, stream in 0u64..1000, mean in -20f64..20., scale in -20f64..20.,
+            factor in -20f64..20.,
+        ) {
+            let of = |stream, scale: f64| random(stream, &[groups, size]).and_then(|x| x * 10f64.powf(scale));
+            let mu = of(stream, mean).unwrap();
+            let log_s = (random(stream + 1, &[groups, size]).unwrap() + scale * 10f64.ln()).unwrap();
+            let factor = 10f64.powf(factor);
+            for prior in [Prior::l2(factor), Prior::l1(factor), Prior::group_lasso(factor, size)] {
+                let value = kl(&prior.unwrap(), &mu, &log_s).and_then(|v| v.to_scalar::<f64>()).unwrap();
+                prop_assert!(value >= 0. && value.is_finite(), "{value}");
+            }
+        }
     }
 
     #[test]
