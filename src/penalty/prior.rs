@@ -213,7 +213,8 @@ impl Prior {
                 let first = (block * size) as u64;
                 let places = (first..first + size as u64).map(|i| i | SECOND);
                 let radius = -places.map(|i| (1. - uniform(i)).ln()).sum::<f64>() / factor;
-                let length = norm(w);
+                // Zero once in 2^53 draws of a group of one.
+                let length = norm(w).max(f64::MIN_POSITIVE);
                 w.iter_mut().for_each(|w| *w *= radius / length);
             }
         }
