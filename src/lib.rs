@@ -9,7 +9,7 @@
 //! | [`tape`] | what a layer reports of a backward pass; likelihoods and Fisher matrices |
 //! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
 //! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
-//! | [`penalty`] | functions of the weights that are added to a loss: norms of groups, proximal steps |
+//! | [`penalty`] | functions of the weights that are added to a loss, their proximal steps, and the priors they stand for |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!

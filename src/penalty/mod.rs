@@ -10,22 +10,38 @@
 //!
 //! A penalty says nothing of its factor: the loss is `loss + factor * penalty.value(w)`, and the proximal step with learning
 //! rate `lr` is `penalty.prox(w, lr * factor)`; [`ScaledProx`] is the same in the metric of a diagonal.
+//!
+//! A penalty that is the divergence of a variational posterior from a prior stands for that prior: [`Prior`] has its density and samples,
+//! [`kl`] the divergences, [`MeanField`] a posterior to train with them, [`deconvolve`] finds the prior of a penalty or why there is
+//! none, and [`Factor`] is the factor that the prior predicts.
 
+mod admissible;
+mod factor;
+mod fft;
 mod group;
 mod groups;
 mod lp;
+mod norms;
+mod prior;
 mod scaled;
 mod spatial;
 #[cfg(test)]
 mod tests;
 mod unit;
+mod variational;
+mod verdict;
 
+pub use admissible::{Grid, Posterior, deconvolve};
+pub use factor::{Factor, Family, Init};
 pub use group::{GroupLasso, SparseGroupLasso};
 pub use groups::Grouping;
 pub use lp::Lp;
+pub use prior::Prior;
 pub use scaled::ScaledProx;
 pub use spatial::Spatial;
 pub use unit::UnitLasso;
+pub use variational::{MeanField, kl, variational_loss};
+pub use verdict::{Failure, Report};
 
 use candle_core::{Result, Tensor};
 
