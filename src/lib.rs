@@ -10,6 +10,7 @@
 //! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
 //! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
+//! | [`penalty`] | projections, multipliers, and what holds for which weights |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!
 //! The README, with its example, follows.
@@ -24,4 +25,6 @@ pub mod linalg;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+mod pattern;
+pub mod penalty;
 pub mod tape;

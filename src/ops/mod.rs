@@ -12,7 +12,7 @@ mod cross;
 pub(crate) mod cross_entropy;
 pub mod dense;
 pub(crate) mod dropout;
-mod element;
+pub(crate) mod element;
 pub mod factor;
 mod factor_gpu;
 mod factor_tiles;
