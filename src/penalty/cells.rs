@@ -4,74 +4,53 @@ use super::groups::Grouping;
 use candle_core::{Result, WithDType, bail};
 use std::ops::Range;
 
-/// A grouping of a tensor of known shape.
+/// A grouping of a tensor of known shape. Every grouping is one into blocks of `rows` x `columns` elements of an `m` x `n` matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cells {
-    /// The groups are the places of the middle axis of `[outer, groups, inner]`.
-    Axis { outer: usize, groups: usize, inner: usize },
-    /// Blocks of a matrix.
-    Blocks { matrix: (usize, usize), block: (usize, usize) },
+pub(crate) struct Cells {
+    m: usize,
+    n: usize,
+    rows: usize,
+    columns: usize,
 }
 
 impl Cells {
     /// # Errors
-    /// If the grouping makes no sense for a tensor of this shape.
+    /// If blocks have no rows or no columns.
     pub fn of(grouping: Grouping, dims: &[usize]) -> Result<Self> {
-        let count = dims.iter().product();
-        if grouping == Grouping::Whole {
-            return Ok(Self::Axis { outer: 1, groups: 1, inner: count });
-        }
-        let Some((&rows, rest)) = dims.split_first() else {
-            bail!("{grouping:?}: expected weights [out, ..], got a scalar")
-        };
-        let columns = rest.iter().product();
-        Ok(match grouping {
-            Grouping::Whole => Self::Axis { outer: 1, groups: 1, inner: count },
-            Grouping::Rows | Grouping::Filters => Self::Axis { outer: 1, groups: rows, inner: columns },
-            Grouping::Columns => Self::Axis { outer: rows, groups: columns, inner: 1 },
-            Grouping::InputChannels => {
-                let Some((&channels, kernel)) = rest.split_first() else {
-                    bail!("{grouping:?}: expected weights [out, in, ..], got {dims:?}")
-                };
-                Self::Axis { outer: rows, groups: channels, inner: kernel.iter().product() }
-            }
-            Grouping::Blocks { rows: 0, .. } | Grouping::Blocks { columns: 0, .. } => {
+        let product = |from: usize| dims.get(from..).unwrap_or(&[]).iter().product::<usize>();
+        let (m, n) = (dims.first().copied().unwrap_or(1), product(1));
+        let (rows, columns) = match grouping {
+            Grouping::Rows | Grouping::Filters => (1, n),
+            Grouping::Columns => (m, 1),
+            Grouping::InputChannels => (m, product(2)),
+            Grouping::Blocks { rows, columns } if rows == 0 || columns == 0 => {
                 bail!("{grouping:?}: expected blocks of at least one row and column")
             }
-            Grouping::Blocks { rows: height, columns: width } => {
-                Self::Blocks { matrix: (rows, columns), block: (height, width) }
-            }
-        })
+            Grouping::Blocks { rows, columns } => (rows, columns),
+            Grouping::Whole => (m, n),
+        };
+        Ok(Self { m, n, rows: rows.clamp(1, m.max(1)), columns: columns.clamp(1, n.max(1)) })
     }
 
     /// The number of groups.
     pub fn count(&self) -> usize {
-        match *self {
-            Self::Axis { groups, .. } => groups,
-            Self::Blocks { matrix: (m, n), block: (height, width) } => m.div_ceil(height) * n.div_ceil(width),
-        }
+        self.m.div_ceil(self.rows) * self.n.div_ceil(self.columns)
     }
 
     /// Calls `f` with the contiguous runs that the groups consist of, in memory order: group and places.
     #[inline]
     pub fn each(&self, mut f: impl FnMut(usize, Range<usize>)) {
-        match *self {
-            Self::Axis { outer, groups, inner } => {
-                for i in 0..outer {
-                    for group in 0..groups {
-                        let start = (i * groups + group) * inner;
-                        f(group, start..start + inner);
-                    }
-                }
+        let Self { m, n, rows, columns } = *self;
+        if columns == n {
+            for group in 0..m.div_ceil(rows) {
+                f(group, group * rows * n..m.min((group + 1) * rows) * n);
             }
-            Self::Blocks { matrix: (m, n), block: (height, width) } => {
-                let across = n.div_ceil(width);
-                for row in 0..m {
-                    for j in 0..across {
-                        let end = n.min((j + 1) * width);
-                        f(row / height * across + j, row * n + j * width..row * n + end);
-                    }
-                }
+            return;
+        }
+        let across = n.div_ceil(columns);
+        for i in 0..m {
+            for j in 0..across {
+                f(i / rows * across + j, i * n + j * columns..i * n + n.min((j + 1) * columns));
             }
         }
     }
@@ -170,13 +149,11 @@ mod tests {
         assert_eq!(map(Grouping::Rows, &[3]), [0, 1, 2]);
         let blocks = Grouping::Blocks { rows: 2, columns: 2 };
         assert_eq!(map(blocks, &[3, 3]), [0, 0, 1, 0, 0, 1, 2, 2, 3]);
-        for (grouping, dims) in [
-            (Grouping::Rows, &[][..]),
-            (Grouping::InputChannels, &[3]),
-            (Grouping::Blocks { rows: 0, columns: 1 }, &[2, 2]),
-        ] {
-            assert!(Cells::of(grouping, dims).is_err());
-        }
+        assert_eq!(map(Grouping::InputChannels, &[2, 2]), [0, 1, 0, 1]);
+        assert_eq!(map(Grouping::Columns, &[3]), [0, 0, 0]);
+        assert_eq!(map(Grouping::Rows, &[]), [0]);
+        assert!(Cells::of(Grouping::Blocks { rows: 0, columns: 1 }, &[2, 2]).is_err());
+        assert_eq!(Cells::of(Grouping::Rows, &[2, 0]).unwrap().sums(&[0f32; 0], |v| v), [0.0; 0]);
     }
 
     #[test]

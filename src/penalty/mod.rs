@@ -3,10 +3,12 @@
 mod ball;
 mod cells;
 mod groups;
+mod multiplier;
 mod simplex;
 
 pub use ball::Set;
 pub use groups::Grouping;
+pub use multiplier::{Dual, Kkt, Multiplier, Omega, Report};
 
 use candle_core::{Result, Tensor};
 
