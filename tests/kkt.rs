@@ -250,3 +250,51 @@ fn refusals() -> Result<()> {
     assert_eq!(multiplier.alpha(), before);
     Ok(())
 }
+
+/// Columns that are kept short while a net with half-precision Vars trains: their masters stay in the set too, so that the next step
+/// starts there. With f32 Vars, `constrain` and `after_step` are one.
+#[test]
+fn masters_are_projected() -> Result<()> {
+    use kronwake::nn::{self, Module, Optimizer, VarBuilder, VarMap, loss};
+    use kronwake::optim::{KFac, ParamsKFac};
+    use kronwake::penalty::{Constraints, Rule};
+    use kronwake::tape::{Likelihood, Tape};
+
+    let set = Set::MaxNorm { grouping: Grouping::Rows, radius: 0.25 };
+    let train = |dtype: DType, masters: bool| -> Result<(Tensor, Tensor)> {
+        let varmap = VarMap::new();
+        let vb = VarBuilder::from_varmap(&varmap, dtype, &Device::Cpu);
+        let tape = Tape::new();
+        let model = tape.build(|| nn::linear(3, 2, vb.pp("fc")))?;
+        let start = Tensor::new(&[[0.1f32, 0.0, 0.05], [0.0, 0.1, -0.05]], &Device::Cpu)?.to_dtype(dtype)?;
+        varmap.data().lock().unwrap()["fc.weight"].set(&start)?;
+        varmap.data().lock().unwrap()["fc.bias"].set(&start.get(0)?.narrow(0, 0, 2)?)?;
+        let mut opt = KFac::from_varmap(&varmap, ParamsKFac { lr: 0.5, ..ParamsKFac::on(&tape) })?;
+        let rules = [("*.weight", Rule::Project { set }), ("*.bias", Rule::Free)];
+        let mut constraints = Constraints::new(&varmap, &rules)?;
+        let x = Tensor::new(&[[1f32, 0., 1.], [0., 1., 1.], [1., 1., 0.]], &Device::Cpu)?.to_dtype(dtype)?;
+        let y = Tensor::new(&[0u32, 1, 0], &Device::Cpu)?;
+        for _ in 0..20 {
+            let logits = model.forward(&x)?.to_dtype(DType::F32)?;
+            opt.observe(&logits, Likelihood::Categorical)?;
+            opt.backward_step(&loss::cross_entropy(&logits, &y)?)?;
+            if masters { opt.constrain(&mut constraints)? } else { constraints.after_step(0.5)? }
+        }
+        let before = varmap.data().lock().unwrap()["fc.weight"].copy()?;
+        // A step of no length shows the masters.
+        opt.set_learning_rate(0.0);
+        let logits = model.forward(&x)?.to_dtype(DType::F32)?;
+        opt.observe(&logits, Likelihood::Categorical)?;
+        opt.backward_step(&loss::cross_entropy(&logits, &y)?)?;
+        let after = varmap.data().lock().unwrap()["fc.weight"].copy()?;
+        Ok((before, after))
+    };
+    let (a, b) = (train(DType::F32, true)?.0, train(DType::F32, false)?.0);
+    assert_eq!(a.to_vec2::<f32>()?, b.to_vec2::<f32>()?);
+    let (before, after) = train(DType::BF16, true)?;
+    assert_eq!(before.to_dtype(DType::F32)?.to_vec2::<f32>()?, after.to_dtype(DType::F32)?.to_vec2::<f32>()?);
+    assert!(set.violation(&after)? <= 0.25 * 0.01);
+    let (_, after) = train(DType::BF16, false)?;
+    assert!(set.violation(&after)? > 0.25 * 0.01, "without the masters the next step undoes the projection");
+    Ok(())
+}

@@ -86,6 +86,12 @@ impl Set {
         Ok(())
     }
 
+    /// [`Set::check`], also of the grouping, for weights of these dimensions.
+    pub(crate) fn check_for(&self, dims: &[usize]) -> Result<Cells> {
+        self.check()?;
+        Cells::of(self.grouping(), dims)
+    }
+
     /// The nearest point of the set, in `w`'s shape, dtype and device; not differentiable. `w` itself, bit for bit, if it lies in the
     /// set, and nothing else, so that a second projection changes nothing.
     ///
@@ -122,8 +128,7 @@ impl Set {
     }
 
     fn with<T: WithDType, R>(&self, w: &Tensor, f: impl FnOnce(&[T], &Cells) -> Result<R>) -> Result<R> {
-        self.check()?;
-        let cells = Cells::of(self.grouping(), w.dims())?;
+        let cells = self.check_for(w.dims())?;
         let w = w.detach().to_device(&Device::Cpu)?;
         let host = Host::of(&w);
         let x = host.values::<T>()?;

@@ -2,11 +2,13 @@
 
 mod ball;
 mod cells;
+mod constraints;
 mod groups;
 mod multiplier;
 mod simplex;
 
 pub use ball::Set;
+pub use constraints::{Constraints, Rule};
 pub use groups::Grouping;
 pub use multiplier::{Dual, Kkt, Multiplier, Omega, Report};
 
