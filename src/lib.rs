@@ -9,8 +9,8 @@
 //! | [`tape`] | what a layer reports of a backward pass; likelihoods and Fisher matrices |
 //! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
 //! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
+//! | [`penalty`] | functions of the weights that are added to a loss, proximal steps, projections and multipliers |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
-//! | [`penalty`] | projections, multipliers, and what holds for which weights |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!
 //! The README, with its example, follows.

@@ -16,19 +16,31 @@ const COLORS: [RGBColor; 6] = [
     RGBColor(0, 158, 115),
 ];
 
-/// Draws the hidden units with the largest last multipliers, and one that has none if there is one.
+/// Draws the hidden units whose multipliers were largest on the average.
 pub fn multipliers(path: &Path, trace: &[At]) -> Result<()> {
-    let Some(last) = trace.last() else { return Ok(()) };
-    let mut units: Vec<usize> = (0..last.report.alpha.len()).collect();
-    units.sort_by(|&a, &b| last.report.alpha[b].total_cmp(&last.report.alpha[a]));
-    // Spread over the ranks, the first and the last among them.
-    let chosen: Vec<usize> =
-        (0..COLORS.len()).map(|i| units[i * (units.len() - 1) / (COLORS.len() - 1)]).collect();
+    let total = |unit: usize| trace.iter().map(|at| at.report.alpha[unit]).sum::<f64>();
+    let mut units: Vec<usize> = (0..trace.first().map_or(0, |at| at.report.alpha.len())).collect();
+    units.sort_by(|&a, &b| total(b).total_cmp(&total(a)));
+    units.truncate(COLORS.len());
     let root = SVGBackend::new(path, (820, 720)).into_drawing_area();
     root.fill(&WHITE).map_err(Error::wrap)?;
     let (top, bottom) = root.split_vertically(360);
-    panel(&top, trace, &chosen, "multiplier of a hidden unit", |at, unit| at.report.alpha[unit])?;
-    panel(&bottom, trace, &chosen, "norm of its weights less the bound", |at, unit| at.report.excess[unit])?;
+    panel(
+        &top,
+        trace,
+        &units,
+        "multiplier of a hidden unit",
+        SeriesLabelPosition::UpperRight,
+        |at, unit| at.report.alpha[unit],
+    )?;
+    panel(
+        &bottom,
+        trace,
+        &units,
+        "norm of its weights less the bound",
+        SeriesLabelPosition::LowerRight,
+        |at, unit| at.report.excess[unit],
+    )?;
     root.present().map_err(Error::wrap)
 }
 
@@ -37,6 +49,7 @@ fn panel(
     trace: &[At],
     units: &[usize],
     y: &str,
+    legend: SeriesLabelPosition,
     value: impl Fn(&At, usize) -> f64,
 ) -> Result<()> {
     let values = || trace.iter().flat_map(|at| units.iter().map(|&unit| value(at, unit)));
@@ -54,7 +67,7 @@ fn panel(
         .configure_mesh()
         .max_light_lines(0)
         .x_label_formatter(&|step| step.to_string())
-        .y_label_formatter(&|v| ((v * 1e4).round() / 1e4).to_string())
+        .y_label_formatter(&|v| ((v * 1e4).round() / 1e4 + 0.0).to_string())
         .x_desc("step")
         .y_desc(y)
         .label_style(text)
@@ -74,7 +87,7 @@ fn panel(
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(legend)
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK)
         .label_font(text)

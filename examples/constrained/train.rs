@@ -5,7 +5,8 @@ use super::data::{Data, Part, order};
 use super::weights;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kronwake::nn::{self, Linear, Module, Optimizer, SGD, VarBuilder, VarMap, loss};
-use kronwake::penalty::{Constraints, Dual, Grouping, Omega, Report, Rule, Set};
+use kronwake::penalty::{Constraints, Dual, Grouping, Lp, Omega, Report, Rule, Set};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What keeps the weights small.
@@ -27,13 +28,15 @@ impl Method {
         }
     }
 
-    fn rules(self, radius: f64) -> Vec<(&'static str, Rule)> {
-        let grouping = Grouping::Rows;
+    fn rules(self, args: &Args) -> Vec<(&'static str, Rule)> {
+        let (grouping, radius) = (Grouping::Rows, args.radius);
         let project = Rule::Project { set: Set::MaxNorm { grouping, radius } };
         let dual = Dual::nu_pi(0.05, 1e-3, 0.9);
         let multiply = Rule::Multiply { omega: Omega::Norm(grouping), bound: radius, dual };
+        let penalize = Rule::Penalize { penalty: Arc::new(Lp::l2()), factor: args.decay };
         match self {
-            Self::Nothing | Self::Decay => vec![("*", Rule::Free)],
+            Self::Nothing => vec![("*", Rule::Free)],
+            Self::Decay => vec![("*.bias", Rule::Free), ("*.weight", penalize)],
             Self::MaxNorm => vec![("*", Rule::Free), ("fc1.weight", project)],
             Self::Multipliers => vec![("*", Rule::Free), ("fc1.weight", multiply)],
         }
@@ -90,7 +93,7 @@ pub fn train(args: &Args, data: &Data, method: Method) -> Result<Run> {
     let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
     let net = Net { fc1: nn::linear(784, 128, vb.pp("fc1"))?, fc2: nn::linear(128, 10, vb.pp("fc2"))? };
     weights::draw(&varmap, args.seed)?;
-    let mut constraints = Constraints::new(&varmap, &method.rules(args.radius))?;
+    let mut constraints = Constraints::new(&varmap, &method.rules(args))?;
     let mut sgd = SGD::new(varmap.all_vars(), args.lr)?;
     let batch = |part: &Part, places: &[usize]| data.batch(part, places, DType::F32, &Device::Cpu);
     let started = Instant::now();
@@ -99,12 +102,7 @@ pub fn train(args: &Args, data: &Data, method: Method) -> Result<Run> {
     for epoch in 0..args.epochs {
         for places in order(data.train.len(), Some(args.seed), epoch).chunks(args.batch) {
             let (x, y) = batch(&data.train, places)?;
-            let mut loss = (loss::cross_entropy(&net.forward(&x)?, &y)? + constraints.loss()?)?;
-            if method == Method::Decay {
-                for layer in [&net.fc1, &net.fc2] {
-                    loss = (loss + (layer.weight().sqr()?.sum_all()? * args.decay)?)?;
-                }
-            }
+            let loss = (loss::cross_entropy(&net.forward(&x)?, &y)? + constraints.loss()?)?;
             if !loss.to_scalar::<f32>()?.is_finite() {
                 bail!("{}: the loss is not finite in epoch {}; lower --lr", method.title(), epoch + 1)
             }

@@ -16,6 +16,9 @@ pub(crate) mod element;
 pub mod factor;
 mod factor_gpu;
 mod factor_tiles;
+pub(crate) mod group;
+pub(crate) mod group_host;
+pub(crate) mod known;
 mod lanes;
 pub(crate) mod memory;
 mod moment;
@@ -32,6 +35,7 @@ pub mod rng;
 mod rows;
 pub mod sample;
 pub mod softmax;
+pub(crate) mod spatial;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod update;

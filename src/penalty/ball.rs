@@ -210,10 +210,10 @@ impl Set {
                 Ok(below(x.iter().map(|v| v.to_f64()), total).into_iter().map(T::from_f64).collect())
             }
             Self::Sphere { radius, .. } => {
-                let (norms, sizes) = (norms(x, cells)?, cells.sizes());
+                let norms = norms(x, cells)?;
                 let mut out = x.to_vec();
                 cells.each(|group, run| {
-                    let equal = radius / (sizes[group] as f64).sqrt();
+                    let equal = radius / (cells.size(group) as f64).sqrt();
                     for v in &mut out[run] {
                         let scaled = v.to_f64() / norms[group] * radius;
                         *v = T::from_f64(if norms[group] > 0.0 { scaled } else { equal });

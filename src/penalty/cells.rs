@@ -1,53 +1,37 @@
 //! Where the members of a [`Grouping`]'s groups lie in a tensor's row-major memory, and the groups' norms.
 
 use super::groups::Grouping;
-use candle_core::{Result, WithDType, bail};
+use crate::ops::group::Tiles;
+use candle_core::{Result, WithDType};
 use std::ops::Range;
 
-/// A grouping of a tensor of known shape. Every grouping is one into blocks of `rows` x `columns` elements of an `m` x `n` matrix.
+/// A grouping of a tensor of known shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Cells {
-    m: usize,
-    n: usize,
-    rows: usize,
-    columns: usize,
-}
+pub(crate) struct Cells(Tiles);
 
 impl Cells {
     /// # Errors
     /// If blocks have no rows or no columns.
     pub fn of(grouping: Grouping, dims: &[usize]) -> Result<Self> {
-        let product = |from: usize| dims.get(from..).unwrap_or(&[]).iter().product::<usize>();
-        let (m, n) = (dims.first().copied().unwrap_or(1), product(1));
-        let (rows, columns) = match grouping {
-            Grouping::Rows | Grouping::Filters => (1, n),
-            Grouping::Columns => (m, 1),
-            Grouping::InputChannels => (m, product(2)),
-            Grouping::Blocks { rows, columns } if rows == 0 || columns == 0 => {
-                bail!("{grouping:?}: expected blocks of at least one row and column")
-            }
-            Grouping::Blocks { rows, columns } => (rows, columns),
-            Grouping::Whole => (m, n),
-        };
-        Ok(Self { m, n, rows: rows.clamp(1, m.max(1)), columns: columns.clamp(1, n.max(1)) })
+        Ok(Self(grouping.tiles(dims)?))
     }
 
     /// The number of groups.
     pub fn count(&self) -> usize {
-        self.m.div_ceil(self.rows) * self.n.div_ceil(self.columns)
+        self.0.count()
     }
 
     /// Calls `f` with the contiguous runs that the groups consist of, in memory order: group and places.
     #[inline]
     pub fn each(&self, mut f: impl FnMut(usize, Range<usize>)) {
-        let Self { m, n, rows, columns } = *self;
+        let Tiles { m, n, rows, columns } = self.0;
         if columns == n {
             for group in 0..m.div_ceil(rows) {
                 f(group, group * rows * n..m.min((group + 1) * rows) * n);
             }
             return;
         }
-        let across = n.div_ceil(columns);
+        let across = self.0.across();
         for i in 0..m {
             for j in 0..across {
                 f(i / rows * across + j, i * n + j * columns..i * n + n.min((j + 1) * columns));
@@ -62,11 +46,9 @@ impl Cells {
         sums
     }
 
-    /// The members of every group.
-    pub fn sizes(&self) -> Vec<usize> {
-        let mut sizes = vec![0; self.count()];
-        self.each(|group, run| sizes[group] += run.len());
-        sizes
+    /// The number of a group's members.
+    pub fn size(&self, group: usize) -> usize {
+        self.0.size(group)
     }
 
     /// The Euclidean norm of every group, of finite `x`.
@@ -133,8 +115,7 @@ mod tests {
         let cells = Cells::of(grouping, dims).unwrap();
         cells.each(|group, run| groups[run].fill(group));
         assert_eq!(groups.iter().max().map_or(0, |g| g + 1), cells.count());
-        let sizes = cells.sizes();
-        assert!((0..cells.count()).all(|g| sizes[g] == groups.iter().filter(|&&h| h == g).count()));
+        assert!((0..cells.count()).all(|g| cells.size(g) == groups.iter().filter(|&&h| h == g).count()));
         groups
     }
 

@@ -1,20 +1,49 @@
-//! Regularizers and constraints on weights.
+//! Penalties of weights, added to a loss or applied as a proximal step after the optimizer's, and constraints on them.
+//!
+//! | type | value |
+//! |---|---|
+//! | [`Lp`] | `sum abs w`, `sum w^2`, or a mixture of both |
+//! | [`GroupLasso`] | the norms of groups of weights: whole rows, columns, channels or blocks become zero |
+//! | [`SparseGroupLasso`] | a mixture of the group lasso and L1 |
+//! | [`UnitLasso`] | the group lasso of hidden units, whose weights are in two layers |
+//! | [`Spatial`] | an entropy of where in the matrix the weights lie |
+//!
+//! A penalty says nothing of its factor: the loss is `loss + factor * penalty.value(w)`, and the proximal step with learning
+//! rate `lr` is `penalty.prox(w, lr * factor)`; [`ScaledProx`] is the same in the metric of a diagonal.
+//!
+//! `J + alpha Omega` and `min J` subject to `Omega <= k` have the same optima (Goodfellow, Bengio, Courville, *Deep Learning*, section
+//! 7.2): a [`Set`] is projected on after the step, a [`Multiplier`] finds the `alpha` that belongs to a `k`, and [`Constraints`] says
+//! which of all this holds for which Vars of a model, beside any optimizer.
 
 mod ball;
 mod cells;
 mod constraints;
+mod group;
 mod groups;
+mod lp;
 mod multiplier;
+mod scaled;
 mod simplex;
+mod spatial;
+#[cfg(test)]
+mod tests;
+mod unit;
 
 pub use ball::Set;
 pub use constraints::{Constraints, Rule};
+pub use group::{GroupLasso, SparseGroupLasso};
 pub use groups::Grouping;
+pub use lp::Lp;
 pub use multiplier::{Dual, Kkt, Multiplier, Omega, Report};
+pub use scaled::ScaledProx;
+pub use spatial::Spatial;
+pub use unit::UnitLasso;
 
 use candle_core::{Result, Tensor};
 
 /// A function of one tensor of weights that is added to a loss, times a factor.
+///
+/// On the CPU a weight that is NaN or infinite is an error; on a GPU, where nothing waits for the device, the result is NaN.
 pub trait Penalty: std::fmt::Debug + Send + Sync {
     /// In messages and tables.
     fn name(&self) -> String;

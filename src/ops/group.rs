@@ -1,0 +1,374 @@
+//! Norms of groups of weights: their sums, the gradients and proximal steps made of them.
+//!
+//! With `u = |w|`, a penalty here is `sum_i (l1 u_i + l2 u_i^2) + sum_g c_g ||w_g||`, `c_g = group sqrt(n_g)` or `group`. The
+//! sums `(sum w^2, sum |w|)` of each group are taken in one pass over the weights and kept in f64, in which no square of an f32
+//! weight overflows or vanishes; a second pass makes the gradient or the proximal step. The latter is
+//! `x = shrink (1 - step c_g / ||s_g||)_+ s`, where `s` is `w` softly thresholded at `step l1` and
+//! `shrink = 1 / (1 + 2 step l2)`.
+
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor, WithDType, bail};
+
+use super::element::{Host, float_dispatch};
+use super::{group_host, known};
+use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
+
+/// Blocks of `rows` x `columns` elements of an `m` x `n` matrix, smaller at its right and lower edge. A group is one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tiles {
+    pub m: usize,
+    pub n: usize,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+impl Tiles {
+    /// Larger blocks than the matrix are cut to it.
+    pub fn new([m, n]: [usize; 2], [rows, columns]: [usize; 2]) -> Self {
+        Self { m, n, rows: rows.clamp(1, m.max(1)), columns: columns.clamp(1, n.max(1)) }
+    }
+
+    /// Blocks side by side.
+    pub fn across(&self) -> usize {
+        self.n.div_ceil(self.columns)
+    }
+
+    pub fn count(&self) -> usize {
+        if self.n == 0 { 0 } else { self.m.div_ceil(self.rows) * self.across() }
+    }
+
+    /// Elements of a block.
+    pub fn size(&self, group: usize) -> usize {
+        let (i, j) = (group / self.across() * self.rows, group % self.across() * self.columns);
+        self.rows.min(self.m - i) * self.columns.min(self.n - j)
+    }
+
+    /// Where the elements of a block lie.
+    pub fn members(&self, group: usize) -> impl Iterator<Item = usize> + use<> {
+        let (i, j) = (group / self.across() * self.rows, group % self.across() * self.columns);
+        let (down, right, n) = ((i + self.rows).min(self.m), (j + self.columns).min(self.n), self.n);
+        (i..down).flat_map(move |row| (j..right).map(move |column| row * n + column))
+    }
+
+    /// How many elements in a row are of one block: all of it where blocks are as wide as the matrix.
+    pub fn run(&self) -> usize {
+        if self.columns == self.n { self.rows * self.n } else { self.columns }
+    }
+}
+
+/// A penalty made of norms; the factors are at least 0.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Norms {
+    pub name: &'static str,
+    pub l1: f64,
+    pub l2: f64,
+    /// The factor of the groups' norms.
+    pub group: f64,
+    /// Whether it is times the root of a group's size.
+    pub sized: bool,
+}
+
+/// What is made of each weight.
+#[derive(Clone, Copy)]
+pub(crate) enum Map<'a> {
+    /// The gradient, times a scalar of the accumulator's dtype.
+    Gradient(Option<&'a Tensor>),
+    Prox {
+        step: f64,
+    },
+}
+
+/// The dtype of a penalty's value.
+pub(crate) fn value_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { dtype } else { DType::F32 }
+}
+
+impl Norms {
+    /// `c_g` of a group of `size` weights.
+    pub fn factor(&self, size: usize) -> f64 {
+        if self.sized { self.group * (size as f64).sqrt() } else { self.group }
+    }
+
+    /// The penalty as a differentiable scalar.
+    pub fn value(self, w: &Tensor, tiles: Tiles) -> Result<Tensor> {
+        let weights = w.detach().contiguous()?;
+        let sums = self.sums(&weights, tiles, 0.)?;
+        let value = self.value_of(&sums, tiles, 0, w.dtype())?;
+        known::of_one(self.name, w, value, move |grad| {
+            self.map(&weights, tiles, Some((&sums, 0)), Map::Gradient(Some(grad)))
+        })
+    }
+
+    pub fn gradient(&self, w: &Tensor, tiles: Tiles) -> Result<Tensor> {
+        let w = w.detach().contiguous()?;
+        let sums = if self.group > 0. { Some(self.sums(&w, tiles, 0.)?) } else { None };
+        self.map(&w, tiles, sums.as_ref().map(|sums| (sums, 0)), Map::Gradient(None))
+    }
+
+    pub fn prox(&self, w: &Tensor, tiles: Tiles, step: f64) -> Result<Tensor> {
+        self.check_step(step)?;
+        let w = w.detach().contiguous()?;
+        let sums = if self.group > 0. { Some(self.sums(&w, tiles, step * self.l1)?) } else { None };
+        self.map(&w, tiles, sums.as_ref().map(|sums| (sums, 0)), Map::Prox { step })
+    }
+
+    pub fn check_step(&self, step: f64) -> Result<()> {
+        if !(0. ..f64::INFINITY).contains(&step) {
+            bail!("{}: a proximal step of {step}, expected a finite number of at least 0", self.name)
+        }
+        Ok(())
+    }
+
+    /// `(sum s^2, sum |s|)` of each group, `[groups, 2]` in f64, where `s` is `w` softly thresholded; `w` is contiguous.
+    ///
+    /// # Errors
+    /// On the CPU, if a weight is NaN or infinite.
+    pub fn sums(&self, w: &Tensor, tiles: Tiles, threshold: f64) -> Result<Tensor> {
+        if let Some(gpu) = Gpu::of(w.device()) {
+            return gpu_sums(&gpu, w, tiles, threshold);
+        }
+        let sums = float_dispatch!(self.name, w.dtype(), T => {
+            let host = Host::of(w);
+            let values = host.values::<T>()?;
+            let sums = group_host::sums(&values, tiles, threshold);
+            // A square in f64 is finite where a weight of f32 is, so that this costs no pass of its own.
+            if !sums.iter().flatten().sum::<f64>().is_finite() {
+                group_host::check(self.name, w.dims(), &values)?;
+            }
+            sums
+        });
+        let flat = sums.into_iter().flatten().collect::<Vec<_>>();
+        Tensor::from_vec(flat, (tiles.count(), 2), &Device::Cpu)
+    }
+
+    /// The value, of groups that have `extra` more weights than `tiles` says.
+    pub fn value_of(&self, sums: &Tensor, tiles: Tiles, extra: usize, dtype: DType) -> Result<Storage> {
+        if let Some(gpu) = Gpu::of(sums.device()) {
+            let out = gpu.storage((), value_dtype(dtype))?;
+            let to = gpu.of_storage(&out, 1, self.name)?;
+            let sums = gpu.operand(sums, self.name)?;
+            let args = ValueArgs {
+                sums: sums.address(),
+                out: to.address(),
+                tiles: tiles.into(),
+                extra: extra as u64,
+                l1: self.l1,
+                l2: self.l2,
+                group: self.group,
+                sized: u64::from(self.sized),
+            };
+            gpu.launch(Module::Group, &typed("group_value", to.dtype)?, Grid::line(1, THREADS)?, &args)?;
+            return Ok(out);
+        }
+        let host = Host::of(sums);
+        let values = host.values::<f64>()?;
+        let (pairs, _) = values.as_chunks::<2>();
+        let terms = pairs.iter().enumerate().map(|(group, [squares, sum])| {
+            self.l1 * sum + self.l2 * squares + self.factor(tiles.size(group) + extra) * squares.sqrt()
+        });
+        let value: f64 = terms.sum();
+        Ok(Storage::Cpu(match value_dtype(dtype) {
+            DType::F64 => f64::to_cpu_storage_owned(vec![value]),
+            _ => f32::to_cpu_storage_owned(vec![value as f32]),
+        }))
+    }
+
+    /// The gradient or the proximal step of contiguous weights, of their groups' sums where the penalty has a norm of groups.
+    pub fn map(
+        &self,
+        w: &Tensor,
+        tiles: Tiles,
+        sums: Option<(&Tensor, usize)>,
+        map: Map<'_>,
+    ) -> Result<Tensor> {
+        if let Some(gpu) = Gpu::of(w.device()) {
+            return self.gpu_map(&gpu, w, tiles, sums, map);
+        }
+        let scale = match map {
+            Map::Gradient(Some(scale)) => scale.to_dtype(DType::F64)?.to_scalar()?,
+            _ => 1.,
+        };
+        let factors = match sums.filter(|_| self.group > 0.) {
+            Some((sums, extra)) => {
+                let host = Host::of(sums);
+                let values = host.values::<f64>()?;
+                let (pairs, _) = values.as_chunks::<2>();
+                let factor = |(group, pair): (usize, &[f64; 2])| {
+                    let (norm, c) = (pair[0].sqrt(), self.factor(tiles.size(group) + extra));
+                    match map {
+                        Map::Gradient(_) if norm > 0. => c / norm,
+                        Map::Prox { step } if norm > step * c => 1. - step * c / norm,
+                        _ => 0.,
+                    }
+                };
+                Some(pairs.iter().enumerate().map(factor).collect::<Vec<f64>>())
+            }
+            None => None,
+        };
+        float_dispatch!(self.name, w.dtype(), T => {
+            let host = Host::of(w);
+            let values = host.values::<T>()?;
+            if factors.is_none() {
+                group_host::check(self.name, w.dims(), &values)?;
+            }
+            let factors = factors.as_deref();
+            let out: Vec<T> = match map {
+                Map::Gradient(_) => {
+                    let (l1, l2) = (self.l1, 2. * self.l2);
+                    group_host::map(&values, tiles, factors.unwrap_or(&[]), 0., |w, factor| {
+                        let sign = f64::from(u8::from(w > 0.)) - f64::from(u8::from(w < 0.));
+                        scale * (l1 * sign + (l2 + factor) * w)
+                    })
+                }
+                Map::Prox { step } => {
+                    let (threshold, shrink) = (step * self.l1, 1. / (1. + 2. * step * self.l2));
+                    group_host::map(&values, tiles, factors.unwrap_or(&[]), 1., |w, factor| {
+                        group_host::soft(w, threshold) * (factor * shrink)
+                    })
+                }
+            };
+            Tensor::from_vec(out, w.shape(), &Device::Cpu)
+        })
+    }
+
+    fn gpu_map(
+        &self,
+        gpu: &Gpu,
+        w: &Tensor,
+        tiles: Tiles,
+        sums: Option<(&Tensor, usize)>,
+        map: Map<'_>,
+    ) -> Result<Tensor> {
+        let (scale, step, prox) = match map {
+            Map::Gradient(scale) => (scale.map(Tensor::contiguous).transpose()?, 0., 0),
+            Map::Prox { step } => (None, step, 1),
+        };
+        let factors = match sums.filter(|_| self.group > 0.) {
+            Some((sums, extra)) => {
+                let factors = gpu.tensor(tiles.count(), DType::F64)?;
+                let (from, to) = (gpu.operand(sums, self.name)?, gpu.operand(&factors, self.name)?);
+                let args = FactorArgs {
+                    sums: from.address(),
+                    factors: to.address(),
+                    tiles: tiles.into(),
+                    extra: extra as u64,
+                    group: self.group,
+                    step,
+                    sized: u64::from(self.sized),
+                    prox,
+                };
+                let grid = Grid::line(tiles.count().div_ceil(THREADS as usize), THREADS)?;
+                gpu.launch(Module::Group, "group_factors", grid, &args)?;
+                Some(factors)
+            }
+            None => None,
+        };
+        let out = gpu.tensor(w.shape(), w.dtype())?;
+        let operand = |t: Option<&Tensor>| t.map(|t| gpu.operand(t, self.name)).transpose();
+        let [from, to] = [gpu.operand(w, self.name)?, gpu.operand(&out, self.name)?];
+        let [factors, scale] = [operand(factors.as_ref())?, operand(scale.as_ref())?];
+        let args = MapArgs {
+            w: from.address(),
+            out: to.address(),
+            factors: factors.as_ref().map_or(0, Operand::address),
+            scale: scale.as_ref().map_or(0, Operand::address),
+            tiles: tiles.into(),
+            threshold: step * self.l1,
+            shrink: 1. / (1. + 2. * step * self.l2),
+            l1: self.l1,
+            l2: 2. * self.l2,
+            prox,
+        };
+        /// Elements of a thread.
+        const EACH: usize = 4;
+        let grid = Grid::line(w.elem_count().div_ceil(THREADS as usize * EACH), THREADS)?;
+        gpu.launch(Module::Group, &typed("group_map", w.dtype())?, grid, &args)?;
+        Ok(out)
+    }
+}
+
+/// Threads of a block, as in `group.cu`.
+const THREADS: u32 = 256;
+
+args! {
+    struct TileArgs { m: u64, n: u64, rows: u64, columns: u64, across: u64, run: u64 }
+}
+
+impl From<Tiles> for TileArgs {
+    fn from(t: Tiles) -> Self {
+        let [m, n, rows, columns, across, run] =
+            [t.m, t.n, t.rows, t.columns, t.across(), t.run()].map(|v| v as u64);
+        Self { m, n, rows, columns, across, run }
+    }
+}
+
+args! {
+    /// The argument of `group_sums` and `group_column_sums`.
+    struct SumArgs { w: u64, partial: u64, tiles: TileArgs, groups: u64, parts: u64, part: u64, threshold: f64, block: u64 }
+}
+
+args! {
+    struct FinishArgs { partial: u64, sums: u64, tiles: TileArgs, groups: u64, parts: u64, by_column: u64 }
+}
+
+args! {
+    struct ValueArgs { sums: u64, out: u64, tiles: TileArgs, extra: u64, l1: f64, l2: f64, group: f64, sized: u64 }
+}
+
+args! {
+    struct FactorArgs { sums: u64, factors: u64, tiles: TileArgs, extra: u64, group: f64, step: f64, sized: u64, prox: u64 }
+}
+
+args! {
+    struct MapArgs {
+        w: u64, out: u64, factors: u64, scale: u64, tiles: TileArgs, threshold: f64, shrink: f64, l1: f64, l2: f64, prox: u64
+    }
+}
+
+fn gpu_sums(gpu: &Gpu, w: &Tensor, tiles: Tiles, threshold: f64) -> Result<Tensor> {
+    const NAME: &str = "group_sums";
+    /// Elements of a block's part of a group, and rows of its part of a column.
+    const PART: usize = 16_384;
+    const ROWS: usize = 128;
+    /// Elements of a group that a block is worth starting for, rather than a warp.
+    const BLOCK: usize = 512;
+    const WARPS: usize = 8;
+    let groups = tiles.count();
+    // Narrow and high blocks are summed column by column, so that neighbouring threads read neighbouring weights.
+    let by_column = tiles.run() < 32 && tiles.rows >= 32;
+    let size = tiles.rows * tiles.columns;
+    let parts = if by_column { tiles.rows.div_ceil(ROWS) } else { size.div_ceil(PART) };
+    let (partials, blocks) = if by_column {
+        let above = tiles.m.div_ceil(tiles.rows);
+        (above * parts * tiles.n, above * parts * tiles.n.div_ceil(32))
+    } else if size > BLOCK {
+        (groups * parts, groups * parts)
+    } else {
+        (groups * parts, (groups * parts).div_ceil(WARPS))
+    };
+    let partial = gpu.tensor(Shape::from((partials, 2)), DType::F64)?;
+    let sums = gpu.tensor((groups, 2), DType::F64)?;
+    let [weights, between, to] = [w, &partial, &sums].map(|t| gpu.operand(t, NAME));
+    let (weights, between, to) = (weights?, between?, to?);
+    let args = SumArgs {
+        w: weights.address(),
+        partial: between.address(),
+        tiles: tiles.into(),
+        groups: groups as u64,
+        parts: parts as u64,
+        part: if by_column { ROWS } else { PART } as u64,
+        threshold,
+        block: u64::from(size > BLOCK),
+    };
+    let kernel = if by_column { "group_column_sums" } else { NAME };
+    gpu.launch(Module::Group, &typed(kernel, w.dtype())?, Grid::line(blocks, THREADS)?, &args)?;
+    let args = FinishArgs {
+        partial: between.address(),
+        sums: to.address(),
+        tiles: tiles.into(),
+        groups: groups as u64,
+        parts: parts as u64,
+        by_column: u64::from(by_column),
+    };
+    gpu.launch(Module::Group, "group_finish", Grid::line(groups.div_ceil(WARPS), THREADS)?, &args)?;
+    Ok(sums)
+}

@@ -1,0 +1,345 @@
+//! The spatial entropy of a layer's weights and its gradient; see [`crate::penalty::Spatial`] for what it means.
+//!
+//! With `a = |W|` seen as `m x n` cells of `k` elements, `S = sum a`, the marginals `r`, `c` of the cells and the shares
+//! `p = a / S` of the elements, the entropy and its largest possible value are
+//!
+//! `H = kappa (H(r) + H(c)) + (1 - kappa) H(p)`, `L = kappa ln(m n) + (1 - kappa) ln(m n k)`,
+//!
+//! the value is `R = 2 ln S + 2 gamma ln(H / L) - ln sum W^2`, and with
+//! `T_ij = -kappa ln(r_i c_j) - (1 - kappa) ln p_ij` the gradient is `2 sign(W_ij) / S (1 + gamma (T_ij - H) / H)`, less
+//! `2 W_ij / sum W^2` where the last term of `R` counts. The shares of rows and columns and `H / L` are at least 1e-9 in
+//! logarithms, as is `p_ij` in that of `T_ij`.
+//!
+//! One pass takes the sums of rows and columns, `sum a ln a` and `sum W^2`, from which `H(p) = ln S - (sum a ln a) / S`; a second
+//! makes the gradient. The sums are in f64, where nothing overflows or vanishes for weights between 1e-150 and 1e150, as if all
+//! were divided by the largest first.
+
+use candle_core::{DType, Device, Result, Storage, Tensor, WithDType};
+use rayon::prelude::*;
+
+use super::element::{Element, Host, Real, float_dispatch};
+use super::group::value_dtype;
+use super::{group_host, known};
+use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
+
+const NAME: &str = "spatial";
+const FLOOR: f64 = 1e-9;
+
+/// The penalty of one layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Entropy {
+    pub kappa: f64,
+    pub gamma: f64,
+    pub exact: bool,
+    /// The value where all weights are zero.
+    pub empty: f64,
+}
+
+/// How weights `(m, n, ..)` are seen: one dimension is a column.
+#[derive(Clone, Copy)]
+struct Shape {
+    m: usize,
+    n: usize,
+    k: usize,
+}
+
+impl Shape {
+    fn of(w: &Tensor) -> Self {
+        let dims = w.dims();
+        let at = |i: usize| dims.get(i).copied().unwrap_or(1);
+        Self { m: at(0), n: at(1), k: dims.get(2..).unwrap_or(&[]).iter().product() }
+    }
+
+    fn width(&self) -> usize {
+        self.n * self.k
+    }
+}
+
+/// What the gradient needs of the first pass.
+struct Seen {
+    /// `ln r` and `ln c`, `[m + n]` in f64.
+    marginals: Tensor,
+    /// `ln S`, `2 / S` (0 of zero weights), `H` (0 where its logarithm is at the floor) and `sum W^2`, in f64.
+    numbers: Tensor,
+}
+
+/// The sums of the first pass, with the rows' and columns' in one vector.
+struct Sums {
+    marginals: Vec<f64>,
+    logs: f64,
+    squares: f64,
+}
+
+/// The logarithm in the type that `T` is computed with in.
+fn ln<T: Element>(size: f64) -> f64 {
+    T::Acc::from_f64(size).ln().to_f64()
+}
+
+fn log_share(share: f64) -> f64 {
+    share.max(FLOOR).ln()
+}
+
+impl Entropy {
+    /// `R` as a differentiable scalar.
+    pub fn value(self, w: &Tensor) -> Result<Tensor> {
+        let weights = w.detach().contiguous()?;
+        let (value, seen) = self.pass(&weights)?;
+        known::of_one(NAME, w, value, move |grad| self.slope(&weights, &seen, Some(grad)))
+    }
+
+    pub fn gradient(&self, w: &Tensor) -> Result<Tensor> {
+        let w = w.detach().contiguous()?;
+        let (_, seen) = self.pass(&w)?;
+        self.slope(&w, &seen, None)
+    }
+
+    /// The value, and what the gradient needs, of contiguous weights.
+    fn pass(&self, w: &Tensor) -> Result<(Storage, Seen)> {
+        let shape = Shape::of(w);
+        if let Some(gpu) = Gpu::of(w.device()).filter(|_| w.elem_count() > 0) {
+            return self.gpu_pass(&gpu, w, shape);
+        }
+        let mut sums = float_dispatch!(NAME, w.dtype(), T => {
+            let host = Host::of(w);
+            let values = host.values::<T>()?;
+            let sums = sums(&values, shape);
+            if !sums.squares.is_finite() {
+                group_host::check(NAME, w.dims(), &values)?;
+            }
+            sums
+        });
+        let sum: f64 = sums.marginals[..shape.m].iter().sum();
+        let (mut value, mut numbers) = (self.empty, [0.; 4]);
+        if sum > 0. {
+            let mut marginal = 0.;
+            for share in &mut sums.marginals {
+                let log = log_share(*share / sum);
+                marginal -= *share / sum * log;
+                *share = log;
+            }
+            let cells = shape.m as f64 * shape.n as f64;
+            let most = self.kappa * cells.ln() + (1. - self.kappa) * (cells * shape.k as f64).ln();
+            let entropy = self.kappa * marginal + (1. - self.kappa) * (sum.ln() - sums.logs / sum);
+            // A single weight has no arrangement.
+            let share = if most > 0. { entropy / most } else { 1. };
+            value = 2. * sum.ln() + 2. * self.gamma * log_share(share) - sums.squares.ln();
+            let slope = if most > 0. && share > FLOOR { entropy } else { 0. };
+            numbers = [sum.ln(), 2. / sum, slope, sums.squares];
+        }
+        let device = w.device();
+        let seen = Seen {
+            marginals: Tensor::from_vec(sums.marginals, shape.m + shape.n, device)?,
+            numbers: Tensor::new(&numbers, device)?,
+        };
+        let value = Tensor::new(value, device)?.to_dtype(value_dtype(w.dtype()))?;
+        let (storage, layout) = value.storage_and_layout();
+        Ok((storage.try_clone(layout)?, seen))
+    }
+
+    /// The gradient, times a scalar.
+    fn slope(&self, w: &Tensor, seen: &Seen, scale: Option<&Tensor>) -> Result<Tensor> {
+        let shape = Shape::of(w);
+        if w.elem_count() == 0 {
+            return w.zeros_like();
+        }
+        if let Some(gpu) = Gpu::of(w.device()) {
+            return self.gpu_slope(&gpu, w, seen, scale);
+        }
+        let scale = scale.map_or(Ok(1.), |scale| scale.to_dtype(DType::F64)?.to_scalar())?;
+        let (marginals, numbers) = (Host::of(&seen.marginals), Host::of(&seen.numbers));
+        let (marginals, numbers) = (marginals.values::<f64>()?, numbers.values::<f64>()?);
+        let (rows, columns) = marginals.split_at(shape.m);
+        let [log_sum, two_over_sum, entropy, squares] = [0, 1, 2, 3].map(|at| numbers[at]);
+        let slope = if entropy > 0. { self.gamma / entropy } else { 0. };
+        let shrink = if self.exact && two_over_sum > 0. { 2. / squares } else { 0. };
+        let one = |w: f64, log: f64, marginal: f64| {
+            let own = (log - log_sum).max(FLOOR.ln());
+            let t = -self.kappa * marginal - (1. - self.kappa) * own;
+            let size = two_over_sum * (1. + slope * (t - entropy));
+            scale * (if w < 0. { -size } else { size } - shrink * w)
+        };
+        float_dispatch!(NAME, w.dtype(), T => {
+            let host = Host::of(w);
+            let values = host.values::<T>()?;
+            let mut out = vec![<T as WithDType>::from_f64(0.); values.len()];
+            let lines = out.par_chunks_mut(shape.width()).zip(values.par_chunks(shape.width())).zip(rows.par_iter());
+            lines.with_min_len((SHARE / shape.width()).max(1)).for_each(|((out, w), row)| {
+                for ((out, w), column) in out.chunks_mut(shape.k).zip(w.chunks(shape.k)).zip(columns) {
+                    for (out, w) in out.iter_mut().zip(w) {
+                                                let wide = w.to_f64();
+                        if wide != 0. {
+                            let log = ln::<T>(wide.abs());
+                            *out = T::from_f64(one(wide, log, row + column));
+                        }
+                    }
+                }
+            });
+            Tensor::from_vec(out, w.shape(), &Device::Cpu)
+        })
+    }
+}
+
+/// Elements that are worth a task of their own.
+const SHARE: usize = 1 << 14;
+
+fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
+    let Shape { m, n, k } = shape;
+    if w.is_empty() {
+        return Sums { marginals: vec![0.; m + n], logs: 0., squares: 0. };
+    }
+    // The rows are cut by their number alone, so that the sums do not depend on the number of threads.
+    let band = (SHARE / shape.width()).max(m.div_ceil(64)).max(1);
+    let parts: Vec<_> = w
+        .par_chunks(band * shape.width())
+        .map(|w| {
+            let (mut rows, mut columns) = (Vec::with_capacity(band), vec![0.; n]);
+            let (mut logs, mut squares) = (0., 0.);
+            for line in w.chunks_exact(shape.width()) {
+                let mut row = 0.;
+                for (cell, column) in line.chunks_exact(k).zip(&mut columns) {
+                    for w in cell {
+                        let size = w.to_f64().abs();
+                        let log = ln::<T>(size);
+                        row += size;
+                        *column += size;
+                        squares += size * size;
+                        logs += if size > 0. { size * log } else { 0. };
+                    }
+                }
+                rows.push(row);
+            }
+            (rows, columns, logs, squares)
+        })
+        .collect();
+    let mut sums = Sums { marginals: Vec::with_capacity(m + n), logs: 0., squares: 0. };
+    let mut columns = vec![0.; n];
+    for (rows, part, logs, squares) in parts {
+        sums.marginals.extend(rows);
+        columns.iter_mut().zip(part).for_each(|(column, part)| *column += part);
+        sums.logs += logs;
+        sums.squares += squares;
+    }
+    sums.marginals.extend(columns);
+    sums
+}
+
+/// Threads of a block, as in `spatial.cu`.
+const THREADS: u32 = 256;
+
+args! {
+    struct SumArgs {
+        w: u64, rows: u64, columns: u64, totals: u64, m: u64, width: u64, band: u64, strip: u64, strips: u64
+    }
+}
+
+args! {
+    struct MarginalArgs { rows: u64, columns: u64, marginals: u64, m: u64, n: u64, k: u64, bands: u64, strips: u64 }
+}
+
+args! {
+    struct ValueArgs {
+        totals: u64, marginals: u64, numbers: u64, value: u64, m: u64, n: u64, k: u64, parts: u64,
+        kappa: f64, gamma: f64, empty: f64
+    }
+}
+
+args! {
+    struct GradientArgs {
+        w: u64, marginals: u64, numbers: u64, scale: u64, out: u64, m: u64, n: u64, k: u64,
+        kappa: f64, gamma: f64, exact: u64
+    }
+}
+
+impl Entropy {
+    fn gpu_pass(&self, gpu: &Gpu, w: &Tensor, shape: Shape) -> Result<(Storage, Seen)> {
+        /// Columns that a block reads at once, as in `spatial.cu`; and into how many parts rows and columns are cut at most, which
+        /// bounds the memory by a multiple of `m + n k`.
+        const CHUNK: usize = 128;
+        const STRIPS: usize = 16;
+        const BANDS: usize = 64;
+        let Shape { m, n, k } = shape;
+        let width = shape.width();
+        let strip = width.div_ceil(STRIPS).next_multiple_of(CHUNK);
+        let band = m.div_ceil(BANDS).max(16);
+        let (strips, bands) = (width.div_ceil(strip), m.div_ceil(band));
+        let rows = gpu.tensor((strips, m), DType::F64)?;
+        let columns = gpu.tensor((bands, width), DType::F64)?;
+        let totals = gpu.tensor((bands * strips, 2), DType::F64)?;
+        let (marginals, numbers) = (gpu.tensor(m + n, DType::F64)?, gpu.tensor(4, DType::F64)?);
+        let value = gpu.storage((), value_dtype(w.dtype()))?;
+        let operand = |t: &Tensor| gpu.operand(t, NAME);
+        let (of_w, of_rows, of_columns) = (operand(w)?, operand(&rows)?, operand(&columns)?);
+        let (of_totals, of_marginals, of_numbers) =
+            (operand(&totals)?, operand(&marginals)?, operand(&numbers)?);
+        let of_value = gpu.of_storage(&value, 1, NAME)?;
+        let [m, n, k, bands, strips] = [m, n, k, bands, strips].map(|v| v as u64);
+        let args = SumArgs {
+            w: of_w.address(),
+            rows: of_rows.address(),
+            columns: of_columns.address(),
+            totals: of_totals.address(),
+            m,
+            width: width as u64,
+            band: band as u64,
+            strip: strip as u64,
+            strips,
+        };
+        let blocks = (bands * strips) as usize;
+        gpu.launch(Module::Spatial, &typed("spatial_sums", w.dtype())?, Grid::line(blocks, THREADS)?, &args)?;
+        let args = MarginalArgs {
+            rows: of_rows.address(),
+            columns: of_columns.address(),
+            marginals: of_marginals.address(),
+            m,
+            n,
+            k,
+            bands,
+            strips,
+        };
+        let grid = Grid::line(of_marginals.len.div_ceil(THREADS as usize), THREADS)?;
+        gpu.launch(Module::Spatial, "spatial_marginals", grid, &args)?;
+        let args = ValueArgs {
+            totals: of_totals.address(),
+            marginals: of_marginals.address(),
+            numbers: of_numbers.address(),
+            value: of_value.address(),
+            m,
+            n,
+            k,
+            parts: bands * strips,
+            kappa: self.kappa,
+            gamma: self.gamma,
+            empty: self.empty,
+        };
+        let kernel = typed("spatial_value", of_value.dtype)?;
+        gpu.launch(Module::Spatial, &kernel, Grid::line(1, THREADS)?, &args)?;
+        Ok((value, Seen { marginals, numbers }))
+    }
+
+    fn gpu_slope(&self, gpu: &Gpu, w: &Tensor, seen: &Seen, scale: Option<&Tensor>) -> Result<Tensor> {
+        /// Elements of a thread.
+        const EACH: usize = 4;
+        let shape = Shape::of(w);
+        let out = gpu.tensor(w.shape(), w.dtype())?;
+        let scale = scale.map(Tensor::contiguous).transpose()?;
+        let of_scale = scale.as_ref().map(|scale| gpu.operand(scale, NAME)).transpose()?;
+        let (of_w, of_out) = (gpu.operand(w, NAME)?, gpu.operand(&out, NAME)?);
+        let (marginals, numbers) = (gpu.operand(&seen.marginals, NAME)?, gpu.operand(&seen.numbers, NAME)?);
+        let args = GradientArgs {
+            w: of_w.address(),
+            marginals: marginals.address(),
+            numbers: numbers.address(),
+            scale: of_scale.as_ref().map_or(0, Operand::address),
+            out: of_out.address(),
+            m: shape.m as u64,
+            n: shape.n as u64,
+            k: shape.k as u64,
+            kappa: self.kappa,
+            gamma: self.gamma,
+            exact: u64::from(self.exact),
+        };
+        let grid = Grid::line(of_w.len.div_ceil(THREADS as usize * EACH), THREADS)?;
+        gpu.launch(Module::Spatial, &typed("spatial_gradient", w.dtype())?, grid, &args)?;
+        Ok(out)
+    }
+}
