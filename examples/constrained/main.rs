@@ -32,15 +32,15 @@ use train::{Method, train};
 #[command(name = "constrained")]
 pub struct Args {
     /// Learning rate at first; it falls to zero by half a cosine
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.7)]
     lr: f64,
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 10)]
     epochs: usize,
     /// Images of a step
     #[arg(long, default_value_t = 64)]
     batch: usize,
     /// Largest norm of the weights into a hidden unit
-    #[arg(long, default_value_t = 1.5)]
+    #[arg(long, default_value_t = 2.0)]
     radius: f64,
     /// Factor of the L2 penalty, the sum of the squared weights
     #[arg(long, default_value_t = 5e-4)]
