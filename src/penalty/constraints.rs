@@ -172,8 +172,8 @@ impl Constraints {
     /// optimizer's step.
     ///
     /// # Errors
-    /// If `lr` is negative or not finite, a penalty has no proximal step, or weights are NaN or infinite; the message names the Var, and
-    /// neither a Var nor a multiplier has changed.
+    /// If there are proximal steps and `lr` is negative or not finite, a penalty has no proximal step, or weights are NaN or infinite; the
+    /// message names the Var, and neither a Var nor a multiplier has changed.
     pub fn after_step(&mut self, lr: f64) -> Result<()> {
         let changes = self.changes(|var| (var.as_detached_tensor(), lr))?;
         for (var, value) in &changes.values {
