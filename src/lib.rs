@@ -9,7 +9,7 @@
 //! | [`tape`] | what a layer reports of a backward pass; likelihoods and Fisher matrices |
 //! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
 //! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
-//! | [`penalty`] | functions of the weights that are added to a loss, their proximal steps, and the priors they stand for |
+//! | [`penalty`] | functions of the weights that are added to a loss, proximal steps, bounds with multipliers, priors |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!
@@ -25,5 +25,6 @@ pub mod linalg;
 pub mod nn;
 pub mod ops;
 pub mod optim;
+mod pattern;
 pub mod penalty;
 pub mod tape;

@@ -3,6 +3,7 @@
 mod average;
 mod block;
 mod build;
+mod constrain;
 mod device;
 mod direction;
 mod groups;

@@ -13,7 +13,7 @@ use candle_core::{Result, Tensor};
 /// new batches are copied into the old one's tensors, of one shape. What the closure returns (the loss, say) is written anew by
 /// every repetition. Steps that renew curvature, and those before the first inverse, run as they are; so does everything where it cannot
 /// be recorded: on other devices, and with quadratic wakes. Nothing in the closure may ask the device for a value, or depend on the step's number:
-/// dropout would repeat its masks.
+/// dropout would repeat its masks. [`Natural::constrain`] moves f32 masters, so it does not go with recorded steps of half-precision models.
 ///
 /// ```
 /// use kronwake::nn::{self, Module, VarBuilder, VarMap};

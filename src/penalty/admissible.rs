@@ -13,7 +13,7 @@ use candle_core::{Result, bail, cpu::erf::erf_f64};
 
 use super::{
     fft::{Complex, frequency, inverse, transform},
-    verdict::{Report, ends},
+    verdict::{Verdict, ends},
 };
 
 /// The posteriors of one weight.
@@ -94,7 +94,7 @@ impl Grid {
 /// # Ok(())
 /// # }
 /// ```
-pub fn deconvolve(penalty: impl Fn(f64, f64) -> f64, posterior: Posterior, grid: Grid) -> Result<Report> {
+pub fn deconvolve(penalty: impl Fn(f64, f64) -> f64, posterior: Posterior, grid: Grid) -> Result<Verdict> {
     /// So that no transform overflows.
     const LARGEST: f64 = 1e100;
     grid.check(posterior)?;
@@ -140,7 +140,7 @@ pub fn deconvolve(penalty: impl Fn(f64, f64) -> f64, posterior: Posterior, grid:
         }
     };
     let x: Vec<f64> = inner.map(|j| grid.at(j)).collect();
-    Ok(Report::of(x, prior, change, deviation))
+    Ok(Verdict::of(x, prior, change, deviation))
 }
 
 /// `-F(W (r + H)) / F(q)` where the quotient is finite in f64.
@@ -194,7 +194,7 @@ mod tests {
     }
 
     /// Which conditions fail: function, scale, integral.
-    fn failed(report: &Report) -> [bool; 3] {
+    fn failed(report: &Verdict) -> [bool; 3] {
         let any = |f: fn(&Failure) -> bool| report.failures.iter().any(f);
         [
             any(|f| matches!(f, Failure::NotAFunction { .. })),

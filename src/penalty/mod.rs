@@ -1,4 +1,4 @@
-//! Penalties of weights: added to a loss, or applied as a proximal step after the optimizer's.
+//! Penalties of weights, added to a loss or applied as a proximal step after the optimizer's, and constraints on them.
 //!
 //! | type | value |
 //! |---|---|
@@ -14,16 +14,25 @@
 //! A penalty that is the divergence of a variational posterior from a prior stands for that prior: [`Prior`] has its density and samples,
 //! [`kl`] the divergences, [`MeanField`] a posterior to train with them, [`deconvolve`] finds the prior of a penalty or why there is
 //! none, and [`Factor`] is the factor that the prior predicts.
+//!
+//! `J + alpha Omega` and `min J` subject to `Omega <= k` have the same optima (Goodfellow, Bengio, Courville, *Deep Learning*, section
+//! 7.2): a [`Set`] is projected on after the step, a [`Multiplier`] finds the `alpha` that belongs to a `k`, and [`Constraints`] says
+//! which of all this holds for which Vars of a model, beside any optimizer.
 
 mod admissible;
+mod ball;
+mod cells;
+mod constraints;
 mod factor;
 mod fft;
 mod group;
 mod groups;
 mod lp;
+mod multiplier;
 mod norms;
 mod prior;
 mod scaled;
+mod simplex;
 mod spatial;
 #[cfg(test)]
 mod tests;
@@ -32,16 +41,19 @@ mod variational;
 mod verdict;
 
 pub use admissible::{Grid, Posterior, deconvolve};
+pub use ball::Set;
+pub use constraints::{Constraints, Rule};
 pub use factor::{Factor, Family, Init};
 pub use group::{GroupLasso, SparseGroupLasso};
 pub use groups::Grouping;
 pub use lp::Lp;
+pub use multiplier::{Dual, Kkt, Multiplier, Omega, Report};
 pub use prior::Prior;
 pub use scaled::ScaledProx;
 pub use spatial::Spatial;
 pub use unit::UnitLasso;
 pub use variational::{MeanField, kl, variational_loss};
-pub use verdict::{Failure, Report};
+pub use verdict::{Failure, Verdict};
 
 use candle_core::{Result, Tensor};
 

@@ -1,0 +1,169 @@
+use super::*;
+use proptest::prelude::*;
+
+fn sets(k: f64, grouping: Grouping) -> [Set; 7] {
+    [
+        Set::L2 { radius: k },
+        Set::Box { bound: k },
+        Set::L1 { radius: k },
+        Set::GroupBall { grouping, radius: k },
+        Set::Simplex { sum: k },
+        Set::MaxNorm { grouping, radius: k },
+        Set::Sphere { grouping, radius: k },
+    ]
+}
+
+fn values(t: &Tensor) -> Vec<f64> {
+    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn bits(t: &Tensor) -> Vec<u64> {
+    values(t).iter().map(|v| v.to_bits()).collect()
+}
+
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
+}
+
+/// A tensor of one of several shapes, with zeros, whole zero rows and ties, and a grouping.
+fn weights() -> impl Strategy<Value = (Vec<f64>, Vec<usize>, Grouping)> {
+    let shape = prop_oneof![
+        (1..5usize, 1..6usize).prop_map(|(m, n)| vec![m, n]),
+        (1..4usize, 1..4usize).prop_map(|(o, i)| vec![o, i, 2, 3]),
+    ];
+    let grouping = prop_oneof![
+        Just(Grouping::Rows),
+        Just(Grouping::Columns),
+        Just(Grouping::InputChannels),
+        Just(Grouping::Whole),
+        (1..4usize, 1..4usize).prop_map(|(rows, columns)| Grouping::Blocks { rows, columns }),
+    ];
+    (shape, grouping).prop_flat_map(|(shape, grouping)| {
+        let count = shape.iter().product::<usize>();
+        let element = prop_oneof![2 => Just(0.0), 1 => Just(0.5), 1 => Just(-0.5), 6 => -2.0..2f64];
+        (prop::collection::vec(element, count), Just(shape), Just(grouping))
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    /// `<w - p, z - p> <= 0` for all `z` of a convex set, which characterizes the nearest point `p`; and projections of two points are
+    /// no farther apart than the points.
+    #[test]
+    fn nearest_points((x, shape, grouping) in weights(), k in 0.0..3f64, seed in prop::collection::vec(-1.0..1f64, 72), scale in -20..21i32) {
+        let unit = 10f64.powi(scale);
+        let k = if k < 0.3 { 0.0 } else { k * unit };
+        let x: Vec<f64> = x.iter().map(|v| v * unit).collect();
+        let w = Tensor::from_vec(x.clone(), shape.clone(), &Device::Cpu).unwrap();
+        let other: Vec<f64> = seed[..x.len()].iter().map(|v| v * k.max(1e-3 * unit)).collect();
+        let other_w = Tensor::from_vec(other.clone(), shape, &Device::Cpu).unwrap();
+        for set in sets(k, grouping) {
+            let p = values(&set.project(&w).unwrap());
+            let z = values(&set.project(&other_w).unwrap());
+            if matches!(set, Set::Sphere { .. }) {
+                // Not convex: no point of it is nearer.
+                prop_assert!(distance(&x, &p) <= distance(&x, &z) + 1e-12 * unit, "{set:?}");
+                continue;
+            }
+            let inner: f64 = x.iter().zip(&p).zip(&z).map(|((x, p), z)| (x - p) * (z - p)).sum();
+            prop_assert!(inner <= 1e-12 * unit * (unit + k), "{set:?} {inner}");
+            prop_assert!(distance(&p, &z) <= distance(&x, &other) + 1e-12 * (unit + k), "{set:?}");
+            prop_assert!(distance(&p, &z) <= distance(&x, &z) + 1e-12 * (unit + k), "{set:?}");
+        }
+    }
+
+    /// In every dtype: the result is in the set, a second projection changes no bit, nor does the projection of a point of the set.
+    #[test]
+    fn in_the_set_and_there_to_stay((x, shape, grouping) in weights(), k in 0.0..3f64, scale in -20..21i32) {
+        for (dtype, unit) in [
+            (DType::F64, 10f64.powi(scale)),
+            (DType::F32, 10f64.powi(scale)),
+            (DType::BF16, 10f64.powi(scale)),
+            (DType::F16, 10f64.powi(scale / 5)),
+        ] {
+            let k = if k < 0.3 { 0.0 } else { k * unit };
+            let scaled: Vec<f64> = x.iter().map(|v| v * unit).collect();
+            let w = Tensor::from_vec(scaled, shape.clone(), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let (relative, smallest) = rounding(dtype);
+            let n = x.len() as f64;
+            for set in sets(k, grouping) {
+                let p = set.project(&w).unwrap();
+                prop_assert_eq!((p.dims(), p.dtype()), (w.dims(), dtype));
+                let slack = match set {
+                    Set::Simplex { .. } | Set::Sphere { .. } => {
+                        4.0 * relative * k + n * f64::EPSILON * k + n * smallest
+                    }
+                    _ => 0.0,
+                };
+                prop_assert!(set.violation(&p).unwrap() <= slack, "{set:?} {dtype:?} {}", set.violation(&p).unwrap());
+                prop_assert_eq!(bits(&set.project(&p).unwrap()), bits(&p), "{:?} {:?}", set, dtype);
+                if set.violation(&w).unwrap() == 0.0 {
+                    prop_assert_eq!(bits(&p), bits(&w), "{:?} {:?}", set, dtype);
+                }
+                // Not moved further than what is exact, plus rounding.
+                let exact = values(&set.project(&w.to_dtype(DType::F64).unwrap()).unwrap());
+                let bound = 8.0 * relative * (k + 2.0 * unit) * n.sqrt() + 8.0 * n * smallest;
+                prop_assert!(distance(&exact, &values(&p)) <= bound, "{set:?} {dtype:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn by_hand() {
+    let w = Tensor::new(&[[3.0, -4.0], [0.0, 0.5]], &Device::Cpu).unwrap();
+    let rows = Grouping::Rows;
+    for (set, expected) in [
+        (Set::Box { bound: 2.0 }, [2.0, -2.0, 0.0, 0.5]),
+        // Threshold 2.5: 0.5 and 1.5 stay.
+        (Set::L1 { radius: 2.0 }, [0.5, -1.5, 0.0, 0.0]),
+        // Norms 5 and 0.5 less 0.25 make 5.
+        (Set::GroupBall { grouping: rows, radius: 5.0 }, [2.85, -3.8, 0.0, 0.25]),
+        (Set::Simplex { sum: 1.0 }, [1.0, 0.0, 0.0, 0.0]),
+        (Set::MaxNorm { grouping: rows, radius: 1.0 }, [0.6, -0.8, 0.0, 0.5]),
+        (Set::Sphere { grouping: rows, radius: 1.0 }, [0.6, -0.8, 0.0, 1.0]),
+        (Set::L2 { radius: 0.0 }, [0.0; 4]),
+    ] {
+        let p = values(&set.project(&w).unwrap());
+        assert!(distance(&p, &expected) < 1e-14, "{set:?} {p:?}");
+    }
+    let zero = w.zeros_like().unwrap();
+    let equal = values(&Set::Sphere { grouping: rows, radius: 2.0 }.project(&zero).unwrap());
+    assert!(distance(&equal, &[2f64.sqrt(); 4]) < 1e-14);
+    assert_eq!(values(&Set::Simplex { sum: 2.0 }.project(&zero).unwrap()), [0.5; 4]);
+}
+
+/// A view is read in its own order, and large values beside a small radius keep it.
+#[test]
+fn views_and_far_points() {
+    let w = Tensor::new(&[[3f32, 0.1], [4., 0.2]], &Device::Cpu).unwrap().t().unwrap();
+    let p = Set::MaxNorm { grouping: Grouping::Rows, radius: 1.0 }.project(&w).unwrap();
+    assert!(distance(&values(&p), &[0.6, 0.8, 0.1, 0.2]) < 1e-6);
+    let far = Tensor::new(&[1e20, -1e20, 1.0], &Device::Cpu).unwrap();
+    assert!(distance(&values(&Set::L1 { radius: 1.0 }.project(&far).unwrap()), &[0.5, -0.5, 0.0]) < 1e-15);
+    let far = Tensor::new(&[3e200, -4e200], &Device::Cpu).unwrap();
+    assert!(distance(&values(&Set::L2 { radius: 5.0 }.project(&far).unwrap()), &[3.0, -4.0]) < 1e-14);
+}
+
+#[test]
+fn refusals() {
+    let w = Tensor::new(&[1.0, 2.0], &Device::Cpu).unwrap();
+    for k in [-1.0, f64::NAN, f64::INFINITY] {
+        for set in sets(k, Grouping::Whole) {
+            assert!(
+                set.project(&w).is_err() && set.check().is_err() && set.violation(&w).is_err(),
+                "{set:?}"
+            );
+        }
+    }
+    for bad in [f64::NAN, f64::NEG_INFINITY] {
+        let w = Tensor::new(&[1.0, bad], &Device::Cpu).unwrap();
+        for set in sets(1.0, Grouping::Whole) {
+            let error = set.project(&w).unwrap_err().to_string();
+            assert!(error.contains("expected finite weights") && error.contains("at place 1"), "{error}");
+        }
+    }
+    let whole = Tensor::new(&[1u32], &Device::Cpu).unwrap();
+    assert!(Set::Box { bound: 1.0 }.project(&whole).is_err());
+}

@@ -1,0 +1,185 @@
+use super::super::Grouping;
+use super::*;
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
+
+/// `sum |w|`.
+#[derive(Debug)]
+struct Lasso;
+
+impl Penalty for Lasso {
+    fn name(&self) -> String {
+        "lasso".into()
+    }
+    fn value(&self, w: &Tensor) -> Result<Tensor> {
+        w.abs()?.sum_all()
+    }
+    fn gradient(&self, w: &Tensor) -> Result<Tensor> {
+        w.sign()
+    }
+    fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor> {
+        if step == 0.0 {
+            return Ok(w.clone());
+        }
+        w.sign()? * (w.abs()? - step)?.relu()?
+    }
+}
+
+fn varmap(vars: &[(&str, &[f64])]) -> VarMap {
+    let varmap = VarMap::new();
+    for (name, values) in vars {
+        let var = Var::new(*values, &Device::Cpu).unwrap();
+        varmap.data().lock().unwrap().insert((*name).to_string(), var);
+    }
+    varmap
+}
+
+fn get(varmap: &VarMap, name: &str) -> Vec<f64> {
+    varmap.data().lock().unwrap()[name].to_vec1().unwrap()
+}
+
+fn lasso(factor: f64) -> Rule {
+    Rule::Penalize { penalty: Arc::new(Lasso), factor }
+}
+
+fn prox(factor: f64) -> Rule {
+    Rule::Proximal { penalty: Arc::new(Lasso), factor }
+}
+
+fn ball(radius: f64) -> Rule {
+    Rule::Project { set: Set::L2 { radius } }
+}
+
+fn multiply() -> Rule {
+    Rule::Multiply { omega: Omega::Norm(Grouping::Whole), bound: 1.0, dual: Dual::ascent(0.5) }
+}
+
+#[test]
+fn rules_apply_in_order_to_all_that_match() -> Result<()> {
+    let map = varmap(&[("a.w", &[3.0, 4.5]), ("b.w", &[6.0, 8.0]), ("b.bias", &[7.0])]);
+    let rules = [("*.w", prox(5.0)), ("a.*", ball(1.0)), ("*.bias", Rule::Free), ("b.w", multiply())];
+    let mut constraints = Constraints::new(&map, &rules)?;
+    constraints.after_step(0.1)?;
+    // a.w: (2.5, 4) after the threshold of 0.5, then norm 1. b.w: (5.5, 7.5).
+    let norm = 2.5f64.hypot(4.0);
+    for (found, expected) in get(&map, "a.w").iter().zip([2.5 / norm, 4.0 / norm]) {
+        assert!((found - expected).abs() < 1e-15);
+    }
+    assert_eq!(get(&map, "b.w"), [5.5, 7.5]);
+    assert_eq!(get(&map, "b.bias"), [7.0]);
+    let report = constraints.report()?;
+    let excess = 5.5f64.hypot(7.5) - 1.0;
+    assert_eq!(report.len(), 1);
+    assert_eq!((report[0].0, &report[0].1.excess), ("b.w", &vec![excess]));
+    assert_eq!(report[0].1.alpha, [0.5 * excess]);
+    constraints.after_step(0.0)?; // the penalty gives the Var's own storage back
+    assert_eq!(get(&map, "b.w"), [5.5, 7.5]);
+    Ok(())
+}
+
+#[test]
+fn the_loss_adds_up() -> Result<()> {
+    let map = varmap(&[("a", &[3.0, -4.0]), ("b", &[2.0])]);
+    let mut constraints = Constraints::new(&map, &[("*", lasso(0.5)), ("a", multiply())])?;
+    assert_eq!(constraints.loss()?.to_scalar::<f64>()?, 4.5);
+    constraints.after_step(0.1)?; // alpha = 2
+    let loss = constraints.loss()?;
+    assert!((loss.to_scalar::<f64>()? - 12.5).abs() < 1e-12);
+    let grads = loss.backward()?;
+    let data = map.data().lock().unwrap();
+    assert_eq!(grads.get(&data["b"]).unwrap().to_vec1::<f64>()?, [0.5]);
+    let a = grads.get(&data["a"]).unwrap().to_vec1::<f64>()?;
+    assert!((a[0] - 1.7).abs() < 1e-12 && (a[1] + 2.1).abs() < 1e-12, "{a:?}");
+    drop(data);
+    assert_eq!(Constraints::new(&map, &[("*", Rule::Free)])?.loss()?.to_scalar::<f64>()?, 0.0);
+    // f32 and f64 together make f64.
+    map.data().lock().unwrap().insert("c".into(), Var::new(&[2f32], &Device::Cpu)?);
+    assert_eq!(Constraints::new(&map, &[("*", lasso(1.0))])?.loss()?.to_scalar::<f64>()?, 11.0);
+    Ok(())
+}
+
+/// Soft thresholds after each step reach the lasso's solution with its exact zeros, with any optimizer that descends.
+#[test]
+fn any_optimizer() -> Result<()> {
+    let target = Tensor::new(&[2.0, -0.3, -1.5], &Device::Cpu)?;
+    fn run<O: Optimizer>(map: &VarMap, mut optimizer: O, rule: Rule, target: &Tensor) -> Result<Vec<f64>> {
+        let mut constraints = Constraints::new(map, &[("w", rule)])?;
+        for step in 0..3000 {
+            optimizer.set_learning_rate(if step < 2000 { 0.05 } else { 0.002 });
+            let w = map.data().lock().unwrap()["w"].clone();
+            let loss = ((w.as_tensor() - target)?.sqr()?.sum_all()? * 0.5)?;
+            optimizer.backward_step(&(loss + constraints.loss()?)?)?;
+            constraints.after_step(optimizer.learning_rate())?;
+        }
+        Ok(get(map, "w"))
+    }
+    let map = || varmap(&[("w", &[0.1, 0.1, 0.1])]);
+    let sgd = |map: &VarMap| SGD::new(map.all_vars(), 0.05);
+    let adam =
+        |map: &VarMap| AdamW::new(map.all_vars(), ParamsAdamW { weight_decay: 0.0, ..Default::default() });
+    let solved = |found: &[f64], expected: [f64; 3], tolerance: f64| {
+        assert!(
+            found.iter().zip(expected).all(|(a, b)| (a - b).abs() <= tolerance),
+            "{found:?} {expected:?}"
+        );
+    };
+    let here = map();
+    let found = run(&here, sgd(&here)?, prox(0.5), &target)?;
+    solved(&found, [1.5, 0.0, -1.0], 1e-9);
+    assert_eq!(found[1], 0.0);
+    let side = Set::Box { bound: 1.0 };
+    for exact in [true, false] {
+        let here = map();
+        let rule = Rule::Project { set: side };
+        let found = if exact {
+            run(&here, sgd(&here)?, rule, &target)?
+        } else {
+            run(&here, adam(&here)?, rule, &target)?
+        };
+        solved(&found, [1.0, -0.3, -1.0], 1e-6);
+        assert_eq!(side.violation(&Tensor::new(found, &Device::Cpu)?)?, 0.0);
+    }
+    Ok(())
+}
+
+fn refused(map: &VarMap, rules: &[(&str, Rule)]) -> String {
+    let error = Constraints::new(map, rules).unwrap_err();
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn refusals_name_the_vars() {
+    let map = varmap(&[("a.w", &[1.0]), ("b.w", &[1.0])]);
+    let expected = "constraints: \"c*\" matches no Var; the Vars are a.w, b.w";
+    assert!(refused(&map, &[("*", Rule::Free), ("c*", ball(1.0))]).starts_with(expected));
+    let expected = "constraints: no rule for b.w; if none is meant, give them Rule::Free";
+    assert!(refused(&map, &[("a*", ball(1.0))]).starts_with(expected));
+    for rule in [
+        lasso(-1.0),
+        prox(f64::NAN),
+        ball(-1.0),
+        Rule::Project {
+            set: Set::MaxNorm { grouping: Grouping::Blocks { rows: 0, columns: 1 }, radius: 1.0 },
+        },
+        Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: f64::NAN, dual: Dual::ascent(1.0) },
+    ] {
+        let error = refused(&map, &[("*", Rule::Free), ("b*", rule)]);
+        assert!(error.starts_with("constraints: b.w"), "{error}");
+    }
+    map.data().lock().unwrap().insert("n".into(), Var::new(&[1u32], &Device::Cpu).unwrap());
+    assert!(refused(&map, &[("*", ball(1.0))]).starts_with("constraints: n"));
+    assert!(Constraints::new(&map, &[("*.w", ball(1.0)), ("n", Rule::Free)]).is_ok());
+}
+
+#[test]
+fn all_or_nothing() -> Result<()> {
+    let map = varmap(&[("a", &[3.0, 4.0]), ("b", &[3.0, 4.0]), ("c", &[1.0, f64::NAN])]);
+    let rules = [("a", ball(1.0)), ("b", multiply()), ("c", ball(1.0))];
+    let mut constraints = Constraints::new(&map, &rules)?;
+    let error = constraints.after_step(0.1).unwrap_err().to_string();
+    assert!(error.contains("constraints: c") && error.contains("finite"), "{error}");
+    assert_eq!(get(&map, "a"), [3.0, 4.0]);
+    assert_eq!(constraints.report()?[0].1.alpha, [0.0]);
+    let mut constraints = Constraints::new(&map, &[("a", prox(1.0)), ("?", Rule::Free)])?;
+    assert!(constraints.after_step(f64::NAN).is_err());
+    Ok(())
+}
