@@ -86,6 +86,34 @@ macro_rules! call {
     };
 }
 
+/// Overwrites each group's triangle by a function for f64 or f32, and its codes.
+macro_rules! triangles {
+    ($solver:expr, $m:expr, $double_size:ident, $single_size:ident, $double:ident, $single:ident) => {{
+        let (groups, dim, dtype) = ($m.dim(0)?, $m.dim(1)?, $m.dtype());
+        let (n, info) = (int(dim)?, $solver.codes(&$m)?);
+        let [a, code] = [$solver.array(&$m)?, $solver.array(&info)?];
+        let mut work = 0;
+        $solver.with(|library| {
+            let handle = library.dense.cu();
+            // SAFETY: as in `eigen_each`.
+            unsafe {
+                call!(dtype, $double_size, $single_size, (handle, TRIANGLE, n, a.group(0), n, &mut work))?;
+                let (_space, space) = $solver.workspace(work, dtype)?;
+                for group in 0..groups {
+                    call!(
+                        dtype,
+                        $double,
+                        $single,
+                        (handle, TRIANGLE, n, a.group(group), n, space.group(0), work, code.group(group))
+                    )?;
+                }
+                Ok(())
+            }
+        })?;
+        Ok(($m, info))
+    }};
+}
+
 /// Matrices `[groups, dim, dim]`, or a vector a group, as the library takes them.
 struct Array {
     address: u64,
@@ -311,65 +339,27 @@ impl Solver {
 
     /// Cholesky factors in the lower triangles, and codes: one more than the first pivot that is not positive. Overwrites `m`.
     pub fn cholesky(&self, m: Tensor) -> Result<(Tensor, Tensor)> {
-        let (groups, dim, dtype) = (m.dim(0)?, m.dim(1)?, m.dtype());
-        let (n, info) = (int(dim)?, self.codes(&m)?);
-        let [a, code] = [self.array(&m)?, self.array(&info)?];
-        let mut work = 0;
-        self.with(|library| {
-            let handle = library.dense.cu();
-            // SAFETY: as in `eigen_each`.
-            unsafe {
-                call!(
-                    dtype,
-                    cusolverDnDpotrf_bufferSize,
-                    cusolverDnSpotrf_bufferSize,
-                    (handle, TRIANGLE, n, a.group(0), n, &mut work)
-                )?;
-                let (_space, space) = self.workspace(work, dtype)?;
-                for group in 0..groups {
-                    call!(
-                        dtype,
-                        cusolverDnDpotrf,
-                        cusolverDnSpotrf,
-                        (handle, TRIANGLE, n, a.group(group), n, space.group(0), work, code.group(group))
-                    )?;
-                }
-                Ok(())
-            }
-        })?;
-        Ok((m, info))
+        triangles!(
+            self,
+            m,
+            cusolverDnDpotrf_bufferSize,
+            cusolverDnSpotrf_bufferSize,
+            cusolverDnDpotrf,
+            cusolverDnSpotrf
+        )
     }
 
     /// The lower triangles of the inverses, from the Cholesky factors in those of `factor`, which it overwrites; and codes,
     /// not 0 where a factor is singular.
     pub fn inverse(&self, factor: Tensor) -> Result<(Tensor, Tensor)> {
-        let (groups, dim, dtype) = (factor.dim(0)?, factor.dim(1)?, factor.dtype());
-        let (n, info) = (int(dim)?, self.codes(&factor)?);
-        let [a, code] = [self.array(&factor)?, self.array(&info)?];
-        let mut work = 0;
-        self.with(|library| {
-            let handle = library.dense.cu();
-            // SAFETY: as in `eigen_each`.
-            unsafe {
-                call!(
-                    dtype,
-                    cusolverDnDpotri_bufferSize,
-                    cusolverDnSpotri_bufferSize,
-                    (handle, TRIANGLE, n, a.group(0), n, &mut work)
-                )?;
-                let (_space, space) = self.workspace(work, dtype)?;
-                for group in 0..groups {
-                    call!(
-                        dtype,
-                        cusolverDnDpotri,
-                        cusolverDnSpotri,
-                        (handle, TRIANGLE, n, a.group(group), n, space.group(0), work, code.group(group))
-                    )?;
-                }
-                Ok(())
-            }
-        })?;
-        Ok((factor, info))
+        triangles!(
+            self,
+            factor,
+            cusolverDnDpotri_bufferSize,
+            cusolverDnSpotri_bufferSize,
+            cusolverDnDpotri,
+            cusolverDnSpotri
+        )
     }
 }
 
