@@ -7,7 +7,7 @@ use crate::gpu::{Gpu, Graph};
 use candle_core::{Result, Tensor};
 
 /// Training steps that are recorded once and then repeated as one CUDA graph, so that the host launches a step at once instead of its
-/// kernels one by one. Worth it where steps are short: small models, small batches.
+/// kernels one by one. Meant for short steps: small models, small batches.
 ///
 /// A step is forward, [`Natural::observe`], backward and the optimizer's step, all in one closure, on tensors that stay where they are:
 /// new batches are copied into the old one's tensors, of one shape. What the closure returns (the loss, say) is written anew by
