@@ -53,7 +53,7 @@ collect() { # folder
     rm "$into/messages"
     cp benches/peers/torch_kfac.py "$stage/"
     git -C "$root" describe --always --dirty >"$stage/commit" 2>/dev/null || echo unknown >"$stage/commit"
-    tar -C "$stage" -cJf "$into/programs.tar.xz" .
+    XZ_OPT=-T0 tar -C "$stage" -cJf "$into/programs.tar.xz" .
     cp scripts/gpu-check.sh "$into/gpu-check.sh"
     local size
     size=$(du -sb "$into" | cut -f1)
