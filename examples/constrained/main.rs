@@ -1,6 +1,8 @@
 //! Weight decay, max-norm and multipliers at a high learning rate; `cargo run --release --example constrained -- --help` lists what
 //! can be chosen.
 
+#[path = "../study/colors.rs"]
+mod colors;
 #[allow(dead_code)]
 #[path = "../mnist/data.rs"]
 mod data;

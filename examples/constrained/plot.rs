@@ -1,27 +1,21 @@
 //! The plot of multipliers and excesses over the steps, SVG.
 
+use super::colors::COLORS;
 use super::train::At;
 use candle_core::{Error, Result};
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::path::Path;
 
-/// Colors that stay apart for the color-blind (Okabe and Ito).
-const COLORS: [RGBColor; 6] = [
-    RGBColor(0, 0, 0),
-    RGBColor(230, 159, 0),
-    RGBColor(0, 114, 178),
-    RGBColor(86, 180, 233),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-];
+/// Hidden units in the plot.
+const SHOWN: usize = 6;
 
 /// Draws the hidden units whose multipliers were largest on the average.
 pub fn multipliers(path: &Path, trace: &[At]) -> Result<()> {
     let total = |unit: usize| trace.iter().map(|at| at.report.alpha[unit]).sum::<f64>();
     let mut units: Vec<usize> = (0..trace.first().map_or(0, |at| at.report.alpha.len())).collect();
     units.sort_by(|&a, &b| total(b).total_cmp(&total(a)));
-    units.truncate(COLORS.len());
+    units.truncate(SHOWN);
     let root = SVGBackend::new(path, (820, 720)).into_drawing_area();
     root.fill(&WHITE).map_err(Error::wrap)?;
     let (top, bottom) = root.split_vertically(360);

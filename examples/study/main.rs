@@ -1,6 +1,7 @@
 //! Compares optimizers under equal budgets; `cargo run --release --example study -- --help` lists what can be chosen.
 
 mod args;
+mod colors;
 #[allow(dead_code)]
 #[path = "../mnist/data.rs"]
 mod data;

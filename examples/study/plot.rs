@@ -1,5 +1,6 @@
 //! The plots of a study, SVG.
 
+use super::colors::COLORS;
 use super::plan::Stage;
 use super::report::{methods, runs};
 use super::stats::mean;
@@ -9,17 +10,6 @@ use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use std::ops::Range;
 use std::path::Path;
-
-/// Colors that stay apart for the color-blind (Okabe and Ito).
-const COLORS: [RGBColor; 7] = [
-    RGBColor(0, 0, 0),
-    RGBColor(230, 159, 0),
-    RGBColor(0, 114, 178),
-    RGBColor(86, 180, 233),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-];
 
 /// A method's line: its name and its points.
 type Line = (&'static str, Vec<(f64, f64)>);

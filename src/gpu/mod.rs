@@ -28,13 +28,13 @@ pub(crate) unsafe trait Args: Copy {}
 
 /// Declares the argument of a kernel, or a part of it: field by field the kernel's struct, addresses as `u64`.
 macro_rules! args {
-    ($(#[$doc:meta])* $seen:vis struct $name:ident { $($(#[$note:meta])* $field:ident: $type:ty),* $(,)? }) => {
+    ($(#[$doc:meta])* $seen:vis struct $name:ident { $($(#[$note:meta])* $shown:vis $field:ident: $type:ty),* $(,)? }) => {
         $(#[$doc])*
         #[repr(C)]
         #[derive(Clone, Copy)]
         // Only kernels read the fields.
         #[allow(dead_code)]
-        $seen struct $name { $($(#[$note])* $field: $type),* }
+        $seen struct $name { $($(#[$note])* $shown $field: $type),* }
 
         // SAFETY: `repr(C)`; that its size is the kernel's is checked at every launch under emulation.
         unsafe impl $crate::gpu::Args for $name {}

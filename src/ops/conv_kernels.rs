@@ -293,7 +293,7 @@ mod tests {
     use crate::gpu::emulate::emulate;
     use crate::nn::{Conv1d, Conv2d};
     use crate::ops::conv::{grad_bias, grad_input, grad_weight, tests::CASES};
-    use crate::ops::testing::{assert_close, random, values};
+    use crate::ops::testing::{assert_close, assert_emulated, random, values};
     use crate::tape::{Keep, Tape};
 
     #[test]
@@ -357,12 +357,7 @@ mod tests {
                     DType::F32 => 1e-5,
                     _ => 5e-2,
                 };
-                let (found, expected) = (emulate(run)?, run()?);
-                assert_eq!(found.len(), expected.len());
-                for (found, expected) in found.iter().zip(&expected) {
-                    assert_eq!(found.dims(), expected.dims());
-                    assert_close(found, &values(expected)?, tolerance);
-                }
+                assert_emulated(run, tolerance)?;
             }
         }
         Ok(())

@@ -138,7 +138,7 @@ mod tests {
     use crate::gpu::emulate::emulate;
     use crate::nn::Conv2d;
     use crate::ops::conv_pool::tests::CASES;
-    use crate::ops::testing::{assert_close, random, values};
+    use crate::ops::testing::{assert_close, assert_emulated, random, values};
     use crate::tape::{Keep, Tape};
 
     #[test]
@@ -168,12 +168,7 @@ mod tests {
                         }
                         Ok(all)
                     };
-                    let (found, expected) = (emulate(run)?, run()?);
-                    assert_eq!(found.len(), expected.len());
-                    for (found, expected) in found.iter().zip(&expected) {
-                        assert_eq!(found.dims(), expected.dims());
-                        assert_close(found, &values(expected)?, tolerance);
-                    }
+                    assert_emulated(run, tolerance)?;
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! The scaling in the eigenbasis and inner products of all blocks in one launch, on a GPU.
 
 use crate::gpu::table::{Part, TABLE, THREADS, item, parts};
-use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
+use crate::gpu::{Gpu, Grid, Module, args, typed};
 use candle_core::{DType, Result};
 
 item! {
@@ -33,10 +33,12 @@ args! {
     struct TotalArgs { items: [TotalItem; TABLE] }
 }
 
-/// Multiplies `inside` by `scale` in every block, with partial sums of `sum scale inside^2`.
-pub(crate) fn scales(gpu: &Gpu, dtype: DType, items: &[ScaleItem], products: &Operand) -> Result<()> {
+/// Multiplies `inside` by `scale` in every block, with partial sums of `sum scale inside^2`, in f64 from the
+/// address `products` on.
+pub(crate) fn scales(gpu: &Gpu, dtype: DType, items: &[ScaleItem], products: u64) -> Result<()> {
     for Part { items, count, blocks, before } in parts(items) {
-        let args = ScaleArgs { items, products: products.at(before), count, pad: 0 };
+        let args =
+            ScaleArgs { items, products: products + (before * size_of::<f64>()) as u64, count, pad: 0 };
         gpu.launch(
             Module::Precondition,
             &typed("precondition", dtype)?,

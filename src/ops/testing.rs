@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 use super::rng;
+use crate::gpu::emulate::emulate;
 
 /// Standard normal numbers in f64, from the random stream `stream`.
 pub(crate) fn random(stream: u64, dims: &[usize]) -> Result<Tensor> {
@@ -84,4 +85,16 @@ pub(crate) fn gradient(x: &Var, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result
         Some(grad) => values(grad),
         None => candle_core::bail!("no gradient"),
     }
+}
+
+/// Panics unless `run` gives the same under emulation as on the CPU.
+#[track_caller]
+pub(crate) fn assert_emulated(run: impl Fn() -> Result<Vec<Tensor>>, tolerance: f64) -> Result<()> {
+    let (found, expected) = (emulate(&run)?, run()?);
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.iter().zip(&expected) {
+        assert_eq!(found.dims(), expected.dims());
+        assert_close(found, &values(expected)?, tolerance);
+    }
+    Ok(())
 }

@@ -21,108 +21,58 @@ pub(crate) const NOBODY: u32 = u32::MAX;
 pub(crate) const FIRST_BLOCK: u32 = 1 << 31;
 
 args! {
-    struct BeginArgs {
-        flags: u64,
-        numbers: u64,
-        lr: f64,
-        given: f64,
-        wake_decay: f64,
-        power: f64,
-        rest_lr: f64,
-        step: u64,
+    /// What the options say of a step's numbers. Absent: below 0.
+    pub(crate) struct BeginArgs {
+        pub flags: u64,
+        pub numbers: u64,
+        pub lr: f64,
+        /// `1 / lambda`, absent where a divergence decides.
+        pub given: f64,
+        /// `rho_d`
+        pub wake_decay: f64,
+        /// Of the weights of averaged parameters, absent without them.
+        pub power: f64,
+        /// The learning rate of parameters without a block.
+        pub rest_lr: f64,
+        pub step: u64,
     }
-}
-
-/// What the options say of a step's numbers. Absent: below 0.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Begin {
-    pub lr: f64,
-    /// `1 / lambda`, absent where a divergence decides.
-    pub given: f64,
-    /// `rho_d`
-    pub wake_decay: f64,
-    /// Of the weights of averaged parameters, absent without them.
-    pub power: f64,
-    /// The learning rate of parameters without a block.
-    pub rest_lr: f64,
-    pub step: usize,
 }
 
 /// Puts down what the options say.
-pub(crate) fn begin(gpu: &Gpu, board: &Board, of: Begin) -> Result<()> {
-    let args = BeginArgs {
-        flags: board.flags.address(),
-        numbers: board.numbers.address(),
-        lr: of.lr,
-        given: of.given,
-        wake_decay: of.wake_decay,
-        power: of.power,
-        rest_lr: of.rest_lr,
-        step: of.step as u64,
-    };
-    gpu.launch(Module::Update, "begin", Grid::line(1, 32)?, &args)
+pub(crate) fn begin(gpu: &Gpu, args: &BeginArgs) -> Result<()> {
+    gpu.launch(Module::Update, "begin", Grid::line(1, 32)?, args)
 }
 
 args! {
-    struct RateArgs {
-        flags: u64,
-        numbers: u64,
-        products: u64,
-        lr_scales: u64,
-        slope: u64,
-        last_slope: u64,
-        blocks: u64,
-        scale: f64,
-        target: f64,
-        slope_aim: f64,
-        pace: f64,
-        kl_clip: f64,
-        skips: u64,
+    /// What decides a step's length. Absent: below 0.
+    pub(crate) struct RateArgs {
+        pub flags: u64,
+        pub numbers: u64,
+        /// `<V, w>`, one a block.
+        pub products: u64,
+        /// The learning rates' scales, one a block.
+        pub lr_scales: u64,
+        /// `<last step, g>`
+        pub slope: u64,
+        /// `<last step, its own gradient>`
+        pub last_slope: u64,
+        pub blocks: u64,
+        /// What rates are multiplied by.
+        pub scale: f64,
+        /// The divergence at length 1, absent where a rate decides.
+        pub target: f64,
+        pub slope_aim: f64,
+        /// Absent where slopes are not measured.
+        pub pace: f64,
+        pub kl_clip: f64,
+        /// 1 if a step that is not finite is left out without more ado.
+        pub skips: u64,
     }
 }
 
-/// What decides a step's length. Absent: below 0.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Rate {
-    /// What rates are multiplied by.
-    pub scale: f64,
-    /// The divergence at length 1, absent where a rate decides.
-    pub target: f64,
-    pub slope_aim: f64,
-    /// Absent where slopes are not measured.
-    pub pace: f64,
-    pub kl_clip: f64,
-    /// Whether a step that is not finite is left out without more ado.
-    pub skips: bool,
-}
-
-/// Sums that a step's length depends on: `<V, w>` and the learning rates' scales, one a block, and the slopes.
-#[derive(Debug)]
-pub(crate) struct Sums<'a> {
-    pub products: &'a Operand,
-    pub lr_scales: &'a Operand,
-    /// Addresses of `<last step, g>` and of `<last step, its own gradient>`.
-    pub slopes: (u64, u64),
-}
-
 /// The rate, the clip, and whether the step is taken at all.
-pub(crate) fn rate(gpu: &Gpu, board: &Board, sums: &Sums<'_>, of: Rate) -> Result<()> {
-    let args = RateArgs {
-        flags: board.flags.address(),
-        numbers: board.numbers.address(),
-        products: sums.products.address(),
-        lr_scales: sums.lr_scales.address(),
-        slope: sums.slopes.0,
-        last_slope: sums.slopes.1,
-        blocks: sums.lr_scales.len as u64,
-        scale: of.scale,
-        target: of.target,
-        slope_aim: of.slope_aim,
-        pace: of.pace,
-        kl_clip: of.kl_clip,
-        skips: of.skips.into(),
-    };
-    gpu.launch(Module::Update, "rate", Grid::line(1, THREADS)?, &args)
+pub(crate) fn rate(gpu: &Gpu, args: &RateArgs) -> Result<()> {
+    gpu.launch(Module::Update, "rate", Grid::line(1, THREADS)?, args)
 }
 
 item! {

@@ -118,7 +118,7 @@ impl<R: WakeRule> Natural<R> {
             device: None,
             captured: false,
             keep_inverses: false,
-            spaces: 0,
+            moves: 0,
             closure_checked: false,
         };
         built.check_memory()?;

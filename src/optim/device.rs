@@ -15,7 +15,7 @@ use super::step::Refusal;
 use crate::curvature::{Damping, wide_dtype};
 use crate::gpu::Gpu;
 use crate::gpu::table::blocks_of;
-use crate::ops::update::{self, Begin};
+use crate::ops::update::{self, BeginArgs};
 use crate::ops::wake::Board;
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -26,8 +26,6 @@ pub(super) struct DeviceStep {
     /// Of the state.
     pub dtype: DType,
     pub needs: Needs,
-    /// Changes when what recorded kernels read and write moves.
-    pub space: usize,
     /// See `kernels/step.cuh`.
     flags: Tensor,
     numbers: Tensor,
@@ -82,26 +80,22 @@ impl<R: WakeRule> Natural<R> {
     /// When one of those steps had a gradient with NaN or infinite elements, unless such steps are skipped: the message names
     /// step and tensor, and parameters and state are as that step found them.
     pub fn settle(&mut self) -> Result<()> {
-        let seen = match self.seen() {
-            Ok(seen) => seen,
-            Err(error) => {
-                let failed = self.device.as_ref().map(DeviceStep::failed_at).transpose();
-                if let (Ok(Some(step)), Some(device)) = (failed, &mut self.device) {
-                    self.steps = step;
-                    device.forget()?;
+        let seen = self.seen();
+        let Some(device) = &self.device else { return Ok(()) };
+        let flags = device.take_flags()?;
+        match seen {
+            Ok(Seen { slopes, previous_rate, skipped, done }) => {
+                (self.slopes, self.previous_rate, self.skipped) = (slopes, previous_rate, skipped);
+                for (adam, ahead) in self.rest.iter_mut().zip(&device.adam_ahead) {
+                    adam.steps = (done + ahead) as usize;
                 }
-                return Err(error);
+                Ok(())
             }
-        };
-        let Seen { slopes, previous_rate, skipped, done } = seen;
-        (self.slopes, self.previous_rate, self.skipped) = (slopes, previous_rate, skipped);
-        if let Some(device) = &mut self.device {
-            device.forget()?;
-            for (adam, ahead) in self.rest.iter_mut().zip(&device.adam_ahead) {
-                adam.steps = (done + ahead) as usize;
+            Err(error) => {
+                self.steps = flags[update::FAILED_AT] as usize;
+                Err(error)
             }
         }
-        Ok(())
     }
 
     /// What [`Natural::settle`] would set.
@@ -125,7 +119,7 @@ impl<R: WakeRule> Natural<R> {
             slopes: Slopes {
                 after: numbers[update::AFTER],
                 before: numbers[update::BEFORE],
-                last: device.last_slope()?,
+                last: device.taken.to_vec1::<f64>()?.iter().sum::<f64>().abs(),
                 length: numbers[update::LENGTH],
             },
             previous_rate: (previous >= 0.0).then_some(previous),
@@ -254,7 +248,7 @@ impl<R: WakeRule> Natural<R> {
                 block.state = state;
             }
         } else if !(self.keep_inverses && self.settle_inverses(&before.1)?) {
-            device.space += 1;
+            self.moves += 1;
             return Ok(true);
         }
         for (stack, inverse) in device.stacks.iter_mut().zip(stacked) {
@@ -265,15 +259,18 @@ impl<R: WakeRule> Natural<R> {
 
     /// Puts down what the options say of the coming step.
     pub(super) fn begin(&self, device: &DeviceStep) -> Result<()> {
-        let of = Begin {
+        let board = device.board()?;
+        let args = BeginArgs {
+            flags: board.flags.address(),
+            numbers: board.numbers.address(),
             lr: self.params.lr,
             given: self.given_rate().unwrap_or(-1.0),
             wake_decay: self.params.wake.wake_decay(self.params.stat_decay).unwrap_or(0.0),
             power: self.params.average.map_or(-1.0, |average| average.power),
             rest_lr: self.params.rest.lr,
-            step: self.steps,
+            step: self.steps as u64,
         };
-        update::begin(&device.gpu, &device.board()?, of)
+        update::begin(&device.gpu, &args)
     }
 
     /// Counts a step that was queued.
@@ -363,12 +360,11 @@ impl<R: WakeRule> Natural<R> {
         let mut flags = [0u32; update::FLAGS];
         flags[update::BLAMED] = update::NOBODY;
         let lr_scales: Vec<f64> = self.blocks.iter().map(|b| b.lr_scale).collect();
-        self.spaces += 1 << 32;
+        self.moves += 1;
         Ok(DeviceStep {
             gpu,
             dtype,
             needs,
-            space: self.spaces,
             flags: Tensor::new(&flags, &device)?,
             numbers: Tensor::new(&numbers, &device)?,
             lr_scales: Tensor::new(lr_scales, &device)?,
@@ -397,24 +393,16 @@ impl DeviceStep {
         Ok(self.flags.to_vec1::<u32>()?.last() == Some(&1))
     }
 
-    fn failed_at(&self) -> Result<usize> {
-        Ok(self.flags.to_vec1::<u32>()?[update::FAILED_AT] as usize)
-    }
-
-    fn last_slope(&self) -> Result<f64> {
-        Ok(self.taken.to_vec1::<f64>()?.iter().sum::<f64>().abs())
-    }
-
-    /// Forgets the culprit that was reported and the skipped steps that were counted: in place, since recorded kernels know
-    /// where the flags are.
-    fn forget(&self) -> Result<()> {
+    /// The flags, with the culprit and the skipped steps forgotten from here on: in place, since recorded kernels know where the
+    /// flags are.
+    fn take_flags(&self) -> Result<Vec<u32>> {
         let flags: Vec<u32> = self.flags.to_vec1()?;
-        if flags[update::BLAMED] == update::NOBODY && flags[update::SKIPPED] == 0 {
-            return Ok(());
+        if flags[update::BLAMED] != update::NOBODY || flags[update::SKIPPED] > 0 {
+            let mut fresh = [0u32; update::FLAGS];
+            fresh[update::BLAMED] = update::NOBODY;
+            self.flags.slice_set(&Tensor::new(&fresh, self.flags.device())?, 0, 0)?;
         }
-        let mut fresh = [0u32; update::FLAGS];
-        fresh[update::BLAMED] = update::NOBODY;
-        self.flags.slice_set(&Tensor::new(&fresh, self.flags.device())?, 0, 0)
+        Ok(flags)
     }
 }
 

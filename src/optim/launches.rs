@@ -1,4 +1,4 @@
-//! The launches of a step on a GPU: wake gradients, directions, rate, writing.
+//! The launches of a step on a GPU: wake gradients, rate, writing; the directions between them are `preconditioned.rs`.
 
 use super::block::{Block, BlockState};
 use super::device::{DeviceStep, Scratch};
@@ -7,11 +7,10 @@ use super::length::StepRule;
 use super::natural::Natural;
 use super::params::{Decay, NonFinite};
 use super::rule::{Model, WakeRule};
-use crate::curvature::{Preconditioner, damped_product, sandwich};
-use crate::gpu::table::{blocks_of, type_number};
+use crate::curvature::sandwich;
+use crate::gpu::table::type_number;
 use crate::gpu::{Gpu, Operand};
-use crate::ops::precondition::{DotItem, ScaleItem, TotalItem, dots, scales, totals};
-use crate::ops::update::{self, AdamItem, AdamOptions, CarryItem, Rate, Sums, UpdateItem};
+use crate::ops::update::{self, AdamItem, AdamOptions, CarryItem, RateArgs, UpdateItem};
 use crate::ops::wake::{Board, Place, WakeItem, Wakes, wakes};
 use candle_core::{Result, Tensor, bail};
 
@@ -67,162 +66,31 @@ impl<R: WakeRule> Natural<R> {
         if items.is_empty() { Ok(()) } else { wakes(&device.gpu, device.dtype, &items, board, &slopes, how) }
     }
 
-    /// The directions `V` of all blocks, and `<V, w>` among the totals.
-    pub(super) fn directions(
-        &self,
-        device: &DeviceStep,
-        renewed: &[Renewed<'_>],
-        damping: f64,
-    ) -> Result<Vec<Tensor>> {
-        let gpu = &device.gpu;
-        let mut held = Held::new(gpu);
-        // A quadratic wake solves with more than the divergence's curvature.
-        let by_metric = self.params.step_rule != StepRule::LearningRate
-            && matches!(self.params.wake.model(), Model::Quadratic(_));
-        let mut turned = Vec::with_capacity(device.stacks.len());
-        let (mut scaled, mut scaled_blocks) = (Vec::new(), Vec::new());
-        for stack in &device.stacks {
-            turned.push(match &stack.inverse {
-                Some(Preconditioner::Basis { basis_a, basis_g, scale }) => {
-                    let turned = sandwich(&basis_g.t()?, &stack.wake, basis_a)?.contiguous()?;
-                    let scale = scale.contiguous()?;
-                    for (nth, &index) in stack.blocks.iter().enumerate() {
-                        let (name, inside) = (&self.blocks[index].name, stack.part(&turned, nth)?);
-                        scaled.push(ScaleItem {
-                            inside: held.address(&inside, name)?,
-                            scale: held.address(&stack.part(&scale, nth)?, name)?,
-                            len: inside.elem_count() as u64,
-                            ..ScaleItem::default()
-                        });
-                        scaled_blocks.push(index);
-                    }
-                    Some(turned)
-                }
-                _ => None,
-            });
-        }
-        let products = gpu.operand(&device.products, "products")?;
-        if !scaled.is_empty() {
-            scales(gpu, device.dtype, &scaled, &products)?;
-        }
-        let mut directions: Vec<Tensor> = device.scratch.iter().map(|scratch| scratch.wake.clone()).collect();
-        for (stack, turned) in device.stacks.iter().zip(turned) {
-            let together = match (&stack.inverse, turned) {
-                (Some(Preconditioner::Basis { basis_a, basis_g, .. }), Some(turned)) => {
-                    Some(sandwich(basis_g, &turned, &basis_a.t()?)?.contiguous()?)
-                }
-                (Some(inverse), _) => Some(inverse.apply(&stack.wake)?.contiguous()?),
-                (None, _) => None,
-            };
-            for (nth, &index) in stack.blocks.iter().enumerate() {
-                directions[index] = match (&together, &renewed[index].state.preconditioner) {
-                    (Some(together), _) => stack.part(together, nth)?,
-                    (None, Some(inverse)) => inverse.apply(&device.scratch[index].wake)?.contiguous()?,
-                    (None, None) => {
-                        bail!("{}: block {} has no inverse yet", R::NAME, self.blocks[index].name)
-                    }
-                };
-            }
-        }
-
-        let total = gpu.operand(&device.totals, "totals")?;
-        let blocks = self.blocks.len();
-        let mut sums = Vec::new();
-        let mut at = 0;
-        for (item, index) in scaled.iter().zip(&scaled_blocks) {
-            let parts = blocks_of(item.len as usize);
-            if !by_metric {
-                sums.push(TotalItem { parts: products.at(at), total: total.at(*index), len: parts as u64 });
-            }
-            at += parts;
-        }
-        let mut dotted = Vec::new();
-        for (index, direction) in directions.iter().enumerate() {
-            let (block, renewed) = (&self.blocks[index], &renewed[index]);
-            if !by_metric && scaled_blocks.contains(&index) {
-                continue;
-            }
-            let with = if by_metric {
-                let (a, g) = &renewed.average;
-                let damping = self.damping_of(block, damping);
-                damped_product(a, g, self.params.damping.kind(), damping, direction, &block.name)?
-                    .contiguous()?
-            } else {
-                device.scratch[index].wake.clone()
-            };
-            let len = direction.elem_count();
-            dotted.push(DotItem {
-                a: held.address(direction, &block.name)?,
-                b: held.address(&with, &block.name)?,
-                len: len as u64,
-                ..DotItem::default()
-            });
-            sums.push(TotalItem {
-                parts: products.at(at),
-                total: total.at(index),
-                len: blocks_of(len) as u64,
-            });
-            at += blocks_of(len);
-        }
-        if !dotted.is_empty() {
-            let first =
-                products.at(at - dotted.iter().map(|item| blocks_of(item.len as usize)).sum::<usize>());
-            dots(gpu, device.dtype, &dotted, first)?;
-        }
-        let squares = gpu.operand(&device.squares, "squares")?;
-        if self.params.rms_clip.is_some() {
-            let (mut items, mut at) = (Vec::new(), 0);
-            for (index, direction) in directions.iter().enumerate() {
-                let (address, len) =
-                    (held.address(direction, &self.blocks[index].name)?, direction.elem_count());
-                items.push(DotItem { a: address, b: address, len: len as u64, ..DotItem::default() });
-                let parts = blocks_of(len);
-                sums.push(TotalItem {
-                    parts: squares.at(at),
-                    total: total.at(blocks + index),
-                    len: parts as u64,
-                });
-                at += parts;
-            }
-            if !items.is_empty() {
-                dots(gpu, device.dtype, &items, squares.address())?;
-            }
-        }
-        let slopes = gpu.operand(&device.slopes, "slopes")?;
-        let taken = gpu.operand(&device.taken, "slopes")?;
-        sums.push(TotalItem { parts: slopes.address(), total: total.at(2 * blocks), len: slopes.len as u64 });
-        sums.push(TotalItem {
-            parts: taken.address(),
-            total: total.at(2 * blocks + 1),
-            len: taken.len as u64,
-        });
-        totals(gpu, &sums)?;
-        Ok(directions)
-    }
-
     /// The step's rate and clip, and whether it is taken.
     pub(super) fn decide(&self, device: &DeviceStep, board: &Board) -> Result<()> {
         let totals = device.gpu.operand(&device.totals, "totals")?;
         let lr_scales = device.gpu.operand(&device.lr_scales, "lr_scales")?;
         let blocks = self.blocks.len();
-        let sums = Sums {
-            products: &totals,
-            lr_scales: &lr_scales,
-            slopes: (totals.at(2 * blocks), totals.at(2 * blocks + 1)),
-        };
         let (slope_aim, pace) = match self.params.step_rule {
             StepRule::AdaptiveKl(rule) => (rule.slope, rule.pace),
             _ => (0.0, -1.0),
         };
-        let rate = Rate {
+        let args = RateArgs {
+            flags: board.flags.address(),
+            numbers: board.numbers.address(),
+            products: totals.address(),
+            lr_scales: lr_scales.address(),
+            slope: totals.at(2 * blocks),
+            last_slope: totals.at(2 * blocks + 1),
+            blocks: blocks as u64,
             scale: self.rate_scale(),
             target: self.params.step_rule.target().unwrap_or(-1.0),
             slope_aim,
             pace,
             kl_clip: self.params.kl_clip.unwrap_or(-1.0),
-            skips: self.params.non_finite == NonFinite::Skip,
+            skips: (self.params.non_finite == NonFinite::Skip).into(),
         };
-        update::rate(&device.gpu, board, &sums, rate)
+        update::rate(&device.gpu, &args)
     }
 
     /// Parameters, averages, and what the next step looks back at.
@@ -382,17 +250,17 @@ impl<R: WakeRule> Natural<R> {
 }
 
 /// Addresses within one stage of a step, with what has to live until its launches.
-struct Held<'a> {
+pub(super) struct Held<'a> {
     gpu: &'a Gpu,
     operands: Vec<(Tensor, Operand)>,
 }
 
 impl<'a> Held<'a> {
-    fn new(gpu: &'a Gpu) -> Self {
+    pub fn new(gpu: &'a Gpu) -> Self {
         Self { gpu, operands: Vec::new() }
     }
 
-    fn address(&mut self, tensor: &Tensor, name: &str) -> Result<u64> {
+    pub fn address(&mut self, tensor: &Tensor, name: &str) -> Result<u64> {
         let operand = self.gpu.operand(tensor, name)?;
         let address = operand.address();
         self.operands.push((tensor.clone(), operand));

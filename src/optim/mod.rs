@@ -13,6 +13,7 @@ mod length;
 mod natural;
 mod observe;
 mod params;
+mod preconditioned;
 mod q;
 mod qe;
 mod replay;

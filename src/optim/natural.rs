@@ -53,8 +53,8 @@ pub struct Natural<R> {
     pub(super) captured: bool,
     /// Whether new inverses are moved to where the old ones are, for the kernels that a [`super::Replay`] has recorded.
     pub(super) keep_inverses: bool,
-    /// Work spaces on a GPU so far, times a number larger than that of the changes within one.
-    pub(super) spaces: usize,
+    /// How often what recorded kernels read and write has moved.
+    pub(super) moves: usize,
     /// Whether QE's closure has been seen to give the same outputs twice.
     pub(super) closure_checked: bool,
 }

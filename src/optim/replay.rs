@@ -53,8 +53,8 @@ pub struct Replay<T> {
 struct Recorded<T> {
     graph: Graph,
     output: T,
-    /// Which work space the recorded kernels write.
-    space: usize,
+    /// [`Natural::moves`] when it was recorded.
+    moves: usize,
 }
 
 impl<T: Clone> Replay<T> {
@@ -76,7 +76,7 @@ impl<T: Clone> Replay<T> {
             return pass(optimizer);
         };
         optimizer.keep_inverses = true;
-        if self.recorded.as_ref().is_some_and(|recorded| recorded.space != optimizer.space()) {
+        if self.recorded.as_ref().is_some_and(|recorded| recorded.moves != optimizer.moves) {
             *self = Self::new();
         }
         if optimizer.renews() || optimizer.device.is_none() {
@@ -94,7 +94,7 @@ impl<T: Clone> Replay<T> {
                 let outcome = gpu.record(|| pass(optimizer));
                 optimizer.captured = false;
                 let (graph, output) = outcome?;
-                Recorded { graph, output, space: optimizer.space() }
+                Recorded { graph, output, moves: optimizer.moves }
             }
         };
         if let Some(device) = &optimizer.device {
@@ -122,11 +122,6 @@ impl<R: WakeRule> Natural<R> {
     /// Whether the coming step makes new factors or inverses.
     fn renews(&self) -> bool {
         self.curvature_due() || self.inverses_due()
-    }
-
-    /// Tells one work space from another.
-    fn space(&self) -> usize {
-        self.device.as_ref().map_or(0, |device| device.space)
     }
 
     /// Moves new inverses to where the old ones are, which recorded kernels read. Nothing, where they are of another kind.

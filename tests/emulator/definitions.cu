@@ -39,12 +39,3 @@ DEVICE void warp_operations(const WarpArgs &p) {
     p.out[lane] = value;
 }
 KERNEL(warp_operation, 32, WarpArgs, warp_operations)
-
-// `rounds` barriers and as many warp sums, for the emulator's speed.
-DEVICE void spin(const ConvertArgs &p) {
-    SHARED(float, slots, 32);
-    float x = 1;
-    for (u64 i = 0; i < p.len; ++i) x = block_sum(x, slots) / blockDim.x;
-    if (threadIdx.x == 0) static_cast<float *>(p.to)[blockIdx.x] = x;
-}
-KERNEL(barriers, 1024, ConvertArgs, spin)

@@ -239,33 +239,3 @@ fn warp_operations_follow_their_definition() -> Result<()> {
         Ok(())
     })
 }
-
-/// Prints how many times a second a thread comes to a barrier or a warp operation.
-#[test]
-#[ignore = "measures the emulator"]
-fn speed() -> Result<()> {
-    emulate(|| {
-        let Some(gpu) = Gpu::emulated() else { return Ok(()) };
-        for threads in [32, 256, 1024] {
-            let (blocks, rounds) = (4, 100_000 / threads as u64);
-            let out = gpu.tensor(blocks, DType::F32)?;
-            let operand = gpu.operand(&out, "to")?;
-            let args = Convert { from: 0, to: operand.address(), len: rounds };
-            let start = std::time::Instant::now();
-            launch_of(&source("definitions"), "barriers", Grid::line(blocks, threads)?, &args)?;
-            let steps = RUNS.len() as f64 * blocks as f64 * f64::from(threads) * rounds as f64 * 7.0;
-            println!(
-                "{threads} threads a block: {:.1e} steps a second",
-                steps / start.elapsed().as_secs_f64()
-            );
-        }
-        let x = Tensor::zeros(1 << 20, DType::F32, &Device::Cpu)?;
-        let start = std::time::Instant::now();
-        converted("narrow_f16", x, DType::F16)?;
-        println!(
-            "{:.1e} threads a second without either",
-            3.0 * (1 << 20) as f64 / start.elapsed().as_secs_f64()
-        );
-        Ok(())
-    })
-}

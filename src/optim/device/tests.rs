@@ -107,6 +107,9 @@ fn steps_as_the_general_path_does() -> Result<()> {
         p.groups = Groups(vec![slow]);
     })?;
     agree::<Q>("q", |_| ())?;
+    agree::<Q>("q, exact", |p| {
+        (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
+    })?;
     agree::<Q>("q, fixed divergence", |p| {
         (p.step_rule, p.kl_clip) = (StepRule::FixedKl { target: 0.01 }, None);
     })
