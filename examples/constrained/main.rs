@@ -15,6 +15,9 @@ mod random;
 mod sentence;
 mod train;
 #[allow(dead_code)]
+#[path = "../mnist/values.rs"]
+mod values;
+#[allow(dead_code)]
 #[path = "../mnist/weights.rs"]
 mod weights;
 
@@ -24,6 +27,7 @@ use data::Data;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use train::{Method, train};
+use values::{count, not_negative, positive};
 
 /// Bounds on the weights of hidden units, against weight decay.
 ///
@@ -31,22 +35,24 @@ use train::{Method, train};
 /// regularization, with an L2 penalty, with the norm of the weights into each hidden unit projected to at most --radius after every step, and
 /// with a multiplier for each hidden unit that keeps it there. Prints a table, and plots the multipliers to DIR/multipliers.svg.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "constrained")]
+#[command(name = "constrained", allow_negative_numbers = true)]
 pub struct Args {
     /// Learning rate at first; it falls to zero by half a cosine
-    #[arg(long, default_value_t = 0.7)]
+    #[arg(long, default_value_t = 0.7, value_parser = positive)]
     lr: f64,
-    #[arg(long, default_value_t = 10)]
+    /// Passes over the training set
+    #[arg(long, default_value_t = 10, value_parser = count)]
     epochs: usize,
     /// Images of a step
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 64, value_parser = count)]
     batch: usize,
     /// Largest norm of the weights into a hidden unit
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 2.0, value_parser = not_negative)]
     radius: f64,
     /// Factor of the L2 penalty, the sum of the squared weights
-    #[arg(long, default_value_t = 5e-4)]
+    #[arg(long, default_value_t = 5e-4, value_parser = not_negative)]
     decay: f64,
+    /// Of the first weights and the order of the images
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Folder for the plot
@@ -68,8 +74,8 @@ fn main() -> ExitCode {
 }
 
 fn compare(args: &Args) -> Result<()> {
-    if args.batch == 0 || args.epochs == 0 {
-        bail!("--batch and --epochs: expected at least 1")
+    if let Err(e) = std::fs::create_dir_all(&args.out) {
+        bail!("--out {}: cannot be made ({e})", args.out.display())
     }
     let data = Data::bundled()?;
     println!("{}", data.title);
@@ -90,9 +96,6 @@ fn compare(args: &Args) -> Result<()> {
             run.seconds
         );
         if !run.trace.is_empty() {
-            if let Err(e) = std::fs::create_dir_all(&args.out) {
-                bail!("--out {}: cannot be made ({e})", args.out.display())
-            }
             let path = args.out.join("multipliers.svg");
             plot::multipliers(&path, &run.trace)?;
             let active =

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 /// Without arguments: trains the CNN of the KLD-WRM paper on a bundled subset of Fashion-MNIST with KLD-WRM, then with
 /// SO-KLD-WRM, K-FAC and AdamW from the same initial parameters on the same batches, and compares them.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "mnist", after_long_help = format!("{}\n{}\n{LOG_FORMAT}", owners(), defaults::table()))]
+#[command(name = "mnist", allow_negative_numbers = true, after_long_help = format!("{}\n{}\n{LOG_FORMAT}", owners(), defaults::table()))]
 pub struct Args {
     /// How to train; `compare` runs kldwrm, so, kfac and adamw from the same start on the same batches
     #[arg(long, value_enum, default_value_t = Choice::Compare)]

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 /// Seconds are those of training alone, without evaluation, on one thread, while --workers - 1 other runs go on beside
 /// it: they can be compared within a study, which is why --workers cannot change when it goes on.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "study")]
+#[command(name = "study", allow_negative_numbers = true)]
 pub struct Args {
     /// Folder with the four IDX files of --dataset, gzip or raw; needed for all but the report
     #[arg(long, value_name = "DIR")]
