@@ -9,6 +9,7 @@
 //! | [`tape`] | what a layer reports of a backward pass; likelihoods and Fisher matrices |
 //! | [`curvature`] | Kronecker factors, their averages, damping and inverses |
 //! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
+//! | [`evidence`] | the log marginal likelihood and its bounds, to choose weight decay, temperature and noise |
 //! | [`penalty`] | functions of the weights that are added to a loss, proximal steps, bounds with multipliers, priors |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
@@ -20,6 +21,7 @@
 
 pub mod checkpoint;
 pub mod curvature;
+pub mod evidence;
 mod gpu;
 pub mod linalg;
 pub mod nn;

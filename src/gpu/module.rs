@@ -44,6 +44,7 @@ modules! {
     Mix "mix"
     Newton "newton"
     Norm "norm"
+    Ntk "ntk"
     Patches "patches"
     Pool "pool"
     Precondition "precondition"

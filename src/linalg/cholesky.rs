@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::device::{self, Job, Queued, Verdict};
 use super::host::{Factorize, Real, by_group, distance, mirror_lower, probe, square, times, transposed};
+use super::kron::diagonal;
 use super::solver::Solver;
 use super::spd::{Evidence, SMALL, Spd};
 use crate::gpu::Gpu;
@@ -47,6 +48,18 @@ pub(crate) fn inverse_spd_all(jobs: &[(&Tensor, &str)]) -> Vec<Result<Tensor>> {
     let queue: Vec<_> = jobs.iter().map(|&(m, name)| Job { inputs: [m], name }).collect();
     let found = device::by_group(&Inverse, &gpu, &queue).into_iter().zip(jobs);
     found.map(|(found, (m, _))| found.and_then(|[inverse]| inverse.reshape(m.shape()))).collect()
+}
+
+/// `log det m` and the inverse of positive definite `m` `[d, d]`, as [`inverse_spd`], through one Cholesky factor.
+pub(crate) fn log_det_inverse(m: &Tensor, name: &str) -> Result<(f64, Tensor)> {
+    let m = m.unsqueeze(0)?;
+    square(&m, name)?;
+    let [inverse, pivots] = by_group(&LogDetInverse, [&m], name)?;
+    let pivots = pivots.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    Ok((
+        2.0 * pivots.iter().map(|l| l.ln()).sum::<f64>(),
+        inverse.reshape(m.dims3().map(|(_, d, _)| (d, d))?)?,
+    ))
 }
 
 struct Cholesky;
@@ -91,10 +104,39 @@ struct Inverse;
 impl Factorize<1, 1> for Inverse {
     fn factorize<T: Real>(
         &self,
-        [m]: [&[T]; 1],
+        inputs: [&[T]; 1],
         dim: usize,
         par: Par,
     ) -> std::result::Result<[Vec<T>; 1], String> {
+        LogDetInverse.factorize(inputs, dim, par).map(|[inverse, _]| [inverse])
+    }
+
+    fn queue(&self, gpu: &Gpu, [m]: [&Tensor; 1]) -> Result<Queued<1>> {
+        if m.dim(1)? > SMALL {
+            let Queued { outputs: [inverse, _], verdict } = LogDetInverse.queue(gpu, [m])?;
+            return Ok(Queued { outputs: [inverse], verdict });
+        }
+        let given = Spd::new(gpu, m)?;
+        let (inverse, info) = given.small_inverse()?;
+        let verdict = inverse_verdict(gpu, &given, &inverse, [Some(&info), None])?;
+        Ok(Queued { outputs: [inverse.flatten_from(1)?], verdict })
+    }
+
+    fn reason(&self, verdict: &Verdict, dim: usize, dtype: DType) -> Option<String> {
+        LogDetInverse.reason(verdict, dim, dtype)
+    }
+}
+
+/// The inverse, and the diagonal of the Cholesky factor.
+struct LogDetInverse;
+
+impl Factorize<1, 2> for LogDetInverse {
+    fn factorize<T: Real>(
+        &self,
+        [m]: [&[T]; 1],
+        dim: usize,
+        par: Par,
+    ) -> std::result::Result<[Vec<T>; 2], String> {
         let factor = lower_factor(m, dim, par)?;
         let mut result = vec![<T as WithDType>::from_f64(0.0); dim * dim];
         inverse(
@@ -108,28 +150,19 @@ impl Factorize<1, 1> for Inverse {
         mirror_lower(&mut full, dim);
         let z = probe(dim);
         let off = distance(&times(&full, &times(&result, &z)), &z, (dim as f64).sqrt());
-        if off <= TOLERANCE { Ok([result]) } else { Err(inexact(off)) }
+        let pivots = factor.iter().step_by(dim + 1).copied().collect();
+        if off <= TOLERANCE { Ok([result, pivots]) } else { Err(inexact(off)) }
     }
 
-    fn queue(&self, gpu: &Gpu, [m]: [&Tensor; 1]) -> Result<Queued<1>> {
+    fn queue(&self, gpu: &Gpu, [m]: [&Tensor; 1]) -> Result<Queued<2>> {
         let given = Spd::new(gpu, m)?;
-        let full = given.mirrored(None, false)?;
-        let (inverse, info) = if m.dim(1)? <= SMALL {
-            let (inverse, info) = given.small_inverse()?;
-            (inverse, [Some(info), None])
-        } else {
-            let solver = Solver::of(gpu)?;
-            let (factor, info) = solver.cholesky(given.mirrored(None, false)?)?;
-            let (lower, later) = solver.inverse(factor)?;
-            (Spd::new(gpu, &lower)?.mirrored(None, false)?, [Some(info), Some(later)])
-        };
-        let once = Spd::new(gpu, &inverse)?.times(None, None)?;
-        let full = Spd::new(gpu, &full)?;
-        let p = full.times(Some(&once), None)?;
-        let evidence =
-            Evidence { info: info.each_ref().map(Option::as_ref), p: Some(&p), ..Evidence::default() };
-        let verdict = full.verdict(&given.scale()?, &evidence)?;
-        Ok(Queued { outputs: [inverse.flatten_from(1)?], verdict })
+        let solver = Solver::of(gpu)?;
+        let (factor, info) = solver.cholesky(given.mirrored(None, false)?)?;
+        let pivots = diagonal(&factor)?.copy()?;
+        let (lower, later) = solver.inverse(factor)?;
+        let inverse = Spd::new(gpu, &lower)?.mirrored(None, false)?;
+        let verdict = inverse_verdict(gpu, &given, &inverse, [Some(&info), Some(&later)])?;
+        Ok(Queued { outputs: [inverse.flatten_from(1)?, pivots], verdict })
     }
 
     fn reason(&self, verdict: &Verdict, dim: usize, _: DType) -> Option<String> {
@@ -139,6 +172,15 @@ impl Factorize<1, 1> for Inverse {
             code => Some(no_pivot(code - 1, dim)),
         }
     }
+}
+
+/// How far `inverse` times the matrix is from 1.
+fn inverse_verdict(gpu: &Gpu, given: &Spd, inverse: &Tensor, info: [Option<&Tensor>; 2]) -> Result<Tensor> {
+    let full = given.mirrored(None, false)?;
+    let full = Spd::new(gpu, &full)?;
+    let once = Spd::new(gpu, inverse)?.times(None, None)?;
+    let p = full.times(Some(&once), None)?;
+    full.verdict(&given.scale()?, &Evidence { info, p: Some(&p), ..Evidence::default() })
 }
 
 /// How far an inverse times the matrix may be from 1.
@@ -190,6 +232,11 @@ mod tests {
                     assert_eq!(max_abs(&(&x - x.transpose(1, 2)?)?)?, 0.0);
                     let eye = Tensor::eye(d, dtype, &Device::Cpu)?.broadcast_as((g, d, d))?;
                     assert!(max_abs(&(m.matmul(&x)? - eye)?)? < 10.0 * tolerance);
+                    let (log_det, inverse) = log_det_inverse(&m.get(0)?, "m")?;
+                    let logs =
+                        diagonal(&l)?.get(0)?.to_dtype(DType::F64)?.log()?.sum_all()?.to_scalar::<f64>()?;
+                    assert!((log_det - 2.0 * logs).abs() < tolerance * log_det.abs().max(1.0));
+                    assert!(max_abs(&(inverse - x.get(0)?)?.unsqueeze(0)?)? < tolerance);
                 }
             }
             Ok(())

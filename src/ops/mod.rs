@@ -24,6 +24,7 @@ pub(crate) mod memory;
 mod moment;
 pub mod norm;
 mod norm_kernels;
+pub(crate) mod ntk;
 pub mod patches;
 mod patches_gpu;
 pub mod pool;

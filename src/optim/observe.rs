@@ -6,7 +6,7 @@ use super::rule::WakeRule;
 use super::step::{Refresh, Refusal, sum};
 use crate::curvature::FactorSums;
 use crate::ops::sample::DrawKey;
-use crate::tape::{Fisher, Likelihood};
+use crate::tape::{Fisher, Likelihood, Root};
 use candle_core::{Result, Tensor, bail};
 use std::sync::{Arc, Mutex};
 
@@ -106,7 +106,7 @@ impl<R: WakeRule> Natural<R> {
             (None, Fisher::Sampled { draws, seed }) => Box::new((0..draws as u64).map(move |draw| {
                 likelihood.sampled_cotangent(outputs, DrawKey { seed, step, draw, first_row: first })
             })),
-            (None, Fisher::Exact) => Box::new(likelihood.exact_cotangents(outputs)?),
+            (None, Fisher::Exact) => Box::new(likelihood.cotangents(outputs, Root::PerOutput)?),
         };
         // Draws are averaged, the columns of an exact square root add up.
         let scale = match self.params.fisher {

@@ -42,6 +42,18 @@ pub enum Fisher {
     Exact,
 }
 
+/// Which square root of the outputs' Hessian `H` is taken, a term at a time: vectors `b` with `sum b b^T = H`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Root {
+    /// A column for every output: `sqrt(p_c) (e_c - p)` for a categorical likelihood.
+    PerOutput,
+    /// The same times an orthogonal matrix (a Householder reflection) that turns one column of a categorical likelihood, whose
+    /// Hessian has rank `classes - 1`, to zero; it is left out.
+    Reduced,
+    /// A root of the diagonal of `H` alone: `sqrt(H_cc) e_c`.
+    Diagonal,
+}
+
 impl Likelihood {
     /// The number of loss terms in `outputs`.
     ///
@@ -68,11 +80,15 @@ impl Likelihood {
         }
     }
 
-    /// Cotangents `s` of the *summed* loss, the columns of a square root of an example's Hessian: one per output of an
-    /// example, `classes` times the loss terms of one example (`t` for outputs `[n, t, c]`). The terms of an example have
-    /// passes of their own because their gradients meet in a layer that mixes or sums positions, where one pass would add
-    /// their products too. Terms in the first dimension share a pass: nothing there mixes.
-    pub(crate) fn exact_cotangents(&self, outputs: &Tensor) -> Result<impl Iterator<Item = Result<Tensor>>> {
+    /// Cotangents `s` of the *summed* loss, the columns of a square root of an example's Hessian: `classes` (or one less) times
+    /// the loss terms of one example (`t` for outputs `[n, t, c]`). The terms of an example have passes of their own because
+    /// their gradients meet in a layer that mixes or sums positions, where one pass would add their products too. Terms in
+    /// the first dimension share a pass: nothing there mixes.
+    pub(crate) fn cotangents(
+        &self,
+        outputs: &Tensor,
+        root: Root,
+    ) -> Result<impl ExactSizeIterator<Item = Result<Tensor>>> {
         let likelihood = *self;
         let outputs = outputs.detach();
         let classes = outputs.dim(D::Minus1)?;
@@ -80,26 +96,39 @@ impl Likelihood {
         let examples = if outputs.rank() > 1 { outputs.dim(0)? } else { 1 };
         let positions = terms / examples;
         let mean = self.mean(&outputs)?;
+        let reduced = likelihood == Likelihood::Categorical && root == Root::Reduced && classes > 1;
+        // 1 at `at`, 0 elsewhere, `[of]`.
+        let unit = move |at: usize, of: usize, like: &Tensor| -> Result<Tensor> {
+            Tensor::arange(0u32, of as u32, like.device())?.eq(at as u32)?.to_dtype(like.dtype())
+        };
+        // What the reflection takes off every column: (p + sqrt(p_last) e_last) / (1 + sqrt(p_last)).
+        let removed = match reduced {
+            false => mean.clone(),
+            true => {
+                let root = mean.narrow(D::Minus1, classes - 1, 1)?.sqrt()?;
+                let last = unit(classes - 1, classes, &mean)?.broadcast_as(mean.shape())?;
+                (&mean + last.broadcast_mul(&root)?)?.broadcast_div(&(root + 1.0)?)?
+            }
+        };
         let column = move |position: usize, c: usize| -> Result<Tensor> {
-            // 1 at `at`, 0 elsewhere, `[of]`.
-            let unit = |at: usize, of: usize| -> Result<Tensor> {
-                Tensor::arange(0u32, of as u32, mean.device())?.eq(at as u32)?.to_dtype(mean.dtype())
-            };
             let at_c = mean.narrow(D::Minus1, c, 1)?;
-            let unit_c = unit(c, classes)?.broadcast_as(mean.shape())?;
-            let column = match likelihood {
+            let unit_c = unit(c, classes, &mean)?.broadcast_as(mean.shape())?;
+            let column = match (likelihood, root) {
+                (Likelihood::Categorical, Root::Diagonal) | (Likelihood::Bernoulli, _) => {
+                    unit_c.broadcast_mul(&(&at_c * (1.0 - &at_c)?)?.sqrt()?)?
+                }
                 // diag(p) - p p^T = sum_c p_c (e_c - p) (e_c - p)^T
-                Likelihood::Categorical => (unit_c - &mean)?.broadcast_mul(&at_c.sqrt()?)?,
-                Likelihood::Bernoulli => unit_c.broadcast_mul(&(&at_c * (1.0 - &at_c)?)?.sqrt()?)?,
-                Likelihood::Gaussian => unit_c.contiguous()?,
+                (Likelihood::Categorical, _) => (unit_c - &removed)?.broadcast_mul(&at_c.sqrt()?)?,
+                (Likelihood::Gaussian, _) => unit_c.contiguous()?,
             };
             if positions == 1 {
                 return Ok(column);
             }
-            let here = unit(position, positions)?.reshape((1, positions, 1))?;
+            let here = unit(position, positions, &mean)?.reshape((1, positions, 1))?;
             column.reshape((examples, positions, classes))?.broadcast_mul(&here)?.reshape(mean.shape())
         };
-        Ok((0..positions * classes).map(move |index| column(index / classes, index % classes)))
+        let columns = classes - usize::from(reduced);
+        Ok((0..positions * columns).map(move |index| column(index / columns, index % columns)))
     }
 
     /// The summed loss's gradient `r` at labels drawn from the model.
@@ -161,6 +190,48 @@ mod tests {
     use super::*;
     use crate::gpu::emulate::emulate;
     use crate::ops::testing::{assert_close, random, values};
+
+    #[test]
+    fn roots_make_the_hessian() -> Result<()> {
+        for (likelihood, dims) in [
+            (Likelihood::Categorical, vec![3, 5]),
+            (Likelihood::Categorical, vec![3, 2]),
+            (Likelihood::Categorical, vec![3, 1]),
+            (Likelihood::Bernoulli, vec![3, 5]),
+            (Likelihood::Gaussian, vec![3, 5]),
+        ] {
+            let classes = dims[1];
+            let outputs = (random(0, &dims)? * 3.0)?;
+            let p = likelihood.mean(&outputs)?.to_vec2::<f64>()?;
+            for root in [Root::PerOutput, Root::Reduced, Root::Diagonal] {
+                let columns: Result<Vec<_>> = likelihood.cotangents(&outputs, root)?.collect();
+                let columns = columns?;
+                let full = likelihood != Likelihood::Categorical || root != Root::Reduced || classes == 1;
+                assert_eq!(columns.len(), classes - usize::from(!full));
+                for (n, p) in p.iter().enumerate() {
+                    for i in 0..classes {
+                        for j in 0..classes {
+                            let own = if i == j { 1.0 } else { 0.0 };
+                            let hessian = match likelihood {
+                                Likelihood::Categorical if root == Root::Diagonal => {
+                                    own * p[i] * (1.0 - p[i])
+                                }
+                                Likelihood::Categorical => own * p[i] - p[i] * p[j],
+                                Likelihood::Bernoulli => own * p[i] * (1.0 - p[i]),
+                                Likelihood::Gaussian => own,
+                            };
+                            let made = columns.iter().map(|b| {
+                                let row = values(&b.get(n).expect("a row")).expect("readable");
+                                row[i] * row[j]
+                            });
+                            assert!((made.sum::<f64>() - hessian).abs() < 1e-15, "{likelihood:?} {root:?}");
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
 
     #[test]
     fn cotangents_on_a_gpu_are_those_on_the_cpu() -> Result<()> {

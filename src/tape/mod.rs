@@ -10,6 +10,7 @@ mod conv_pool;
 mod likelihood;
 mod record;
 
+pub(crate) use likelihood::Root;
 pub use likelihood::{Fisher, Likelihood};
 pub use record::{Inputs, Keep, Layer, Record, Reduce};
 

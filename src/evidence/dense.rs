@@ -1,0 +1,91 @@
+//! The generalized Gauss-Newton matrix of some parameter tensors, written out: `log det(I + s P0^-1/2 G P0^-1/2)`.
+//!
+//! Parameter space: the matrix has a row a parameter, however many examples there are. The log-determinant is that of the kernel of the
+//! same rows (Sylvester).
+
+use super::log_det::{Complexity, Effective, LogDet, Precision};
+use super::rows::Rows;
+use crate::linalg::cholesky::log_det_inverse;
+use crate::linalg::kron::diagonal;
+use crate::ops::dense::product;
+use candle_core::{DType, Result, Tensor, bail};
+
+/// `G` of the tensors of some rows.
+#[derive(Debug, Clone)]
+pub(crate) struct Dense {
+    /// `[parameters, parameters]`, f64.
+    g: Option<Tensor>,
+    /// The tensors in the order of the rows of `g`: their numbers and sizes.
+    spans: Vec<(usize, usize)>,
+}
+
+impl Dense {
+    pub fn new() -> Self {
+        Self { g: None, spans: Vec::new() }
+    }
+
+    /// Adds the matrix of some examples' rows, of one set of tensors at every call.
+    pub fn add(&mut self, rows: &Rows) -> Result<()> {
+        let (mut parts, mut spans) = (Vec::new(), Vec::new());
+        for layer in &rows.layers {
+            if let Some(tensor) = layer.weight {
+                let mut size = 0;
+                for outs in layer.chunks(usize::MAX)? {
+                    let part = layer.of_weight(outs)?;
+                    size += part.dim(1)?;
+                    parts.push(part);
+                }
+                spans.push((tensor, size));
+            }
+            if let Some(tensor) = layer.bias {
+                parts.push(layer.of_bias()?);
+                spans.push((tensor, layer.layer.out_features()));
+            }
+        }
+        let j = Tensor::cat(&parts, 1)?;
+        let part = product(&j.t()?, &j)?.to_dtype(DType::F64)?;
+        self.g = Some(match self.g.take() {
+            Some(g) => (g + part)?,
+            None => part,
+        });
+        self.spans = spans;
+        Ok(())
+    }
+}
+
+impl Complexity for Dense {
+    fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+        let mut found = LogDet::zero(precisions.len());
+        let Some(g) = &self.g else { return Ok(found) };
+        let mut scales = Vec::new();
+        for &(tensor, size) in &self.spans {
+            scales.push(match precisions.get(tensor) {
+                Some(Precision::Uniform(delta)) => Tensor::full((s / delta).sqrt(), size, g.device())?,
+                Some(Precision::Each(deltas)) => {
+                    (deltas.flatten_all()?.recip()? * s)?.sqrt()?.to_device(g.device())?
+                }
+                None => bail!("evidence: tensor {tensor} of {} precisions", precisions.len()),
+            });
+        }
+        let scale = Tensor::cat(&scales, 0)?;
+        let shifted = g.broadcast_mul(&scale.unsqueeze(0)?)?.broadcast_mul(&scale.unsqueeze(1)?)?;
+        let shifted = (shifted + Tensor::eye(scale.dim(0)?, DType::F64, g.device())?)?;
+        found.condition = shifted.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
+        let (value, inverse) = log_det_inverse(&shifted, "evidence: the matrix I + s G / P0")?;
+        found.value = value;
+        // ((I + H)^-1 H)_ii = 1 - ((I + H)^-1)_ii
+        let each = (1.0 - diagonal(&inverse.unsqueeze(0)?)?.squeeze(0)?)?;
+        let mut at = 0;
+        for &(tensor, size) in &self.spans {
+            let each = each.narrow(0, at, size)?;
+            at += size;
+            found.effective[tensor] = Some(match &precisions[tensor] {
+                Precision::Uniform(_) => Effective::Total(each.sum_all()?.to_scalar()?),
+                Precision::Each(deltas) => {
+                    Effective::Each(each.to_device(deltas.device())?.reshape(deltas.shape())?)
+                }
+            });
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,320 @@
+//! Estimators of the evidence: which curvature, of which outputs, over which parts of the examples.
+
+use super::dense::Dense;
+use super::diagonal::Diagonal;
+use super::extrapolate::Extrapolated;
+use super::fit::Fit;
+use super::kron::KronSums;
+use super::log_det::Complexity;
+use super::partition::Parts;
+use super::problem::{DataFit, Examples, Problem};
+use super::rows::Rows;
+use crate::ops::rng::uniform;
+use crate::tape::Root;
+use candle_core::{DType, Result, Tensor, bail};
+
+/// Through what the outputs of an example are told apart where each has a kernel of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Split {
+    /// The columns of a square root of the likelihood's Hessian: what follows from them is a proven bound. The default.
+    #[default]
+    Root,
+    /// The outputs themselves, with the diagonal of the Hessian, as in Immer et al.'s code. For a Gaussian likelihood the same; for a
+    /// categorical one not a bound in general (two classes with `p = 1/2` and opposite outputs are a counterexample).
+    Diagonal,
+}
+
+/// The outputs that a kernel's rows are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Outputs {
+    /// All, together: exact for the examples. The default.
+    #[default]
+    Joint,
+    /// Each in a kernel of its own: as many backward passes, far smaller determinants, a looser bound (Fischer's inequality).
+    Independent(Split),
+    /// One for all examples, drawn, times their number: one backward pass. In expectation as `Independent`.
+    One(Split),
+    /// One for every example, drawn for each, times their number: one backward pass. With [`Split::Root`] in expectation a
+    /// bound; nearer than `Independent` or not, depending on the model.
+    OneEach(Split),
+}
+
+/// What stands for the curvature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Curvature {
+    /// The neural tangent kernel of a part's examples: exact for that part. Over several parts a lower bound of the evidence, the
+    /// tighter the larger the parts.
+    Kernel(Outputs),
+    /// [`Curvature::Kernel`] of all outputs, continued from a batch, its halves and its quarters to all examples by a power law. Not
+    /// a bound; much nearer to the value for all examples than that of the batches.
+    Extrapolated,
+    /// The generalized Gauss-Newton matrix of all parameters: the same as the kernel, cheaper where there are fewer parameters than
+    /// examples times outputs.
+    Full,
+    /// That matrix with a block a tensor, without what is between blocks: a lower bound of the evidence.
+    BlockPerTensor,
+    /// With a block a layer, its weight and its bias: a lower bound, tighter than a block a tensor.
+    BlockPerLayer,
+    /// Kronecker factors of each tensor's block: no bound in either direction.
+    Kron,
+    /// The diagonal: a lower bound of the evidence, looser than blocks.
+    Diagonal,
+}
+
+/// An estimator of the log marginal likelihood of a linearized Laplace approximation.
+///
+/// Over parts of the examples the complexities of the parts add up. Except for [`Curvature::Kron`], [`Curvature::Extrapolated`]
+/// and [`Split::Diagonal`], whatever is chosen gives a lower bound of the evidence, with `draws` in expectation
+/// (Immer et al. 2023; that a sum over parts bounds is Fischer's inequality, that larger parts do better in expectation Han's).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Estimator {
+    /// What stands for the curvature.
+    pub curvature: Curvature,
+    /// How the examples are divided.
+    pub parts: Parts,
+    /// How many parts to draw; all of them without. The log-likelihood is then estimated from the same examples.
+    pub draws: Option<usize>,
+    /// The most bytes that a matrix and what is needed to factorize it may take.
+    pub memory: usize,
+}
+
+impl Estimator {
+    /// A curvature over parts, all of them; 4 GiB.
+    pub fn new(curvature: Curvature, parts: Parts) -> Self {
+        Self { curvature, parts, draws: None, memory: 4 << 30 }
+    }
+
+    /// The stochastic bound: the kernel of one random batch of `size` examples an estimate.
+    pub fn batch(size: usize) -> Self {
+        Self { draws: Some(1), ..Self::new(Curvature::Kernel(Outputs::Joint), Parts::Random(size)) }
+    }
+
+    /// [`Estimator::batch`] with [`Curvature::Extrapolated`].
+    pub fn extrapolated(size: usize) -> Self {
+        Self { curvature: Curvature::Extrapolated, ..Self::batch(size) }
+    }
+
+    /// Evaluates what depends on the parameters: outputs, kernels, factors. The evidence is then a function of the hyperparameters,
+    /// [`Fit::evidence`]. Random parts and outputs are functions of `seed`.
+    ///
+    /// # Errors
+    /// When parts do not fit the examples, a matrix would take more than `memory` bytes (the message says how many), labels or outputs
+    /// are wrong or not finite, or the model's forward fails.
+    pub fn fit(&self, problem: &Problem<'_>, examples: &Examples, seed: u64) -> Result<Fit> {
+        let parts = self.parts.of(examples, self.draws, seed)?;
+        let mut data = DataFit::zero(problem.likelihood);
+        let mut terms: Vec<(f64, Box<dyn Complexity>)> = Vec::new();
+        for (index, (weight, numbers)) in parts.iter().enumerate() {
+            let part =
+                if numbers.len() == examples.len() { examples.clone() } else { examples.select(numbers)? };
+            let mut read =
+                Reader { problem, part: &part, data: &mut data, weight: *weight, memory: self.memory };
+            let all = examples.len();
+            match self.curvature {
+                Curvature::Kernel(outputs) => {
+                    let draw = uniform(seed, index as u64, 0);
+                    for (factor, rows) in
+                        read.kernels(outputs, draw, |n| uniform(seed, index as u64, n + 1))?
+                    {
+                        terms.push((weight * factor, Box::new(rows)));
+                    }
+                }
+                Curvature::Extrapolated => {
+                    let rows = read.rows(Root::Reduced)?;
+                    // Every part speaks for all examples.
+                    terms.push((1.0 / parts.len() as f64, Box::new(Extrapolated::new(rows, all)?)));
+                }
+                Curvature::Full => terms.push((*weight, Box::new(read.dense()?))),
+                Curvature::BlockPerTensor => read.blocks(&mut terms, true)?,
+                Curvature::BlockPerLayer => read.blocks(&mut terms, false)?,
+                Curvature::Kron => {
+                    let mut sums = KronSums::default();
+                    read.each(|rows| sums.add(rows))?;
+                    terms.push((*weight, Box::new(sums.finish()?)));
+                }
+                Curvature::Diagonal => {
+                    let mut sums = Diagonal::default();
+                    read.each(|rows| sums.add(rows))?;
+                    terms.push((*weight, Box::new(sums)));
+                }
+            }
+        }
+        Fit::new(problem, data, terms)
+    }
+}
+
+/// Examples of one forward pass where their rows are summed and not kept.
+const PASS: usize = 256;
+
+/// Reads one part of the examples.
+struct Reader<'a, 'p> {
+    problem: &'a Problem<'p>,
+    part: &'a Examples,
+    data: &'a mut DataFit,
+    weight: f64,
+    memory: usize,
+}
+
+impl Reader<'_, '_> {
+    /// The outputs, and their share in the fit to the labels.
+    fn outputs(&mut self, examples: &Examples) -> Result<Tensor> {
+        let outputs = self.problem.outputs(examples)?;
+        self.data.add(&self.problem.fit(&outputs, examples)?, self.weight);
+        Ok(outputs)
+    }
+
+    fn gather(&self, outputs: &Tensor, cotangents: impl Iterator<Item = Result<Tensor>>) -> Result<Rows> {
+        Rows::gather(&self.problem.tape, outputs, cotangents, |layer| self.problem.tensors_of(layer))
+    }
+
+    /// The rows of all examples of the part.
+    fn rows(&mut self, root: Root) -> Result<Rows> {
+        let outputs = self.outputs(&self.part.clone())?;
+        let columns = self.problem.likelihood.cotangents(&outputs, root)?;
+        self.check(self.part.len() * columns.len(), &outputs)?;
+        self.gather(&outputs, columns)
+    }
+
+    /// Refuses a matrix of so many rows that would not fit.
+    fn check(&self, rows: usize, outputs: &Tensor) -> Result<()> {
+        let element = if outputs.dtype() == DType::F64 { 8 } else { 4 };
+        // The matrix, its factor, its inverse and a product.
+        let bytes = 4u128 * element * (rows as u128).pow(2);
+        if bytes > self.memory as u128 {
+            bail!(
+                "evidence: a matrix of {rows} x {rows} and its inverse would take {bytes} bytes, and {} are allowed: take smaller \
+                 batches or another estimator",
+                self.memory
+            )
+        }
+        Ok(())
+    }
+
+    /// Runs `visit` on the rows of all examples, a few examples at a time.
+    fn each(&mut self, mut visit: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
+        let numbers: Vec<usize> = (0..self.part.len()).collect();
+        for numbers in numbers.chunks(PASS) {
+            let some = if numbers.len() == self.part.len() {
+                self.part.clone()
+            } else {
+                self.part.select(numbers)?
+            };
+            let outputs = self.outputs(&some)?;
+            let columns = self.problem.likelihood.cotangents(&outputs, Root::Reduced)?;
+            visit(&self.gather(&outputs, columns)?)?;
+        }
+        Ok(())
+    }
+
+    /// The kernels of the part, each with its weight.
+    fn kernels(
+        &mut self,
+        outputs: Outputs,
+        draw: f64,
+        each: impl Fn(u64) -> f64,
+    ) -> Result<Vec<(f64, Rows)>> {
+        let (Outputs::Independent(split) | Outputs::One(split) | Outputs::OneEach(split)) = outputs else {
+            return Ok(vec![(1.0, self.rows(Root::Reduced)?)]);
+        };
+        let root = if split == Split::Root { Root::PerOutput } else { Root::Diagonal };
+        let z = self.outputs(&self.part.clone())?;
+        self.check(self.part.len(), &z)?;
+        let mut columns = self.problem.likelihood.cotangents(&z, root)?;
+        let count = columns.len();
+        let pick = |uniform: f64| ((uniform * count as f64) as usize).min(count - 1);
+        match outputs {
+            Outputs::One(_) => {
+                let Some(column) = columns.nth(pick(draw)) else { bail!("evidence: no outputs") };
+                Ok(vec![(count as f64, self.gather(&z, std::iter::once(column))?)])
+            }
+            Outputs::OneEach(_) => {
+                let picks: Vec<usize> = (0..self.part.len()).map(|n| pick(each(n as u64))).collect();
+                let column = one_of_each(columns, &picks)?;
+                Ok(vec![(count as f64, self.gather(&z, std::iter::once(Ok(column)))?)])
+            }
+            _ => {
+                let rows = self.gather(&z, columns)?;
+                (0..count).map(|c| Ok((1.0, rows.one_of_each(c)?))).collect()
+            }
+        }
+    }
+
+    fn dense(&mut self) -> Result<Dense> {
+        let parameters = self.problem.parameters().iter().map(|p| p.tensor.elem_count()).sum();
+        self.check_dense(parameters)?;
+        let mut sums = Dense::new();
+        self.each(|rows| sums.add(rows))?;
+        Ok(sums)
+    }
+
+    fn check_dense(&self, parameters: usize) -> Result<()> {
+        let bytes = 4u128 * 8 * (parameters as u128).pow(2);
+        if bytes > self.memory as u128 {
+            bail!(
+                "evidence: a matrix of {parameters} x {parameters} parameters would take {bytes} bytes with its inverse, and {} are \
+                 allowed: take blocks, Kronecker factors or a kernel",
+                self.memory
+            )
+        }
+        Ok(())
+    }
+
+    /// A block a tensor or a layer: the matrix where it has no more rows than the kernel of the same rows, else that.
+    fn blocks(&mut self, terms: &mut Vec<(f64, Box<dyn Complexity>)>, per_tensor: bool) -> Result<()> {
+        let rows = self.rows_in_passes()?;
+        let kinds: &[(bool, bool)] =
+            if per_tensor { &[(true, false), (false, true)] } else { &[(true, true)] };
+        for index in 0..rows.layers.len() {
+            for &(weight, bias) in kinds {
+                let Some(block) = rows.of_layer(index, weight, bias) else { continue };
+                let tensors = block.layers.iter().flat_map(|l| [l.weight, l.bias]).flatten();
+                let size: usize = tensors.map(|t| self.problem.parameters()[t].tensor.elem_count()).sum();
+                if size == 0 {
+                    continue;
+                }
+                if size <= block.count() {
+                    self.check_dense(size)?;
+                    let mut sums = Dense::new();
+                    sums.add(&block)?;
+                    terms.push((self.weight, Box::new(sums)));
+                } else {
+                    let (_, grads) = block.layers[0].factors();
+                    self.check(block.count(), grads)?;
+                    terms.push((self.weight, Box::new(block)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows of all examples, whatever the size of their kernel.
+    fn rows_in_passes(&mut self) -> Result<Rows> {
+        let outputs = self.outputs(&self.part.clone())?;
+        let columns = self.problem.likelihood.cotangents(&outputs, Root::Reduced)?;
+        self.gather(&outputs, columns)
+    }
+}
+
+/// Of every example the column that `picks` says.
+pub(crate) fn one_of_each(columns: impl Iterator<Item = Result<Tensor>>, picks: &[usize]) -> Result<Tensor> {
+    let mut sum: Option<Tensor> = None;
+    for (index, column) in columns.enumerate() {
+        let column = column?;
+        let chosen: Vec<f64> = picks.iter().map(|&pick| f64::from(u8::from(pick == index))).collect();
+        let mut shape = vec![1; column.rank()];
+        shape[0] = picks.len();
+        let chosen = Tensor::from_vec(chosen, shape, column.device())?.to_dtype(column.dtype())?;
+        let part = column.broadcast_mul(&chosen)?;
+        sum = Some(match sum {
+            Some(sum) => (sum + part)?,
+            None => part,
+        });
+    }
+    match sum {
+        Some(sum) => Ok(sum),
+        None => bail!("evidence: no outputs"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

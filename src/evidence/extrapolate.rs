@@ -1,0 +1,133 @@
+//! From the log-determinants of batches to that of all examples, by a power law.
+//!
+//! Let `f(k)` be the expected log-determinant of `k` examples. It grows ever more slowly (its increments do not increase: Han's
+//! inequality), and the stochastic bound `N/b f(b)` lies on the straight line through 0 and `f(b)`: hence its bias. Here the growth
+//! from a quarter of the batch to a half and from a half to the whole tell by which factor `r` the increment of a doubling grows,
+//!
+//!     d1 = f(b/2) - f(b/4),   d2 = f(b) - f(b/2),   r = d2 / d1   (1 <= r <= 2: 2 for a straight line, 1 for a logarithm)
+//!
+//! and the increments of the doublings to come, `m = log2(N/b)` of them, go on by it: `f(N) = f(b) + d2 (r + r^2 + .. + r^m)`, for any
+//! real `m` as `d2 r (r^m - 1) / (r - 1)`. That is exact where the increment of an example falls as a power of their number. The halves'
+//! and quarters' matrices are blocks of the batch's: together they cost less than a third of it. Derivatives are those of the
+//! extrapolated value. It is not a bound.
+
+use super::kernel::log_det_of;
+use super::log_det::{Complexity, LogDet, Precision};
+use super::rows::Rows;
+use candle_core::{Result, Tensor, bail};
+
+/// A batch that stands for all examples.
+#[derive(Debug)]
+pub(crate) struct Extrapolated {
+    /// A batch whose size is a multiple of 4.
+    rows: Rows,
+    /// `N / b`.
+    times: f64,
+}
+
+impl Extrapolated {
+    /// `rows` of a batch, in random order, of `all` examples.
+    pub fn new(rows: Rows, all: usize) -> Result<Self> {
+        let size = rows.examples / 4 * 4;
+        if size < 8 {
+            bail!(
+                "evidence: a batch of {} cannot be continued to more examples, expected 8 or more",
+                rows.examples
+            )
+        }
+        Ok(Self { times: all as f64 / size as f64, rows: rows.narrow(0, size)? })
+    }
+
+    /// The mean over the batch's parts, `into` of them, whose kernels are blocks of `m`.
+    fn parts(&self, m: &Tensor, into: usize, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+        let examples = self.rows.examples / into;
+        let size = examples * self.rows.each;
+        let mut mean = LogDet::zero(precisions.len());
+        for part in 0..into {
+            let block = m.narrow(0, part * size, size)?.narrow(1, part * size, size)?.contiguous()?;
+            let rows = self.rows.narrow(part * examples, examples)?;
+            mean.add(log_det_of(&rows, block, s, precisions)?, 1.0 / into as f64)?;
+        }
+        Ok(mean)
+    }
+}
+
+/// The extrapolated value for a quarter's, a half's and the whole batch's, and its derivatives by them.
+fn extrapolated([quarter, half, whole]: [f64; 3], times: f64) -> (f64, [f64; 3]) {
+    let (before, last) = (half - quarter, whole - half);
+    if before <= 0.0 {
+        return (whole, [0.0, 0.0, 1.0]);
+    }
+    let (m, ratio) = (times.log2(), last / before);
+    let r = ratio.clamp(1.0, 2.0);
+    // The sum of r^x over the doublings to come, and its derivative by r; at 1 by its series.
+    let (sum, by_ratio) = match r - 1.0 {
+        e if e < 1e-6 => (m, m * (m + 1.0) / 2.0),
+        e => {
+            let power = r.powf(m);
+            let sum = r * (power - 1.0) / e;
+            (sum, ((power - 1.0) + m * power - sum) / e)
+        }
+    };
+    let moves = if ratio == r { last * by_ratio / before } else { 0.0 };
+    (whole + last * sum, [moves * r, -sum - moves * (1.0 + r), 1.0 + sum + moves])
+}
+
+impl Complexity for Extrapolated {
+    fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+        let m = self.rows.shifted_kernel(s, precisions)?;
+        let [quarter, half] = [4, 2].map(|into| self.parts(&m, into, s, precisions));
+        let sizes = [quarter?, half?, log_det_of(&self.rows, m, s, precisions)?];
+        let (value, slopes) = extrapolated(sizes.each_ref().map(|size| size.value), self.times);
+        let mut found = LogDet::zero(precisions.len());
+        for (size, slope) in sizes.into_iter().zip(slopes) {
+            found.add(size, slope)?;
+        }
+        found.value = value;
+        Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn power_laws_are_continued_exactly() {
+        for power in [0.05f64, 0.3, 0.7, 0.999] {
+            let f = |k: f64| 3.0 * k.powf(power) + 1.0;
+            for n in [100.0, 250.0, 1000.0, 60_000.0] {
+                let (value, _) = extrapolated([f(25.0), f(50.0), f(100.0)], n / 100.0);
+                assert!((value / f(n) - 1.0).abs() < 1e-9, "{power} {n}: {value} {}", f(n));
+            }
+        }
+        // A logarithm doubles by equal steps, a straight line by doubled ones; beyond them it stays there.
+        let (value, _) = extrapolated([1.0, 2.0, 3.0], 8.0);
+        assert!((value - 6.0).abs() < 1e-9);
+        let (value, _) = extrapolated([25.0, 50.0, 100.0], 10.0);
+        assert!((value - 1000.0).abs() < 1e-9);
+        assert_eq!(extrapolated([25.0, 50.0, 110.0], 1.0).0, 110.0);
+        assert_eq!(extrapolated([0.0; 3], 10.0).0, 0.0);
+    }
+
+    #[test]
+    fn derivatives_agree_with_differences() {
+        for at in [[25.0, 40.0, 60.0], [25.0, 40.0, 54.0], [25.0, 40.0, 80.0], [1.0, 2.0, 3.1]] {
+            let (_, slopes) = extrapolated(at, 12.0);
+            for i in 0..3 {
+                let h = 1e-6;
+                let moved = |h: f64| {
+                    let mut at = at;
+                    at[i] += h;
+                    extrapolated(at, 12.0).0
+                };
+                let difference = (moved(h) - moved(-h)) / (2.0 * h);
+                assert!(
+                    (slopes[i] - difference).abs() < 1e-5 * difference.abs().max(1.0),
+                    "{at:?} {i}: {} {difference}",
+                    slopes[i]
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! The evidence as a function of the hyperparameters, at fixed parameters.
+
+use super::hyper::Hyper;
+use super::log_det::{Complexity, Effective, LogDet, Precision, sum_of};
+use super::problem::{DataFit, Parameter, Problem};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use std::sync::Arc;
+
+/// All that an estimate of the evidence takes from the parameters and the examples.
+#[derive(Debug)]
+pub struct Fit {
+    parameters: Arc<Vec<Parameter>>,
+    data: DataFit,
+    /// Of each tensor the sum of squares.
+    squares: Vec<f64>,
+    /// The tensors as they were, in f64 on the CPU.
+    values: Vec<Tensor>,
+    terms: Vec<(f64, Box<dyn Complexity>)>,
+}
+
+/// An estimate of the log marginal likelihood with its parts and derivatives.
+#[derive(Debug, Clone)]
+pub struct Evidence {
+    /// [`Evidence::log_evidence`] as a tracked scalar of the Vars of [`Hyper`], f64: `value.backward()` works, once; a minimizer takes
+    /// `value.neg()`.
+    pub value: Tensor,
+    /// `log p(D | theta)`, over all examples.
+    pub log_likelihood: f64,
+    /// `-1/2 sum_i precision_i theta_i^2`.
+    pub log_prior: f64,
+    /// `log det(s G + P0) - log det P0`, by the estimator's curvature; half of it is the complexity.
+    pub log_det: f64,
+    /// `log_likelihood + log_prior - log_det / 2`.
+    pub log_evidence: f64,
+    /// Of each parameter tensor the effective number of parameters: how many of them the data determine.
+    pub effective: Vec<f64>,
+    /// Of each parameter tensor the derivative of the log evidence by the logarithm of its precision; of a diagonal prior the sum.
+    pub grad_log_precision: Vec<f64>,
+    /// The derivative by the logarithm of the temperature.
+    pub grad_log_temperature: f64,
+    /// The derivative by the logarithm of the noise; 0 without noise.
+    pub grad_log_noise: f64,
+    /// Of each parameter tensor the precision that a fixed-point step takes: effective parameters over the sum of squares (MacKay
+    /// 1992). Infinite where the tensor is zero.
+    pub suggested_precision: Vec<f64>,
+    /// A bound of the condition number of what was factorized.
+    pub condition: f64,
+}
+
+impl Fit {
+    pub(crate) fn new(
+        problem: &Problem<'_>,
+        data: DataFit,
+        terms: Vec<(f64, Box<dyn Complexity>)>,
+    ) -> Result<Self> {
+        let parameters = problem.shared_parameters();
+        let values =
+            parameters.iter().map(|p| p.tensor.detach().to_dtype(DType::F64)?.to_device(&Device::Cpu));
+        let values = values.map(|v| v?.copy()).collect::<Result<Vec<_>>>()?;
+        let squares = values.iter().map(|v| sum_of(&v.sqr()?)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { parameters, data, squares, values, terms })
+    }
+
+    /// The evidence at some hyperparameters.
+    ///
+    /// # Errors
+    /// When the hyperparameters are of another problem or not finite, a diagonal prior meets Kronecker factors, or a matrix is too badly
+    /// conditioned for its type (the message says how badly).
+    pub fn evidence(&self, hyper: &Hyper) -> Result<Evidence> {
+        if !Arc::ptr_eq(&self.parameters, hyper.parameters()) {
+            let names = |p: &[Parameter]| p.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
+            if names(&self.parameters) != names(hyper.parameters()) {
+                bail!("evidence: the hyperparameters are those of another model")
+            }
+        }
+        let (temperature, noise) = (hyper.temperature()?, hyper.noise()?);
+        let precisions = hyper.precisions()?;
+        let s = 1.0 / (noise * noise * temperature);
+        let mut total = LogDet::zero(precisions.len());
+        for (weight, term) in &self.terms {
+            total.add(term.log_det(s, &precisions)?, *weight)?;
+        }
+        let log_likelihood = self.data.log_likelihood(noise, temperature);
+        let (mut log_prior, mut slopes, mut grad_log_precision) = (0.0, Vec::new(), Vec::new());
+        let (mut effective, mut suggested) = (Vec::new(), Vec::new());
+        for (index, precision) in precisions.iter().enumerate() {
+            let found =
+                total.effective.get_mut(index).and_then(Option::take).unwrap_or(Effective::Total(0.0));
+            let of_data = found.total()?;
+            let slope = match precision {
+                Precision::Uniform(delta) => {
+                    let quadratic = 0.5 * delta * self.squares[index];
+                    log_prior -= quadratic;
+                    Tensor::new(0.5 * of_data - quadratic, &Device::Cpu)?
+                }
+                Precision::Each(deltas) => {
+                    let quadratic = ((self.values[index].sqr()? * deltas)? * 0.5)?;
+                    log_prior -= sum_of(&quadratic)?;
+                    match found {
+                        Effective::Each(each) => ((each * 0.5)? - quadratic)?,
+                        Effective::Total(_) => bail!("evidence: a diagonal prior needs a number a weight"),
+                    }
+                }
+            };
+            effective.push(of_data);
+            suggested.push(of_data / self.squares[index]);
+            grad_log_precision.push(sum_of(&slope)?);
+            slopes.push(slope);
+        }
+        let by_s: f64 = effective.iter().sum();
+        let grad_log_temperature = -log_likelihood + 0.5 * by_s;
+        let grad_log_noise = match hyper.has_noise() {
+            true => self.data.by_log_noise(noise, temperature) + by_s,
+            false => 0.0,
+        };
+        let log_evidence = log_likelihood + log_prior - 0.5 * total.value;
+        if !log_evidence.is_finite() {
+            bail!("evidence: {log_evidence} = {log_likelihood} + {log_prior} - {} / 2", total.value)
+        }
+        Ok(Evidence {
+            value: hyper.tracked(log_evidence, &slopes, grad_log_temperature, grad_log_noise)?,
+            log_likelihood,
+            log_prior,
+            log_det: total.value,
+            log_evidence,
+            effective,
+            grad_log_precision,
+            grad_log_temperature,
+            grad_log_noise,
+            suggested_precision: suggested,
+            condition: total.condition,
+        })
+    }
+}

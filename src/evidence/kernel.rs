@@ -1,0 +1,229 @@
+//! The neural tangent kernel of a batch, `M = B^T J P0^-1 J^T B`, and `log det(I + s M)`.
+//!
+//! Function space: the matrix has a row an example and output, whatever the number of parameters. Layers add up, and a layer's part
+//! comes from inner products of its inputs and of its outputs' gradients, of positions that share a weight by way of the rows
+//! written out, a few of the weight's rows at a time. Source: Immer et al., "Stochastic Marginal Likelihood Gradients using Neural
+//! Tangent Kernels" (ICML 2023).
+
+use super::log_det::{Complexity, Effective, LogDet, Precision};
+use super::rows::{LayerRows, Rows};
+use crate::linalg::cholesky::log_det_inverse;
+use crate::ops::dense::product;
+use crate::ops::ntk::{self, Panel};
+use candle_core::{DType, Result, Tensor, bail};
+use std::ops::Range;
+
+/// Rows of a kernel that are worked on at a time: what is above the diagonal is mostly left out.
+const PANEL: usize = 512;
+/// Numbers of the rows written out at a time.
+const CHUNK: usize = 1 << 24;
+/// From which condition on an f32 kernel is factorized in f64, and where its own rounding is too much.
+const NARROW: f64 = 1e5;
+const TOO_MUCH: [f64; 2] = [5e7, 1e15];
+
+/// One term of a kernel: `(weight inputs inputs^T + bias) grads grads^T`.
+struct Term {
+    grads: Tensor,
+    inputs: Option<Tensor>,
+    weight: f64,
+    bias: f64,
+}
+
+impl Rows {
+    fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, step) = (self.count(), (PANEL / self.each.max(1)).max(1) * self.each);
+        (0..rows).step_by(step.max(1)).map(move |start| start..(start + step).min(rows))
+    }
+
+    /// Runs `visit` on every panel's products of gradients and of inputs.
+    fn each_panel(
+        &self,
+        term: &Term,
+        mut visit: impl FnMut(Panel, &Tensor, Option<&Tensor>) -> Result<()>,
+    ) -> Result<()> {
+        let gram = |t: &Tensor, rows: Range<usize>| {
+            product(&t.narrow(0, rows.start, rows.len())?, &t.narrow(0, 0, rows.end)?.t()?)
+        };
+        for rows in self.panels() {
+            let examples = rows.start / self.each..rows.end / self.each;
+            let inputs = term.inputs.as_ref().map(|inputs| gram(inputs, examples)).transpose()?;
+            visit(Panel { first: rows.start, each: self.each }, &gram(&term.grads, rows)?, inputs.as_ref())?;
+        }
+        Ok(())
+    }
+
+    /// `I + s M`, right on and below the diagonal.
+    pub fn shifted_kernel(&self, s: f64, precisions: &[Precision]) -> Result<Tensor> {
+        let Some(first) = self.layers.first() else { bail!("evidence: no layers") };
+        let (_, grads) = first.factors();
+        let m = Tensor::eye(self.count(), grads.dtype(), grads.device())?;
+        for layer in &self.layers {
+            self.each_term(layer, s, precisions, |term, _| {
+                self.each_panel(&term, |panel, grads, inputs| {
+                    ntk::add(&m, panel, grads, inputs, term.weight, term.bias)
+                })
+            })?;
+        }
+        Ok(m)
+    }
+
+    /// The terms of a layer's part of `s M`, with the tensors that they are of: its weight and its bias.
+    fn each_term(
+        &self,
+        layer: &LayerRows,
+        s: f64,
+        precisions: &[Precision],
+        mut visit: impl FnMut(Term, Of) -> Result<()>,
+    ) -> Result<()> {
+        let at = |tensor: Option<usize>| tensor.and_then(|t| Some((t, precisions.get(t)?)));
+        let (weight, bias) = (at(layer.weight), at(layer.bias));
+        let alone = layer.positions()? == 1 && layer.layer.groups == 1;
+        let (mut weight_left, mut bias_left) = (weight, bias);
+        if alone && let Some((of_weight, Precision::Uniform(delta))) = weight {
+            // One pass for both.
+            let (of_bias, bias) = match bias {
+                Some((of_bias, Precision::Uniform(delta))) => {
+                    bias_left = None;
+                    (Some(of_bias), s / delta)
+                }
+                _ => (None, 0.0),
+            };
+            weight_left = None;
+            let (grads, inputs) = (layer.flat_grads()?, Some(layer.flat_inputs()?));
+            visit(
+                Term { grads, inputs, weight: s / delta, bias },
+                Of::Both { weight: of_weight, bias: of_bias },
+            )?;
+        }
+        if let Some((tensor, precision)) = bias_left {
+            let (grads, scale) = scaled(layer.of_bias()?, precision, s, None)?;
+            visit(Term { grads, inputs: None, weight: 0.0, bias: scale }, Of::Part { tensor })?;
+        }
+        if let Some((tensor, precision)) = weight_left {
+            for outs in layer.chunks(CHUNK)? {
+                let rows = layer.of_weight(outs.clone())?;
+                let (grads, scale) = scaled(rows, precision, s, Some((outs, layer.columns())))?;
+                visit(Term { grads, inputs: None, weight: 0.0, bias: scale }, Of::Part { tensor })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `s / delta tr((I + sM)^-1 M_l)` of every tensor.
+    fn effective(
+        &self,
+        inverse: &Tensor,
+        s: f64,
+        precisions: &[Precision],
+    ) -> Result<Vec<Option<Effective>>> {
+        let mut sums: Vec<(Of, Tensor, [f64; 2])> = Vec::new();
+        let mut parts: Vec<Vec<Tensor>> = vec![Vec::new(); precisions.len()];
+        for layer in &self.layers {
+            self.each_term(layer, s, precisions, |term, of| {
+                if let Of::Part { tensor } = of
+                    && let Some(Precision::Each(_)) = precisions.get(tensor)
+                {
+                    // Chunks come in the order of the weight's rows.
+                    parts[tensor].push((product(inverse, &term.grads)? * &term.grads)?.sum(0)?);
+                    return Ok(());
+                }
+                self.each_panel(&term, |panel, grads, inputs| {
+                    let traces = ntk::traces(inverse, panel, grads, inputs)?;
+                    sums.push((of, traces, [term.weight, term.bias]));
+                    Ok(())
+                })
+            })?;
+        }
+        let mut found = vec![None; precisions.len()];
+        let traces: Vec<&Tensor> = sums.iter().map(|(_, traces, _)| traces).collect();
+        // One read for all.
+        let read = if traces.is_empty() { vec![] } else { Tensor::stack(&traces, 0)?.to_vec2::<f64>()? };
+        for ((of, _, [weight, bias]), traces) in sums.iter().zip(read) {
+            let [of_weight, of_bias] =
+                [traces.first(), traces.get(1)].map(|t| t.copied().unwrap_or(f64::NAN));
+            let shares = match *of {
+                Of::Both { weight: w, bias: b } => {
+                    [Some((w, weight * of_weight)), b.map(|b| (b, bias * of_bias))]
+                }
+                Of::Part { tensor } => [Some((tensor, bias * of_bias)), None],
+            };
+            for (tensor, share) in shares.into_iter().flatten() {
+                Effective::Total(share).add_to(&mut found[tensor], 1.0)?;
+            }
+        }
+        for ((found, parts), precision) in found.iter_mut().zip(parts).zip(precisions) {
+            if let (Precision::Each(precision), false) = (precision, parts.is_empty()) {
+                let each = Tensor::cat(&parts, 0)?.to_dtype(DType::F64)?.to_device(precision.device())?;
+                *found = Some(Effective::Each(each.reshape(precision.shape())?));
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Which tensors a term is of.
+#[derive(Debug, Clone, Copy)]
+enum Of {
+    Both {
+        weight: usize,
+        bias: Option<usize>,
+    },
+    /// Some elements of one.
+    Part {
+        tensor: usize,
+    },
+}
+
+/// Rows with a factor that makes them those of `sqrt(s) J P0^-1/2`: the factor apart where it is one for all.
+fn scaled(
+    rows: Tensor,
+    precision: &Precision,
+    s: f64,
+    outs: Option<(Range<usize>, usize)>,
+) -> Result<(Tensor, f64)> {
+    match precision {
+        Precision::Uniform(delta) => Ok((rows, s / delta)),
+        Precision::Each(deltas) => {
+            let flat = deltas.flatten_all()?;
+            let flat = match outs {
+                Some((outs, columns)) => flat.narrow(0, outs.start * columns, outs.len() * columns)?,
+                None => flat,
+            };
+            let scale = (flat.recip()? * s)?.sqrt()?.to_dtype(rows.dtype())?.to_device(rows.device())?;
+            Ok((rows.broadcast_mul(&scale.unsqueeze(0)?)?, 1.0))
+        }
+    }
+}
+
+impl Complexity for Rows {
+    fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+        log_det_of(self, self.shifted_kernel(s, precisions)?, s, precisions)
+    }
+}
+
+/// The log-determinant of `m`, the [`Rows::shifted_kernel`] of `rows`.
+pub(crate) fn log_det_of(rows: &Rows, mut m: Tensor, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+    // The Frobenius norm; no eigenvalue is below 1.
+    let whole = Panel { first: 0, each: 1 };
+    let squares = ntk::traces(&m, whole, &m, None)?.to_vec1::<f64>()?;
+    let condition = squares.first().copied().unwrap_or(f64::NAN).sqrt();
+    let dtype = m.dtype();
+    let limit = TOO_MUCH[usize::from(dtype == DType::F64)];
+    if !condition.is_finite() {
+        bail!("evidence: the kernel is not finite; are all parameters and inputs?")
+    }
+    if condition > limit {
+        bail!(
+            "evidence: the kernel's condition number, up to {condition:.1e}, is beyond what {dtype:?} can tell ({limit:.0e}): larger \
+             prior precisions, a higher temperature{} would do",
+            if dtype == DType::F64 { "" } else { " or a model in f64" }
+        )
+    }
+    if dtype == DType::F32 && condition > NARROW {
+        m = m.to_dtype(DType::F64)?;
+    }
+    let (value, inverse) = log_det_inverse(&m, "evidence: the kernel I + sM")?;
+    drop(m);
+    let effective = rows.effective(&inverse.to_dtype(dtype)?, s, precisions)?;
+    Ok(LogDet { value, effective, condition })
+}

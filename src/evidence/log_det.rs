@@ -1,0 +1,84 @@
+//! `log det(sG + P0) - log det P0`: the complexity that the evidence charges for, and what each parameter tensor has part in it.
+
+use candle_core::{DType, Result, Tensor};
+
+/// The prior precisions of one parameter tensor.
+#[derive(Debug, Clone)]
+pub(crate) enum Precision {
+    /// One for all of it.
+    Uniform(f64),
+    /// One a weight, in the tensor's shape, f64.
+    Each(Tensor),
+}
+
+/// How many parameters of one tensor the data determine, out of as many as it has.
+#[derive(Debug, Clone)]
+pub(crate) enum Effective {
+    /// All together.
+    Total(f64),
+    /// Each, in the tensor's shape, f64.
+    Each(Tensor),
+}
+
+impl Effective {
+    /// `weight` times this, added to `sum`.
+    pub fn add_to(self, sum: &mut Option<Effective>, weight: f64) -> Result<()> {
+        let scaled = match self {
+            Effective::Total(total) => Effective::Total(weight * total),
+            Effective::Each(each) => Effective::Each((each * weight)?),
+        };
+        *sum = Some(match (sum.take(), scaled) {
+            (None, scaled) => scaled,
+            (Some(Effective::Total(a)), Effective::Total(b)) => Effective::Total(a + b),
+            (Some(Effective::Each(a)), Effective::Each(b)) => Effective::Each((a + b)?),
+            (Some(Effective::Each(a)), Effective::Total(b))
+            | (Some(Effective::Total(b)), Effective::Each(a)) => Effective::Total(sum_of(&a)? + b),
+        });
+        Ok(())
+    }
+
+    pub fn total(&self) -> Result<f64> {
+        match self {
+            Effective::Total(total) => Ok(*total),
+            Effective::Each(each) => sum_of(each),
+        }
+    }
+}
+
+pub(crate) fn sum_of(t: &Tensor) -> Result<f64> {
+    t.to_dtype(DType::F64)?.sum_all()?.to_scalar()
+}
+
+/// A log-determinant with its derivatives.
+#[derive(Debug, Clone)]
+pub(crate) struct LogDet {
+    pub value: f64,
+    /// `-d value / d log precision`, of each of the problem's tensors; `d value / d log s` is their sum.
+    pub effective: Vec<Option<Effective>>,
+    /// A bound of the condition number of the matrix that was factorized, the largest where there were several.
+    pub condition: f64,
+}
+
+impl LogDet {
+    pub fn zero(tensors: usize) -> Self {
+        Self { value: 0.0, effective: vec![None; tensors], condition: 1.0 }
+    }
+
+    /// Adds `weight` times another.
+    pub fn add(&mut self, other: LogDet, weight: f64) -> Result<()> {
+        self.value += weight * other.value;
+        self.condition = self.condition.max(other.condition);
+        for (sum, effective) in self.effective.iter_mut().zip(other.effective) {
+            if let Some(effective) = effective {
+                effective.add_to(sum, weight)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A complexity at fixed parameters, as a function of the hyperparameters.
+pub(crate) trait Complexity: std::fmt::Debug {
+    /// At `s = 1 / (noise^2 temperature)` and the precisions of the problem's tensors.
+    fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet>;
+}

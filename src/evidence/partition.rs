@@ -1,0 +1,85 @@
+//! Which examples are taken together.
+
+use super::problem::Examples;
+use crate::ops::rng::bits;
+use candle_core::{Result, bail};
+
+/// How the examples are divided. Every example is in one part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parts {
+    /// All together.
+    Whole,
+    /// In their order, so many each; the last may have fewer.
+    Consecutive(usize),
+    /// In a random order, so many each; the last may have fewer.
+    Random(usize),
+    /// By class number, at most so many each, in a random order within a class.
+    ByLabel(usize),
+}
+
+/// Streams of random numbers, apart from those of outputs.
+const ORDER: u64 = 1 << 32;
+const DRAW: u64 = 2 << 32;
+
+/// `list` in random order (Fisher and Yates).
+fn shuffle<T>(list: &mut [T], seed: u64, stream: u64) {
+    for i in (1..list.len()).rev() {
+        let [a, b, ..] = bits(seed, stream, i as u64);
+        let random = u128::from(u64::from(b) << 32 | u64::from(a));
+        list.swap(i, ((random * (i as u128 + 1)) >> 64) as usize);
+    }
+}
+
+impl Parts {
+    /// The parts, or of random ones `draws`, each with the weight by which its share in a sum over all parts is estimated without bias.
+    ///
+    /// # Errors
+    /// When a part has no examples or more than there are, or draws exceed the parts.
+    pub(crate) fn of(
+        &self,
+        examples: &Examples,
+        draws: Option<usize>,
+        seed: u64,
+    ) -> Result<Vec<(f64, Vec<usize>)>> {
+        let n = examples.len();
+        let all: Vec<usize> = (0..n).collect();
+        if let Parts::Consecutive(size) | Parts::Random(size) | Parts::ByLabel(size) = *self
+            && (size == 0 || size > n)
+        {
+            bail!("evidence: a batch of {size}, expected 1 to the {n} examples there are")
+        }
+        let chunked =
+            |list: &[usize], size: usize| list.chunks(size).map(<[usize]>::to_vec).collect::<Vec<_>>();
+        let mut parts = match *self {
+            Parts::Whole => vec![all],
+            Parts::Consecutive(size) => chunked(&all, size),
+            Parts::Random(size) => {
+                let mut order = all;
+                shuffle(&mut order, seed, ORDER);
+                chunked(&order, size)
+            }
+            Parts::ByLabel(size) => {
+                let classes = examples.classes()?;
+                let most = classes.iter().max().map_or(0, |&c| c as u64);
+                let mut parts = Vec::new();
+                for class in 0..=most {
+                    let mut members: Vec<usize> =
+                        all.iter().copied().filter(|&i| u64::from(classes[i]) == class).collect();
+                    shuffle(&mut members, seed, ORDER + 1 + class);
+                    parts.extend(chunked(&members, size));
+                }
+                parts
+            }
+        };
+        let count = parts.len();
+        let Some(draws) = draws else { return Ok(parts.into_iter().map(|part| (1.0, part)).collect()) };
+        if draws == 0 || draws > count {
+            bail!("evidence: {draws} draws, expected 1 to the {count} batches there are")
+        }
+        // The order of random parts is random already, but a last, smaller one must not always be left out.
+        shuffle(&mut parts, seed, DRAW);
+        parts.truncate(draws);
+        let weight = count as f64 / draws as f64;
+        Ok(parts.into_iter().map(|part| (weight, part)).collect())
+    }
+}

@@ -1,0 +1,236 @@
+//! The rows of `B^T J`: what the outputs of each example, seen through a square root of their Hessian, owe to each parameter.
+//!
+//! They are kept in factors, as the tape records them: the inputs of each layer and the gradients of its outputs, of one backward pass
+//! for every column of the root. Written out they have `examples * each` rows of as many numbers as there are parameters.
+
+use crate::curvature::wide;
+use crate::ops::dense::product;
+use crate::tape::{Layer, Record, Reduce, Tape};
+use candle_core::{Result, Tensor, bail};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The rows of a batch.
+#[derive(Debug, Clone)]
+pub(crate) struct Rows {
+    pub layers: Vec<LayerRows>,
+    pub examples: usize,
+    /// Rows of an example.
+    pub each: usize,
+}
+
+/// A layer's part of the rows. The uses of a layer that a forward pass uses several times count as positions.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerRows {
+    pub layer: Arc<Layer>,
+    /// `[examples, t, groups * in]`
+    inputs: Tensor,
+    /// `[examples, each, t, out]`
+    grads: Tensor,
+    /// Which of the problem's tensors the weight is, unless it is left out.
+    pub weight: Option<usize>,
+    /// The same of the bias.
+    pub bias: Option<usize>,
+}
+
+/// Gathers the records of the passes over one forward.
+#[derive(Default)]
+struct Gather {
+    uses: Vec<Uses>,
+}
+
+/// One layer's.
+#[derive(Default)]
+struct Uses {
+    /// Of the first pass.
+    inputs: Vec<Tensor>,
+    /// Of the current pass, a tensor a use, in the order of `inputs`.
+    grads: Vec<Tensor>,
+    /// `[examples, t, out]` a pass.
+    passes: Vec<Tensor>,
+}
+
+impl Reduce for Gather {
+    fn record(&mut self, layer: &Layer, record: &Record) -> Result<()> {
+        if self.uses.len() <= layer.index {
+            self.uses.resize_with(layer.index + 1, Uses::default);
+        }
+        let uses = &mut self.uses[layer.index];
+        if uses.passes.is_empty() {
+            uses.inputs.push(wide(&record.inputs.rows()?)?);
+        }
+        uses.grads.push(wide(&record.grads)?);
+        Ok(())
+    }
+}
+
+impl Gather {
+    fn end_pass(&mut self) -> Result<()> {
+        for uses in &mut self.uses {
+            if !uses.grads.is_empty() {
+                uses.passes.push(joined(&std::mem::take(&mut uses.grads))?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Uses one after the other as positions.
+fn joined(uses: &[Tensor]) -> Result<Tensor> {
+    match uses {
+        [one] => Ok(one.clone()),
+        several => Tensor::cat(several, 1),
+    }
+}
+
+impl Rows {
+    /// The rows `<cotangent, J>`, one an example and cotangent, in the shape of `outputs` `[examples, ..]`.
+    ///
+    /// `tensors(layer)` says which of the problem's tensors the layer's weight and bias are.
+    ///
+    /// # Errors
+    /// When a layer of the tape took no part, or mixes examples: the batch of its record is another.
+    pub fn gather(
+        tape: &Tape,
+        outputs: &Tensor,
+        cotangents: impl Iterator<Item = Result<Tensor>>,
+        tensors: impl Fn(&Layer) -> (Option<usize>, Option<usize>),
+    ) -> Result<Self> {
+        let examples = outputs.dims().first().copied().unwrap_or(1);
+        let gather = Arc::new(Mutex::new(Gather::default()));
+        let mut each = 0;
+        for cotangent in cotangents {
+            tape.reduce_into(outputs, &cotangent?, gather.clone())?;
+            gather.lock().unwrap_or_else(PoisonError::into_inner).end_pass()?;
+            each += 1;
+        }
+        let mut gathered = gather.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut layers = Vec::new();
+        for layer in tape.layers() {
+            let uses = gathered.uses.get_mut(layer.index).map(std::mem::take).unwrap_or_default();
+            if uses.passes.len() != each {
+                bail!(
+                    "evidence: layer {} made no record; every layer of the tape must take part in the forward pass",
+                    layer.name
+                )
+            }
+            let (inputs, grads) = (joined(&uses.inputs)?, Tensor::stack(&uses.passes, 1)?);
+            if inputs.dim(0)? != examples {
+                bail!(
+                    "evidence: layer {} sees a batch of {}, expected the {examples} examples of the outputs {:?}",
+                    layer.name,
+                    inputs.dim(0)?,
+                    outputs.dims()
+                )
+            }
+            let (weight, bias) = tensors(&layer);
+            layers.push(LayerRows { layer, inputs: inputs.contiguous()?, grads, weight, bias });
+        }
+        Ok(Self { layers, examples, each })
+    }
+
+    /// Rows and columns of the kernel.
+    pub fn count(&self) -> usize {
+        self.examples * self.each
+    }
+
+    /// The rows of some of the examples.
+    pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
+        self.map(len, self.each, |layer| {
+            Ok((layer.inputs.narrow(0, start, len)?, layer.grads.narrow(0, start, len)?))
+        })
+    }
+
+    /// The rows of one of the cotangents.
+    pub fn one_of_each(&self, index: usize) -> Result<Self> {
+        self.map(self.examples, 1, |layer| {
+            Ok((layer.inputs.clone(), layer.grads.narrow(1, index, 1)?.contiguous()?))
+        })
+    }
+
+    fn map(
+        &self,
+        examples: usize,
+        each: usize,
+        map: impl Fn(&LayerRows) -> Result<(Tensor, Tensor)>,
+    ) -> Result<Self> {
+        let layers = self.layers.iter().map(|layer| {
+            let (inputs, grads) = map(layer)?;
+            Ok(LayerRows { inputs, grads, ..layer.clone() })
+        });
+        Ok(Self { layers: layers.collect::<Result<_>>()?, examples, each })
+    }
+
+    /// The rows as functions of one layer's tensors alone, of its weight, of its bias, or of both.
+    pub fn of_layer(&self, index: usize, weight: bool, bias: bool) -> Option<Self> {
+        let mut layer = self.layers.get(index)?.clone();
+        layer.weight = layer.weight.filter(|_| weight);
+        layer.bias = layer.bias.filter(|_| bias);
+        Some(Self { layers: vec![layer], examples: self.examples, each: self.each })
+    }
+}
+
+impl LayerRows {
+    /// Positions that share the weight.
+    pub fn positions(&self) -> Result<usize> {
+        self.inputs.dim(1)
+    }
+
+    /// Input features of a group: the columns of the weight matrix.
+    pub fn columns(&self) -> usize {
+        self.layer.in_features()
+    }
+
+    /// The gradients `[rows, t * out]`; of a layer without shared positions those of its outputs.
+    pub fn flat_grads(&self) -> Result<Tensor> {
+        self.grads.flatten(0, 1)?.flatten_from(1)
+    }
+
+    /// The inputs `[examples, t * groups * in]`.
+    pub fn flat_inputs(&self) -> Result<Tensor> {
+        self.inputs.flatten_from(1)
+    }
+
+    /// Inputs `[examples, t, groups * in]` and gradients `[examples, each, t, out]`.
+    pub fn factors(&self) -> (&Tensor, &Tensor) {
+        (&self.inputs, &self.grads)
+    }
+
+    /// The rows' part of the bias, `[rows, out]`.
+    pub fn of_bias(&self) -> Result<Tensor> {
+        let summed = if self.positions()? == 1 { self.grads.squeeze(2)? } else { self.grads.sum(2)? };
+        summed.flatten(0, 1)
+    }
+
+    /// The rows' part of some of the weight's rows, all in one group: `[rows, outs.len() * in]`.
+    pub fn of_weight(&self, outs: Range<usize>) -> Result<Tensor> {
+        let (examples, each, positions, _) = self.grads.dims4()?;
+        let (columns, group) = (self.columns(), outs.start / self.outs_of_group());
+        let grads = self.grads.narrow(3, outs.start, outs.len())?.transpose(2, 3)?;
+        let grads = grads.contiguous()?.reshape((examples, each * outs.len(), positions))?;
+        let inputs = self.inputs.narrow(2, group * columns, columns)?.contiguous()?;
+        product(&grads, &inputs)?.reshape((examples * each, outs.len() * columns))
+    }
+
+    fn outs_of_group(&self) -> usize {
+        (self.layer.out_features() / self.layer.groups.max(1)).max(1)
+    }
+
+    /// The weight's rows in chunks for [`LayerRows::of_weight`], none across groups, of at most `elements` numbers each unless one row
+    /// has more.
+    pub fn chunks(&self, elements: usize) -> Result<Vec<Range<usize>>> {
+        let rows = self.grads.dim(0)? * self.grads.dim(1)?;
+        let most = (elements / (rows * self.columns()).max(1)).max(1);
+        let per_group = self.outs_of_group();
+        let mut chunks = Vec::new();
+        for group in 0..self.layer.groups {
+            let mut start = group * per_group;
+            while start < (group + 1) * per_group {
+                let end = (start + most).min((group + 1) * per_group);
+                chunks.push(start..end);
+                start = end;
+            }
+        }
+        Ok(chunks)
+    }
+}
