@@ -53,10 +53,9 @@ impl Dense {
     }
 }
 
-impl Complexity for Dense {
-    fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
-        let mut found = LogDet::zero(precisions.len());
-        let Some(g) = &self.g else { return Ok(found) };
+impl Dense {
+    /// `sqrt(s) P0^-1/2` of every row, and `I + s P0^-1/2 G P0^-1/2`.
+    fn shifted(&self, g: &Tensor, s: f64, precisions: &[Precision]) -> Result<(Tensor, Tensor)> {
         let mut scales = Vec::new();
         for &(tensor, size) in &self.spans {
             scales.push(match precisions.get(tensor) {
@@ -70,6 +69,25 @@ impl Complexity for Dense {
         let scale = Tensor::cat(&scales, 0)?;
         let shifted = g.broadcast_mul(&scale.unsqueeze(0)?)?.broadcast_mul(&scale.unsqueeze(1)?)?;
         let shifted = (shifted + Tensor::eye(scale.dim(0)?, DType::F64, g.device())?)?;
+        Ok((scale, shifted))
+    }
+
+    /// `(s G + P0)^-1`, with the tensors in the order of its rows.
+    pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<(Tensor, Vec<usize>)> {
+        let Some(g) = &self.g else { bail!("posterior: no examples") };
+        let (scale, shifted) = self.shifted(g, s, precisions)?;
+        let (_, inverse) = log_det_inverse(&shifted, "posterior: the matrix I + s G / P0")?;
+        let scale = (scale * s.sqrt().recip())?;
+        let covariance = inverse.broadcast_mul(&scale.unsqueeze(0)?)?.broadcast_mul(&scale.unsqueeze(1)?)?;
+        Ok((covariance, self.spans.iter().map(|&(tensor, _)| tensor).collect()))
+    }
+}
+
+impl Complexity for Dense {
+    fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+        let mut found = LogDet::zero(precisions.len());
+        let Some(g) = &self.g else { return Ok(found) };
+        let (_, shifted) = self.shifted(g, s, precisions)?;
         found.condition = shifted.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
         let (value, inverse) = log_det_inverse(&shifted, "evidence: the matrix I + s G / P0")?;
         found.value = value;

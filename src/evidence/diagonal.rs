@@ -29,6 +29,21 @@ impl Diagonal {
         Ok(())
     }
 
+    /// `1 / (s h + P0)` of each tensor, flattened.
+    pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<Vec<(usize, Tensor)>> {
+        let of = |(&tensor, squares): (&usize, &Tensor)| {
+            let shifted = match precisions.get(tensor) {
+                Some(Precision::Uniform(delta)) => ((squares * s)? + *delta)?,
+                Some(Precision::Each(deltas)) => {
+                    ((squares * s)? + deltas.flatten_all()?.to_device(squares.device())?)?
+                }
+                None => bail!("posterior: tensor {tensor} of {} precisions", precisions.len()),
+            };
+            Ok((tensor, shifted.recip()?))
+        };
+        self.sums.iter().map(of).collect()
+    }
+
     fn take(&mut self, tensor: usize, squares: Tensor) -> Result<()> {
         let squares = squares.to_dtype(DType::F64)?;
         let sum = match self.sums.get(&tensor) {

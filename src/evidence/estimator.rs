@@ -101,6 +101,11 @@ impl Estimator {
     /// When parts do not fit the examples, a matrix would take more than `memory` bytes (the message says how many), labels or outputs
     /// are wrong or not finite, or the model's forward fails.
     pub fn fit(&self, problem: &Problem<'_>, examples: &Examples, seed: u64) -> Result<Fit> {
+        if matches!((self.curvature, self.parts), (Curvature::Extrapolated, Parts::ByLabel(_))) {
+            bail!(
+                "evidence: a batch of one class does not tell how all examples go on; extrapolate from random batches"
+            )
+        }
         let parts = self.parts.of(examples, self.draws, seed)?;
         let mut data = DataFit::zero(problem.likelihood);
         let mut terms: Vec<(f64, Box<dyn Complexity>)> = Vec::new();

@@ -5,8 +5,9 @@
 //! laplace-torch's `Kron` (with curvlinops or asdl) and in Immer et al.'s code. It is no bound, in either direction.
 
 use super::log_det::{Complexity, Effective, LogDet, Precision};
-use super::rows::Rows;
+use super::rows::{LayerRows, Rows};
 use crate::linalg::eigh::eigh;
+use crate::ops::dense::product;
 use crate::ops::factor::second_moment;
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -69,6 +70,30 @@ impl KronSums {
         Ok(())
     }
 
+    /// The eigenvectors, with the eigenvalues of every tensor's block.
+    pub fn basis(self) -> Result<Vec<KronBasis>> {
+        let mut bases = Vec::new();
+        for layer in self.layers {
+            let scale = 1.0 / (layer.positions.max(1) * self.examples.max(1)) as f64;
+            let [a, q] = [&layer.a, &layer.q].map(|m| eigh(&m.to_dtype(DType::F64)?, &layer.name));
+            let (a, q) = (a?, q?);
+            let dtype = layer.a.dtype();
+            // [groups, out / groups, in], the order of the weight.
+            let products = (q.values.unsqueeze(2)?.broadcast_mul(&a.values.unsqueeze(1)?)? * scale)?;
+            let weight = layer.weight.map(|_| products.relu()?.flatten_all()).transpose()?;
+            let bias = match (layer.bias, &layer.q_bias) {
+                (Some(_), Some(q)) => {
+                    let q = eigh(&q.to_dtype(DType::F64)?, &layer.name)?;
+                    Some((q.vectors.squeeze(0)?.to_dtype(dtype)?, q.values.squeeze(0)?.relu()?))
+                }
+                _ => None,
+            };
+            let [inputs, grads] = [a.vectors.to_dtype(dtype)?, q.vectors.to_dtype(dtype)?];
+            bases.push(KronBasis { inputs, grads, weight, bias });
+        }
+        Ok(bases)
+    }
+
     /// The eigenvalues.
     pub fn finish(self) -> Result<Kron> {
         let values = |m: &Tensor, name: &str| -> Result<Vec<Vec<f64>>> {
@@ -120,5 +145,31 @@ impl Complexity for Kron {
             Effective::Total(effective).add_to(&mut found.effective[*tensor], 1.0)?;
         }
         Ok(found)
+    }
+}
+
+/// Where a layer's block is diagonal.
+#[derive(Debug)]
+pub(crate) struct KronBasis {
+    /// Eigenvectors of the inputs' factor, `[groups, in, in]`.
+    inputs: Tensor,
+    /// Of the gradients', `[groups, out / groups, out / groups]`.
+    grads: Tensor,
+    /// The eigenvalues of the weight's block, `[out * in]` in f64.
+    pub weight: Option<Tensor>,
+    /// Eigenvectors `[out, out]` and eigenvalues of the bias's block.
+    pub bias: Option<(Tensor, Tensor)>,
+}
+
+impl KronBasis {
+    /// The rows of the weight in this basis.
+    pub fn turn(&self, layer: &LayerRows) -> Result<LayerRows> {
+        let (inputs, grads) = layer.factors();
+        let turned = |t: &Tensor, vectors: &Tensor| -> Result<Tensor> {
+            let (groups, dim, _) = vectors.dims3()?;
+            let flat = t.reshape(((), groups, dim))?.transpose(0, 1)?.contiguous()?;
+            product(&flat, vectors)?.transpose(0, 1)?.contiguous()?.reshape(t.shape())
+        };
+        Ok(layer.with(turned(inputs, &self.inputs)?, turned(grads, &self.grads)?))
     }
 }

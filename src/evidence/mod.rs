@@ -16,8 +16,10 @@
 //! "A Practical Bayesian Framework for Backpropagation Networks" (1992). Parameters are held fixed at what they are; no gradient
 //! goes through them.
 
+mod compare;
 mod dense;
 mod diagonal;
+mod during;
 mod estimator;
 mod extrapolate;
 mod fit;
@@ -26,11 +28,17 @@ mod kernel;
 mod kron;
 mod log_det;
 mod partition;
+mod posterior;
 mod problem;
 mod rows;
+mod tune;
 
+pub use compare::{Advice, EarlyStopping, model_probabilities};
+pub use during::{ParamsTuneDuring, TuneDuring};
 pub use estimator::{Curvature, Estimator, Outputs, Split};
 pub use fit::{Evidence, Fit};
 pub use hyper::{Hyper, Structure};
 pub use partition::Parts;
+pub use posterior::{Posterior, Predictive, Structured};
 pub use problem::{Examples, Parameter, Problem};
+pub use tune::{ParamsTune, tune};

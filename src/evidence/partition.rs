@@ -31,7 +31,8 @@ fn shuffle<T>(list: &mut [T], seed: u64, stream: u64) {
 }
 
 impl Parts {
-    /// The parts, or of random ones `draws`, each with the weight by which its share in a sum over all parts is estimated without bias.
+    /// The parts, or `draws` of them, each with the weight by which it stands for those that were not: the number of parts over `draws`,
+    /// and of random batches of `b` examples `N / (b draws)`, as in Han's inequality.
     ///
     /// # Errors
     /// When a part has no examples or more than there are, or draws exceed the parts.
@@ -76,7 +77,16 @@ impl Parts {
         if draws == 0 || draws > count {
             bail!("evidence: {draws} draws, expected 1 to the {count} batches there are")
         }
-        // The order of random parts is random already, but a last, smaller one must not always be left out.
+        if let Parts::Random(size) = *self {
+            // Whole batches alone: a smaller one would count as much and say less. Each stands for all examples.
+            parts.retain(|part| part.len() == size);
+            if draws > parts.len() {
+                bail!("evidence: {draws} batches of {size}, and {n} examples have but {}", parts.len())
+            }
+            parts.truncate(draws);
+            let weight = n as f64 / (size * draws) as f64;
+            return Ok(parts.into_iter().map(|part| (weight, part)).collect());
+        }
         shuffle(&mut parts, seed, DRAW);
         parts.truncate(draws);
         let weight = count as f64 / draws as f64;

@@ -196,6 +196,11 @@ impl LayerRows {
         (&self.inputs, &self.grads)
     }
 
+    /// The layer with other inputs and gradients.
+    pub fn with(&self, inputs: Tensor, grads: Tensor) -> Self {
+        Self { inputs, grads, ..self.clone() }
+    }
+
     /// The rows' part of the bias, `[rows, out]`.
     pub fn of_bias(&self) -> Result<Tensor> {
         let summed = if self.positions()? == 1 { self.grads.squeeze(2)? } else { self.grads.sum(2)? };

@@ -200,3 +200,118 @@ fn single_precision() -> Result<()> {
     }
     Ok(())
 }
+
+/// The kernels of fixed outputs, whatever would be drawn.
+#[test]
+fn single_outputs() -> Result<()> {
+    for name in ["mlp", "cnn"] {
+        let golden = Golden::open(name, DType::F64)?;
+        let problem = golden.problem()?;
+        let setting = &golden.json["settings"]["s1_layerwise"];
+        let hyper = hyper(&problem, setting)?;
+        let (s, precisions) = (1.0 / hyper.temperature()?, hyper.precisions()?);
+        for (split, single, all) in [
+            (Split::Diagonal, "single_iid_sel", "indep"),
+            (Split::Root, "single_iid_sel_factored", "indep_factored"),
+        ] {
+            let values = &setting["quantities"];
+            let kernels = |examples: &Examples, outputs, draw: f64, each: &dyn Fn(u64) -> f64| {
+                let mut data = DataFit::zero(Likelihood::Categorical);
+                let mut read = Reader {
+                    problem: &problem,
+                    part: examples,
+                    data: &mut data,
+                    weight: 1.0,
+                    memory: 1 << 30,
+                };
+                let terms = read.kernels(outputs, draw, each)?;
+                let mut sum = 0.0;
+                for (weight, rows) in &terms {
+                    sum += weight * rows.log_det(s, &precisions)?.value;
+                }
+                Ok::<_, candle_core::Error>(sum)
+            };
+            let selected = |n: u64| (((7 * n + 3) % 10) as f64 + 0.5) / 10.0;
+            let found = kernels(&golden.examples, Outputs::OneEach(split), 0.0, &selected)?;
+            close(name, found, number(&values[single]["logdet"]), 1e-9);
+            let classes = numbers(&values[all]["logdet_per_class"]);
+            let group = if split == Split::Root { "factored" } else { "authors" };
+            let stochastic = &values["doubly_stochastic_b64_logdet_batch_class"][group];
+            for class in [0, 4, 9] {
+                let draw = (class as f64 + 0.5) / 10.0;
+                let found = kernels(&golden.examples, Outputs::One(split), draw, &selected)?;
+                close(name, found, 10.0 * classes[class], 1e-9);
+                for batch in [0, 3] {
+                    let numbers: Vec<usize> = (64 * batch..64 * batch + 64).collect();
+                    let found =
+                        kernels(&golden.examples.select(&numbers)?, Outputs::One(split), draw, &selected)?;
+                    close(name, found, 10.0 * number(&stochastic[batch][class]), 1e-9);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_precision_a_weight() -> Result<()> {
+    let golden = Golden::open("cnn", DType::F64)?;
+    let problem = golden.problem()?;
+    let (expected, tensors) =
+        (json("cnn_diagprior"), Checkpoint::read(path("cnn_diagprior.safetensors"), &Device::Cpu)?.tensors);
+    let hyper = Hyper::new(&problem, Structure::Diagonal, 1.0)?.with_temperature(0.8)?;
+    let mut at = 0;
+    let each = problem.parameters().iter().map(|p| {
+        let size = p.tensor.elem_count();
+        at += size;
+        tensors["prec"].narrow(0, at - size, size)?.reshape(p.tensor.shape())
+    });
+    hyper.set_each(&each.collect::<Result<Vec<_>>>()?)?;
+    for (quantity, estimator) in estimators(golden.examples.len()) {
+        let Some(expected) = expected.get(&quantity) else { continue };
+        let found = estimator.fit(&problem, &golden.examples, 0)?.evidence(&hyper)?;
+        close(&quantity, found.log_det, number(&expected["logdet"]), 1e-9);
+        close(&quantity, found.log_evidence, number(&expected["log_marglik"]), 1e-9);
+        let grads = found.value.backward()?;
+        let slopes = hyper
+            .vars()
+            .iter()
+            .map(|var| grads.get(var).expect("a gradient").flatten_all())
+            .collect::<Result<Vec<_>>>()?;
+        let slopes = Tensor::cat(&slopes, 0)?.to_vec1::<f64>()?;
+        let exact = tensors[&format!("grad_log_prec.{quantity}")].to_vec1::<f64>()?;
+        for (found, exact) in slopes.into_iter().zip(exact) {
+            close(&quantity, found, exact, 1e-9);
+        }
+    }
+    Ok(())
+}
+
+/// The kernel of the first images, tensor by tensor.
+#[test]
+fn kernels_of_tensors() -> Result<()> {
+    for name in ["mlp", "cnn"] {
+        let golden = Golden::open(name, DType::F64)?;
+        let problem = golden.problem()?;
+        let file = Checkpoint::read(path(&format!("{name}.safetensors")), &Device::Cpu)?;
+        let eight = golden.examples.select(&[0, 1, 2, 3, 4, 5, 6, 7])?;
+        let outputs = problem.outputs(&eight)?;
+        for (kind, likelihood) in [("K8", Likelihood::Gaussian), ("M8", Likelihood::Categorical)] {
+            let columns = likelihood.cotangents(&outputs, Root::PerOutput)?;
+            let rows = Rows::gather(&problem.tape, &outputs, columns, |layer| problem.tensors_of(layer))?;
+            for (index, p) in problem.parameters().iter().enumerate() {
+                let expected = file.tensors[&format!("{kind}.{}", p.name)].to_vec2::<f64>()?;
+                let of_one = rows.of_layer(p.of_layer, !p.is_bias, p.is_bias).expect("a layer");
+                let ones = vec![super::super::log_det::Precision::Uniform(1.0); index + 1];
+                let found = of_one.shifted_kernel(1.0, &ones)?.to_vec2::<f64>()?;
+                for (i, row) in found.iter().enumerate() {
+                    for j in 0..=i {
+                        let one = if i == j { 1.0 } else { 0.0 };
+                        close(&p.name, row[j] - one, expected[i][j], 1e-9);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! Hyperparameters tuned while a model trains.
+
+use super::estimator::Estimator;
+use super::fit::Evidence;
+use super::hyper::{Hyper, Structure};
+use super::problem::{Examples, Problem};
+use super::tune::{adam, snapshot};
+use crate::nn::{AdamW, Optimizer};
+use crate::penalty::{Lp, Penalty};
+use candle_core::{Result, Tensor, bail};
+
+/// When and how [`TuneDuring`] moves the hyperparameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ParamsTuneDuring {
+    /// The estimate of the evidence.
+    pub estimator: Estimator,
+    /// Training steps before the first round: until the parameters fit anything, their evidence says little.
+    pub burn_in: usize,
+    /// Training steps from one round to the next.
+    pub every: usize,
+    /// Steps of Adam on the logarithms in a round.
+    pub steps: usize,
+    /// Their rate.
+    pub lr: f64,
+    /// Of random parts and outputs.
+    pub seed: u64,
+}
+
+impl ParamsTuneDuring {
+    /// Rounds of ten steps of rate 0.1, one an epoch of `epoch` training steps from the tenth epoch on, on random batches of `batch`
+    /// examples.
+    pub fn by_batches(batch: usize, epoch: usize) -> Self {
+        Self {
+            estimator: Estimator::batch(batch),
+            burn_in: 10 * epoch,
+            every: epoch,
+            steps: 10,
+            lr: 0.1,
+            seed: 0,
+        }
+    }
+}
+
+/// Alternates the steps of any optimizer on the parameters with steps on prior precisions (and temperature and noise): the training loss
+/// has the prior's penalty in it, and the prior follows the evidence.
+///
+/// Source: Immer et al., "Scalable Marginal Likelihood Estimation for Model Selection in Deep Learning" (ICML 2021) and the stochastic
+/// bounds of 2023.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use kronwake::evidence::{Examples, Hyper, ParamsTuneDuring, Problem, Structure, TuneDuring};
+/// use kronwake::nn::{self, Module, Optimizer, SGD, VarBuilder, VarMap, loss};
+/// use kronwake::tape::{Likelihood, Tape};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let (vars, tape) = (VarMap::new(), Tape::new());
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let model = tape.build(|| nn::linear(2, 3, vb.pp("fc")))?;
+/// let x = Tensor::randn(0f32, 1., (30, 2), &Device::Cpu)?;
+/// let y = Tensor::from_iter((0..30).map(|i| i % 3u32), &Device::Cpu)?;
+/// let problem = Problem::new(&tape, &vars, &model, Likelihood::Categorical)?;
+/// let examples = Examples::new(x, y)?;
+/// let hyper = Hyper::new(&problem, Structure::PerTensor, 1.0)?;
+/// let mut tuning = TuneDuring::new(hyper, ParamsTuneDuring::by_batches(10, 1), examples.len())?;
+/// let mut sgd = SGD::new(vars.all_vars(), 0.1)?;
+/// for _ in 0..20 {
+///     let data = loss::cross_entropy(&model.forward(examples.x())?, examples.y())?;
+///     sgd.backward_step(&tuning.loss(&data)?)?;
+///     if let Some(evidence) = tuning.after_step(&problem, &examples)? {
+///         println!("{} {:?}", evidence.log_evidence, tuning.weight_decays()?);
+///     }
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct TuneDuring {
+    hyper: Hyper,
+    params: ParamsTuneDuring,
+    adam: AdamW,
+    /// Training examples.
+    examples: usize,
+    training_steps: usize,
+    draws: u64,
+}
+
+impl TuneDuring {
+    /// For a training set of `examples` examples, from the present values of `hyper`.
+    ///
+    /// # Errors
+    /// When there are no examples, `every` is 0, or the rate is not a finite number above 0.
+    pub fn new(hyper: Hyper, params: ParamsTuneDuring, examples: usize) -> Result<Self> {
+        if examples == 0 || params.every == 0 {
+            bail!(
+                "evidence: {examples} examples and a round every {} steps, expected 1 or more",
+                params.every
+            )
+        }
+        let adam = adam(hyper.vars(), params.lr)?;
+        Ok(Self { hyper, params, adam, examples, training_steps: 0, draws: 0 })
+    }
+
+    /// `data + T/(2N) sum_i precision_i theta_i^2`, differentiable by the parameters, for the *mean* loss of a batch of the `N` training
+    /// examples: the negative log posterior, up to what does not depend on the parameters, times `T/N`. With a Gaussian likelihood
+    /// `data` is the mean of `1/(2 noise^2) |y - f|^2`.
+    ///
+    /// # Errors
+    /// When the hyperparameters cannot be read, or a parameter is not finite.
+    pub fn loss(&self, data: &Tensor) -> Result<Tensor> {
+        let mut loss = data.clone();
+        let factor = 0.5 * self.hyper.temperature()? / self.examples as f64;
+        let precisions = self.hyper.tensor_precisions()?;
+        for (index, p) in self.hyper.parameters().iter().enumerate() {
+            let part = match self.hyper.structure() {
+                Structure::Diagonal => {
+                    let each =
+                        self.hyper.vars()[index].as_tensor().detach().exp()?.to_dtype(p.tensor.dtype())?;
+                    (p.tensor.sqr()? * each.to_device(p.tensor.device())?)?.sum_all()? * factor
+                }
+                _ => Lp::l2().value(&p.tensor)? * (factor * precisions.get(index).copied().unwrap_or(0.0)),
+            };
+            loss = (loss + part?.to_dtype(data.dtype())?)?;
+        }
+        Ok(loss)
+    }
+
+    /// Counts a training step, and moves the hyperparameters when a round is due: the evidence before its last step.
+    ///
+    /// # Errors
+    /// As [`Estimator::fit`] and [`Fit::evidence`](super::Fit::evidence); the hyperparameters are then what they were.
+    pub fn after_step(&mut self, problem: &Problem<'_>, examples: &Examples) -> Result<Option<Evidence>> {
+        self.training_steps += 1;
+        let since = self.training_steps.checked_sub(self.params.burn_in.max(1));
+        if since.is_none_or(|since| since % self.params.every != 0) {
+            return Ok(None);
+        }
+        let vars = self.hyper.vars();
+        let before = snapshot(&vars)?;
+        let round = self.round(problem, examples);
+        if round.is_err() {
+            for (var, value) in vars.iter().zip(&before) {
+                var.set(value)?;
+            }
+        }
+        round
+    }
+
+    fn round(&mut self, problem: &Problem<'_>, examples: &Examples) -> Result<Option<Evidence>> {
+        let mut fit = None;
+        let mut last = None;
+        for _ in 0..self.params.steps {
+            if fit.is_none() || self.params.estimator.is_random() {
+                self.draws += 1;
+                let seed = self.params.seed.wrapping_add(self.draws);
+                fit = Some(self.params.estimator.fit(problem, examples, seed)?);
+            }
+            let Some(fit) = &fit else { break };
+            let evidence = fit.evidence(&self.hyper)?;
+            self.adam.backward_step(&evidence.value.neg()?)?;
+            last = Some(evidence);
+        }
+        Ok(last)
+    }
+
+    /// The hyperparameters.
+    pub fn hyper(&self) -> &Hyper {
+        &self.hyper
+    }
+
+    /// Of each parameter tensor the L2 decay that stands for its prior in a mean loss, `T precision / N`: what [`TuneDuring::loss`] adds
+    /// the half of, times the sum of squares.
+    ///
+    /// # Errors
+    /// When the hyperparameters cannot be read.
+    pub fn weight_decays(&self) -> Result<Vec<f64>> {
+        let scale = self.hyper.temperature()? / self.examples as f64;
+        Ok(self.hyper.tensor_precisions()?.into_iter().map(|precision| scale * precision).collect())
+    }
+}

@@ -1,0 +1,126 @@
+//! Climbing the evidence at fixed parameters.
+
+use super::estimator::{Curvature, Estimator, Outputs};
+use super::fit::Evidence;
+use super::hyper::Hyper;
+use super::partition::Parts;
+use super::problem::{Examples, Problem};
+use crate::nn::{AdamW, Optimizer, ParamsAdamW};
+use candle_core::{Result, Tensor, Var, bail};
+
+/// How [`tune`] climbs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ParamsTune {
+    /// Steps of Adam on the logarithms of the hyperparameters; 0 only evaluates.
+    pub steps: usize,
+    /// The first step's rate, which falls by a half cosine to 0: about the largest change of a logarithm in one step.
+    pub lr: f64,
+    /// Of random parts and outputs.
+    pub seed: u64,
+}
+
+impl Default for ParamsTune {
+    fn default() -> Self {
+        Self { steps: 100, lr: 0.1, seed: 0 }
+    }
+}
+
+impl Estimator {
+    /// Whether [`Estimator::fit`] depends on its seed.
+    pub fn is_random(&self) -> bool {
+        let outputs = matches!(self.curvature, Curvature::Kernel(Outputs::One(_) | Outputs::OneEach(_)));
+        outputs || self.draws.is_some() || matches!(self.parts, Parts::Random(_) | Parts::ByLabel(_))
+    }
+}
+
+/// Maximizes the evidence by the Vars of `hyper`, and evaluates it there.
+///
+/// `watch(step, evidence)` is told the evidence before each step, which takes a fresh draw where the estimator is random, and last
+/// `watch(steps, ..)` the result.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use kronwake::evidence::{Estimator, Examples, Hyper, ParamsTune, Problem, Structure, tune};
+/// use kronwake::nn::{self, VarBuilder, VarMap};
+/// use kronwake::tape::{Likelihood, Tape};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let (vars, tape) = (VarMap::new(), Tape::new());
+/// let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+/// let model = tape.build(|| nn::linear(2, 3, vb.pp("fc")))?;
+/// let x = Tensor::randn(0., 1., (40, 2), &Device::Cpu)?;
+/// let y = Tensor::arange(0u32, 40, &Device::Cpu)?.to_dtype(DType::F32)?.affine(0.075, 0.)?.to_dtype(DType::U32)?;
+/// let problem = Problem::new(&tape, &vars, &model, Likelihood::Categorical)?;
+/// let examples = Examples::new(x, y)?;
+/// let hyper = Hyper::new(&problem, Structure::PerTensor, 1.0)?;
+/// let start = Estimator::batch(20).fit(&problem, &examples, 0)?.evidence(&hyper)?;
+/// let whole = Estimator { draws: None, ..Estimator::batch(40) };
+/// let params = ParamsTune { steps: 50, ..Default::default() };
+/// let end = tune(&problem, &examples, &whole, &hyper, &params, |_, _| ())?;
+/// assert!(end.log_evidence > start.log_evidence);
+/// // In a mean loss over the examples, the L2 decay that stands for the tuned prior:
+/// let decay = hyper.tensor_precisions()?[0] / 40.0;
+/// # assert!(decay > 0.);
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// As [`Estimator::fit`] and [`Fit::evidence`](super::Fit::evidence); the hyperparameters are then what they were.
+pub fn tune(
+    problem: &Problem<'_>,
+    examples: &Examples,
+    estimator: &Estimator,
+    hyper: &Hyper,
+    params: &ParamsTune,
+    watch: impl FnMut(usize, &Evidence),
+) -> Result<Evidence> {
+    let before = snapshot(&hyper.vars())?;
+    let found = climb(problem, examples, estimator, hyper, params, watch);
+    if found.is_err() {
+        for (var, value) in hyper.vars().iter().zip(&before) {
+            var.set(value)?;
+        }
+    }
+    found
+}
+
+pub(super) fn snapshot(vars: &[Var]) -> Result<Vec<Tensor>> {
+    vars.iter().map(|var| var.copy()).collect()
+}
+
+/// Adam without decay.
+pub(super) fn adam(vars: Vec<Var>, lr: f64) -> Result<AdamW> {
+    if !(lr.is_finite() && lr > 0.0) {
+        bail!("evidence: a learning rate of {lr}, expected a finite number above 0")
+    }
+    AdamW::new(vars, ParamsAdamW { lr, weight_decay: 0.0, ..Default::default() })
+}
+
+fn climb(
+    problem: &Problem<'_>,
+    examples: &Examples,
+    estimator: &Estimator,
+    hyper: &Hyper,
+    params: &ParamsTune,
+    mut watch: impl FnMut(usize, &Evidence),
+) -> Result<Evidence> {
+    let mut adam = adam(hyper.vars(), params.lr)?;
+    let draw = |step: usize| estimator.fit(problem, examples, params.seed.wrapping_add(step as u64));
+    let mut fit = draw(0)?;
+    for step in 0..params.steps {
+        if step > 0 && estimator.is_random() {
+            fit = draw(step)?;
+        }
+        let evidence = fit.evidence(hyper)?;
+        watch(step, &evidence);
+        let phase = std::f64::consts::PI * step as f64 / params.steps as f64;
+        adam.set_learning_rate(params.lr * 0.5 * (1.0 + phase.cos()));
+        adam.backward_step(&evidence.value.neg()?)?;
+    }
+    if params.steps > 0 && estimator.is_random() {
+        fit = draw(params.steps)?;
+    }
+    let evidence = fit.evidence(hyper)?;
+    watch(params.steps, &evidence);
+    Ok(evidence)
+}
