@@ -4,7 +4,9 @@
 //! inequality), and the stochastic bound `N/b f(b)` lies on the straight line through 0 and `f(b)`: hence its bias. Here the growth
 //! from a quarter of the batch to a half and from a half to the whole tell by which factor `r` the increment of a doubling grows,
 //!
-//!     d1 = f(b/2) - f(b/4),   d2 = f(b) - f(b/2),   r = d2 / d1   (1 <= r <= 2: 2 for a straight line, 1 for a logarithm)
+//! ```text
+//! d1 = f(b/2) - f(b/4),   d2 = f(b) - f(b/2),   r = d2 / d1   (1 <= r <= 2: 2 for a straight line, 1 for a logarithm)
+//! ```
 //!
 //! and the increments of the doublings to come, `m = log2(N/b)` of them, go on by it: `f(N) = f(b) + d2 (r + r^2 + .. + r^m)`, for any
 //! real `m` as `d2 r (r^m - 1) / (r - 1)`. That is exact where the increment of an example falls as a power of their number. The halves'
