@@ -262,6 +262,9 @@ fn gradients_agree_with_differences() -> Result<()> {
             let fit = estimator.fit(&problem, &examples, 1)?;
             let evidence = fit.evidence(&hyper)?;
             assert_eq!(evidence.value.to_scalar::<f64>()?, evidence.log_evidence);
+            let at_once = estimator.evaluate(&problem, &examples, &hyper, 1)?;
+            assert_eq!(at_once.log_evidence, evidence.log_evidence);
+            assert_eq!(at_once.grad_log_precision, evidence.grad_log_precision);
             let grads = evidence.value.backward()?;
             for var in &vars {
                 let found = grads.get(var).expect("a gradient").flatten_all()?.to_vec1::<f64>()?;

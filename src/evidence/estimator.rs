@@ -3,9 +3,10 @@
 use super::dense::Dense;
 use super::diagonal::Diagonal;
 use super::extrapolate::Extrapolated;
-use super::fit::Fit;
+use super::fit::{Evidence, Fit};
+use super::hyper::Hyper;
 use super::kron::KronSums;
-use super::log_det::Complexity;
+use super::log_det::{Complexity, LogDet};
 use super::partition::Parts;
 use super::problem::{DataFit, Examples, Problem};
 use super::rows::Rows;
@@ -34,6 +35,8 @@ pub enum Outputs {
     Independent(Split),
     /// One for all examples, drawn, times their number: one backward pass. In expectation as `Independent`.
     One(Split),
+    /// The one of this number for all examples, times their number: a term of `Independent`'s sum.
+    Given(Split, usize),
     /// One for every example, drawn for each, times their number: one backward pass. With [`Split::Root`] in expectation a
     /// bound; nearer than `Independent` or not, depending on the model.
     OneEach(Split),
@@ -97,10 +100,47 @@ impl Estimator {
     /// Evaluates what depends on the parameters: outputs, kernels, factors. The evidence is then a function of the hyperparameters,
     /// [`Fit::evidence`]. Random parts and outputs are functions of `seed`.
     ///
+    /// A fit keeps the rows of all its parts: layer inputs, and the gradients of layer outputs once a class.
+    ///
     /// # Errors
     /// When parts do not fit the examples, a matrix would take more than `memory` bytes (the message says how many), labels or outputs
     /// are wrong or not finite, or the model's forward fails.
     pub fn fit(&self, problem: &Problem<'_>, examples: &Examples, seed: u64) -> Result<Fit> {
+        let mut terms = Vec::new();
+        let data = self.each_term(problem, examples, seed, |weight, term| {
+            terms.push((weight, term));
+            Ok(())
+        })?;
+        Fit::new(problem, data, terms)
+    }
+
+    /// The evidence at `hyper`, part by part: as [`Estimator::fit`] and [`Fit::evidence`], with one part in memory at a time.
+    ///
+    /// # Errors
+    /// As [`Estimator::fit`] and [`Fit::evidence`].
+    pub fn evaluate(
+        &self,
+        problem: &Problem<'_>,
+        examples: &Examples,
+        hyper: &Hyper,
+        seed: u64,
+    ) -> Result<Evidence> {
+        let (s, precisions) = (hyper.scale()?, hyper.precisions()?);
+        let mut total = LogDet::zero(problem.parameters().len());
+        let data = self.each_term(problem, examples, seed, |weight, term| {
+            total.add(term.log_det(s, &precisions)?, weight)
+        })?;
+        Fit::new(problem, data, vec![])?.with(total, hyper)
+    }
+
+    /// Hands the complexities of the parts to `take`, with their weights.
+    fn each_term(
+        &self,
+        problem: &Problem<'_>,
+        examples: &Examples,
+        seed: u64,
+        mut take: impl FnMut(f64, Box<dyn Complexity>) -> Result<()>,
+    ) -> Result<DataFit> {
         if matches!((self.curvature, self.parts), (Curvature::Extrapolated, Parts::ByLabel(_))) {
             bail!(
                 "evidence: a batch of one class does not tell how all examples go on; extrapolate from random batches"
@@ -108,43 +148,39 @@ impl Estimator {
         }
         let parts = self.parts.of(examples, self.draws, seed)?;
         let mut data = DataFit::zero(problem.likelihood);
-        let mut terms: Vec<(f64, Box<dyn Complexity>)> = Vec::new();
         for (index, (weight, numbers)) in parts.iter().enumerate() {
-            let part =
-                if numbers.len() == examples.len() { examples.clone() } else { examples.select(numbers)? };
+            let whole = numbers.len() == examples.len() && numbers.is_sorted();
+            let part = if whole { examples.clone() } else { examples.select(numbers)? };
             let mut read =
                 Reader { problem, part: &part, data: &mut data, weight: *weight, memory: self.memory };
-            let all = examples.len();
             match self.curvature {
                 Curvature::Kernel(outputs) => {
-                    let draw = uniform(seed, index as u64, 0);
-                    for (factor, rows) in
-                        read.kernels(outputs, draw, |n| uniform(seed, index as u64, n + 1))?
-                    {
-                        terms.push((weight * factor, Box::new(rows)));
+                    let draw = |n| uniform(seed, index as u64, n);
+                    for (factor, rows) in read.kernels(outputs, draw)? {
+                        take(weight * factor, Box::new(rows))?;
                     }
                 }
                 Curvature::Extrapolated => {
                     let rows = read.rows(Root::Reduced)?;
                     // Every part speaks for all examples.
-                    terms.push((1.0 / parts.len() as f64, Box::new(Extrapolated::new(rows, all)?)));
+                    take(1.0 / parts.len() as f64, Box::new(Extrapolated::new(rows, examples.len())?))?;
                 }
-                Curvature::Full => terms.push((*weight, Box::new(read.dense()?))),
-                Curvature::BlockPerTensor => read.blocks(&mut terms, true)?,
-                Curvature::BlockPerLayer => read.blocks(&mut terms, false)?,
+                Curvature::Full => take(*weight, Box::new(read.dense()?))?,
+                Curvature::BlockPerTensor => read.blocks(true, &mut take)?,
+                Curvature::BlockPerLayer => read.blocks(false, &mut take)?,
                 Curvature::Kron => {
                     let mut sums = KronSums::default();
                     read.each(|rows| sums.add(rows))?;
-                    terms.push((*weight, Box::new(sums.finish()?)));
+                    take(*weight, Box::new(sums.finish()?))?;
                 }
                 Curvature::Diagonal => {
                     let mut sums = Diagonal::default();
                     read.each(|rows| sums.add(rows))?;
-                    terms.push((*weight, Box::new(sums)));
+                    take(*weight, Box::new(sums))?;
                 }
             }
         }
-        Fit::new(problem, data, terms)
+        Ok(data)
     }
 }
 
@@ -211,37 +247,38 @@ impl Reader<'_, '_> {
         Ok(())
     }
 
-    /// The kernels of the part, each with its weight.
-    fn kernels(
-        &mut self,
-        outputs: Outputs,
-        draw: f64,
-        each: impl Fn(u64) -> f64,
-    ) -> Result<Vec<(f64, Rows)>> {
-        let (Outputs::Independent(split) | Outputs::One(split) | Outputs::OneEach(split)) = outputs else {
-            return Ok(vec![(1.0, self.rows(Root::Reduced)?)]);
+    /// The kernels of the part, each with its weight; `draw(n)` is a uniform number.
+    fn kernels(&mut self, outputs: Outputs, draw: impl Fn(u64) -> f64) -> Result<Vec<(f64, Rows)>> {
+        let split = match outputs {
+            Outputs::Joint => return Ok(vec![(1.0, self.rows(Root::Reduced)?)]),
+            Outputs::Independent(split)
+            | Outputs::One(split)
+            | Outputs::Given(split, _)
+            | Outputs::OneEach(split) => split,
         };
         let root = if split == Split::Root { Root::PerOutput } else { Root::Diagonal };
         let z = self.outputs(&self.part.clone())?;
         self.check(self.part.len(), &z)?;
         let mut columns = self.problem.likelihood.cotangents(&z, root)?;
         let count = columns.len();
-        let pick = |uniform: f64| ((uniform * count as f64) as usize).min(count - 1);
-        match outputs {
-            Outputs::One(_) => {
-                let Some(column) = columns.nth(pick(draw)) else { bail!("evidence: no outputs") };
-                Ok(vec![(count as f64, self.gather(&z, std::iter::once(column))?)])
+        let pick = |n| ((draw(n) * count as f64) as usize).min(count - 1);
+        let column = match outputs {
+            Outputs::One(_) => columns.nth(pick(0)),
+            Outputs::Given(_, index) if index >= count => {
+                bail!("evidence: output {index} of {count}")
             }
+            Outputs::Given(_, index) => columns.nth(index),
             Outputs::OneEach(_) => {
-                let picks: Vec<usize> = (0..self.part.len()).map(|n| pick(each(n as u64))).collect();
-                let column = one_of_each(columns, &picks)?;
-                Ok(vec![(count as f64, self.gather(&z, std::iter::once(Ok(column)))?)])
+                let picks: Vec<usize> = (0..self.part.len()).map(|n| pick(n as u64)).collect();
+                Some(one_of_each(columns, &picks))
             }
             _ => {
                 let rows = self.gather(&z, columns)?;
-                (0..count).map(|c| Ok((1.0, rows.one_of_each(c)?))).collect()
+                return (0..count).map(|c| Ok((1.0, rows.one_of_each(c)?))).collect();
             }
-        }
+        };
+        let Some(column) = column else { bail!("evidence: no outputs") };
+        Ok(vec![(count as f64, self.gather(&z, std::iter::once(column))?)])
     }
 
     fn dense(&mut self) -> Result<Dense> {
@@ -265,7 +302,11 @@ impl Reader<'_, '_> {
     }
 
     /// A block a tensor or a layer: the matrix where it has no more rows than the kernel of the same rows, else that.
-    fn blocks(&mut self, terms: &mut Vec<(f64, Box<dyn Complexity>)>, per_tensor: bool) -> Result<()> {
+    fn blocks(
+        &mut self,
+        per_tensor: bool,
+        take: &mut impl FnMut(f64, Box<dyn Complexity>) -> Result<()>,
+    ) -> Result<()> {
         let rows = self.rows_in_passes()?;
         let kinds: &[(bool, bool)] =
             if per_tensor { &[(true, false), (false, true)] } else { &[(true, true)] };
@@ -281,11 +322,11 @@ impl Reader<'_, '_> {
                     self.check_dense(size)?;
                     let mut sums = Dense::new();
                     sums.add(&block)?;
-                    terms.push((self.weight, Box::new(sums)));
+                    take(self.weight, Box::new(sums))?;
                 } else {
                     let (_, grads) = block.layers[0].factors();
                     self.check(block.count(), grads)?;
-                    terms.push((self.weight, Box::new(block)));
+                    take(self.weight, Box::new(block))?;
                 }
             }
         }

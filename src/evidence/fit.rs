@@ -67,6 +67,19 @@ impl Fit {
     /// When the hyperparameters are of another problem or not finite, a diagonal prior meets Kronecker factors, or a matrix is too badly
     /// conditioned for its type (the message says how badly).
     pub fn evidence(&self, hyper: &Hyper) -> Result<Evidence> {
+        let (s, precisions) = (hyper.scale()?, hyper.precisions()?);
+        if precisions.len() != self.parameters.len() {
+            return self.with(LogDet::zero(0), hyper);
+        }
+        let mut total = LogDet::zero(precisions.len());
+        for (weight, term) in &self.terms {
+            total.add(term.log_det(s, &precisions)?, *weight)?;
+        }
+        self.with(total, hyper)
+    }
+
+    /// The evidence with a log-determinant that has been computed.
+    pub(crate) fn with(&self, mut total: LogDet, hyper: &Hyper) -> Result<Evidence> {
         if !Arc::ptr_eq(&self.parameters, hyper.parameters()) {
             let names = |p: &[Parameter]| p.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
             if names(&self.parameters) != names(hyper.parameters()) {
@@ -75,11 +88,6 @@ impl Fit {
         }
         let (temperature, noise) = (hyper.temperature()?, hyper.noise()?);
         let precisions = hyper.precisions()?;
-        let s = 1.0 / (noise * noise * temperature);
-        let mut total = LogDet::zero(precisions.len());
-        for (weight, term) in &self.terms {
-            total.add(term.log_det(s, &precisions)?, *weight)?;
-        }
         let log_likelihood = self.data.log_likelihood(noise, temperature);
         let (mut log_prior, mut slopes, mut grad_log_precision) = (0.0, Vec::new(), Vec::new());
         let (mut effective, mut suggested) = (Vec::new(), Vec::new());

@@ -273,6 +273,12 @@ impl Hyper {
         check("noise", self.noise.value()?)
     }
 
+    /// `1 / (noise^2 temperature)`.
+    pub(crate) fn scale(&self) -> Result<f64> {
+        let noise = self.noise()?;
+        Ok(1.0 / (noise * noise * self.temperature()?))
+    }
+
     /// The precision of every parameter tensor; of a diagonal prior their geometric means.
     ///
     /// # Errors

@@ -69,7 +69,7 @@ impl Posterior {
     ) -> Result<Self> {
         let precisions = hyper.precisions()?;
         let noise = hyper.noise()?;
-        let s = 1.0 / (noise * noise * hyper.temperature()?);
+        let s = hyper.scale()?;
         let each = |visit: &mut dyn FnMut(&Rows) -> Result<()>| -> Result<()> {
             let numbers: Vec<usize> = (0..examples.len()).collect();
             for numbers in numbers.chunks(PASS) {
