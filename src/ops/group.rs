@@ -214,14 +214,14 @@ impl Norms {
             let out: Vec<T> = match map {
                 Map::Gradient(_) => {
                     let (l1, l2) = (self.l1, 2. * self.l2);
-                    group_host::map(&values, tiles, factors.unwrap_or(&[]), 0., |w, factor| {
+                    group_host::map(&values, tiles, factors.unwrap_or(&[]), 0., move |w, factor| {
                         let sign = f64::from(u8::from(w > 0.)) - f64::from(u8::from(w < 0.));
                         scale * (l1 * sign + (l2 + factor) * w)
                     })
                 }
                 Map::Prox { step } => {
                     let (threshold, shrink) = (step * self.l1, 1. / (1. + 2. * step * self.l2));
-                    group_host::map(&values, tiles, factors.unwrap_or(&[]), 1., |w, factor| {
+                    group_host::map(&values, tiles, factors.unwrap_or(&[]), 1., move |w, factor| {
                         group_host::soft(w, threshold) * (factor * shrink)
                     })
                 }

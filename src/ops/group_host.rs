@@ -4,6 +4,7 @@ use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::element::Element;
+use super::memory::keep_freed_blocks;
 use super::group::Tiles;
 
 /// Elements that are worth a task of their own. Sums are cut by it alone, so that they do not depend on the number of threads.
@@ -30,7 +31,9 @@ fn wide<T: Element>(w: T) -> f64 {
 /// An error that names the first weight that is NaN or infinite.
 pub(super) fn check<T: Element>(name: &str, dims: &[usize], w: &[T]) -> Result<()> {
     let finite = |w: &T| wide(*w).is_finite();
-    if w.par_chunks(SHARE).all(|w| w.iter().all(finite)) {
+    // Without a way out at the first that is not, so that the loop vectorizes.
+    let all = |w: &[T]| w.iter().fold(true, |all, w| all & finite(w));
+    if w.par_chunks(SHARE).all(all) {
         return Ok(());
     }
     match w.iter().position(|w| !finite(w)) {
@@ -42,18 +45,22 @@ pub(super) fn check<T: Element>(name: &str, dims: &[usize], w: &[T]) -> Result<(
 /// The sums of adjacent weights.
 #[inline(always)]
 fn sum_run<T: Element>(w: &[T], threshold: f64) -> [f64; 2] {
-    const PARTS: usize = 8;
+    /// Several vectors of partial sums, so that one addition does not wait for the other.
+    const PARTS: usize = 32;
     let (chunks, rest) = w.as_chunks::<PARTS>();
     let (mut squares, mut sums) = ([0.; PARTS], [0.; PARTS]);
-    let mut add = |at: usize, w: T| {
-        let size = beyond(w, threshold);
+    for chunk in chunks {
+        for at in 0..PARTS {
+            let size = beyond(chunk[at], threshold);
+            squares[at] += size * size;
+            sums[at] += size;
+        }
+    }
+    for (at, w) in rest.iter().enumerate() {
+        let size = beyond(*w, threshold);
         squares[at] += size * size;
         sums[at] += size;
-    };
-    for chunk in chunks {
-        chunk.iter().enumerate().for_each(|(at, w)| add(at, *w));
     }
-    rest.iter().enumerate().for_each(|(at, w)| add(at, *w));
     [squares.iter().sum(), sums.iter().sum()]
 }
 
@@ -87,26 +94,30 @@ pub(super) fn sums<T: Element>(w: &[T], tiles: Tiles, threshold: f64) -> Vec<[f6
         .map(|(part, w)| {
             let above = part * rows / tiles.rows;
             let height = (part * rows + w.len() / tiles.n).div_ceil(tiles.rows) - above;
-            let mut sums = vec![[0.; 2]; height * across];
+            let (mut squares, mut sums) = (vec![0.; height * across], vec![0.; height * across]);
             for (i, row) in w.chunks_exact(tiles.n).enumerate() {
                 let group = ((part * rows + i) / tiles.rows - above) * across;
-                let sums = sums[group..][..across].iter_mut();
+                let groups = squares[group..][..across].iter_mut().zip(&mut sums[group..][..across]);
                 if tiles.columns == 1 {
-                    for (sum, w) in sums.zip(row) {
+                    for ((square, sum), w) in groups.zip(row) {
                         let size = beyond(*w, threshold);
-                        plus(sum, [size * size, size]);
+                        *square += size * size;
+                        *sum += size;
                     }
                 } else {
-                    for (sum, w) in sums.zip(row.chunks(tiles.columns)) {
-                        plus(sum, sum_run(w, threshold));
+                    for ((square, sum), w) in groups.zip(row.chunks(tiles.columns)) {
+                        let more = sum_run(w, threshold);
+                        *square += more[0];
+                        *sum += more[1];
                     }
                 }
             }
-            (above * across, sums)
+            (above * across, squares, sums)
         })
         .collect();
-    for (first, part) in parts {
-        sums[first..].iter_mut().zip(part).for_each(|(sum, part)| plus(sum, part));
+    for (first, squares, more) in parts {
+        let groups = sums[first..].iter_mut().zip(squares.into_iter().zip(more));
+        groups.for_each(|(sum, (square, more))| plus(sum, [square, more]));
     }
     sums
 }
@@ -117,12 +128,15 @@ pub(super) fn map<T: Element>(
     tiles: Tiles,
     factors: &[f64],
     fill: f64,
-    f: impl Fn(f64, f64) -> f64 + Sync,
+    f: impl Fn(f64, f64) -> f64 + Copy + Sync,
 ) -> Vec<T> {
+    keep_freed_blocks();
     let mut out = vec![T::from_f64(0.); w.len()];
-    let run = |out: &mut [T], w: &[T], factor: f64| {
+    let run = move |out: &mut [T], w: &[T], factor: f64| {
+        // A copy of its own: what `f` holds is not read again after every weight that is written.
+        let f = f;
         for (out, w) in out.iter_mut().zip(w) {
-            *out = T::from_f64(f(wide(*w), factor));
+            *out = T::rounded(f(wide(*w), factor));
         }
     };
     if factors.is_empty() {
@@ -134,6 +148,13 @@ pub(super) fn map<T: Element>(
     parts.for_each(|(part, (out, w))| {
         for (i, (out, w)) in out.chunks_exact_mut(tiles.n).zip(w.chunks_exact(tiles.n)).enumerate() {
             let factors = &factors[(part * rows + i) / tiles.rows * tiles.across()..][..tiles.across()];
+            if tiles.columns == 1 {
+                let f = f;
+                for ((out, w), factor) in out.iter_mut().zip(w).zip(factors) {
+                    *out = T::rounded(f(wide(*w), *factor));
+                }
+                continue;
+            }
             let segments = out.chunks_mut(tiles.columns).zip(w.chunks(tiles.columns));
             segments.zip(factors).for_each(|((out, w), factor)| run(out, w, *factor));
         }

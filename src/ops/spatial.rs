@@ -19,11 +19,14 @@ use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, float_dispatch};
 use super::group::value_dtype;
+use super::memory::keep_freed_blocks;
 use super::{group_host, known};
 use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 
 const NAME: &str = "spatial";
 const FLOOR: f64 = 1e-9;
+/// `ln FLOOR`.
+const LOG_FLOOR: f64 = -20.723_265_836_946_41;
 
 /// The penalty of one layer.
 #[derive(Debug, Clone, Copy)]
@@ -70,9 +73,11 @@ struct Sums {
     squares: f64,
 }
 
-/// The logarithm in the type that `T` is computed with in.
-fn ln<T: Element>(size: f64) -> f64 {
-    T::Acc::from_f64(size).ln().to_f64()
+/// The size of a weight and its logarithm, without meaning where the size is zero.
+#[inline(always)]
+fn size_and_log<T: Element>(w: T) -> (f64, f64) {
+    let size = w.to_f64().abs();
+    (size, T::Acc::rounded(size).ln_positive().to_f64())
 }
 
 fn log_share(share: f64) -> f64 {
@@ -155,26 +160,26 @@ impl Entropy {
         let [log_sum, two_over_sum, entropy, squares] = [0, 1, 2, 3].map(|at| numbers[at]);
         let slope = if entropy > 0. { self.gamma / entropy } else { 0. };
         let shrink = if self.exact && two_over_sum > 0. { 2. / squares } else { 0. };
-        let one = |w: f64, log: f64, marginal: f64| {
-            let own = (log - log_sum).max(FLOOR.ln());
-            let t = -self.kappa * marginal - (1. - self.kappa) * own;
-            let size = two_over_sum * (1. + slope * (t - entropy));
-            scale * (if w < 0. { -size } else { size } - shrink * w)
+        let (gamma_kappa, gamma_own) = (slope * self.kappa, slope * (1. - self.kappa));
+        let one = move |size: f64, w: f64, log: f64, marginal: f64| {
+            let own = (log - log_sum).max(LOG_FLOOR);
+            let pull = two_over_sum * (1. - gamma_kappa * marginal - gamma_own * own - slope * entropy);
+            let slope = scale * (if w < 0. { -pull } else { pull } - shrink * w);
+            if size > 0. { slope } else { 0. }
         };
+        // A cell's logarithm for each of its elements.
+        let columns: Vec<f64> = columns.iter().flat_map(|&c| std::iter::repeat_n(c, shape.k)).collect();
+        keep_freed_blocks();
         float_dispatch!(NAME, w.dtype(), T => {
             let host = Host::of(w);
             let values = host.values::<T>()?;
             let mut out = vec![<T as WithDType>::from_f64(0.); values.len()];
             let lines = out.par_chunks_mut(shape.width()).zip(values.par_chunks(shape.width())).zip(rows.par_iter());
             lines.with_min_len((SHARE / shape.width()).max(1)).for_each(|((out, w), row)| {
-                for ((out, w), column) in out.chunks_mut(shape.k).zip(w.chunks(shape.k)).zip(columns) {
-                    for (out, w) in out.iter_mut().zip(w) {
-                                                let wide = w.to_f64();
-                        if wide != 0. {
-                            let log = ln::<T>(wide.abs());
-                            *out = T::from_f64(one(wide, log, row + column));
-                        }
-                    }
+                let (one, row) = (one, *row);
+                for ((out, w), column) in out.iter_mut().zip(w).zip(&columns) {
+                    let (size, log) = size_and_log(*w);
+                    *out = T::rounded(one(size, w.to_f64(), log, row + column));
                 }
             });
             Tensor::from_vec(out, w.shape(), &Device::Cpu)
@@ -193,35 +198,50 @@ fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
     let parts: Vec<_> = w
         .par_chunks(band * shape.width())
         .map(|w| {
-            let (mut rows, mut columns) = (Vec::with_capacity(band), vec![0.; n]);
-            let (mut logs, mut squares) = (0., 0.);
+            let (mut rows, mut columns) = (Vec::with_capacity(band), vec![0.; shape.width()]);
+            let mut totals = [0.; 2];
             for line in w.chunks_exact(shape.width()) {
-                let mut row = 0.;
-                for (cell, column) in line.chunks_exact(k).zip(&mut columns) {
-                    for w in cell {
-                        let size = w.to_f64().abs();
-                        let log = ln::<T>(size);
-                        row += size;
-                        *column += size;
-                        squares += size * size;
-                        logs += if size > 0. { size * log } else { 0. };
-                    }
-                }
-                rows.push(row);
+                rows.push(sum_line(line, &mut columns, &mut totals));
             }
-            (rows, columns, logs, squares)
+            (rows, columns, totals)
         })
         .collect();
     let mut sums = Sums { marginals: Vec::with_capacity(m + n), logs: 0., squares: 0. };
-    let mut columns = vec![0.; n];
-    for (rows, part, logs, squares) in parts {
+    let mut columns = vec![0.; shape.width()];
+    for (rows, part, [logs, squares]) in parts {
         sums.marginals.extend(rows);
         columns.iter_mut().zip(part).for_each(|(column, part)| *column += part);
         sums.logs += logs;
         sums.squares += squares;
     }
-    sums.marginals.extend(columns);
+    sums.marginals.extend(columns.chunks_exact(k).map(|cell| cell.iter().sum::<f64>()));
     sums
+}
+
+/// The sum of a row's sizes, which are added to `columns` as well; and to `totals`, `sum a ln a` and `sum W^2`.
+#[inline(always)]
+fn sum_line<T: Element>(line: &[T], columns: &mut [f64], totals: &mut [f64; 2]) -> f64 {
+    const PARTS: usize = 16;
+    let (mut row, mut logs, mut squares) = ([0.; PARTS], [0.; PARTS], [0.; PARTS]);
+    let mut add = |at: usize, w: T, column: &mut f64| {
+        let (size, log) = size_and_log(w);
+        *column += size;
+        row[at] += size;
+        squares[at] += size * size;
+        logs[at] += if size > 0. { size * log } else { 0. };
+    };
+    let ((lines, rest), (to, to_rest)) = (line.as_chunks::<PARTS>(), columns.as_chunks_mut::<PARTS>());
+    for (line, columns) in lines.iter().zip(to) {
+        for at in 0..PARTS {
+            add(at, line[at], &mut columns[at]);
+        }
+    }
+    for (at, (w, column)) in rest.iter().zip(to_rest).enumerate() {
+        add(at, *w, column);
+    }
+    totals[0] += logs.iter().sum::<f64>();
+    totals[1] += squares.iter().sum::<f64>();
+    row.iter().sum()
 }
 
 /// Threads of a block, as in `spatial.cu`.
