@@ -17,7 +17,7 @@
 use candle_core::{DType, Device, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
-use super::element::{Element, Host, Real, float_dispatch};
+use super::element::{Element, Host, Real, float_dispatch, sum};
 use super::group::value_dtype;
 use super::memory::keep_freed_blocks;
 use super::{group_host, known};
@@ -73,11 +73,9 @@ struct Sums {
     squares: f64,
 }
 
-/// The size of a weight and its logarithm, without meaning where the size is zero.
 #[inline(always)]
-fn size_and_log<T: Element>(w: T) -> (f64, f64) {
-    let size = w.to_f64().abs();
-    (size, T::Acc::rounded(size).ln_positive().to_f64())
+fn size<T: Real>(w: T) -> T {
+    if w < T::ZERO { T::ZERO - w } else { w }
 }
 
 fn log_share(share: f64) -> f64 {
@@ -159,27 +157,32 @@ impl Entropy {
         let (rows, columns) = marginals.split_at(shape.m);
         let [log_sum, two_over_sum, entropy, squares] = [0, 1, 2, 3].map(|at| numbers[at]);
         let slope = if entropy > 0. { self.gamma / entropy } else { 0. };
-        let shrink = if self.exact && two_over_sum > 0. { 2. / squares } else { 0. };
-        let (gamma_kappa, gamma_own) = (slope * self.kappa, slope * (1. - self.kappa));
-        let one = move |size: f64, w: f64, log: f64, marginal: f64| {
-            let own = (log - log_sum).max(LOG_FLOOR);
-            let pull = two_over_sum * (1. - gamma_kappa * marginal - gamma_own * own - slope * entropy);
-            let slope = scale * (if w < 0. { -pull } else { pull } - shrink * w);
-            if size > 0. { slope } else { 0. }
-        };
-        // A cell's logarithm for each of its elements.
-        let columns: Vec<f64> = columns.iter().flat_map(|&c| std::iter::repeat_n(c, shape.k)).collect();
+        let unit = scale * two_over_sum;
+        // What the row, the column and the element itself add, in the type of the accumulator.
+        let row_part = move |row: f64| unit * (1. - slope * (entropy + self.kappa * row));
+        let column_part = |column: &f64| -unit * slope * self.kappa * column;
+        let columns = columns.iter().flat_map(|column| std::iter::repeat_n(column_part(column), shape.k));
+        let own_factor = -unit * slope * (1. - self.kappa);
+        // In two factors, which are in f32's range where the weights are.
+        let one_over_norm = if self.exact && two_over_sum > 0. { 1. / squares.sqrt() } else { 0. };
         keep_freed_blocks();
         float_dispatch!(NAME, w.dtype(), T => {
+            type A = <T as Element>::Acc;
             let host = Host::of(w);
             let values = host.values::<T>()?;
+            let columns: Vec<A> = columns.map(A::rounded).collect();
+            let constants = [log_sum, LOG_FLOOR, own_factor, one_over_norm, 2. * scale * one_over_norm].map(A::rounded);
             let mut out = vec![<T as WithDType>::from_f64(0.); values.len()];
             let lines = out.par_chunks_mut(shape.width()).zip(values.par_chunks(shape.width())).zip(rows.par_iter());
             lines.with_min_len((SHARE / shape.width()).max(1)).for_each(|((out, w), row)| {
-                let (one, row) = (one, *row);
+                let [log_sum, floor, own_factor, one_over_norm, shrink] = constants;
+                let row = A::rounded(row_part(*row));
                 for ((out, w), column) in out.iter_mut().zip(w).zip(&columns) {
-                    let (size, log) = size_and_log(*w);
-                    *out = T::rounded(one(size, w.to_f64(), log, row + column));
+                    let w = w.widen();
+                    let own = (size(w).ln_positive() - log_sum).max(floor);
+                    let pull = row + *column + own_factor * own;
+                    let slope = if w < A::ZERO { A::ZERO - pull } else { pull } - shrink * (one_over_norm * w);
+                    *out = T::narrow(if w == A::ZERO { A::ZERO } else { slope });
                 }
             });
             Tensor::from_vec(out, w.shape(), &Device::Cpu)
@@ -199,9 +202,21 @@ fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
         .par_chunks(band * shape.width())
         .map(|w| {
             let (mut rows, mut columns) = (Vec::with_capacity(band), vec![0.; shape.width()]);
+            let (mut sizes, mut logs) = (columns.clone(), columns.clone());
             let mut totals = [0.; 2];
             for line in w.chunks_exact(shape.width()) {
-                rows.push(sum_line(line, &mut columns, &mut totals));
+                let places = sizes.iter_mut().zip(&mut logs).zip(&mut columns);
+                for (w, ((size_here, log), column)) in line.iter().zip(places) {
+                    let narrow = size(w.widen());
+                    let wide = narrow.to_f64();
+                    *size_here = wide;
+                    *column += wide;
+                    *log = if wide > 0. { wide * narrow.ln_positive().to_f64() } else { 0. };
+                }
+                // Sums in loops of their own, which the logarithms leave no registers for.
+                rows.push(sum(&sizes, |size| size));
+                totals[0] += sum(&logs, |log| log);
+                totals[1] += sum(&sizes, |size| size * size);
             }
             (rows, columns, totals)
         })
@@ -216,32 +231,6 @@ fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
     }
     sums.marginals.extend(columns.chunks_exact(k).map(|cell| cell.iter().sum::<f64>()));
     sums
-}
-
-/// The sum of a row's sizes, which are added to `columns` as well; and to `totals`, `sum a ln a` and `sum W^2`.
-#[inline(always)]
-fn sum_line<T: Element>(line: &[T], columns: &mut [f64], totals: &mut [f64; 2]) -> f64 {
-    const PARTS: usize = 16;
-    let (mut row, mut logs, mut squares) = ([0.; PARTS], [0.; PARTS], [0.; PARTS]);
-    let mut add = |at: usize, w: T, column: &mut f64| {
-        let (size, log) = size_and_log(w);
-        *column += size;
-        row[at] += size;
-        squares[at] += size * size;
-        logs[at] += if size > 0. { size * log } else { 0. };
-    };
-    let ((lines, rest), (to, to_rest)) = (line.as_chunks::<PARTS>(), columns.as_chunks_mut::<PARTS>());
-    for (line, columns) in lines.iter().zip(to) {
-        for at in 0..PARTS {
-            add(at, line[at], &mut columns[at]);
-        }
-    }
-    for (at, (w, column)) in rest.iter().zip(to_rest).enumerate() {
-        add(at, *w, column);
-    }
-    totals[0] += logs.iter().sum::<f64>();
-    totals[1] += squares.iter().sum::<f64>();
-    row.iter().sum()
 }
 
 /// Threads of a block, as in `spatial.cu`.
