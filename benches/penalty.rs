@@ -39,16 +39,16 @@ macro_rules! adamw {
 
 /// The weights of the net, as they are initialized.
 fn weights() -> Result<Vec<Var>> {
-    let weight = |pair: &[usize]| {
-        Var::randn(0f32, (1. / pair[0] as f32).sqrt(), (pair[1], pair[0]), &Device::Cpu)
-    };
+    let weight =
+        |pair: &[usize]| Var::randn(0f32, (1. / pair[0] as f32).sqrt(), (pair[1], pair[0]), &Device::Cpu);
     WIDTHS.windows(2).map(weight).collect()
 }
 
 fn penalty(group: Group, name: &str, penalty: &dyn Penalty) -> Result<()> {
     let weights = weights()?;
     let each = |f: &dyn Fn(&Var) -> Result<Tensor>| weights.iter().for_each(|w| drop(f(w).unwrap()));
-    let backward = |w: &Var| penalty.value(w)?.backward()?.remove(w).ok_or_else(|| candle_core::Error::msg("none"));
+    let backward =
+        |w: &Var| penalty.value(w)?.backward()?.remove(w).ok_or_else(|| candle_core::Error::msg("none"));
     group.bench_function(format!("{name}/value"), |b| b.iter(|| each(&|w| penalty.value(w))));
     group.bench_function(format!("{name}/gradient"), |b| b.iter(|| each(&|w| penalty.gradient(w))));
     group.bench_function(format!("{name}/value, backward"), |b| b.iter(|| each(&backward)));

@@ -23,6 +23,10 @@ fn options_that_do_not_apply_are_errors() {
             "--optimizer kfac --wake-decay 0.5",
             "--wake-decay does not apply to --optimizer kfac, only to so, q, qe, kldwrm, compare",
         ),
+        (
+            "--penalty sparse-group:0.5 --factor auto",
+            "--factor auto is a prediction for l2, l1 and group alone: give a number",
+        ),
         ("--optimizer so --q-solve exact", "--q-solve does not apply to --optimizer so, only to q, qe"),
         ("--optimizer q --qe-lr 0.1", "--qe-lr does not apply to --optimizer q, only to qe"),
         (
@@ -33,6 +37,36 @@ fn options_that_do_not_apply_are_errors() {
         let error = folder.fail(line, 2);
         assert!(error.starts_with(&format!("error: {sentence}\n")), "{line}: {error}");
     }
+}
+
+#[test]
+fn penalties_with_any_optimizer() {
+    let folder = Folder::new("penalties");
+    let line = "--batch 100 --epochs 1 --model mlp:784-16-10";
+    let zeros = |out: &str| -> usize {
+        let (_, rest) = out.split_once("weights that are zero: ").unwrap();
+        assert!(rest.contains("of 12704"), "{out}");
+        rest.split(' ').next().unwrap().parse().unwrap()
+    };
+    for optimizer in ["sgd", "adamw", "kfac", "so", "q", "qe", "kldwrm"] {
+        let line = format!("--optimizer {optimizer} --steps 5 {line} --penalty");
+        let none = zeros(&folder.train(&format!("{line} l1 --factor 0")));
+        assert_eq!(none, 0, "{optimizer}");
+        let some = zeros(&folder.train(&format!("{line} l1 --factor 0.1")));
+        assert!(some > 0, "{optimizer}");
+        assert_eq!(zeros(&folder.train(&format!("{line} spatial --factor 0.01"))), 0, "{optimizer}");
+    }
+    let out = folder.train(&format!("--optimizer sgd --steps 2 {line} --penalty group --factor auto:0.5"));
+    // sqrt((n + 1) / (n v)) for columns of 16 and 10 weights, v = 1 / fan_in, halved, over 5,000 examples.
+    let factor = |n: f64, fan_in: f64| format!("{:.4e}", 1e-4 * ((n + 1.0) / n * fan_in).sqrt());
+    for (name, factor) in [("fc1.weight", factor(16.0, 784.0)), ("fc2.weight", factor(10.0, 16.0))] {
+        assert!(out.contains(&format!("{name}     {factor}, of a prior")), "{factor} in {out}");
+    }
+    let line = format!("--optimizer adamw {line} --penalty sparse-group:0.5 --factor 0.01");
+    folder.train(&format!("{line} --steps 9 --out whole"));
+    folder.train(&format!("{line} --steps 4 --save state --out part"));
+    folder.train(&format!("{line} --steps 9 --resume state --out part"));
+    assert!(folder.read("whole/model.safetensors") == folder.read("part/model.safetensors"));
 }
 
 #[test]

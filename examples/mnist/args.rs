@@ -3,10 +3,12 @@
 use super::data::Name;
 use super::defaults;
 use super::model::Spec;
+use super::penalty;
 use super::values::*;
 use candle_core::DType;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, error::ErrorKind};
+use kronwake::penalty::Factor;
 use std::path::PathBuf;
 
 /// Train a small network on 28x28 images with the optimizers of kronwake.
@@ -39,7 +41,8 @@ pub struct Args {
     /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
     #[arg(long, default_value = "cpu", help_heading = DATA)]
     pub device: Place,
-    /// Record the training step as a CUDA graph and repeat it while no curvature is renewed; needs --device cuda and no --dropout
+    /// Record the training step as a CUDA graph and repeat it while no curvature is renewed; needs --device cuda, no --dropout and
+    /// no --penalty
     #[arg(long, help_heading = DATA)]
     pub graph: bool,
     /// Worker threads [default: one a core]
@@ -65,6 +68,16 @@ pub struct Args {
     /// that the wake has made [default: by optimizer, see below]
     #[arg(long, value_parser = not_negative, help_heading = TRAINING)]
     pub weight_decay: Option<f64>,
+    /// Penalty of the layers' weights (not the biases): l2 | l1 | group | sparse-group:ALPHA | spatial[:KAPPA]. Groups are what
+    /// leaves an input unit or channel; ALPHA is L1's part, KAPPA the spatial part (0.5). l1, group and sparse-group are proximal
+    /// steps after the optimizer's, in proportion to its learning rate, which make exact zeros (and --average is none then,
+    /// if not given); l2 and spatial are terms of the loss. Weight decay stays what --weight-decay says
+    #[arg(long, value_name = "SPEC", requires = "factor", help_heading = TRAINING)]
+    pub penalty: Option<penalty::Spec>,
+    /// Factor of --penalty in the mean loss: a number, or auto[:T], for each layer the one whose prior has the variance
+    /// 1 / fan_in, divided by the number of examples, times T (1; 0.01 to 0.1 is often best); auto is for l2, l1 and group
+    #[arg(long, value_name = "F", value_parser = factor, requires = "penalty", help_heading = TRAINING)]
+    pub factor: Option<Factor>,
     /// Seed of initial parameters, data order, dropout and sampled labels
     #[arg(long, default_value_t = 0, help_heading = TRAINING)]
     pub seed: u64,
@@ -242,9 +255,28 @@ impl Args {
                 "--graph needs --device cuda, and no --dropout: a recorded step would repeat its masks";
             return Err(Self::command().error(ErrorKind::ArgumentConflict, message));
         }
-        match args.stray_option(&matches) {
+        match args.stray_option(&matches).or_else(|| args.stray_penalty()) {
             Some(message) => Err(Self::command().error(ErrorKind::ArgumentConflict, message)),
             None => Ok(args),
+        }
+    }
+
+    /// A sentence about what a penalty cannot be together with.
+    fn stray_penalty(&self) -> Option<String> {
+        let (penalty, factor) = (self.penalty?, self.factor?);
+        let half = matches!(self.dtype, DType::F16 | DType::BF16);
+        let predicted = penalty.family(&(1, 1).into()).is_some();
+        if self.graph {
+            Some("--graph does not go with --penalty: a recorded step would not hold it".into())
+        } else if matches!(factor, Factor::Auto { .. }) && !predicted {
+            Some(format!("--factor {factor} is a prediction for l2, l1 and group alone: give a number"))
+        } else if half && penalty.proximal() && matches!(self.optimizer, Sgd | Adamw | Compare) {
+            let name = self.optimizer.name();
+            Some(format!(
+                "--optimizer {name} takes no proximal steps of f16 and bf16 weights: use --dtype f32"
+            ))
+        } else {
+            None
         }
     }
 
@@ -314,6 +346,19 @@ mod tests {
             ("--device cuda:x", "number of the GPU: invalid digit"),
             ("--model vgg", "expected cnn, lenet300, lenet5 or mlp"),
             ("--optimizer lbfgs", "[possible values: sgd, adamw, kfac, so, q, qe, kldwrm, compare]"),
+            ("--penalty l3 --factor 1", "expected l2, l1, group, sparse-group:ALPHA or spatial[:KAPPA]"),
+            ("--penalty l1", "--factor <F>"),
+            ("--factor 1", "--penalty <SPEC>"),
+            ("--penalty l1 --factor x", "expected a number, `auto` or `auto:temperature`, got \"x\""),
+            (
+                "--penalty spatial --factor auto:0.1",
+                "--factor auto:0.1 is a prediction for l2, l1 and group alone",
+            ),
+            (
+                "--penalty l1 --factor 1 --optimizer sgd --dtype bf16",
+                "sgd takes no proximal steps of f16 and bf16",
+            ),
+            ("--penalty l1 --factor 1 --device cuda --graph", "--graph does not go with --penalty"),
             ("--dataset cifar", "[possible values: mnist, fashion-mnist]"),
         ] {
             let error = read(line).unwrap_err();

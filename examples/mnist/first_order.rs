@@ -79,6 +79,14 @@ impl FirstOrder {
         Ok(())
     }
 
+    /// Goes on from the parameters where something else has changed them; those that are kept in a wider type stay.
+    pub fn read_back(&mut self) -> Result<()> {
+        for param in self.params.iter_mut().filter(|param| param.var.dtype() == param.value.dtype()) {
+            param.value = param.var.as_detached_tensor().copy()?;
+        }
+        Ok(())
+    }
+
     /// Writes values, averages and the step number as safetensors.
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut tensors =

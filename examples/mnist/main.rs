@@ -8,6 +8,7 @@ mod first_order;
 mod idx;
 mod model;
 mod optimizer;
+mod penalty;
 mod plot;
 mod random;
 mod report;

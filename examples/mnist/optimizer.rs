@@ -12,6 +12,7 @@ use kronwake::optim::{
     AdaptiveKl, Average, Bias, Carry, Defaults, Every, Inner, KFacRule, Natural, Optimizer, Params, Q,
     QSolve, Qe, Replay, So, StepRule, TwoRate, WakeRule,
 };
+use kronwake::penalty::Constraints;
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use std::path::Path;
 use tracing::info_span;
@@ -43,6 +44,8 @@ pub trait Train {
     fn set_learning_rate(&mut self, lr: f64);
     /// One step.
     fn step(&mut self, pass: &Pass) -> Result<()>;
+    /// What `constraints` say of the parameters after the step.
+    fn constrain(&mut self, constraints: &mut Constraints) -> Result<()>;
     /// A whole training step by way of `replay`, where the optimizer can be recorded.
     fn replay(&mut self, replay: &mut Replay<Outcome>, pass: &mut Whole<'_>) -> Result<Outcome>;
     /// Runs `f` at the averaged parameters, where the optimizer keeps such.
@@ -167,7 +170,11 @@ fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Result<Params<R>> {
             None => default.bias,
         },
         kl_clip: args.kl_clip.map_or(default.kl_clip, |limit| limit.0),
-        average: args.average.map_or(default.average, |power| power.0.map(|power| Average { power })),
+        average: match args.average {
+            Some(power) => power.0.map(|power| Average { power }),
+            // The average of zeros and of what was not zero at first is not zero.
+            None => default.average.filter(|_| !args.penalty.is_some_and(|penalty| penalty.proximal())),
+        },
         rms_clip: args.rms_clip.map_or(default.rms_clip, |limit| limit.0),
         weight_decay: args.weight_decay.unwrap_or(defaults::WEIGHT_DECAY),
         carry: match args.carry {
@@ -243,6 +250,10 @@ impl<R: Stepping> Train for Natural<R> {
         Ok(())
     }
 
+    fn constrain(&mut self, constraints: &mut Constraints) -> Result<()> {
+        Natural::constrain(self, constraints)
+    }
+
     fn replay(&mut self, replay: &mut Replay<Outcome>, pass: &mut Whole<'_>) -> Result<Outcome> {
         replay.step(self, |optimizer| pass(optimizer))
     }
@@ -293,6 +304,11 @@ impl Train for FirstOrder {
     fn step(&mut self, pass: &Pass) -> Result<()> {
         let grads = info_span!("backward").in_scope(|| pass.loss.backward())?;
         info_span!("step").in_scope(|| self.update(&grads))
+    }
+
+    fn constrain(&mut self, constraints: &mut Constraints) -> Result<()> {
+        constraints.after_step(self.lr)?;
+        self.read_back()
     }
 
     fn replay(&mut self, _: &mut Replay<Outcome>, pass: &mut Whole<'_>) -> Result<Outcome> {

@@ -5,6 +5,7 @@ use super::data::{self, Data};
 use super::feed::Feed;
 use super::model::{Dropout, Model};
 use super::optimizer::{self, Pass, Train};
+use super::penalty::{self, Penalized};
 use super::report::{self, Log, Row};
 use super::values::{Choice, ScheduleKind};
 use super::weights;
@@ -156,6 +157,13 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
     if let (Some(table), true) = (optimizer.summary(), args.optimizer == choice) {
         println!("{table}");
     }
+    let examples = data.train.len();
+    let penalty = args.penalty.zip(args.factor);
+    let penalized =
+        penalty.map(|(spec, factor)| Penalized::new(spec, factor, &vars, examples)).transpose()?;
+    if let Some(penalized) = &penalized {
+        println!("{}", penalized.text);
+    }
     if let Some(path) = &args.resume {
         optimizer.resume(path)?;
     }
@@ -172,14 +180,26 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
     let test = Feed::new(data, &data.test, args.dtype, device)?;
     let optimizer = optimizer.as_mut();
     let (replay, at_once) = (args.graph.then(Replay::new), if device.is_cpu() { 1 } else { READ_EVERY });
-    let mut looped =
-        Loop { choice, args, feed, model: &model, optimizer, plan, schedule, replay, batch: None, at_once };
+    let model = &model;
+    let mut looped = Loop {
+        choice,
+        args,
+        feed,
+        model,
+        optimizer,
+        penalized,
+        plan,
+        schedule,
+        replay,
+        batch: None,
+        at_once,
+    };
     let mut rows = Vec::new();
     for epoch in start / plan.per_epoch..plan.end.div_ceil(plan.per_epoch) {
         let (mut row, sums) = looped.epoch(epoch, &bar, log)?;
         (row.train_loss, row.train_accuracy) = sums.means();
         looped.optimizer.at_average(&mut || {
-            (row.test_loss, row.test_accuracy) = evaluate(&model, &test)?;
+            (row.test_loss, row.test_accuracy) = evaluate(model, &test)?;
             Ok(())
         })?;
         bar.suspend(|| println!("{row}"));
@@ -192,6 +212,10 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
         println!("state for --resume: {}", path.display());
     }
     optimizer.adopt_average()?;
+    if args.penalty.is_some() {
+        let (zeros, all) = penalty::zeros(&vars)?;
+        println!("weights that are zero: {zeros} of {all}");
+    }
     Ok(Run { choice, rows, vars })
 }
 
@@ -202,6 +226,7 @@ struct Loop<'a> {
     feed: Feed<'a>,
     model: &'a Model,
     optimizer: &'a mut dyn Train,
+    penalized: Option<Penalized>,
     plan: Plan,
     schedule: Schedule,
     /// Under --graph, with the batch that its recorded steps read.
@@ -252,19 +277,27 @@ impl Loop<'_> {
         let (x, y) = self.feed.batch(places)?;
         let (args, model, choice, read) = (self.args, self.model, self.choice, self.at_once == 1);
         let dropout = Some(Dropout { p: args.dropout, seed: args.seed, step });
-        let pass = |optimizer: &mut dyn Train, x: &Tensor, y: &Tensor| -> Result<Outcome> {
+        let mut penalized = self.penalized.as_mut();
+        let mut pass = |optimizer: &mut dyn Train, x: &Tensor, y: &Tensor| -> Result<Outcome> {
             let forward = |dropout| info_span!("forward").in_scope(|| model.forward(x, dropout));
             let logits = forward(dropout)?;
             let loss = mean_loss(&logits, y)?;
             if read {
                 check(choice, loss.to_dtype(DType::F64)?.to_scalar()?, step)?;
             }
+            let objective = |loss: Tensor| match &penalized {
+                Some(penalized) => penalized.add_to(&loss),
+                None => Ok(loss),
+            };
             optimizer.step(&Pass {
                 logits: &logits,
-                loss: &loss,
+                loss: &objective(loss.clone())?,
                 logits_now: &|| forward(None),
-                loss_now: &|| mean_loss(&forward(dropout)?, y),
+                loss_now: &|| objective(mean_loss(&forward(dropout)?, y)?),
             })?;
+            if let Some(penalized) = &mut penalized {
+                penalized.after_step(optimizer)?;
+            }
             Outcome::of(&logits, y, &loss)
         };
         let full = places.len() == args.batch;

@@ -3,6 +3,7 @@
 use super::sentence::sentence;
 use candle_core::{DType, Device, Result, bail};
 use clap::ValueEnum;
+use kronwake::penalty::Factor;
 
 /// What `--optimizer` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -188,6 +189,11 @@ pub fn fraction(text: &str) -> std::result::Result<f64, String> {
 
 pub fn count(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
+}
+
+/// What `--factor` takes.
+pub fn factor(text: &str) -> std::result::Result<Factor, String> {
+    text.parse().map_err(|error| sentence(&error))
 }
 
 pub fn dtype(text: &str) -> std::result::Result<DType, String> {

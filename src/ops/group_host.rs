@@ -4,8 +4,8 @@ use candle_core::{Result, bail};
 use rayon::prelude::*;
 
 use super::element::Element;
-use super::memory::keep_freed_blocks;
 use super::group::Tiles;
+use super::memory::keep_freed_blocks;
 
 /// Elements that are worth a task of their own. Sums are cut by it alone, so that they do not depend on the number of threads.
 const SHARE: usize = 1 << 16;
