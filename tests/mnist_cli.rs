@@ -57,8 +57,8 @@ fn penalties_with_any_optimizer() {
         assert_eq!(zeros(&folder.train(&format!("{line} spatial --factor 0.01"))), 0, "{optimizer}");
     }
     let out = folder.train(&format!("--optimizer sgd --steps 2 {line} --penalty group --factor auto:0.5"));
-    // sqrt((n + 1) / (n v)) for columns of 16 and 10 weights, v = 1 / fan_in, halved, over 5,000 examples.
-    let factor = |n: f64, fan_in: f64| format!("{:.4e}", 1e-4 * ((n + 1.0) / n * fan_in).sqrt());
+    // sqrt((n + 1) / (n v)) for columns of 16 and 10 weights, v = 1 / fan_in, halved, over 6,000 examples.
+    let factor = |n: f64, fan_in: f64| format!("{:.4e}", ((n + 1.0) / n * fan_in).sqrt() / 12e3);
     for (name, factor) in [("fc1.weight", factor(16.0, 784.0)), ("fc2.weight", factor(10.0, 16.0))] {
         assert!(out.contains(&format!("{name}     {factor}, of a prior")), "{factor} in {out}");
     }
