@@ -296,5 +296,6 @@ impl Entry {
     }
 }
 
+mod save;
 #[cfg(test)]
 mod tests;

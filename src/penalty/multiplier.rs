@@ -3,8 +3,13 @@
 use super::ball::finite;
 use super::cells::Cells;
 use super::groups::Grouping;
-use crate::ops::element::{Element, Host, Real, float_dispatch};
-use candle_core::{Device, Result, Tensor, WithDType, bail};
+use crate::ops::element::{Element, Host, float_dispatch};
+use crate::ops::group::value_dtype;
+use crate::ops::known;
+use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+
+/// In messages.
+const NAME: &str = "multiplier";
 
 /// A function of each group of weights, `Omega_g(w)`, that a multiplier keeps at or below its bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,6 +20,19 @@ pub enum Omega {
     SquaredNorm(Grouping),
     /// `sum |w_i|`. With blocks of one element it bounds every weight, with a multiplier for each.
     L1(Grouping),
+}
+
+impl Omega {
+    /// `d Omega_g / d v` of a member `v` of a group with this value; zero at kinks.
+    #[inline(always)]
+    fn slope(self, v: f64, value: f64) -> f64 {
+        match self {
+            _ if v == 0.0 => 0.0,
+            Self::Norm(_) => v / value,
+            Self::SquaredNorm(_) => 2.0 * v,
+            Self::L1(_) => v.signum(),
+        }
+    }
 }
 
 /// How multipliers follow the excess `e = Omega(w) - k`: the controller nuPI of Sohrabi et al. 2024, `alpha = [kappa_p xi + I]_+` with
@@ -123,15 +141,39 @@ impl Multiplier {
     }
 
     /// `sum_g alpha_g e_g + c/2 [e_g]_+^2`, `e = Omega(w) - k`: a scalar in f32 (f64 for f64), differentiable once with respect to
-    /// `w`. Weights on a GPU are read by the host.
+    /// `w`, which is to be what it was until the backward pass. Weights on a GPU are read by the host.
     ///
     /// # Errors
     /// If `w` has other dimensions, is not a floating point tensor, or holds NaN or an infinity.
     pub fn term(&self, w: &Tensor) -> Result<Tensor> {
-        let (value, gradient) = float_dispatch!("multiplier", w.dtype(), T => self.read(w, |x: &[T]| self.value_and_gradient(x)))?;
-        // A scalar that has the gradient, moved to the value.
-        let linear = (w.to_dtype(gradient.dtype())? * gradient.to_device(w.device())?)?.sum_all()?;
-        (&linear - linear.detach())? + value
+        let weights = w.detach().to_device(&Device::Cpu)?.contiguous()?;
+        let values = self.omegas(&weights)?;
+        let (omega, cells, c) = (self.omega, self.cells, self.dual.augmented);
+        let (mut total, mut factors) = (0.0, Vec::with_capacity(values.len()));
+        for (alpha, value) in self.alpha.iter().zip(&values) {
+            let excess = value - self.bound;
+            let over = excess.max(0.0);
+            total += alpha * excess + 0.5 * c * over * over;
+            factors.push(alpha + c * over);
+        }
+        let value = Tensor::new(total, w.device())?.to_dtype(value_dtype(w.dtype()))?;
+        let (storage, layout) = value.storage_and_layout();
+        known::of_one(NAME, w, storage.try_clone(layout)?, move |grad| {
+            let scale: f64 = grad.to_dtype(DType::F64)?.to_scalar()?;
+            let gradient = float_dispatch!(NAME, weights.dtype(), T => {
+                let host = Host::of(&weights);
+                let x = host.values::<T>()?;
+                let mut gradient = vec![<T as WithDType>::from_f64(0.0); x.len()];
+                cells.each(|group, run| {
+                    let (factor, value) = (scale * factors[group], values[group]);
+                    for (out, v) in gradient[run.clone()].iter_mut().zip(&x[run]) {
+                        *out = T::rounded(factor * omega.slope(v.to_f64(), value));
+                    }
+                });
+                Tensor::from_vec(gradient, weights.shape(), &Device::Cpu)?
+            });
+            gradient.to_device(grad.device())
+        })
     }
 
     /// One step of the multipliers at the weights `w`, which the optimizer has stepped.
@@ -172,7 +214,7 @@ impl Multiplier {
             bail!("multiplier: expected a gradient in {:?}, got {:?}", w.dtype(), gradient.dtype())
         }
         let report = self.report(w)?;
-        let stationarity = float_dispatch!("multiplier", w.dtype(), T => {
+        let stationarity = float_dispatch!(NAME, w.dtype(), T => {
             self.read(w, |x: &[T]| self.read(gradient, |g: &[T]| self.stationarity(x, g)))
         })?;
         let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
@@ -181,8 +223,29 @@ impl Multiplier {
     }
 
     fn excess(&self, w: &Tensor) -> Result<Vec<f64>> {
-        let values = float_dispatch!("multiplier", w.dtype(), T => self.read(w, |x: &[T]| self.values(x)))?;
-        Ok(values.into_iter().map(|v| v - self.bound).collect())
+        Ok(self.omegas(w)?.into_iter().map(|v| v - self.bound).collect())
+    }
+
+    fn omegas(&self, w: &Tensor) -> Result<Vec<f64>> {
+        float_dispatch!(NAME, w.dtype(), T => self.read(w, |x: &[T]| self.values(x)))
+    }
+
+    /// What is bounded, for comparison with a file's.
+    pub(super) fn kind(&self) -> String {
+        format!("{:?} <= {}", self.omega, self.bound)
+    }
+
+    /// All that a step changes; the average is empty before the first.
+    pub(super) fn state(&self) -> [(&'static str, &[f64]); 3] {
+        [("alpha", &self.alpha), ("integral", &self.integral), ("average", &self.average)]
+    }
+
+    /// Takes over the values of [`Multiplier::state`], in its order.
+    pub(super) fn set_state(&mut self, values: Vec<Vec<f64>>) {
+        for (slot, values) in [&mut self.alpha, &mut self.integral, &mut self.average].into_iter().zip(values)
+        {
+            *slot = values;
+        }
     }
 
     /// Gives `f` the elements of a tensor that has passed the checks.
@@ -210,36 +273,6 @@ impl Multiplier {
         Ok(values)
     }
 
-    /// `d Omega_g / d v` of a member `v` of a group with this value; zero at kinks.
-    fn slope(&self, v: f64, value: f64) -> f64 {
-        match self.omega {
-            _ if v == 0.0 => 0.0,
-            Omega::Norm(_) => v / value,
-            Omega::SquaredNorm(_) => 2.0 * v,
-            Omega::L1(_) => v.signum(),
-        }
-    }
-
-    fn value_and_gradient<T: Element>(&self, x: &[T]) -> Result<(f64, Tensor)> {
-        let values = self.values(x)?;
-        let c = self.dual.augmented;
-        let mut total = 0.0;
-        let mut factors = Vec::with_capacity(values.len());
-        for (alpha, value) in self.alpha.iter().zip(&values) {
-            let excess = value - self.bound;
-            let over = excess.max(0.0);
-            total += alpha * excess + 0.5 * c * over * over;
-            factors.push(alpha + c * over);
-        }
-        let mut gradient = vec![T::Acc::ZERO; x.len()];
-        self.cells.each(|group, run| {
-            for (out, v) in gradient[run.clone()].iter_mut().zip(&x[run]) {
-                *out = T::Acc::from_f64(factors[group] * self.slope(v.to_f64(), values[group]));
-            }
-        });
-        Ok((total, Tensor::from_vec(gradient, self.dims.as_slice(), &Device::Cpu)?))
-    }
-
     /// The norm of the least subgradient of the Lagrangian: where `Omega_g` has a kink, that part of the loss's gradient `g` which
     /// `alpha_g` times a subgradient (a ball for norms, an interval for L1) cannot cancel.
     fn stationarity<T: Element>(&self, x: &[T], g: &[T]) -> Result<f64> {
@@ -258,7 +291,7 @@ impl Multiplier {
                             g * (1.0 - alpha / slopes[group]).max(0.0)
                         }
                     }
-                    _ => g + alpha * self.slope(v, values[group]),
+                    _ => g + alpha * self.omega.slope(v, values[group]),
                 };
                 square += rest * rest;
             }

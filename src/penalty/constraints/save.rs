@@ -1,0 +1,203 @@
+//! The state of a model's constraints as a file: multipliers, their integrals and averages.
+
+use super::{Constraints, Multiplier};
+use crate::checkpoint::Checkpoint;
+use candle_core::{Device, Result, Tensor, bail};
+use std::path::Path;
+
+/// The metadata entry with what the multipliers are of, a line `name = omega` each.
+const KEY: &str = "kronwake constraints";
+
+impl Constraints {
+    /// Writes multipliers, integrals and averages as safetensors, `[groups]` in f64 each, named `{Var}.{index}.alpha`, `.integral` and
+    /// (after a first step) `.average`, where `index` counts the Var's multipliers. Penalties and projections have no state, and the Vars are
+    /// not in it.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device};
+    /// # use kronwake::nn::{VarBuilder, VarMap};
+    /// use kronwake::penalty::{Constraints, Dual, Grouping, Omega, Rule};
+    ///
+    /// # let varmap = VarMap::new();
+    /// # VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).get(2, "w")?;
+    /// # let file = std::env::temp_dir().join(format!("kronwake-doc-constraints-{}", std::process::id()));
+    /// let rule = Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: 1.0, dual: Dual::ascent(0.1) };
+    /// let mut constraints = Constraints::new(&varmap, &[("w", rule)])?;
+    /// constraints.after_step(0.1)?;
+    /// constraints.save(&file)?;
+    /// constraints.resume(&file)?;
+    /// # std::fs::remove_file(&file)?;
+    /// # candle_core::Result::Ok(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let mut file = Checkpoint::default();
+        let mut lines = String::new();
+        for (name, multiplier) in self.multipliers() {
+            lines.push_str(&format!("{name} = {}\n", multiplier.kind()));
+            for (slot, values) in multiplier.state() {
+                if !values.is_empty() {
+                    let values = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
+                    file.tensors.insert(format!("{name}.{slot}"), values);
+                }
+            }
+        }
+        file.metadata.insert(KEY.into(), lines);
+        file.write(path)
+    }
+
+    /// Goes on from what [`Constraints::save`] wrote for constraints of the same functions and bounds on Vars of the same names and shapes: the
+    /// steps that follow are those that would have followed there. How the multipliers follow ([`Dual`](super::super::Dual)) may differ.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is another's; the message names the multiplier, and nothing has changed.
+    pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let mut file = Checkpoint::read(path, &Device::Cpu)?;
+        let Some(lines) = file.metadata.get(KEY) else {
+            bail!("{}: not a file of constraints: no metadata entry {KEY:?}", path.display())
+        };
+        let kinds: Vec<_> = lines.lines().filter_map(|line| line.split_once(" = ")).collect();
+        let mut states = vec![];
+        for (name, multiplier) in self.multipliers() {
+            let expected = multiplier.kind();
+            match kinds.iter().find(|(other, _)| *other == name) {
+                Some((_, kind)) if *kind == expected => {}
+                Some((_, kind)) => {
+                    bail!("{}: {name} is of {kind}, expected {expected}", path.display())
+                }
+                None => bail!("{}: {name} is missing", path.display()),
+            }
+            let mut state = vec![];
+            for (slot, _) in multiplier.state() {
+                let key = format!("{name}.{slot}");
+                let groups = multiplier.alpha().len();
+                state.push(match file.tensors.remove(&key) {
+                    // Multipliers that have not stepped have no average.
+                    None if slot == "average" || groups == 0 => vec![],
+                    None => bail!("{}: {key} is missing", path.display()),
+                    Some(values) if values.dims() == [groups] => match values.to_vec1::<f64>() {
+                        Ok(values) if values.iter().all(|v| v.is_finite()) => values,
+                        _ => bail!("{}: {key}: expected finite numbers in f64", path.display()),
+                    },
+                    Some(values) => {
+                        bail!("{}: {key} is {:?}, expected [{groups}]", path.display(), values.dims())
+                    }
+                });
+            }
+            states.push(state);
+        }
+        if let Some((name, _)) = kinds.iter().find(|(name, _)| !self.multipliers().any(|(n, _)| n == *name)) {
+            bail!("{}: {name} has no place here", path.display())
+        }
+        let multipliers = self.entries.iter_mut().flat_map(|entry| &mut entry.multipliers);
+        multipliers.zip(states).for_each(|(multiplier, state)| multiplier.set_state(state));
+        Ok(())
+    }
+
+    /// All multipliers by the Var's name and their index there.
+    fn multipliers(&self) -> impl Iterator<Item = (String, &Multiplier)> {
+        self.entries.iter().flat_map(|entry| {
+            let each = entry.multipliers.iter().enumerate();
+            each.map(|(index, multiplier)| (format!("{}.{index}", entry.name), multiplier))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::{Dual, Grouping, Omega, Rule};
+    use super::*;
+    use candle_core::Var;
+    use candle_nn::VarMap;
+
+    struct Setup {
+        varmap: VarMap,
+        constraints: Constraints,
+    }
+
+    fn setup(rows: usize, bound: f64, names: &[&str]) -> Result<Setup> {
+        let varmap = VarMap::new();
+        for name in names {
+            let start: Vec<f64> = (0..3 * rows).map(|i| 0.1 * i as f64).collect();
+            let var = Var::from_vec(start, (rows, 3), &Device::Cpu)?;
+            varmap.data().lock().unwrap().insert((*name).into(), var);
+        }
+        let multiply = |omega, dual| Rule::Multiply { omega, bound, dual };
+        let rules = [
+            ("*", multiply(Omega::Norm(Grouping::Rows), Dual::nu_pi(0.5, 0.1, 0.9))),
+            ("*", multiply(Omega::L1(Grouping::Columns), Dual::ascent(0.05))),
+        ];
+        let constraints = Constraints::new(&varmap, &rules)?;
+        Ok(Setup { varmap, constraints })
+    }
+
+    impl Setup {
+        fn step(&mut self, steps: usize) -> Result<()> {
+            for _ in 0..steps {
+                let vars = self.varmap.all_vars();
+                let mut loss = self.constraints.loss()?;
+                for var in &vars {
+                    loss = (loss + ((var.as_tensor() - 1.5)?.sqr()?.sum_all()? * 0.5)?)?;
+                }
+                let grads = loss.backward()?;
+                for var in &vars {
+                    var.set(&(var.as_detached_tensor() - (grads.get(var).unwrap() * 0.05)?)?)?;
+                }
+                self.constraints.after_step(0.05)?;
+            }
+            Ok(())
+        }
+
+        fn bits(&self) -> Result<Vec<u64>> {
+            let mut all = vec![];
+            for (_, var) in self.varmap.data().lock().unwrap().iter() {
+                all.extend(var.flatten_all()?.to_vec1::<f64>()?);
+            }
+            all.extend(self.constraints.report()?.into_iter().flat_map(|(_, report)| report.alpha));
+            let mut bits: Vec<_> = all.into_iter().map(f64::to_bits).collect();
+            bits.sort_unstable();
+            Ok(bits)
+        }
+    }
+
+    #[test]
+    fn resumed_multipliers_are_the_uninterrupted_ones() -> Result<()> {
+        let path = std::env::temp_dir().join(format!("kronwake-constraints-{}", std::process::id()));
+        for before in [0, 50] {
+            let (mut whole, mut resumed) = (setup(4, 1., &["a", "b"])?, setup(4, 1., &["a", "b"])?);
+            whole.step(before)?;
+            whole.constraints.save(&path)?;
+            for (name, var) in whole.varmap.data().lock().unwrap().iter() {
+                resumed.varmap.data().lock().unwrap()[name].set(var)?;
+            }
+            resumed.constraints.resume(&path)?;
+            whole.step(50)?;
+            resumed.step(50)?;
+            assert_eq!(whole.bits()?, resumed.bits()?);
+            let reports = whole.constraints.report()?;
+            assert!(reports.iter().any(|(_, report)| report.alpha.iter().any(|a| *a > 0.)));
+        }
+        let file = path.display();
+        for (rows, bound, names, message) in [
+            (4, 2., &["a", "b"][..], "a.0 is of Norm(Rows) <= 1, expected Norm(Rows) <= 2"),
+            (5, 1., &["a", "b"], "a.0.alpha is [4], expected [5]"),
+            (4, 1., &["a", "b", "c"], "c.0 is missing"),
+            (4, 1., &["b"], "a.0 has no place here"),
+        ] {
+            let mut other = setup(rows, bound, names)?;
+            other.step(3)?;
+            let before = other.bits()?;
+            let error = other.constraints.resume(&path).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{file}: {message}")), "{error}");
+            assert_eq!(other.bits()?, before);
+        }
+        Checkpoint::default().write(&path)?;
+        let error = setup(4, 1., &["a"])?.constraints.resume(&path).unwrap_err().to_string();
+        assert!(error.contains("not a file of constraints"), "{error}");
+        std::fs::remove_file(&path)?;
+        Ok(())
+    }
+}
