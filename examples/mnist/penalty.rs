@@ -45,7 +45,7 @@ impl std::str::FromStr for Spec {
 }
 
 impl Spec {
-    fn lasso(self) -> Result<Arc<dyn Penalty>> {
+    fn penalty(self) -> Result<Arc<dyn Penalty>> {
         Ok(match self {
             Self::L2 => Arc::new(Lp::l2()),
             Self::L1 => Arc::new(Lp::l1()),
@@ -77,12 +77,19 @@ impl Spec {
 /// `gamma` of the spatial penalty.
 const SPATIAL_GAMMA: f64 = 6.0;
 
+/// The spatial penalty of layers by name.
+struct Arrangement {
+    penalty: Spatial,
+    factor: f64,
+    layers: Vec<(String, Var)>,
+}
+
 /// What the penalty does in a training.
 pub struct Penalized {
     /// Terms of single layers, and proximal steps.
     constraints: Constraints,
     /// The spatial penalty is one of all layers together.
-    spatial: Option<(Spatial, f64, Vec<(String, Var)>)>,
+    spatial: Option<Arrangement>,
     /// What was chosen, in words and figures.
     pub text: String,
 }
@@ -95,7 +102,7 @@ impl Penalized {
         let shapes: Vec<_> = layers.iter().map(|(name, var)| (name.as_str(), var.shape())).collect();
         let family = |_: &str, shape: &Shape| spec.family(shape).unwrap_or(Family::L2);
         let factors = factor.of_layers(&shapes, family, Init::LeCun, examples)?;
-        let penalty = spec.lasso()?;
+        let penalty = spec.penalty()?;
         let how = if spec.proximal() { "proximal steps" } else { "a term of the loss" };
         let mut text = format!("penalty: {}, by {how}, factor {factor}", penalty.name());
         if let Factor::Auto { .. } = factor {
@@ -109,7 +116,8 @@ impl Penalized {
         match spec {
             Spec::Spatial(kappa) => {
                 let factor = factors.first().copied().unwrap_or(0.0);
-                spatial = Some((Spatial::new(kappa, SPATIAL_GAMMA)?, factor, layers.clone()));
+                let penalty = Spatial::new(kappa, SPATIAL_GAMMA)?;
+                spatial = Some(Arrangement { penalty, factor, layers: layers.clone() });
             }
             _ => rules.extend(shapes.iter().zip(factors).map(|((name, _), factor)| {
                 let penalty = penalty.clone();
@@ -127,10 +135,10 @@ impl Penalized {
     /// The loss with the penalty's term.
     pub fn add_to(&self, loss: &Tensor) -> Result<Tensor> {
         let term = match &self.spatial {
-            Some((spatial, factor, layers)) => {
+            Some(Arrangement { penalty, factor, layers }) => {
                 let layers: Vec<_> =
                     layers.iter().map(|(name, var)| (name.as_str(), var.as_tensor().clone())).collect();
-                (spatial.total(&layers)? * *factor)?
+                (penalty.total(&layers)? * *factor)?
             }
             None => self.constraints.loss()?,
         };

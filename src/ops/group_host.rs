@@ -122,6 +122,19 @@ pub(super) fn sums<T: Element>(w: &[T], tiles: Tiles, threshold: f64) -> Vec<[f6
     sums
 }
 
+/// `f(w, factor)` of adjacent weights. What `f` holds is a copy here, which is not read again after every weight that is written.
+#[inline(always)]
+fn each<'a, T: Element>(
+    out: &mut [T],
+    w: &[T],
+    factors: impl Iterator<Item = &'a f64>,
+    f: impl Fn(f64, f64) -> f64,
+) {
+    for ((out, w), factor) in out.iter_mut().zip(w).zip(factors) {
+        *out = T::rounded(f(wide(*w), *factor));
+    }
+}
+
 /// `f(w, factor of its group)`, the factor `fill` where there are none.
 pub(super) fn map<T: Element>(
     w: &[T],
@@ -132,13 +145,7 @@ pub(super) fn map<T: Element>(
 ) -> Vec<T> {
     keep_freed_blocks();
     let mut out = vec![T::from_f64(0.); w.len()];
-    let run = move |out: &mut [T], w: &[T], factor: f64| {
-        // A copy of its own: what `f` holds is not read again after every weight that is written.
-        let f = f;
-        for (out, w) in out.iter_mut().zip(w) {
-            *out = T::rounded(f(wide(*w), factor));
-        }
-    };
+    let run = |out: &mut [T], w: &[T], factor: f64| each(out, w, std::iter::repeat(&factor), f);
     if factors.is_empty() {
         out.par_chunks_mut(SHARE).zip(w.par_chunks(SHARE)).for_each(|(out, w)| run(out, w, fill));
         return out;
@@ -149,10 +156,7 @@ pub(super) fn map<T: Element>(
         for (i, (out, w)) in out.chunks_exact_mut(tiles.n).zip(w.chunks_exact(tiles.n)).enumerate() {
             let factors = &factors[(part * rows + i) / tiles.rows * tiles.across()..][..tiles.across()];
             if tiles.columns == 1 {
-                let f = f;
-                for ((out, w), factor) in out.iter_mut().zip(w).zip(factors) {
-                    *out = T::rounded(f(wide(*w), *factor));
-                }
+                each(out, w, factors.iter(), f);
                 continue;
             }
             let segments = out.chunks_mut(tiles.columns).zip(w.chunks(tiles.columns));
