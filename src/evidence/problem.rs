@@ -161,6 +161,11 @@ impl<'a> Problem<'a> {
         &self.parameters
     }
 
+    /// The likelihood.
+    pub fn likelihood(&self) -> Likelihood {
+        self.likelihood
+    }
+
     pub(crate) fn shared_parameters(&self) -> Arc<Vec<Parameter>> {
         self.parameters.clone()
     }
