@@ -40,9 +40,11 @@ enum Kind {
     Sequence,
     /// Outputs `[n, t, classes]`.
     Terms,
+    /// An embedding and both norms.
+    Tokens,
 }
 
-const KINDS: [Kind; 5] = [Kind::Mlp, Kind::Conv, Kind::Shared, Kind::Sequence, Kind::Terms];
+const KINDS: [Kind; 6] = [Kind::Mlp, Kind::Conv, Kind::Shared, Kind::Sequence, Kind::Terms, Kind::Tokens];
 
 impl Net {
     fn new(kind: Kind, seed: u64, n: usize, classes: usize) -> Result<Self> {
@@ -53,6 +55,7 @@ impl Net {
             Kind::Conv => (vec![n, 2, 6, 5], 1),
             Kind::Sequence => (vec![n, 4, 3], 1),
             Kind::Terms => (vec![n, 2, 3], 2),
+            Kind::Tokens => (vec![n, 4], 1),
         };
         let model = tape.build(|| {
             let first = |to| nn::linear(3, to, vb.pp("first"));
@@ -84,6 +87,16 @@ impl Net {
                     let (first, last) = (first(3)?, nn::linear(3, classes, vb.pp("last"))?);
                     Box::new(move |x: &Tensor| last.forward(&first.forward(x)?.tanh()?.mean(1)?))
                 }
+                Kind::Tokens => {
+                    let table = nn::embedding(5, 3, vb.pp("table"))?;
+                    let (norm, rms) =
+                        (nn::layer_norm(3, 1e-5, vb.pp("norm"))?, nn::rms_norm(3, 1e-5, vb.pp("rms"))?);
+                    let last = nn::linear(3, classes, vb.pp("last"))?;
+                    Box::new(move |x: &Tensor| {
+                        let x = norm.forward(&table.forward(x)?)?;
+                        last.forward(&rms.forward(&(&x + x.tanh()?)?)?.mean(1)?)
+                    })
+                }
                 Kind::Terms => {
                     let (first, last) = (first(3)?, nn::linear(3, classes, vb.pp("last"))?);
                     Box::new(move |x: &Tensor| {
@@ -99,7 +112,14 @@ impl Net {
         for (index, (_, var)) in names.iter().enumerate() {
             var.set(&random(100 * seed + index as u64, var.dims())?)?;
         }
-        Ok(Self { vars, tape, model, x: random(100 * seed + 50, &dims)?, classes, positions })
+        let x = match kind {
+            // Tokens come twice in an example, and one never.
+            Kind::Tokens => {
+                Tensor::from_iter((0..4 * n as u32).map(|i| (i * i / 3 + i) % 4), &CPU)?.reshape(dims)?
+            }
+            _ => random(100 * seed + 50, &dims)?,
+        };
+        Ok(Self { vars, tape, model, x, classes, positions })
     }
 
     fn problem(&self, likelihood: Likelihood) -> Result<Problem<'_>> {
@@ -248,7 +268,7 @@ fn gradients_agree_with_differences() -> Result<()> {
                 continue;
             }
             let likelihood = LIKELIHOODS[(index + at) % 3];
-            let net = Net::new(KINDS[(index + 2 * at) % 5], index as u64, 9, 2)?;
+            let net = Net::new(KINDS[(index + 2 * at) % 6], index as u64, 9, 2)?;
             let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);
             let mut hyper = Hyper::new(&problem, structure, 0.8)?.tune_temperature(0.6)?;
             if likelihood == Likelihood::Gaussian {
@@ -305,7 +325,7 @@ proptest! {
 
     /// What is proven holds on any net.
     #[test]
-    fn bounds_are_ordered(kind in 0..5usize, seed in 0..1000u64, likelihood in 0..3usize, log in -4f64..4.) {
+    fn bounds_are_ordered(kind in 0..6usize, seed in 0..1000u64, likelihood in 0..3usize, log in -4f64..4.) {
         let ordered = || -> Result<()> {
             let (likelihood, net) = (LIKELIHOODS[likelihood], Net::new(KINDS[kind], seed, 8, 3)?);
             let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);
@@ -387,7 +407,9 @@ fn expectations_by_enumeration() -> Result<()> {
 /// Covariances of outputs from the inverse of the matrix that each structure stands for.
 #[test]
 fn predictions_agree_with_jacobians() -> Result<()> {
-    for (seed, kind) in [Kind::Mlp, Kind::Conv, Kind::Shared, Kind::Sequence].into_iter().enumerate() {
+    for (seed, kind) in
+        [Kind::Mlp, Kind::Conv, Kind::Shared, Kind::Sequence, Kind::Tokens].into_iter().enumerate()
+    {
         let likelihood = Likelihood::Categorical;
         let net = Net::new(kind, seed as u64, 5, 3)?;
         let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);

@@ -56,8 +56,8 @@ impl Diagonal {
 }
 
 /// Of every weight the sum over rows of the squares, flattened.
-fn weight_squares(layer: &LayerRows) -> Result<Tensor> {
-    if layer.positions()? == 1 && layer.layer.groups == 1 {
+pub(crate) fn weight_squares(layer: &LayerRows) -> Result<Tensor> {
+    if layer.is_product()? {
         let (inputs, grads) = layer.factors();
         let grads = grads.squeeze(2)?.sqr()?.sum(1)?;
         return product(&grads.t()?, &inputs.squeeze(1)?.sqr()?)?.flatten_all();

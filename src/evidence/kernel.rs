@@ -77,7 +77,7 @@ impl Rows {
     ) -> Result<()> {
         let at = |tensor: Option<usize>| tensor.and_then(|t| Some((t, precisions.get(t)?)));
         let (weight, bias) = (at(layer.weight), at(layer.bias));
-        let alone = layer.positions()? == 1 && layer.layer.groups == 1;
+        let alone = layer.is_product()?;
         let (mut weight_left, mut bias_left) = (weight, bias);
         if alone && let Some((of_weight, Precision::Uniform(delta))) = weight {
             // One pass for both.
@@ -100,6 +100,10 @@ impl Rows {
             visit(Term { grads, inputs: None, weight: 0.0, bias: scale }, Of::Part { tensor })?;
         }
         if let Some((tensor, precision)) = weight_left {
+            let layer = match precision {
+                Precision::Uniform(_) => layer.compact()?,
+                Precision::Each(_) => layer.clone(),
+            };
             for outs in layer.chunks(CHUNK)? {
                 let rows = layer.of_weight(outs.clone())?;
                 let (grads, scale) = scaled(rows, precision, s, Some((outs, layer.columns())))?;

@@ -168,13 +168,15 @@ impl Posterior {
                 let mut sum = None;
                 for (layer, basis) in rows.layers.iter().zip(bases) {
                     let turned = basis.turn(layer)?;
-                    if let (Some(tensor), Some(values)) = (layer.weight, &basis.weight) {
-                        let scale = self.scale(tensor, values)?;
-                        add_parts(&mut sum, rows, &turned, &scale)?;
+                    if let Some((tensor, values)) = &basis.weight {
+                        add_parts(&mut sum, rows, &turned, &self.scale(*tensor, values)?)?;
                     }
-                    if let (Some(tensor), Some((vectors, values))) = (layer.bias, &basis.bias) {
-                        let j = product(&layer.of_bias()?, vectors)?;
-                        let scale = self.scale(tensor, values)?.sqrt()?.to_dtype(j.dtype())?;
+                    if let Some((tensor, vectors, values)) = &basis.bias {
+                        let j = match vectors {
+                            Some(vectors) => product(&layer.of_bias()?, vectors)?,
+                            None => layer.of_bias()?,
+                        };
+                        let scale = self.scale(*tensor, values)?.sqrt()?.to_dtype(j.dtype())?;
                         add_gram(&mut sum, &per_example(&j.broadcast_mul(&scale.unsqueeze(0)?)?)?)?;
                     }
                 }

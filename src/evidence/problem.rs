@@ -128,6 +128,14 @@ impl<'a> Problem<'a> {
         for layer in &layers {
             let pair = [Some((&layer.weight, false)), layer.bias.as_ref().map(|b| (b, true))];
             for (tensor, is_bias) in pair.into_iter().flatten() {
+                if let Some(other) = parameters.iter().find(|p: &&Parameter| p.tensor.id() == tensor.id()) {
+                    bail!(
+                        "evidence: {} is the weight of two layers of different kinds, {} and {}: its share cannot be counted",
+                        other.name,
+                        other.layer,
+                        layer.name
+                    )
+                }
                 let Some((name, _)) = named.iter().find(|(_, var)| var.id() == tensor.id()) else {
                     let kind = if is_bias { "bias" } else { "weight" };
                     bail!("evidence: the {kind} of layer {} is not in the VarMap", layer.name)

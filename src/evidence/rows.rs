@@ -5,7 +5,7 @@
 
 use crate::curvature::wide;
 use crate::ops::dense::product;
-use crate::tape::{Layer, Record, Reduce, Tape};
+use crate::tape::{Inputs, Kind, Layer, Record, Reduce, Tape};
 use candle_core::{Result, Tensor, bail};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +23,7 @@ pub(crate) struct Rows {
 #[derive(Debug, Clone)]
 pub(crate) struct LayerRows {
     pub layer: Arc<Layer>,
-    /// `[examples, t, groups * in]`
+    /// `[examples, t, groups * in]`; of an embedding the numbers of its rows, `[examples, t, 1]` in u32.
     inputs: Tensor,
     /// `[examples, each, t, out]`
     grads: Tensor,
@@ -31,6 +31,8 @@ pub(crate) struct LayerRows {
     pub weight: Option<usize>,
     /// The same of the bias.
     pub bias: Option<usize>,
+    /// The rows of the weight.
+    outs: usize,
 }
 
 /// Gathers the records of the passes over one forward.
@@ -57,7 +59,10 @@ impl Reduce for Gather {
         }
         let uses = &mut self.uses[layer.index];
         if uses.passes.is_empty() {
-            uses.inputs.push(wide(&record.inputs.rows()?)?);
+            uses.inputs.push(match &record.inputs {
+                Inputs::Picked(numbers) => numbers.unsqueeze(2)?,
+                inputs => wide(&inputs.rows()?)?,
+            });
         }
         uses.grads.push(wide(&record.grads)?);
         Ok(())
@@ -124,7 +129,8 @@ impl Rows {
                 )
             }
             let (weight, bias) = tensors(&layer);
-            layers.push(LayerRows { layer, inputs: inputs.contiguous()?, grads, weight, bias });
+            let outs = layer.weight.dim(0)?;
+            layers.push(LayerRows { layer, inputs: inputs.contiguous()?, grads, weight, bias, outs });
         }
         Ok(Self { layers, examples, each })
     }
@@ -176,7 +182,7 @@ impl LayerRows {
         self.inputs.dim(1)
     }
 
-    /// Input features of a group: the columns of the weight matrix.
+    /// The columns of the weight matrix; those of a group's inputs.
     pub fn columns(&self) -> usize {
         self.layer.in_features()
     }
@@ -207,18 +213,55 @@ impl LayerRows {
         summed.flatten(0, 1)
     }
 
-    /// The rows' part of some of the weight's rows, all in one group: `[rows, outs.len() * in]`.
+    /// The rows' part of some of the weight's rows, all in one group: `[rows, outs.len() * columns]`.
     pub fn of_weight(&self, outs: Range<usize>) -> Result<Tensor> {
-        let (examples, each, positions, _) = self.grads.dims4()?;
-        let (columns, group) = (self.columns(), outs.start / self.outs_of_group());
-        let grads = self.grads.narrow(3, outs.start, outs.len())?.transpose(2, 3)?;
-        let grads = grads.contiguous()?.reshape((examples, each * outs.len(), positions))?;
-        let inputs = self.inputs.narrow(2, group * columns, columns)?.contiguous()?;
-        product(&grads, &inputs)?.reshape((examples * each, outs.len() * columns))
+        let (examples, each, positions, features) = self.grads.dims4()?;
+        match self.layer.kind {
+            Kind::Matrix => {
+                let (columns, group) = (self.columns(), outs.start / self.outs_of_group());
+                let grads = self.grads.narrow(3, outs.start, outs.len())?.transpose(2, 3)?;
+                let grads = grads.contiguous()?.reshape((examples, each * outs.len(), positions))?;
+                let inputs = self.inputs.narrow(2, group * columns, columns)?.contiguous()?;
+                product(&grads, &inputs)?.reshape((examples * each, outs.len() * columns))
+            }
+            Kind::Gain => {
+                let inputs = self.inputs.narrow(2, outs.start, outs.len())?.unsqueeze(1)?;
+                let grads = self.grads.narrow(3, outs.start, outs.len())?;
+                grads.broadcast_mul(&inputs)?.sum(2)?.flatten(0, 1)
+            }
+            Kind::Table => {
+                let numbers = Tensor::arange(outs.start as u32, outs.end as u32, self.inputs.device())?;
+                let hot = self.inputs.broadcast_eq(&numbers.reshape((1, 1, outs.len()))?)?;
+                let hot = hot.to_dtype(self.grads.dtype())?.transpose(1, 2)?.contiguous()?;
+                let grads = self.grads.permute((0, 2, 1, 3))?.contiguous()?;
+                let sums = product(&hot, &grads.reshape((examples, positions, each * features))?)?;
+                let sums = sums.reshape((examples, outs.len(), each, features))?.transpose(1, 2)?;
+                sums.contiguous()?.reshape((examples * each, outs.len() * features))
+            }
+        }
+    }
+
+    /// Whether the weight's part is a product of inner products of inputs and of gradients.
+    pub fn is_product(&self) -> Result<bool> {
+        Ok(self.layer.kind == Kind::Matrix && self.positions()? == 1 && self.layer.groups == 1)
+    }
+
+    /// An embedding with the rows that are picked alone: no other has a part.
+    pub fn compact(&self) -> Result<Self> {
+        if self.layer.kind != Kind::Table {
+            return Ok(self.clone());
+        }
+        let numbers = self.inputs.flatten_all()?.to_vec1::<u32>()?;
+        let mut picked = numbers.clone();
+        picked.sort_unstable();
+        picked.dedup();
+        let places = numbers.iter().map(|n| picked.partition_point(|p| p < n) as u32).collect::<Vec<_>>();
+        let inputs = Tensor::from_vec(places, self.inputs.shape(), self.inputs.device())?;
+        Ok(Self { inputs, outs: picked.len(), ..self.clone() })
     }
 
     fn outs_of_group(&self) -> usize {
-        (self.layer.out_features() / self.layer.groups.max(1)).max(1)
+        (self.outs / self.layer.groups.max(1)).max(1)
     }
 
     /// The weight's rows in chunks for [`LayerRows::of_weight`], none across groups, of at most `elements` numbers each unless one row

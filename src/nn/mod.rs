@@ -6,6 +6,7 @@
 
 pub mod conv;
 pub mod dropout;
+pub mod embedding;
 pub mod linear;
 pub mod norm;
 pub mod ops;
@@ -13,6 +14,7 @@ pub mod ops;
 pub use candle_nn::*;
 pub use conv::{Conv1d, Conv2d, conv1d, conv1d_no_bias, conv2d, conv2d_no_bias};
 pub use dropout::Dropout;
+pub use embedding::{Embedding, embedding};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
 // The function and, under candle's name, the module.
 pub use norm::{

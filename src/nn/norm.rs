@@ -5,12 +5,13 @@ use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 use crate::ops::norm::Norm;
+use crate::tape::{Kind, Tap, Tape, normed};
 
 pub use candle_nn::LayerNormConfig;
 
 /// Normalization over the last dimension, `(x - mean) / sqrt(variance + eps) * weight + bias`; without the mean, and with
 /// the mean square for the variance, if `remove_mean` is off. Works on any layout; the weight's dtype must be that of the
-/// input.
+/// input. Built inside [`Tape::build`] the layer is tapped; its weight and bias get no Kronecker block, but their share in the evidence.
 ///
 /// ```
 /// use candle_core::{Device, Module, Tensor, Var};
@@ -29,22 +30,28 @@ pub struct LayerNorm {
     bias: Option<Tensor>,
     remove_mean: bool,
     eps: f64,
+    tap: Option<Tap>,
 }
 
 impl LayerNorm {
+    fn named(name: &str, weight: Tensor, bias: Option<Tensor>, remove_mean: bool, eps: f64) -> Self {
+        let tap = Tape::tap_as(Kind::Gain, name, &weight, bias.as_ref(), 1);
+        Self { weight, bias, remove_mean, eps, tap }
+    }
+
     /// With `weight` and `bias` of `[features]`.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
-        Self { weight, bias: Some(bias), remove_mean: true, eps }
+        Self::named("", weight, Some(bias), true, eps)
     }
 
     /// Without a bias.
     pub fn new_no_bias(weight: Tensor, eps: f64) -> Self {
-        Self { weight, bias: None, remove_mean: true, eps }
+        Self::named("", weight, None, true, eps)
     }
 
     /// Without mean and bias.
     pub fn rms_norm(weight: Tensor, eps: f64) -> Self {
-        Self { weight, bias: None, remove_mean: false, eps }
+        Self::named("", weight, None, false, eps)
     }
 
     /// The weight, `[features]`.
@@ -71,7 +78,8 @@ impl LayerNorm {
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let name = if self.remove_mean { "layer_norm" } else { "rms_norm" };
-        Norm { name, center: self.remove_mean, eps: self.eps }.apply(x, &self.weight, self.bias.as_ref())
+        let norm = Norm { name, center: self.remove_mean, eps: self.eps };
+        normed(norm, x, &self.weight, self.bias.as_ref(), self.tap.as_ref())
     }
 }
 
@@ -85,7 +93,7 @@ pub fn layer_norm<C: Into<LayerNormConfig>>(size: usize, config: C, vb: VarBuild
     };
     let weight = get("weight", "gamma", 1.)?;
     let bias = if config.affine { Some(get("bias", "beta", 0.)?) } else { None };
-    Ok(LayerNorm { weight, bias, remove_mean: config.remove_mean, eps: config.eps })
+    Ok(LayerNorm::named(&vb.prefix(), weight, bias, config.remove_mean, config.eps))
 }
 
 /// [`layer_norm`] without a bias.

@@ -8,7 +8,7 @@ use super::params::Params;
 use super::rest::Adam;
 use super::rule::WakeRule;
 use crate::curvature::Want;
-use crate::tape::Layer;
+use crate::tape::{Kind, Layer};
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::VarMap;
 
@@ -68,6 +68,10 @@ impl<R: WakeRule> Natural<R> {
         let mut blocks = vec![];
         let mut wants = vec![];
         for layer in &layers {
+            if layer.kind != Kind::Matrix {
+                wants.push(None);
+                continue;
+            }
             let weight = find(&layer.weight);
             let bias = layer.bias.as_ref().and_then(find);
             let parts = parts(weight.map(|i| &trained[i]), bias.map(|i| &trained[i]), params.bias);

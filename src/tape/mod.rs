@@ -9,14 +9,16 @@ mod conv;
 mod conv_pool;
 mod likelihood;
 mod record;
+mod watch;
 
 pub(crate) use likelihood::Root;
 pub use likelihood::{Fisher, Likelihood};
-pub use record::{Inputs, Keep, Layer, Record, Reduce};
+pub use record::{Inputs, Keep, Kind, Layer, Record, Reduce};
 
 pub(crate) use affine::affine;
 pub(crate) use conv::conv;
 pub(crate) use conv_pool::conv_pool;
+pub(crate) use watch::{normed, picked};
 
 use candle_core::{Result, Tensor, bail};
 use std::cell::RefCell;
@@ -151,13 +153,24 @@ impl Tape {
 
     /// The tap of a layer that is being built, if a tape is being recorded on this thread.
     pub(crate) fn tap(name: &str, weight: &Tensor, bias: Option<&Tensor>, groups: usize) -> Option<Tap> {
+        Self::tap_as(Kind::Matrix, name, weight, bias, groups)
+    }
+
+    /// [`Tape::tap`] of a layer of any kind.
+    pub(crate) fn tap_as(
+        kind: Kind,
+        name: &str,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        groups: usize,
+    ) -> Option<Tap> {
         let tape = BUILDING.with(|b| b.borrow().clone())?;
         let mut state = tape.state();
-        let known = state.layers.iter().find(|l| l.shares_weight(weight.id())).cloned();
+        let known = state.layers.iter().find(|l| l.is_use_of(weight.id(), kind)).cloned();
         let layer = known.unwrap_or_else(|| {
             let index = state.layers.len();
             let name = if name.is_empty() { format!("layer{index}") } else { name.to_string() };
-            let layer = Layer { index, name, weight: weight.clone(), bias: bias.cloned(), groups };
+            let layer = Layer { index, name, kind, weight: weight.clone(), bias: bias.cloned(), groups };
             let layer = Arc::new(layer);
             state.layers.push(layer.clone());
             layer

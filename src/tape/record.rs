@@ -6,20 +6,36 @@
 //! * a linear layer on `[n, .., in]`: the middle dimensions are one, `shared`;
 //! * a convolution: `shared` counts the output positions, an input is the patch under the kernel in weight
 //!   order `(channels, kh, kw)`;
-//! * a convolution with groups: the features of group `j` are the `j`-th of `groups` equal runs.
+//! * a convolution with groups: the features of group `j` are the `j`-th of `groups` equal runs;
+//! * the gain of a norm: what it multiplies, and the gradients of the norm's outputs;
+//! * an embedding: the numbers of the rows, `[n, t]`, and the gradients of the rows.
 
 use crate::ops::factor::{patch_moment, second_moment};
 use crate::ops::patches::{ConvShape, patches};
-use candle_core::{Result, Tensor, TensorId};
+use candle_core::{Result, Tensor, TensorId, bail};
 
-/// A layer with a weight matrix, as the tape knows it.
+/// What a layer does with its weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Kind {
+    /// Multiplies inputs with it: linear layers and convolutions.
+    #[default]
+    Matrix,
+    /// Multiplies every feature with its number: the weight `[features]` of a norm.
+    Gain,
+    /// Picks rows of it: the weight `[rows, features]` of an embedding.
+    Table,
+}
+
+/// A layer with a weight, as the tape knows it.
 #[derive(Debug, Clone)]
 pub struct Layer {
     /// Position on the tape, in order of construction.
     pub index: usize,
     /// The `VarBuilder` prefix at which the layer was built (`fc1`), or `layer{index}` without one.
     pub name: String,
-    /// The weight, `[out, in / groups, ..kernel]`.
+    /// What it does with its weight. Kronecker blocks are of matrices.
+    pub kind: Kind,
+    /// The weight, `[out, in / groups, ..kernel]`, `[features]` or `[rows, features]`.
     pub weight: Tensor,
     /// The bias, `[out]`.
     pub bias: Option<Tensor>,
@@ -30,7 +46,9 @@ pub struct Layer {
 impl Layer {
     /// Output features, over all groups.
     pub fn out_features(&self) -> usize {
-        self.weight.dims().first().copied().unwrap_or(0)
+        let dims = self.weight.dims();
+        let of_weight = if self.kind == Kind::Table { dims.last() } else { dims.first() };
+        of_weight.copied().unwrap_or(0)
     }
 
     /// Input features of one group: the columns of its weight matrix.
@@ -38,8 +56,8 @@ impl Layer {
         self.weight.dims().iter().skip(1).product()
     }
 
-    pub(crate) fn shares_weight(&self, id: TensorId) -> bool {
-        self.weight.id() == id
+    pub(crate) fn is_use_of(&self, weight: TensorId, kind: Kind) -> bool {
+        self.weight.id() == weight && self.kind == kind
     }
 }
 
@@ -64,15 +82,18 @@ pub enum Inputs {
         /// The convolution.
         shape: ConvShape,
     },
+    /// The numbers of the rows that an embedding picks, `[batch, shared]`, u32.
+    Picked(Tensor),
 }
 
 impl Inputs {
     /// The inputs as a tensor `[batch, shared, groups * in]`, a view of any strides.
     ///
     /// # Errors
-    /// When a convolution's images are not of a floating point type.
+    /// When a convolution's images are not of a floating point type, or the layer is an embedding.
     pub fn rows(&self) -> Result<Tensor> {
         match self {
+            Inputs::Picked(_) => bail!("tape: an embedding's inputs are numbers of rows"),
             Inputs::Rows(rows) => Ok(rows.clone()),
             Inputs::Patches { x, shape } => patches(x, shape),
         }
@@ -81,6 +102,7 @@ impl Inputs {
     /// [`second_moment`] of the inputs.
     pub(crate) fn second_moment(&self, groups: usize, append_one: bool, name: &str) -> Result<Tensor> {
         match self {
+            Inputs::Picked(_) => bail!("layer {name}: an embedding has no matrix of second moments"),
             Inputs::Rows(rows) => second_moment(rows, groups, append_one, name),
             Inputs::Patches { x, shape } => patch_moment(x, shape, append_one, name),
         }

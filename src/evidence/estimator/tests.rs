@@ -3,6 +3,7 @@
 use super::*;
 use crate::checkpoint::Checkpoint;
 use crate::evidence::{Evidence, Hyper, Structure};
+use crate::gpu::emulate::emulate;
 use crate::nn::{self, Module, VarBuilder, VarMap};
 use crate::tape::{Likelihood, Tape};
 use candle_core::Device;
@@ -190,6 +191,13 @@ fn values_and_gradients_of_the_cnn() -> Result<()> {
 #[test]
 fn values_and_gradients_of_a_regression() -> Result<()> {
     assert_eq!(compare("regression", DType::F64, 4, [1e-9; 2])?, 4 * 10);
+    Ok(())
+}
+
+/// The same through the kernels of a GPU.
+#[test]
+fn on_a_gpu() -> Result<()> {
+    emulate(|| assert_eq!(compare("regression", DType::F64, 1, [1e-9; 2]).expect("no error"), 10));
     Ok(())
 }
 
