@@ -68,6 +68,9 @@ pub struct Args {
     /// that the wake has made [default: by optimizer, see below]
     #[arg(long, value_parser = not_negative, help_heading = TRAINING)]
     pub weight_decay: Option<f64>,
+    /// Tune a weight decay for every tensor after each epoch by the evidence of the training images, instead of --weight-decay
+    #[arg(long, conflicts_with_all = ["weight_decay", "penalty", "graph", "save", "resume"], help_heading = TRAINING)]
+    pub tune_decay: bool,
     /// Penalty of the layers' weights (not the biases): l2 | l1 | group | sparse-group:ALPHA | spatial[:KAPPA]. Groups are what
     /// leaves an input unit or channel; ALPHA is L1's part, KAPPA the spatial part (0.5). l1, group and sparse-group are proximal
     /// steps after the optimizer's, in proportion to its learning rate, which make exact zeros (and --average is none then,
@@ -259,6 +262,11 @@ impl Args {
             Some(message) => Err(Self::command().error(ErrorKind::ArgumentConflict, message)),
             None => Ok(args),
         }
+    }
+
+    /// The decay that the optimizer is to have: none of its own where it is tuned.
+    pub fn decay_or(&self, usual: f64) -> f64 {
+        if self.tune_decay { 0.0 } else { self.weight_decay.unwrap_or(usual) }
     }
 
     /// A sentence about what a penalty cannot be together with.

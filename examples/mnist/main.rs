@@ -15,6 +15,7 @@ mod report;
 mod sentence;
 mod trace;
 mod train;
+mod tuning;
 mod values;
 mod weights;
 

@@ -106,7 +106,7 @@ fn first_order(
     args: &Args,
     vars: &VarMap,
 ) -> Result<Box<dyn Train>> {
-    let decay = args.weight_decay.unwrap_or(default.weight_decay);
+    let decay = args.decay_or(default.weight_decay);
     Ok(Box::new(FirstOrder::new(vars, rule, args.lr.unwrap_or(default.lr), decay)?))
 }
 
@@ -176,7 +176,7 @@ fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Result<Params<R>> {
             None => default.average.filter(|_| !args.penalty.is_some_and(|penalty| penalty.proximal())),
         },
         rms_clip: args.rms_clip.map_or(default.rms_clip, |limit| limit.0),
-        weight_decay: args.weight_decay.unwrap_or(defaults::WEIGHT_DECAY),
+        weight_decay: args.decay_or(defaults::WEIGHT_DECAY),
         carry: match args.carry {
             Some(CarryKind::Gradient) => Carry::Gradient,
             Some(CarryKind::Literal) => Carry::Literal,

@@ -7,6 +7,7 @@ use super::model::{Dropout, Model};
 use super::optimizer::{self, Pass, Train};
 use super::penalty::{self, Penalized};
 use super::report::{self, Log, Row};
+use super::tuning::Tuning;
 use super::values::{Choice, ScheduleKind};
 use super::weights;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
@@ -179,6 +180,14 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
     let feed = Feed::new(data, &data.train, args.dtype, device)?;
     let test = Feed::new(data, &data.test, args.dtype, device)?;
     let optimizer = optimizer.as_mut();
+    let forward = |x: &Tensor| model.forward(x, None);
+    let tuning = match args.tune_decay {
+        true => {
+            let place = (args.dtype, device);
+            Some(Tuning::new(&forward, (&tape, &vars), data, place, plan.per_epoch, args.seed)?)
+        }
+        false => None,
+    };
     let (replay, at_once) = (args.graph.then(Replay::new), if device.is_cpu() { 1 } else { READ_EVERY });
     let model = &model;
     let mut looped = Loop {
@@ -188,6 +197,7 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
         model,
         optimizer,
         penalized,
+        tuning,
         plan,
         schedule,
         replay,
@@ -207,6 +217,9 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
         rows.push(row);
     }
     bar.finish_and_clear();
+    if let Some(tuning) = &looped.tuning {
+        println!("weight decays at the end: {}", tuning.decays()?);
+    }
     if let Some(path) = &args.save {
         optimizer.save(path)?;
         println!("state for --resume: {}", path.display());
@@ -227,6 +240,7 @@ struct Loop<'a> {
     model: &'a Model,
     optimizer: &'a mut dyn Train,
     penalized: Option<Penalized>,
+    tuning: Option<Tuning<'a>>,
     plan: Plan,
     schedule: Schedule,
     /// Under --graph, with the batch that its recorded steps read.
@@ -256,6 +270,9 @@ impl Loop<'_> {
                 row.lr = self.schedule.at(step);
                 self.optimizer.set_learning_rate(row.lr);
                 outcomes.push(self.step(places, step)?);
+                if let Some(found) = self.tuning.as_mut().map(Tuning::after_step).transpose()?.flatten() {
+                    bar.suspend(|| println!("{found}"));
+                }
             }
             for (index, (loss, right)) in Outcome::read(&outcomes)?.into_iter().enumerate() {
                 check(self.choice, loss, before + index)?;
@@ -278,6 +295,7 @@ impl Loop<'_> {
         let (args, model, choice, read) = (self.args, self.model, self.choice, self.at_once == 1);
         let dropout = Some(Dropout { p: args.dropout, seed: args.seed, step });
         let mut penalized = self.penalized.as_mut();
+        let tuning = self.tuning.as_ref();
         let mut pass = |optimizer: &mut dyn Train, x: &Tensor, y: &Tensor| -> Result<Outcome> {
             let forward = |dropout| info_span!("forward").in_scope(|| model.forward(x, dropout));
             let logits = forward(dropout)?;
@@ -285,9 +303,10 @@ impl Loop<'_> {
             if read {
                 check(choice, loss.to_dtype(DType::F64)?.to_scalar()?, step)?;
             }
-            let objective = |loss: Tensor| match &penalized {
-                Some(penalized) => penalized.add_to(&loss),
-                None => Ok(loss),
+            let objective = |loss: Tensor| match (&penalized, tuning) {
+                (Some(penalized), _) => penalized.add_to(&loss),
+                (_, Some(tuning)) => tuning.add_to(&loss),
+                _ => Ok(loss),
             };
             optimizer.step(&Pass {
                 logits: &logits,

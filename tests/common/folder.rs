@@ -1,9 +1,16 @@
-//! The example `mnist` as a user starts it, in a folder of its own.
+//! The examples as a user starts them, in a folder of their own.
 #![allow(dead_code)] // each test file uses its own part
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+
+/// Where `cargo test` builds an example: this test is target/PROFILE/deps/NAME, the example target/PROFILE/examples/NAME.
+fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().and_then(Path::parent).unwrap();
+    profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX))
+}
 
 /// A folder of its own for a test, removed at its end.
 pub struct Folder(pub PathBuf);
@@ -15,15 +22,20 @@ impl Folder {
         Self(path)
     }
 
-    /// The example, to be run here, with the words of `line`. `KRONWAKE_MNIST` says where it is; else it lies where `cargo test`
-    /// builds it.
+    /// The example `mnist`, to be run here, with the words of `line`. `KRONWAKE_MNIST` says where it is; else it lies where
+    /// `cargo test` builds it.
     pub fn command(&self, line: &str) -> Command {
-        // This test is target/PROFILE/deps/NAME, the example target/PROFILE/examples/mnist.
-        let test = std::env::current_exe().unwrap();
-        let profile = test.parent().and_then(Path::parent).unwrap();
-        let built = profile.join("examples").join(format!("mnist{}", std::env::consts::EXE_SUFFIX));
-        let program = std::env::var_os("KRONWAKE_MNIST").map_or(built, PathBuf::from);
-        assert!(program.exists(), "{} is missing: `cargo build --example mnist` makes it", program.display());
+        let program = std::env::var_os("KRONWAKE_MNIST").map_or_else(|| example("mnist"), PathBuf::from);
+        self.program(program, line)
+    }
+
+    /// Another example.
+    pub fn command_of(&self, name: &str, line: &str) -> Command {
+        self.program(example(name), line)
+    }
+
+    fn program(&self, program: PathBuf, line: &str) -> Command {
+        assert!(program.exists(), "{} is missing: `cargo build --examples` makes it", program.display());
         let mut command = Command::new(program);
         command.args(line.split_whitespace()).current_dir(&self.0);
         command
