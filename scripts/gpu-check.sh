@@ -17,7 +17,7 @@
 # $CUDA_COMPUTE_CAP and processors of $KRONWAKE_TARGET_CPU (x86-64-v3), not for those of the machine that builds.
 set -euo pipefail
 
-tests=(cuda_ops cuda_linalg cuda_optim cuda_mnist)
+tests=(cuda_ops cuda_linalg cuda_optim cuda_evidence cuda_mnist)
 parts=(tests sanitizer kernels lenet300 stack)
 python=${PYTHON:-python3}
 seconds=${KRONWAKE_SECONDS:-500}
