@@ -160,7 +160,7 @@ fn errors_are_one_sentence_and_nothing_is_written() -> Result<()> {
     std::fs::write(folder.0.join("junk"), "no safetensors")?;
     let mut wrong = Checkpoint::read(folder.0.join("examples.safetensors"), &Device::Cpu)?;
     let labels = wrong.tensors["y"].clone();
-    wrong.tensors.insert("y".into(), (&labels + 3i64 as f64)?);
+    wrong.tensors.insert("y".into(), (&labels + 3.0)?);
     wrong.write(folder.0.join("labels"))?;
     wrong.tensors.remove("y");
     wrong.write(folder.0.join("no-labels"))?;
