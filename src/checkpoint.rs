@@ -16,30 +16,84 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a file onto `device`.
+    /// Reads a file onto `device`; of a file that ends in `.index.json` all the files that it names; of a folder its
+    /// `model.safetensors.index.json`, or else its `model.safetensors`.
+    ///
+    /// The metadata of several files are joined; of a key that comes more than once the last file's counts.
     ///
     /// # Errors
-    /// When the file cannot be read, is truncated or is not in the safetensors format; the message names the file.
+    /// When a file cannot be read, is truncated or is not in the safetensors format; when the index is no such index, names files outside of
+    /// its folder, or tensors that are missing, left over or in two files. The message names the file.
     pub fn read(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = match std::fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(error) => bail!("{}: cannot be read: {error}", path.display()),
-        };
+        if path.is_dir() {
+            let index = path.join("model.safetensors.index.json");
+            return Self::read(if index.exists() { index } else { path.join("model.safetensors") }, device);
+        }
+        if path.to_string_lossy().ends_with(".index.json") {
+            return Self::read_index(path, device);
+        }
+        Self::parse(&path.display().to_string(), &bytes(path)?, device)
+    }
+
+    /// The tensors of a safetensors file's bytes; `name` is what errors call it.
+    ///
+    /// # Errors
+    /// When they are truncated or not in the safetensors format.
+    pub fn parse(name: &str, bytes: &[u8], device: &Device) -> Result<Self> {
         let broken = |error| {
-            candle_core::Error::Msg(format!(
-                "{}: not a whole safetensors file ({} bytes): {error}",
-                path.display(),
-                bytes.len()
-            ))
+            let size = bytes.len();
+            candle_core::Error::Msg(format!("{name}: not a whole safetensors file ({size} bytes): {error}"))
         };
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
-        let views = SafeTensors::deserialize(&bytes).map_err(broken)?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
+        let views = SafeTensors::deserialize(bytes).map_err(broken)?;
         let mut tensors = BTreeMap::new();
         for (name, view) in views.tensors() {
             tensors.insert(name, candle_core::safetensors::Load::load(&view, device)?);
         }
         Ok(Self { tensors, metadata: header.metadata().clone().unwrap_or_default() })
+    }
+
+    /// All files that an index names, as Hugging Face's libraries write it: `{"weight_map": {tensor: file}}`.
+    fn read_index(path: &Path, device: &Device) -> Result<Self> {
+        let shown = path.display();
+        let index: serde_json::Value = match serde_json::from_slice(&bytes(path)?) {
+            Ok(index) => index,
+            Err(error) => bail!("{shown}: not an index of safetensors files: {error}"),
+        };
+        let Some(map) = index.get("weight_map").and_then(|map| map.as_object()) else {
+            bail!("{shown}: not an index of safetensors files: it has no weight_map")
+        };
+        let mut files: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (tensor, file) in map {
+            match file.as_str().filter(|file| Path::new(file).file_name().is_some_and(|name| name == *file)) {
+                Some(file) => files.entry(file).or_default().push(tensor),
+                None => bail!(
+                    "{shown}: tensor {tensor} is said to be in {file}, expected a file of the same folder"
+                ),
+            }
+        }
+        let (mut all, mut wrong) = (Self::default(), vec![]);
+        for (file, tensors) in files {
+            let part = Self::read(path.with_file_name(file), device)?;
+            wrong.extend(
+                tensors
+                    .iter()
+                    .filter(|t| !part.tensors.contains_key(**t))
+                    .map(|t| format!("{t} is not in {file}")),
+            );
+            for (name, tensor) in part.tensors {
+                if !tensors.contains(&name.as_str()) {
+                    wrong.push(format!("{name} in {file} is not in the index there"));
+                }
+                all.tensors.insert(name, tensor);
+            }
+            all.metadata.extend(part.metadata);
+        }
+        if !wrong.is_empty() {
+            bail!("{shown} does not fit its files: {}", wrong.join("; "))
+        }
+        Ok(all)
     }
 
     /// Writes a file: first beside `path`, then renamed over it, so that `path` is never half written.
@@ -100,5 +154,12 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+}
+
+fn bytes(path: &Path) -> Result<Vec<u8>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(bytes),
+        Err(error) => bail!("{}: cannot be read: {error}", path.display()),
     }
 }
