@@ -1,10 +1,12 @@
 //! Kronecker factors of the Fisher matrix: their sums over a batch, their averages, damping and inverses.
 
+mod collect;
 mod damping;
 mod ekfac;
 mod inverse;
 mod sums;
 
+pub use collect::{Collect, Factors};
 pub use damping::{Adaptive, Damping, DampingKind, Relative};
 pub use inverse::Inverse;
 pub use sums::Sharing;
