@@ -32,6 +32,11 @@ pub enum Rule {
         /// The set.
         set: Set,
     },
+    /// Sets weights to zero after each step, so that what was pruned stays away.
+    Mask {
+        /// U8 in the Var's shape: 0 for the weights that are zero, anything else for the others.
+        mask: Tensor,
+    },
     /// Adds to the loss what keeps `omega(w) <= bound` in the end, with a multiplier for each group.
     Multiply {
         /// The function that is bounded.
@@ -110,7 +115,7 @@ impl Constraints {
     ///
     /// # Errors
     /// If a Var has no rule ([`Rule::Free`] is one), a pattern matches no Var, a factor, radius or bound is negative, infinite or NaN,
-    /// a grouping does not fit, or a Var that is not of floating point has another rule than [`Rule::Free`].
+    /// a grouping or a mask does not fit, or a Var that is not of floating point has another rule than [`Rule::Free`].
     pub fn new(varmap: &VarMap, rules: &[(&str, Rule)]) -> Result<Self> {
         let mut vars: Vec<(String, Var)> = match varmap.data().lock() {
             Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
@@ -239,6 +244,19 @@ impl Entry {
                 set.check_for(self.var.dims())?;
                 self.rules.push(rule.clone());
             }
+            Rule::Mask { mask } => {
+                if mask.dims() != self.var.dims() || mask.dtype() != DType::U8 {
+                    bail!(
+                        "expected a mask of U8 {:?}, got {:?} {:?}",
+                        self.var.dims(),
+                        mask.dtype(),
+                        mask.dims()
+                    )
+                }
+                // As factors: a product is fast on every device.
+                let mask = mask.ne(0u8)?.to_dtype(self.var.dtype())?.to_device(self.var.device())?;
+                self.rules.push(Rule::Mask { mask });
+            }
             Rule::Multiply { omega, bound, dual } => {
                 self.multipliers.push(Multiplier::new(*omega, *bound, *dual, self.var.dims())?);
             }
@@ -284,6 +302,7 @@ impl Entry {
                     Some(next.copy()?)
                 }
                 Rule::Project { set } => set.moved(now)?,
+                Rule::Mask { mask } => Some((now * mask.to_dtype(now.dtype())?)?),
                 Rule::Free | Rule::Penalize { .. } | Rule::Multiply { .. } => None,
             };
             moved = next.or(moved);

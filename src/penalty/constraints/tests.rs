@@ -183,3 +183,32 @@ fn all_or_nothing() -> Result<()> {
     assert!(constraints.after_step(f64::NAN).is_err());
     Ok(())
 }
+
+#[test]
+fn masked_weights_stay_zero() -> Result<()> {
+    for dtype in [DType::F64, DType::F32, DType::BF16] {
+        let map = VarMap::new();
+        let start = Tensor::new(&[3f64, 0.0, -2.0, 1.0], &Device::Cpu)?.to_dtype(dtype)?;
+        map.data().lock().unwrap().insert("w".into(), Var::from_tensor(&start)?);
+        let mask = Tensor::new(&[1u8, 0, 0, 7], &Device::Cpu)?;
+        let mut constraints = Constraints::new(&map, &[("w", Rule::Mask { mask })])?;
+        // With momentum, which would move them even without a gradient.
+        let mut adam = AdamW::new(map.all_vars(), ParamsAdamW { lr: 0.1, ..Default::default() })?;
+        for _ in 0..3 {
+            let w = map.data().lock().unwrap()["w"].clone();
+            adam.backward_step(&(w.as_tensor() - 5.0)?.sqr()?.sum_all()?)?;
+            constraints.after_step(f64::NAN)?; // the learning rate is the proximal steps' alone
+            let found: Vec<f64> = w.to_dtype(DType::F64)?.to_vec1()?;
+            assert!(found[1] == 0.0 && found[2] == 0.0 && found[0] > 3.0 && found[3] > 1.0, "{found:?}");
+        }
+    }
+    let map = varmap(&[("w", &[1.0, 2.0])]);
+    for (mask, part) in [
+        (Tensor::new(&[1u8], &Device::Cpu)?, "expected a mask of U8 [2], got U8 [1]"),
+        (Tensor::new(&[1f64, 0.0], &Device::Cpu)?, "got F64 [2]"),
+    ] {
+        let error = Constraints::new(&map, &[("w", Rule::Mask { mask })]).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    Ok(())
+}
