@@ -11,6 +11,7 @@
 //! | [`optim`] | [`KFac`](optim::KFac), [`SoKldWrm`](optim::SoKldWrm), [`QKldWrm`](optim::QKldWrm), [`QeKldWrm`](optim::QeKldWrm), [`KldWrm`](optim::KldWrm) |
 //! | [`evidence`] | the log marginal likelihood and its bounds, to choose weight decay, temperature and noise |
 //! | [`penalty`] | functions of the weights that are added to a loss, proximal steps, bounds with multipliers, priors |
+//! | [`prune`] | which weights can go, what that takes of the others, and smaller models and files |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!
@@ -29,4 +30,5 @@ pub mod ops;
 pub mod optim;
 mod pattern;
 pub mod penalty;
+pub mod prune;
 pub mod tape;
