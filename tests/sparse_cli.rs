@@ -1,35 +1,12 @@
 //! The example `sparse` from end to end, as a user starts it.
 
+#[path = "common/folder.rs"]
+mod folder;
+
 use candle_core::{DType, Device, Result};
+use folder::Folder;
 use kronwake::checkpoint::Checkpoint;
 use kronwake::prune::read_sparse;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-
-/// A folder of its own for a test, removed at its end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("kronwake-sparse-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    /// This test is target/PROFILE/deps/NAME, the example target/PROFILE/examples/sparse.
-    fn run(&self, line: &str) -> Output {
-        let test = std::env::current_exe().unwrap();
-        let profile = test.parent().and_then(Path::parent).unwrap();
-        let program = profile.join("examples").join(format!("sparse{}", std::env::consts::EXE_SUFFIX));
-        Command::new(program).args(line.split_whitespace()).current_dir(&self.0).output().unwrap()
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 fn nonzeros(file: &Checkpoint) -> Result<f64> {
     let count = |t: &candle_core::Tensor| t.ne(0f32)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>();
@@ -38,8 +15,10 @@ fn nonzeros(file: &Checkpoint) -> Result<f64> {
 
 #[test]
 fn the_files_are_the_net_that_is_printed() -> Result<()> {
-    let folder = Folder::new("files");
-    let output = folder.run("--epochs 2 --tune-epochs 0 --keep 20000 --loss 0.9 --seed 3");
+    let folder = Folder::new("sparse-files");
+    let output = folder
+        .command_of("sparse", "--epochs 2 --tune-epochs 0 --keep 20000 --loss 0.9 --seed 3")
+        .output()?;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{out}\n{err}");
     let path = |name: &str| folder.0.join(format!("{name}.safetensors"));
@@ -62,7 +41,7 @@ fn the_files_are_the_net_that_is_printed() -> Result<()> {
 
 #[test]
 fn errors_are_one_sentence() {
-    let folder = Folder::new("errors");
+    let folder = Folder::new("sparse-errors");
     std::fs::write(folder.0.join("junk"), "no json").unwrap();
     for (line, code, part) in [
         ("--factor -1", 2, "--factor"),
@@ -75,7 +54,7 @@ fn errors_are_one_sentence() {
         ("--study none --stage final", 1, "--stage final: the tune stage has no result of none 0 yet"),
         ("--lr 1e30 --epochs 1", 1, "the loss is not finite in epoch 1; lower the rate or --factor"),
     ] {
-        let output = folder.run(line);
+        let output = folder.command_of("sparse", line).output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{line}: {error}");
         assert!(error.contains(part) && error.starts_with("error: "), "{line}: {error}");
