@@ -80,7 +80,7 @@ impl Compacted {
 /// use kronwake::prune::{Stage, Weights, compact};
 ///
 /// let layer = |name: &str, weight: &[[f64; 3]], bias: &[f64]| -> candle_core::Result<Stage> {
-///     let weight = Tensor::new(weight, &Device::Cpu)?;
+///     let weight = Tensor::from_vec(weight.concat(), (weight.len(), 3), &Device::Cpu)?;
 ///     Ok(Stage::Linear(Weights { name: name.into(), weight, bias: Some(Tensor::new(bias, &Device::Cpu)?) }))
 /// };
 /// // The second hidden unit is always 2, the third is not read, and so the third input is not either.
