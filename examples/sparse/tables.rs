@@ -5,12 +5,18 @@ use super::study::{MARGIN, TARGETS, WAYS, best, fewest};
 use serde_json::Value;
 use std::fmt::Write;
 
-/// Mean and standard deviation.
-fn spread(values: &[f64]) -> (f64, f64) {
-    let n = values.len().max(1) as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let square = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-    (mean, square.sqrt())
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+/// Mean and, of two or more, standard deviation, with this many decimals.
+fn spread(values: &[f64], decimals: usize) -> String {
+    let mean = mean(values);
+    if values.len() < 2 {
+        return format!("{mean:.decimals$}");
+    }
+    let square = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (values.len() - 1) as f64;
+    format!("{mean:.decimals$} ± {:.decimals$}", square.sqrt())
 }
 
 /// A penalty's factor and its records of the final stage.
@@ -58,18 +64,17 @@ fn chosen(records: &[Value], target: f64, text: &mut String) {
                 let _ = writeln!(text, "{head} - | - | - | - | 0 of {} |", runs.len());
                 continue;
             }
-            let (count, count_s) = spread(&numbers(&points, "nonzeros"));
+            let count = spread(&numbers(&points, "nonzeros"), 0);
             let test: Vec<f64> = numbers(&points, "test").iter().map(|t| 100.0 * t).collect();
-            let (test, test_s) = spread(&test);
-            let widths = |at: usize| {
-                spread(&points.iter().filter_map(|p| p["widths"][at].as_f64()).collect::<Vec<_>>()).0
-            };
+            let test = spread(&test, 2);
+            let width =
+                |at: usize| mean(&points.iter().filter_map(|p| p["widths"][at].as_f64()).collect::<Vec<_>>());
             let _ = writeln!(
                 text,
-                "{head} {count:.0} ± {count_s:.0} | {test:.2} ± {test_s:.2} | {:.0} | {:.0} + {:.0} | {} of {} |",
-                widths(0),
-                widths(1),
-                widths(2),
+                "{head} {count} | {test} | {:.0} | {:.0} + {:.0} | {} of {} |",
+                width(0),
+                width(1),
+                width(2),
                 points.len(),
                 runs.len()
             );
@@ -86,12 +91,12 @@ fn curves(records: &[Value], ways: &[&str], text: &mut String) {
         let (_, runs) = finals(records, choice);
         let Some(counts) = runs.first().and_then(|r| r["curves"][ways[0]].as_array()) else { continue };
         for (at, point) in counts.iter().enumerate() {
-            let mean = |way: &&str| {
+            let held = |way: &&str| {
                 let held: Vec<f64> =
                     runs.iter().filter_map(|r| r["curves"][*way][at]["held"].as_f64()).collect();
-                format!("{:.2}", 100.0 * spread(&held).0)
+                format!("{:.2}", 100.0 * mean(&held))
             };
-            let means: Vec<String> = ways.iter().map(mean).collect();
+            let means: Vec<String> = ways.iter().map(held).collect();
             let _ = writeln!(text, "| {} | {} | {} |", choice.name(), point["kept"], means.join(" | "));
         }
     }
