@@ -5,6 +5,7 @@ use super::diagonal::Diagonal;
 use super::extrapolate::Extrapolated;
 use super::fit::{Evidence, Fit};
 use super::hyper::Hyper;
+use super::kernel::CHUNK;
 use super::kron::KronSums;
 use super::log_det::{Complexity, LogDet};
 use super::partition::Parts;
@@ -213,7 +214,7 @@ impl Reader<'_, '_> {
         let outputs = self.outputs(&self.part.clone())?;
         let columns = self.problem.likelihood.cotangents(&outputs, root)?;
         self.check(self.part.len() * columns.len(), &outputs)?;
-        self.gather(&outputs, columns)
+        self.gather(&outputs, columns)?.write_out(CHUNK)
     }
 
     /// Refuses a matrix of so many rows that would not fit.
@@ -273,12 +274,12 @@ impl Reader<'_, '_> {
                 Some(one_of_each(columns, &picks))
             }
             _ => {
-                let rows = self.gather(&z, columns)?;
+                let rows = self.gather(&z, columns)?.write_out(CHUNK)?;
                 return (0..count).map(|c| Ok((1.0, rows.one_of_each(c)?))).collect();
             }
         };
         let Some(column) = column else { bail!("evidence: no outputs") };
-        Ok(vec![(count as f64, self.gather(&z, std::iter::once(column))?)])
+        Ok(vec![(count as f64, self.gather(&z, std::iter::once(column))?.write_out(CHUNK)?)])
     }
 
     fn dense(&mut self) -> Result<Dense> {
@@ -326,7 +327,7 @@ impl Reader<'_, '_> {
                 } else {
                     let (_, grads) = block.layers[0].factors();
                     self.check(block.count(), grads)?;
-                    take(self.weight, Box::new(block))?;
+                    take(self.weight, Box::new(block.write_out(CHUNK)?))?;
                 }
             }
         }

@@ -13,9 +13,11 @@
 //! and quarters' matrices are blocks of the batch's: together they cost less than a third of it. Derivatives are those of the
 //! extrapolated value. It is not a bound.
 
-use super::kernel::log_det_of;
+use super::kernel::{NAME, precise};
 use super::log_det::{Complexity, LogDet, Precision};
 use super::rows::Rows;
+use crate::linalg::cholesky::log_det_inverse;
+use crate::ops::dense::mix;
 use candle_core::{Result, Tensor, bail};
 
 /// A batch that stands for all examples.
@@ -39,19 +41,32 @@ impl Extrapolated {
         }
         Ok(Self { times: all as f64 / size as f64, rows: rows.narrow(0, size)? })
     }
+}
 
-    /// The mean over the batch's parts, `into` of them, whose kernels are blocks of `m`.
-    fn parts(&self, m: &Tensor, into: usize, s: f64, precisions: &[Precision]) -> Result<LogDet> {
-        let examples = self.rows.examples / into;
-        let size = examples * self.rows.each;
-        let mut mean = LogDet::zero(precisions.len());
-        for part in 0..into {
-            let block = m.narrow(0, part * size, size)?.narrow(1, part * size, size)?.contiguous()?;
-            let rows = self.rows.narrow(part * examples, examples)?;
-            mean.add(log_det_of(&rows, block, s, precisions)?, 1.0 / into as f64)?;
-        }
-        Ok(mean)
+/// The mean log-determinant of the diagonal blocks of `m`, `into` of them, and their inverses.
+fn blocks(m: &Tensor, into: usize) -> Result<(f64, Vec<Tensor>)> {
+    let size = m.dim(0)? / into;
+    let (mut mean, mut inverses) = (0.0, Vec::new());
+    for part in 0..into {
+        let block = m.narrow(0, part * size, size)?.narrow(1, part * size, size)?.contiguous()?;
+        let (value, inverse) = log_det_inverse(&block, NAME)?;
+        mean += value / into as f64;
+        inverses.push(inverse);
     }
+    Ok((mean, inverses))
+}
+
+/// `weight` times matrices, plus `half` times pairs of smaller ones on their diagonals.
+fn with_blocks(matrices: Vec<Tensor>, weight: f64, smaller: &[Tensor], half: f64) -> Result<Vec<Tensor>> {
+    let pair = |(matrix, pair): (Tensor, &[Tensor])| match pair {
+        [a, b] => {
+            let zeros = a.zeros_like()?;
+            let rows = [Tensor::cat(&[a, &zeros], 1)?, Tensor::cat(&[&zeros, b], 1)?];
+            mix(&matrix, weight, &Tensor::cat(&rows, 0)?, half)
+        }
+        _ => bail!("evidence: a batch in {} parts", pair.len()),
+    };
+    matrices.into_iter().zip(smaller.chunks(2)).map(pair).collect()
 }
 
 /// The extrapolated value for a quarter's, a half's and the whole batch's, and its derivatives by them.
@@ -78,15 +93,19 @@ fn extrapolated([quarter, half, whole]: [f64; 3], times: f64) -> (f64, [f64; 3])
 impl Complexity for Extrapolated {
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
         let m = self.rows.shifted_kernel(s, precisions)?;
-        let [quarter, half] = [4, 2].map(|into| self.parts(&m, into, s, precisions));
-        let sizes = [quarter?, half?, log_det_of(&self.rows, m, s, precisions)?];
-        let (value, slopes) = extrapolated(sizes.each_ref().map(|size| size.value), self.times);
-        let mut found = LogDet::zero(precisions.len());
-        for (size, slope) in sizes.into_iter().zip(slopes) {
-            found.add(size, slope)?;
-        }
-        found.value = value;
-        Ok(found)
+        let dtype = m.dtype();
+        // Blocks of a matrix are no worse conditioned than it.
+        let (m, condition) = precise(m)?;
+        let [(quarter, quarters), (half, halves), (whole, inverse)] =
+            [blocks(&m, 4)?, blocks(&m, 2)?, blocks(&m, 1)?];
+        drop(m);
+        let (value, slopes) = extrapolated([quarter, half, whole], self.times);
+        // The derivative of a sum of log-determinants of blocks is a trace against the sum of their inverses.
+        let halves = with_blocks(halves, slopes[1] / 2.0, &quarters, slopes[0] / 4.0)?;
+        let inverse = with_blocks(inverse, slopes[2], &halves, 1.0)?;
+        let Some(inverse) = inverse.first() else { bail!("evidence: an empty batch") };
+        let effective = self.rows.effective(&inverse.to_dtype(dtype)?, s, precisions)?;
+        Ok(LogDet { value, effective, condition })
     }
 }
 

@@ -10,44 +10,48 @@ use super::rows::{LayerRows, Rows};
 use crate::linalg::cholesky::log_det_inverse;
 use crate::ops::dense::product;
 use crate::ops::ntk::{self, Panel};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use std::ops::Range;
 
-/// Rows of a kernel that are worked on at a time: what is above the diagonal is mostly left out.
-const PANEL: usize = 512;
+/// Rows of a kernel that are worked on at a time: what is above the diagonal is mostly left out. On the CPU so few that their
+/// products stay in the cache.
+const PANEL: [usize; 2] = [128, 512];
 /// Numbers of the rows written out at a time.
-const CHUNK: usize = 1 << 24;
+pub(crate) const CHUNK: usize = 1 << 24;
 /// From which condition on an f32 kernel is factorized in f64, and where its own rounding is too much.
 const NARROW: f64 = 1e5;
 const TOO_MUCH: [f64; 2] = [5e7, 1e15];
 
 /// One term of a kernel: `(weight inputs inputs^T + bias) grads grads^T`.
-struct Term {
+struct Term<'a> {
     grads: Tensor,
-    inputs: Option<Tensor>,
+    /// The layer whose inputs count.
+    inputs: Option<&'a LayerRows>,
     weight: f64,
     bias: f64,
 }
 
 impl Rows {
-    fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (rows, step) = (self.count(), (PANEL / self.each.max(1)).max(1) * self.each);
+    fn panels(&self, device: &Device) -> impl Iterator<Item = Range<usize>> + use<> {
+        let panel = PANEL[usize::from(!device.is_cpu())];
+        let (rows, step) = (self.count(), (panel / self.each.max(1)).max(1) * self.each);
         (0..rows).step_by(step.max(1)).map(move |start| start..(start + step).min(rows))
     }
 
     /// Runs `visit` on every panel's products of gradients and of inputs.
     fn each_panel(
         &self,
-        term: &Term,
+        term: &Term<'_>,
         mut visit: impl FnMut(Panel, &Tensor, Option<&Tensor>) -> Result<()>,
     ) -> Result<()> {
-        let gram = |t: &Tensor, rows: Range<usize>| {
-            product(&t.narrow(0, rows.start, rows.len())?, &t.narrow(0, 0, rows.end)?.t()?)
-        };
-        for rows in self.panels() {
+        for rows in self.panels(term.grads.device()) {
             let examples = rows.start / self.each..rows.end / self.each;
-            let inputs = term.inputs.as_ref().map(|inputs| gram(inputs, examples)).transpose()?;
-            visit(Panel { first: rows.start, each: self.each }, &gram(&term.grads, rows)?, inputs.as_ref())?;
+            let inputs = term.inputs.map(|layer| layer.gram(examples)).transpose()?;
+            let panel = Panel { first: rows.start, each: self.each };
+            let grads = &term.grads;
+            let grads =
+                product(&grads.narrow(0, rows.start, rows.len())?, &grads.narrow(0, 0, rows.end)?.t()?)?;
+            visit(panel, &grads, inputs.as_ref())?;
         }
         Ok(())
     }
@@ -56,7 +60,7 @@ impl Rows {
     pub fn shifted_kernel(&self, s: f64, precisions: &[Precision]) -> Result<Tensor> {
         let Some(first) = self.layers.first() else { bail!("evidence: no layers") };
         let (_, grads) = first.factors();
-        let m = Tensor::eye(self.count(), grads.dtype(), grads.device())?;
+        let m = identity(self.count(), grads.dtype(), grads.device())?;
         for layer in &self.layers {
             self.each_term(layer, s, precisions, |term, _| {
                 self.each_panel(&term, |panel, grads, inputs| {
@@ -73,7 +77,7 @@ impl Rows {
         layer: &LayerRows,
         s: f64,
         precisions: &[Precision],
-        mut visit: impl FnMut(Term, Of) -> Result<()>,
+        mut visit: impl FnMut(Term<'_>, Of) -> Result<()>,
     ) -> Result<()> {
         let at = |tensor: Option<usize>| tensor.and_then(|t| Some((t, precisions.get(t)?)));
         let (weight, bias) = (at(layer.weight), at(layer.bias));
@@ -89,9 +93,8 @@ impl Rows {
                 _ => (None, 0.0),
             };
             weight_left = None;
-            let (grads, inputs) = (layer.flat_grads()?, Some(layer.flat_inputs()?));
             visit(
-                Term { grads, inputs, weight: s / delta, bias },
+                Term { grads: layer.flat_grads()?, inputs: Some(layer), weight: s / delta, bias },
                 Of::Both { weight: of_weight, bias: of_bias },
             )?;
         }
@@ -113,8 +116,8 @@ impl Rows {
         Ok(())
     }
 
-    /// `s / delta tr((I + sM)^-1 M_l)` of every tensor.
-    fn effective(
+    /// `s / delta tr(inverse M_l)` of every tensor; `inverse` is that of `I + sM`, or a sum of such of parts.
+    pub fn effective(
         &self,
         inverse: &Tensor,
         s: f64,
@@ -165,6 +168,22 @@ impl Rows {
     }
 }
 
+fn identity(size: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+    if !device.is_cpu() {
+        return Tensor::eye(size, dtype, device);
+    }
+    // candle compares two numbers an element.
+    fn values<T: WithDType>(size: usize) -> Vec<T> {
+        let mut values = vec![T::from_f64(0.0); size * size];
+        values.iter_mut().step_by(size + 1).for_each(|v| *v = T::from_f64(1.0));
+        values
+    }
+    match dtype {
+        DType::F64 => Tensor::from_vec(values::<f64>(size), (size, size), device),
+        _ => Tensor::from_vec(values::<f32>(size), (size, size), device)?.to_dtype(dtype),
+    }
+}
+
 /// Which tensors a term is of.
 #[derive(Debug, Clone, Copy)]
 enum Of {
@@ -201,12 +220,20 @@ fn scaled(
 
 impl Complexity for Rows {
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
-        log_det_of(self, self.shifted_kernel(s, precisions)?, s, precisions)
+        let m = self.shifted_kernel(s, precisions)?;
+        let dtype = m.dtype();
+        let (m, condition) = precise(m)?;
+        let (value, inverse) = log_det_inverse(&m, NAME)?;
+        drop(m);
+        let effective = self.effective(&inverse.to_dtype(dtype)?, s, precisions)?;
+        Ok(LogDet { value, effective, condition })
     }
 }
 
-/// The log-determinant of `m`, the [`Rows::shifted_kernel`] of `rows`.
-pub(crate) fn log_det_of(rows: &Rows, mut m: Tensor, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+pub(crate) const NAME: &str = "evidence: the kernel I + sM";
+
+/// A kernel `I + sM` in the type in which it is to be factorized, and a bound of its condition number.
+pub(crate) fn precise(m: Tensor) -> Result<(Tensor, f64)> {
     // The Frobenius norm; no eigenvalue is below 1.
     let whole = Panel { first: 0, each: 1 };
     let squares = ntk::traces(&m, whole, &m, None)?.to_vec1::<f64>()?;
@@ -223,11 +250,6 @@ pub(crate) fn log_det_of(rows: &Rows, mut m: Tensor, s: f64, precisions: &[Preci
             if dtype == DType::F64 { "" } else { " or a model in f64" }
         )
     }
-    if dtype == DType::F32 && condition > NARROW {
-        m = m.to_dtype(DType::F64)?;
-    }
-    let (value, inverse) = log_det_inverse(&m, "evidence: the kernel I + sM")?;
-    drop(m);
-    let effective = rows.effective(&inverse.to_dtype(dtype)?, s, precisions)?;
-    Ok(LogDet { value, effective, condition })
+    let wide = dtype == DType::F32 && condition > NARROW;
+    Ok((if wide { m.to_dtype(DType::F64)? } else { m }, condition))
 }

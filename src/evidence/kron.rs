@@ -45,7 +45,7 @@ impl Sums {
     fn of(layer: &LayerRows) -> Result<Self> {
         let (inputs, grads) = layer.factors();
         let (of, name) = (&layer.layer, layer.layer.name.as_str());
-        let flat = grads.flatten(0, 1)?;
+        let flat = layer.grads_by_row()?;
         Ok(match of.kind {
             Kind::Matrix => {
                 let q = second_moment(&flat, of.groups, false, name)?;

@@ -23,10 +23,15 @@ pub(crate) struct Rows {
 #[derive(Debug, Clone)]
 pub(crate) struct LayerRows {
     pub layer: Arc<Layer>,
-    /// `[examples, t, groups * in]`; of an embedding the numbers of its rows, `[examples, t, 1]` in u32.
+    /// `[examples, t, groups * in]`, or a view of `[examples, groups * in, t]`; of an embedding the numbers of its rows,
+    /// `[examples, t, 1]` in u32.
     inputs: Tensor,
-    /// `[examples, each, t, out]`
+    /// `[examples, each, t, out]`, or a view of `[examples, each, out, t]`
     grads: Tensor,
+    /// What [`Rows::write_out`] kept: `[examples, each, out * in]` of the weight and `[examples, each, out]` of the bias.
+    written: [Option<Tensor>; 2],
+    /// The inner products of a linear layer's inputs, `[examples, examples]`, likewise.
+    gram: Option<Tensor>,
     /// Which of the problem's tensors the weight is, unless it is left out.
     pub weight: Option<usize>,
     /// The same of the bias.
@@ -88,6 +93,23 @@ fn joined(uses: &[Tensor]) -> Result<Tensor> {
     }
 }
 
+/// Whether records `[.., t, features]` lie in memory as `[.., features, t]`, as those of convolutions do.
+fn turned(t: &Tensor) -> Result<bool> {
+    let rank = t.rank();
+    Ok(!t.is_contiguous() && t.transpose(rank - 2, rank - 1)?.is_contiguous())
+}
+
+/// The passes side by side, `[examples, passes, t, out]`, in memory as they are.
+fn stacked(passes: &[Tensor]) -> Result<Tensor> {
+    for pass in passes {
+        if !turned(pass)? {
+            return Tensor::stack(passes, 1);
+        }
+    }
+    let passes = passes.iter().map(|pass| pass.transpose(1, 2)).collect::<Result<Vec<_>>>()?;
+    Tensor::stack(&passes, 1)?.transpose(2, 3)
+}
+
 impl Rows {
     /// The rows `<cotangent, J>`, one an example and cotangent, in the shape of `outputs` `[examples, ..]`.
     ///
@@ -119,7 +141,7 @@ impl Rows {
                     layer.name
                 )
             }
-            let (inputs, grads) = (joined(&uses.inputs)?, Tensor::stack(&uses.passes, 1)?);
+            let (inputs, grads) = (joined(&uses.inputs)?, stacked(&uses.passes)?);
             if inputs.dim(0)? != examples {
                 bail!(
                     "evidence: layer {} sees a batch of {}, expected the {examples} examples of the outputs {:?}",
@@ -130,9 +152,38 @@ impl Rows {
             }
             let (weight, bias) = tensors(&layer);
             let outs = layer.weight.dim(0)?;
-            layers.push(LayerRows { layer, inputs: inputs.contiguous()?, grads, weight, bias, outs });
+            let inputs = if turned(&inputs)? { inputs } else { inputs.contiguous()? };
+            let (written, gram) = ([None, None], None);
+            layers.push(LayerRows { layer, inputs, grads, written, gram, weight, bias, outs });
         }
         Ok(Self { layers, examples, each })
+    }
+
+    /// Computes once what all kernels are made of: the rows of layers whose positions share the weight, where a layer's take no more than
+    /// `elements` numbers, and the inner products of the inputs of the others.
+    pub fn write_out(mut self, elements: usize) -> Result<Self> {
+        for layer in &mut self.layers {
+            if layer.layer.kind != Kind::Matrix {
+                continue;
+            }
+            if layer.is_product()? {
+                let inputs = layer.flat_inputs()?;
+                layer.gram = Some(product(&inputs, &inputs.t()?)?);
+                continue;
+            }
+            let columns = layer.layer.out_features() * layer.columns();
+            let split = |rows: Tensor| rows.reshape((self.examples, self.each, ()));
+            if layer.weight.is_some() && self.examples * self.each * columns <= elements {
+                let parts = layer.chunks(elements)?.into_iter().map(|outs| layer.of_weight(outs));
+                let parts = parts.collect::<Result<Vec<_>>>()?;
+                let rows = if let [one] = parts.as_slice() { one.clone() } else { Tensor::cat(&parts, 1)? };
+                layer.written[0] = Some(split(rows)?);
+            }
+            if layer.bias.is_some() {
+                layer.written[1] = Some(split(layer.of_bias()?)?);
+            }
+        }
+        Ok(self)
     }
 
     /// Rows and columns of the kernel.
@@ -142,29 +193,25 @@ impl Rows {
 
     /// The rows of some of the examples.
     pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
+        let narrow = |t: &Tensor| t.narrow(0, start, len);
         self.map(len, self.each, |layer| {
-            Ok((layer.inputs.narrow(0, start, len)?, layer.grads.narrow(0, start, len)?))
+            let gram = layer.gram.as_ref().map(|gram| narrow(gram)?.narrow(1, start, len));
+            Ok(LayerRows { inputs: narrow(&layer.inputs)?, gram: gram.transpose()?, ..layer.of(narrow)? })
         })
     }
 
     /// The rows of one of the cotangents.
     pub fn one_of_each(&self, index: usize) -> Result<Self> {
-        self.map(self.examples, 1, |layer| {
-            Ok((layer.inputs.clone(), layer.grads.narrow(1, index, 1)?.contiguous()?))
-        })
+        self.map(self.examples, 1, |layer| layer.of(|t| t.narrow(1, index, 1)))
     }
 
     fn map(
         &self,
         examples: usize,
         each: usize,
-        map: impl Fn(&LayerRows) -> Result<(Tensor, Tensor)>,
+        map: impl Fn(&LayerRows) -> Result<LayerRows>,
     ) -> Result<Self> {
-        let layers = self.layers.iter().map(|layer| {
-            let (inputs, grads) = map(layer)?;
-            Ok(LayerRows { inputs, grads, ..layer.clone() })
-        });
-        Ok(Self { layers: layers.collect::<Result<_>>()?, examples, each })
+        Ok(Self { layers: self.layers.iter().map(map).collect::<Result<_>>()?, examples, each })
     }
 
     /// The rows as functions of one layer's tensors alone, of its weight, of its bias, or of both.
@@ -177,6 +224,21 @@ impl Rows {
 }
 
 impl LayerRows {
+    /// Some of the rows, by their first two dimensions.
+    fn of(&self, some: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let [weight, bias] = self.written.each_ref().map(|t| t.as_ref().map(&some).transpose());
+        Ok(Self { grads: some(&self.grads)?, written: [weight?, bias?], ..self.clone() })
+    }
+
+    /// The inner products of the inputs of examples `rows` with those of the first examples up to them.
+    pub fn gram(&self, rows: Range<usize>) -> Result<Tensor> {
+        if let Some(gram) = &self.gram {
+            return gram.narrow(0, rows.start, rows.len())?.narrow(1, 0, rows.end);
+        }
+        let inputs = self.flat_inputs()?;
+        product(&inputs.narrow(0, rows.start, rows.len())?, &inputs.narrow(0, 0, rows.end)?.t()?)
+    }
+
     /// Positions that share the weight.
     pub fn positions(&self) -> Result<usize> {
         self.inputs.dim(1)
@@ -202,14 +264,27 @@ impl LayerRows {
         (&self.inputs, &self.grads)
     }
 
+    /// The gradients of all rows, `[rows, t, out]`, in memory as they are.
+    pub fn grads_by_row(&self) -> Result<Tensor> {
+        if turned(&self.grads)? {
+            return self.grads.transpose(2, 3)?.flatten(0, 1)?.transpose(1, 2);
+        }
+        self.grads.flatten(0, 1)
+    }
+
     /// The layer with other inputs and gradients.
     pub fn with(&self, inputs: Tensor, grads: Tensor) -> Self {
-        Self { inputs, grads, ..self.clone() }
+        Self { inputs, grads, written: [None, None], gram: None, ..self.clone() }
     }
 
     /// The rows' part of the bias, `[rows, out]`.
     pub fn of_bias(&self) -> Result<Tensor> {
-        let summed = if self.positions()? == 1 { self.grads.squeeze(2)? } else { self.grads.sum(2)? };
+        let summed = match &self.written[1] {
+            Some(written) => written.clone(),
+            None if self.positions()? == 1 => self.grads.squeeze(2)?,
+            // Numbers side by side add up fastest.
+            None => self.grads.transpose(2, 3)?.sum(3)?,
+        };
         summed.flatten(0, 1)
     }
 
@@ -219,9 +294,13 @@ impl LayerRows {
         match self.layer.kind {
             Kind::Matrix => {
                 let (columns, group) = (self.columns(), outs.start / self.outs_of_group());
+                if let Some(written) = &self.written[0] {
+                    let (start, len) = (outs.start * columns, outs.len() * columns);
+                    return written.flatten(0, 1)?.narrow(1, start, len)?.contiguous();
+                }
                 let grads = self.grads.narrow(3, outs.start, outs.len())?.transpose(2, 3)?;
                 let grads = grads.contiguous()?.reshape((examples, each * outs.len(), positions))?;
-                let inputs = self.inputs.narrow(2, group * columns, columns)?.contiguous()?;
+                let inputs = self.inputs.narrow(2, group * columns, columns)?;
                 product(&grads, &inputs)?.reshape((examples * each, outs.len() * columns))
             }
             Kind::Gain => {

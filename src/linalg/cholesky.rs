@@ -8,7 +8,10 @@ use faer::{MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::device::{self, Job, Queued, Verdict};
-use super::host::{Factorize, Real, by_group, distance, mirror_lower, probe, square, times, transposed};
+use super::host::{
+    Factorize, Real, by_group, distance, lower_by_columns, lower_times, mirror_lower, probe, square,
+    transposed,
+};
 use super::kron::diagonal;
 use super::solver::Solver;
 use super::spd::{Evidence, SMALL, Spd};
@@ -146,10 +149,8 @@ impl Factorize<1, 2> for LogDetInverse {
             MemStack::new(&mut MemBuffer::new(inverse_scratch::<T>(dim, par))),
         );
         mirror_lower(&mut result, dim);
-        let mut full = m.to_vec();
-        mirror_lower(&mut full, dim);
         let z = probe(dim);
-        let off = distance(&times(&full, &times(&result, &z)), &z, (dim as f64).sqrt());
+        let off = distance(&lower_times(m, &lower_times(&result, &z)), &z, (dim as f64).sqrt());
         let pivots = factor.iter().step_by(dim + 1).copied().collect();
         if off <= TOLERANCE { Ok([result, pivots]) } else { Err(inexact(off)) }
     }
@@ -196,7 +197,7 @@ pub(super) fn no_pivot(index: usize, dim: usize) -> String {
 
 /// The Cholesky factor in column-major order, with leftovers of `m` above the diagonal.
 pub(crate) fn lower_factor<T: Real>(m: &[T], dim: usize, par: Par) -> std::result::Result<Vec<T>, String> {
-    let mut factor = transposed(m, dim);
+    let mut factor = lower_by_columns(m, dim);
     cholesky_in_place(
         MatMut::from_column_major_slice_mut(&mut factor, dim, dim),
         default(),

@@ -187,7 +187,13 @@ fn checked<T: Real, const I: usize, const O: usize>(
 }
 
 fn first_not_finite<T: Real>(values: &[T]) -> Option<usize> {
-    values.iter().position(|&v| !WithDType::to_f64(v).is_finite())
+    const RUN: usize = 1024;
+    let zero = <T as WithDType>::from_f64(0.0);
+    // Without a way out of the loop, so that it is done in vectors. Nothing finite times 0 is not 0.
+    let wrong = |run: &[T]| run.iter().fold(false, |wrong, &v| wrong | (v * zero != zero));
+    let run = values.chunks(RUN).position(wrong)?;
+    let at = values.get(run * RUN..)?.iter().position(|&v| !WithDType::to_f64(v).is_finite())?;
+    Some(run * RUN + at)
 }
 
 /// Threads for one matrix: below 256 rows starting them costs more than it saves.
@@ -213,11 +219,62 @@ pub(crate) fn transposed<T: Real>(m: &[T], dim: usize) -> Vec<T> {
 
 /// Overwrites the upper triangle of a row-major `[dim, dim]` matrix by the lower one.
 pub(crate) fn mirror_lower<T: Copy>(m: &mut [T], dim: usize) {
-    for i in 1..dim {
-        for j in 0..i {
-            m[j * dim + i] = m[i * dim + j];
+    // By tiles: whole columns would miss the cache at every element.
+    const TILE: usize = 32;
+    for i0 in (0..dim).step_by(TILE) {
+        for j0 in (0..=i0).step_by(TILE) {
+            for i in i0..dim.min(i0 + TILE) {
+                let (above, row) = m.split_at_mut(i * dim);
+                let end = i.min(j0 + TILE);
+                for (above, &v) in above[j0 * dim..].chunks_mut(dim).zip(&row[j0.min(end)..end]) {
+                    above[i] = v;
+                }
+            }
         }
     }
+}
+
+/// The lower triangle of a row-major `[dim, dim]` matrix in column-major order; above the diagonal what it likes.
+pub(crate) fn lower_by_columns<T: Real>(m: &[T], dim: usize) -> Vec<T> {
+    const TILE: usize = 32;
+    let mut out = vec![<T as WithDType>::from_f64(0.0); dim * dim];
+    for j0 in (0..dim).step_by(TILE) {
+        for i0 in (j0..dim).step_by(TILE) {
+            for (i, row) in m.chunks_exact(dim).enumerate().skip(i0).take(TILE) {
+                let row = &row[j0..dim.min(j0 + TILE)];
+                for (column, &v) in out[j0 * dim..].chunks_exact_mut(dim).zip(row) {
+                    column[i] = v;
+                }
+            }
+        }
+    }
+    out
+}
+
+/// `m x` for a symmetric row-major matrix of which the lower triangle is read, summed in f64.
+pub(crate) fn lower_times<T: Real>(m: &[T], x: &[f64]) -> Vec<f64> {
+    let mut out = vec![0.0; x.len()];
+    for (i, row) in m.chunks_exact(x.len()).enumerate() {
+        let (left, at) = (&row[..i], x[i]);
+        let mut sums = [0.0; 8];
+        let (mut xs, mut outs) = (x[..i].chunks_exact(8), out[..i].chunks_exact_mut(8));
+        let rest = i / 8 * 8;
+        for ((row, x), out) in left.chunks_exact(8).zip(&mut xs).zip(&mut outs) {
+            for (((sum, &m), &x), out) in sums.iter_mut().zip(row).zip(x).zip(out) {
+                let m = WithDType::to_f64(m);
+                *sum += m * x;
+                *out += m * at;
+            }
+        }
+        let mut sum = WithDType::to_f64(row[i]) * at + sums.iter().sum::<f64>();
+        for j in rest..i {
+            let m = WithDType::to_f64(row[j]);
+            sum += m * x[j];
+            out[j] += m * at;
+        }
+        out[i] += sum;
+    }
+    out
 }
 
 /// A vector of signs that looks random: what a wrong decomposition does to it shows with near certainty, at the cost

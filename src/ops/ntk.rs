@@ -127,11 +127,13 @@ impl Add {
         // The outputs of an example share a row of factors.
         let examples = m.par_chunks_mut(each * size).zip(grads.par_chunks(each * columns)).enumerate();
         examples.for_each(|(example, (m, grads))| {
-            let of_example = inputs.and_then(|inputs| inputs.get(example * across..(example + 1) * across));
-            let factors: Vec<T> = match of_example {
-                Some(row) => row.iter().flat_map(|&v| std::iter::repeat_n(weight * v + bias, each)).collect(),
-                None => vec![weight + bias; columns],
-            };
+            let mut factors = vec![weight + bias; columns];
+            if let Some(row) = inputs.and_then(|inputs| inputs.get(example * across..(example + 1) * across))
+            {
+                for (factors, &v) in factors.chunks_exact_mut(each).zip(row) {
+                    factors.fill(weight * v + bias);
+                }
+            }
             for (m, grads) in m.chunks_mut(size).zip(grads.chunks(columns)) {
                 for ((m, &g), &f) in m.iter_mut().zip(grads).zip(&factors) {
                     *m += f * g;
@@ -220,27 +222,48 @@ fn cpu_traces<T: WithDType + Into<f64>>(
         Some((storage, layout)) => Some(part(cpu_slice::<T>(storage, NAME)?, layout)),
         None => None,
     };
-    let row_sums = |(row, grads): (usize, &[T])| {
-        let at = first + row;
-        let m = &m[at * size..at * size + (at + 1).min(columns)];
-        let of_example = inputs.map(|inputs| &inputs[row / each * across..(row / each + 1) * across]);
-        let (mut of_weight, mut of_bias) = (0., 0.);
-        for (example, (m, g)) in m.chunks(each).zip(grads.chunks(each)).enumerate() {
-            let products = m.iter().zip(g).map(|(&m, &g)| Into::<f64>::into(m) * Into::<f64>::into(g));
-            let mut sum = 2. * products.sum::<f64>();
-            if example == at / each {
-                // The diagonal's entry, the last of this row, counts once.
-                let last = m.len() - 1;
-                sum -= m[last].into() * g[last].into();
+    // The outputs of an example share a row of factors.
+    let example_sums = |(example, grads): (usize, &[T])| {
+        let mut factors = vec![T::from_f64(1.); columns];
+        if let Some(inputs) = inputs {
+            let row = &inputs[example * across..(example + 1) * across];
+            for (factors, &v) in factors.chunks_exact_mut(each).zip(row) {
+                factors.fill(v);
             }
-            of_bias += sum;
-            of_weight += of_example.map_or(1., |row| row[example].into()) * sum;
         }
-        [of_weight, of_bias]
+        let mut sums = [0., 0.];
+        for (row, grads) in grads.chunks_exact(columns).enumerate() {
+            let at = first + example * each + row;
+            let left = at.min(columns);
+            let m = &m[at * size..at * size + columns];
+            let twice = dots(&m[..left], &grads[..left], &factors[..left]);
+            let own =
+                if at < columns { dots(&m[at..=at], &grads[at..=at], &factors[at..=at]) } else { [0.; 2] };
+            for ((sum, twice), own) in sums.iter_mut().zip(twice).zip(own) {
+                *sum += 2. * twice + own;
+            }
+        }
+        sums
     };
     // Summed in order, so that the result does not depend on the threads.
-    let rows: Vec<[f64; 2]> = grads.par_chunks(columns.max(1)).enumerate().map(row_sums).collect();
+    let rows: Vec<[f64; 2]> =
+        grads.par_chunks((each * columns).max(1)).enumerate().map(example_sums).collect();
     Ok(rows.iter().fold([0., 0.], |[w, b], [of_weight, of_bias]| [w + of_weight, b + of_bias]))
+}
+
+/// `sum m g f` and `sum m g`.
+fn dots<T: WithDType + Into<f64>>(m: &[T], g: &[T], f: &[T]) -> [f64; 2] {
+    const LANES: usize = 16;
+    let (mut all, mut plain) = ([0.; LANES], [0.; LANES]);
+    for ((m, g), f) in m.chunks(LANES).zip(g.chunks(LANES)).zip(f.chunks(LANES)) {
+        let lanes = all.iter_mut().zip(&mut plain);
+        for ((((all, plain), &m), &g), &f) in lanes.zip(m).zip(g).zip(f) {
+            let product = Into::<f64>::into(m) * Into::<f64>::into(g);
+            *plain += product;
+            *all += product * Into::<f64>::into(f);
+        }
+    }
+    [all.iter().sum(), plain.iter().sum()]
 }
 
 const THREADS: u32 = 256;

@@ -1,0 +1,76 @@
+//! The evidence measured: how fast, how near to its value for all examples, and what tuning by it does for training.
+//!
+//! ```text
+//! cargo bench --bench evidence -- speed|grid|online [--data-dir DIR] [--help]
+//! ```
+//!
+//! `speed` works on random images where it is given no folder.
+
+// The shared modules have more than is used here, and tests that do not run here.
+#![allow(dead_code, unused_imports)]
+
+mod clock;
+#[path = "../../examples/mnist/data.rs"]
+mod data;
+mod grid;
+#[path = "../../examples/mnist/idx.rs"]
+mod idx;
+mod net;
+mod online;
+#[path = "../../examples/mnist/random.rs"]
+mod random;
+#[path = "../../examples/mnist/sentence.rs"]
+mod sentence;
+mod speed;
+#[path = "../../examples/mnist/values.rs"]
+mod values;
+
+use candle_core::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "evidence", allow_negative_numbers = true)]
+struct Options {
+    #[command(subcommand)]
+    what: Option<What>,
+    /// What cargo adds
+    #[arg(long, hide = true, global = true)]
+    bench: bool,
+    /// Threads; as many as there are cores by default
+    #[arg(long, global = true, value_parser = values::count)]
+    threads: Option<usize>,
+}
+
+/// What to measure.
+#[derive(Subcommand)]
+enum What {
+    /// Seconds of a gradient by the hyperparameters
+    Speed(speed::Options),
+    /// The evidence over a grid of precisions, from batches of all sizes, continued from a batch, and from factors
+    Grid(grid::Options),
+    /// Training with decays tuned by the evidence, beside a grid of fixed ones
+    Online(online::Options),
+}
+
+fn work(options: Options) -> Result<()> {
+    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads.unwrap_or(0)).use_current_thread();
+    pool.build_global().map_err(candle_core::Error::wrap)?;
+    match options.what {
+        Some(What::Speed(options)) => speed::measure(&options),
+        Some(What::Grid(options)) => grid::measure(&options),
+        Some(What::Online(options)) => online::measure(&options),
+        None => speed::measure(&speed::Options::default()),
+    }
+}
+
+fn main() -> ExitCode {
+    match work(Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", sentence::sentence(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
