@@ -50,9 +50,8 @@ pub enum Curvature {
     /// tighter the larger the parts.
     Kernel(Outputs),
     /// [`Curvature::Kernel`] of all outputs, continued from a batch, its halves and its quarters to all examples by a power law. Not
-    /// a bound; much nearer to the value for all examples than that of the batches. The effective number of a single tensor can come
-    /// out below zero where its share falls as examples are added, which takes its precision to zero when that is tuned alone: then
-    /// one precision for all, or for a layer, is safer.
+    /// a bound; much nearer to the value for all examples than that of the batches. Where a tensor's effective number would come out
+    /// below zero, since its share falls as examples are added, the batch's own stands in for it, divided by `N / b`.
     Extrapolated,
     /// The generalized Gauss-Newton matrix of all parameters: the same as the kernel, cheaper where there are fewer parameters than
     /// examples times outputs.

@@ -11,10 +11,10 @@
 //! and the increments of the doublings to come, `m = log2(N/b)` of them, go on by it: `f(N) = f(b) + d2 (r + r^2 + .. + r^m)`, for any
 //! real `m` as `d2 r (r^m - 1) / (r - 1)`. That is exact where the increment of an example falls as a power of their number. The halves'
 //! and quarters' matrices are blocks of the batch's: together they cost less than a third of it. Derivatives are those of the
-//! extrapolated value. It is not a bound.
+//! extrapolated value, but for the shares of single tensors that would be below zero. It is not a bound.
 
 use super::kernel::{NAME, precise};
-use super::log_det::{Complexity, LogDet, Precision};
+use super::log_det::{Complexity, Effective, LogDet, Precision};
 use super::rows::Rows;
 use crate::linalg::cholesky::log_det_inverse;
 use crate::ops::dense::mix;
@@ -90,6 +90,39 @@ fn extrapolated([quarter, half, whole]: [f64; 3], times: f64) -> (f64, [f64; 3])
     (whole + last * sum, [moves * r, -sum - moves * (1.0 + r), 1.0 + sum + moves])
 }
 
+/// Shares with a positive number in place of those below zero, that of the batch divided by `times`; the others are scaled so that the sum
+/// stays.
+///
+/// A tensor's share can fall as examples are added, which a power law of the sum continues to below zero. No share is, and a precision
+/// that followed it would go to 0.
+fn positive(
+    mut shares: Vec<Option<Effective>>,
+    batch: Vec<Option<Effective>>,
+    times: f64,
+) -> Vec<Option<Effective>> {
+    let (mut above, mut added) = (0.0, 0.0);
+    for (share, batch) in shares.iter_mut().zip(batch) {
+        match (share, batch) {
+            (Some(Effective::Total(share)), Some(Effective::Total(batch))) if *share <= 0.0 => {
+                added += batch / times - *share;
+                *share = batch / times;
+                above += *share;
+            }
+            (Some(Effective::Total(share)), _) => above += *share,
+            _ => {}
+        }
+    }
+    let scale = (above - added) / above;
+    if scale > 0.0 {
+        for share in shares.iter_mut().flatten() {
+            if let Effective::Total(share) = share {
+                *share *= scale;
+            }
+        }
+    }
+    shares
+}
+
 impl Complexity for Extrapolated {
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
         let m = self.rows.shifted_kernel(s, precisions)?;
@@ -102,10 +135,17 @@ impl Complexity for Extrapolated {
         let (value, slopes) = extrapolated([quarter, half, whole], self.times);
         // The derivative of a sum of log-determinants of blocks is a trace against the sum of their inverses.
         let halves = with_blocks(halves, slopes[1] / 2.0, &quarters, slopes[0] / 4.0)?;
-        let inverse = with_blocks(inverse, slopes[2], &halves, 1.0)?;
-        let Some(inverse) = inverse.first() else { bail!("evidence: an empty batch") };
-        let effective = self.rows.effective(&inverse.to_dtype(dtype)?, s, precisions)?;
-        Ok(LogDet { value, effective, condition })
+        let joined = with_blocks(inverse.clone(), slopes[2], &halves, 1.0)?;
+        let (Some(joined), Some(whole)) = (joined.first(), inverse.first()) else {
+            bail!("evidence: an empty batch")
+        };
+        let effective = |m: &Tensor| self.rows.effective(&m.to_dtype(dtype)?, s, precisions);
+        let mut shares = effective(joined)?;
+        let negative = |share: &Option<Effective>| matches!(share, Some(Effective::Total(v)) if *v <= 0.0);
+        if shares.iter().any(negative) {
+            shares = positive(shares, effective(whole)?, self.times);
+        }
+        Ok(LogDet { value, effective: shares, condition })
     }
 }
 
@@ -129,6 +169,15 @@ mod tests {
         assert!((value - 1000.0).abs() < 1e-9);
         assert_eq!(extrapolated([25.0, 50.0, 110.0], 1.0).0, 110.0);
         assert_eq!(extrapolated([0.0; 3], 10.0).0, 0.0);
+    }
+
+    #[test]
+    fn shares_below_zero_become_positive_and_the_sum_stays() {
+        let total = |values: &[f64]| values.iter().map(|&v| Some(Effective::Total(v))).collect::<Vec<_>>();
+        let found = positive(total(&[30.0, -2.0, 0.0, 12.0]), total(&[9.0, 5.0, 1.0, 4.0]), 10.0);
+        let found: Vec<f64> = found.iter().flatten().map(|share| share.total().expect("a number")).collect();
+        assert!((found.iter().sum::<f64>() - 40.0).abs() < 1e-12 && found.iter().all(|share| *share > 0.0));
+        assert!((found[0] / found[3] - 2.5).abs() < 1e-12 && (found[1] / found[2] - 5.0).abs() < 1e-12);
     }
 
     #[test]
