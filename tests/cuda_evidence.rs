@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use common::device::*;
 use common::*;
 use kronwake::evidence::{
-    Curvature, Estimator, Examples, Hyper, Outputs, Parts, Posterior, Problem, Split, Structure, Structured,
+    Curvature, Estimator, Examples, HessianStructure, Hyper, Outputs, Parts, Posterior, Problem, Split,
+    Structure,
 };
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::tape::{Likelihood, Tape};
@@ -60,7 +61,7 @@ fn numbers(device: &Device, dtype: DType) -> Result<Vec<(String, f64)>> {
         }
     }
     let hyper = Hyper::new(&problem, Structure::PerTensor, 0.9)?;
-    for structure in [Structured::Full, Structured::Kron, Structured::Diagonal] {
+    for structure in [HessianStructure::Full, HessianStructure::Kron, HessianStructure::Diagonal] {
         let posterior = Posterior::fit(&problem, &examples, structure, &hyper, 1 << 30)?;
         let predictive = posterior.predict(&problem, &x)?;
         for t in [predictive.probit()?, predictive.variance()?, predictive.sampled(3, 1)?] {

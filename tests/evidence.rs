@@ -2,7 +2,8 @@
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use kronwake::evidence::{
-    Curvature, Estimator, Examples, Hyper, Outputs, Parts, Posterior, Problem, Split, Structure, Structured,
+    Curvature, Estimator, Examples, HessianStructure, Hyper, Outputs, Parts, Posterior, Problem, Split,
+    Structure,
 };
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::relu;
@@ -420,8 +421,8 @@ fn predictions_agree_with_jacobians() -> Result<()> {
         let j = net.jacobian(&problem)?;
         let size = m.dim(0)?;
         let eye = Tensor::eye(size, DType::F64, &CPU)?;
-        for structure in [Structured::Full, Structured::Diagonal] {
-            let m = if structure == Structured::Full { m.clone() } else { (&m * &eye)? };
+        for structure in [HessianStructure::Full, HessianStructure::Diagonal] {
+            let m = if structure == HessianStructure::Full { m.clone() } else { (&m * &eye)? };
             let sigma = kronwake::linalg::cholesky::inverse_spd(&m.unsqueeze(0)?, "m")?.squeeze(0)?;
             let expected = j.matmul(&sigma)?.matmul(&j.t()?)?.to_vec2::<f64>()?;
             let posterior = Posterior::fit(&problem, &examples, structure, &hyper, 1 << 30)?;
@@ -465,7 +466,7 @@ fn predictions_with_kronecker_factors() -> Result<()> {
     let problem = other.problem(likelihood)?;
     let j = other.jacobian(&problem)?;
     let expected = j.matmul(&sigma)?.matmul(&j.t()?)?.to_vec2::<f64>()?;
-    let posterior = Posterior::fit(&problem, &examples, Structured::Kron, &hyper, 1 << 30)?;
+    let posterior = Posterior::fit(&problem, &examples, HessianStructure::Kron, &hyper, 1 << 30)?;
     let found = posterior.predict(&problem, &other.x)?;
     let variance = found.variance()?.to_vec2::<f64>()?;
     for n in 0..2 {
@@ -482,7 +483,7 @@ fn predictions_of_classes() -> Result<()> {
     let net = Net::new(Kind::Mlp, 2, 6, 2)?;
     let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);
     let hyper = Hyper::new(&problem, Structure::Scalar, 0.7)?;
-    let posterior = Posterior::fit(&problem, &examples, Structured::Full, &hyper, 1 << 30)?;
+    let posterior = Posterior::fit(&problem, &examples, HessianStructure::Full, &hyper, 1 << 30)?;
     let found = posterior.predict(&problem, &net.x)?;
     let (sampled, probit) = (found.sampled(20_000, 1)?.to_vec2::<f64>()?, found.probit()?.to_vec2::<f64>()?);
     let (mean, covariance) = (found.mean.to_vec2::<f64>()?, found.covariance.to_vec3::<f64>()?);

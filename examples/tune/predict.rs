@@ -1,7 +1,7 @@
 //! What the tuned posterior predicts for test images, beside the net itself.
 
 use candle_core::{D, DType, Result, Tensor};
-use kronwake::evidence::{Examples, Hyper, Posterior, Problem, Structure, Structured};
+use kronwake::evidence::{Examples, HessianStructure, Hyper, Posterior, Problem, Structure};
 use kronwake::ops::softmax::softmax_last_dim;
 
 /// Test images that are predicted for.
@@ -22,7 +22,7 @@ pub fn print(problem: &Problem<'_>, train: &Examples, test: &Examples, hyper: &H
     if hyper.structure() == Structure::Diagonal {
         return Ok(());
     }
-    let posterior = Posterior::fit(problem, train, Structured::Kron, hyper, usize::MAX)?;
+    let posterior = Posterior::fit(problem, train, HessianStructure::Kron, hyper, usize::MAX)?;
     let test = test.select(&(0..test.len().min(IMAGES)).collect::<Vec<_>>())?;
     let predictive = posterior.predict(problem, test.x())?;
     println!("\n{:<44}{:>10}{:>10}", format!("first {} test images", test.len()), "NLL", "%");

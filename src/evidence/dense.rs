@@ -3,7 +3,7 @@
 //! Parameter space: the matrix has a row a parameter, however many examples there are. The log-determinant is that of the kernel of the
 //! same rows (Sylvester).
 
-use super::log_det::{Complexity, Effective, LogDet, Precision};
+use super::log_det::{Complexity, LogDet, Precision, precision_of};
 use super::rows::Rows;
 use crate::linalg::cholesky::log_det_inverse;
 use crate::linalg::kron::diagonal;
@@ -56,17 +56,9 @@ impl Dense {
 impl Dense {
     /// `sqrt(s) P0^-1/2` of every row, and `I + s P0^-1/2 G P0^-1/2`.
     fn shifted(&self, g: &Tensor, s: f64, precisions: &[Precision]) -> Result<(Tensor, Tensor)> {
-        let mut scales = Vec::new();
-        for &(tensor, size) in &self.spans {
-            scales.push(match precisions.get(tensor) {
-                Some(Precision::Uniform(delta)) => Tensor::full((s / delta).sqrt(), size, g.device())?,
-                Some(Precision::Each(deltas)) => {
-                    (deltas.flatten_all()?.recip()? * s)?.sqrt()?.to_device(g.device())?
-                }
-                None => bail!("evidence: tensor {tensor} of {} precisions", precisions.len()),
-            });
-        }
-        let scale = Tensor::cat(&scales, 0)?;
+        let of = |&(tensor, size): &(usize, usize)| precision_of(precisions, tensor)?.flat(size, g.device());
+        let deltas = self.spans.iter().map(of).collect::<Result<Vec<_>>>()?;
+        let scale = (Tensor::cat(&deltas, 0)?.recip()? * s)?.sqrt()?;
         let shifted = g.broadcast_mul(&scale.unsqueeze(0)?)?.broadcast_mul(&scale.unsqueeze(1)?)?;
         let shifted = (shifted + Tensor::eye(scale.dim(0)?, DType::F64, g.device())?)?;
         Ok((scale, shifted))
@@ -95,14 +87,9 @@ impl Complexity for Dense {
         let each = (1.0 - diagonal(&inverse.unsqueeze(0)?)?.squeeze(0)?)?;
         let mut at = 0;
         for &(tensor, size) in &self.spans {
-            let each = each.narrow(0, at, size)?;
+            let share = precision_of(precisions, tensor)?.effective(&each.narrow(0, at, size)?)?;
+            found.effective[tensor] = Some(share);
             at += size;
-            found.effective[tensor] = Some(match &precisions[tensor] {
-                Precision::Uniform(_) => Effective::Total(each.sum_all()?.to_scalar()?),
-                Precision::Each(deltas) => {
-                    Effective::Each(each.to_device(deltas.device())?.reshape(deltas.shape())?)
-                }
-            });
         }
         Ok(found)
     }

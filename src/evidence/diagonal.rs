@@ -1,13 +1,10 @@
 //! The diagonal of the generalized Gauss-Newton matrix: a log-determinant that bounds the exact one from above (Hadamard).
 
-use super::log_det::{Complexity, Effective, LogDet, Precision, sum_of};
-use super::rows::{LayerRows, Rows};
+use super::log_det::{Complexity, LogDet, Precision, precision_of, sum_of};
+use super::rows::{CHUNK, LayerRows, Rows};
 use crate::ops::dense::product;
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 use std::collections::BTreeMap;
-
-/// Numbers of the rows written out at a time.
-const CHUNK: usize = 1 << 24;
 
 /// Sums of squares of the rows.
 #[derive(Debug, Clone, Default)]
@@ -32,14 +29,8 @@ impl Diagonal {
     /// `1 / (s h + P0)` of each tensor, flattened.
     pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<Vec<(usize, Tensor)>> {
         let of = |(&tensor, squares): (&usize, &Tensor)| {
-            let shifted = match precisions.get(tensor) {
-                Some(Precision::Uniform(delta)) => ((squares * s)? + *delta)?,
-                Some(Precision::Each(deltas)) => {
-                    ((squares * s)? + deltas.flatten_all()?.to_device(squares.device())?)?
-                }
-                None => bail!("posterior: tensor {tensor} of {} precisions", precisions.len()),
-            };
-            Ok((tensor, shifted.recip()?))
+            let deltas = precision_of(precisions, tensor)?.flat(squares.elem_count(), squares.device())?;
+            Ok((tensor, ((squares * s)? + deltas)?.recip()?))
         };
         self.sums.iter().map(of).collect()
     }
@@ -70,22 +61,12 @@ impl Complexity for Diagonal {
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
         let mut found = LogDet::zero(precisions.len());
         for (&tensor, squares) in &self.sums {
-            let ratio = match precisions.get(tensor) {
-                Some(Precision::Uniform(delta)) => (squares * (s / delta))?,
-                Some(Precision::Each(deltas)) => {
-                    ((squares / deltas.flatten_all()?.to_device(squares.device())?)? * s)?
-                }
-                None => bail!("evidence: tensor {tensor} of {} precisions", precisions.len()),
-            };
+            let precision = precision_of(precisions, tensor)?;
+            let deltas = precision.flat(squares.elem_count(), squares.device())?;
+            let ratio = ((squares / deltas)? * s)?;
             let one = (&ratio + 1.0)?;
             found.value += sum_of(&one.log()?)?;
-            let each = (ratio / one)?;
-            found.effective[tensor] = Some(match &precisions[tensor] {
-                Precision::Uniform(_) => Effective::Total(sum_of(&each)?),
-                Precision::Each(deltas) => {
-                    Effective::Each(each.to_device(deltas.device())?.reshape(deltas.shape())?)
-                }
-            });
+            found.effective[tensor] = Some(precision.effective(&(ratio / one)?)?);
         }
         Ok(found)
     }

@@ -4,7 +4,7 @@ use super::estimator::Estimator;
 use super::fit::Evidence;
 use super::hyper::{Hyper, Structure};
 use super::problem::{Examples, Problem};
-use super::tune::{adam, snapshot};
+use super::tune::{adam, or_restored};
 use crate::nn::{AdamW, Optimizer};
 use crate::penalty::{Lp, Penalty};
 use candle_core::{Result, Tensor, bail};
@@ -134,15 +134,7 @@ impl TuneDuring {
         if since.is_none_or(|since| since % self.params.every != 0) {
             return Ok(None);
         }
-        let vars = self.hyper.vars();
-        let before = snapshot(&vars)?;
-        let round = self.round(problem, examples);
-        if round.is_err() {
-            for (var, value) in vars.iter().zip(&before) {
-                var.set(value)?;
-            }
-        }
-        round
+        or_restored(&self.hyper.vars(), || self.round(problem, examples))
     }
 
     fn round(&mut self, problem: &Problem<'_>, examples: &Examples) -> Result<Option<Evidence>> {

@@ -5,12 +5,11 @@ use super::diagonal::Diagonal;
 use super::extrapolate::Extrapolated;
 use super::fit::{Evidence, Fit};
 use super::hyper::Hyper;
-use super::kernel::CHUNK;
 use super::kron::KronSums;
 use super::log_det::{Complexity, LogDet};
 use super::partition::Parts;
 use super::problem::{DataFit, Examples, Problem};
-use super::rows::Rows;
+use super::rows::{CHUNK, Rows};
 use crate::ops::rng::uniform;
 use crate::tape::Root;
 use candle_core::{DType, Result, Tensor, bail};
@@ -163,7 +162,7 @@ impl Estimator {
                     }
                 }
                 Curvature::Extrapolated => {
-                    let rows = read.rows(Root::Reduced)?;
+                    let rows = read.joint()?;
                     // Every part speaks for all examples.
                     take(1.0 / parts.len() as f64, Box::new(Extrapolated::new(rows, examples.len())?))?;
                 }
@@ -186,9 +185,6 @@ impl Estimator {
     }
 }
 
-/// Examples of one forward pass where their rows are summed and not kept.
-const PASS: usize = 256;
-
 /// Reads one part of the examples.
 struct Reader<'a, 'p> {
     problem: &'a Problem<'p>,
@@ -210,10 +206,10 @@ impl Reader<'_, '_> {
         Rows::gather(&self.problem.tape, outputs, cotangents, |layer| self.problem.tensors_of(layer))
     }
 
-    /// The rows of all examples of the part.
-    fn rows(&mut self, root: Root) -> Result<Rows> {
-        let outputs = self.outputs(&self.part.clone())?;
-        let columns = self.problem.likelihood.cotangents(&outputs, root)?;
+    /// The rows of all examples of the part, for one kernel of them all.
+    fn joint(&mut self) -> Result<Rows> {
+        let outputs = self.outputs(self.part)?;
+        let columns = self.problem.likelihood.cotangents(&outputs, Root::Reduced)?;
         self.check(self.part.len() * columns.len(), &outputs)?;
         self.gather(&outputs, columns)?.write_out(CHUNK)
     }
@@ -235,14 +231,8 @@ impl Reader<'_, '_> {
 
     /// Runs `visit` on the rows of all examples, a few examples at a time.
     fn each(&mut self, mut visit: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
-        let numbers: Vec<usize> = (0..self.part.len()).collect();
-        for numbers in numbers.chunks(PASS) {
-            let some = if numbers.len() == self.part.len() {
-                self.part.clone()
-            } else {
-                self.part.select(numbers)?
-            };
-            let outputs = self.outputs(&some)?;
+        for some in self.part.passes() {
+            let outputs = self.outputs(&some?)?;
             let columns = self.problem.likelihood.cotangents(&outputs, Root::Reduced)?;
             visit(&self.gather(&outputs, columns)?)?;
         }
@@ -252,14 +242,14 @@ impl Reader<'_, '_> {
     /// The kernels of the part, each with its weight; `draw(n)` is a uniform number.
     fn kernels(&mut self, outputs: Outputs, draw: impl Fn(u64) -> f64) -> Result<Vec<(f64, Rows)>> {
         let split = match outputs {
-            Outputs::Joint => return Ok(vec![(1.0, self.rows(Root::Reduced)?)]),
+            Outputs::Joint => return Ok(vec![(1.0, self.joint()?)]),
             Outputs::Independent(split)
             | Outputs::One(split)
             | Outputs::Given(split, _)
             | Outputs::OneEach(split) => split,
         };
         let root = if split == Split::Root { Root::PerOutput } else { Root::Diagonal };
-        let z = self.outputs(&self.part.clone())?;
+        let z = self.outputs(self.part)?;
         self.check(self.part.len(), &z)?;
         let mut columns = self.problem.likelihood.cotangents(&z, root)?;
         let count = columns.len();
@@ -309,7 +299,9 @@ impl Reader<'_, '_> {
         per_tensor: bool,
         take: &mut impl FnMut(f64, Box<dyn Complexity>) -> Result<()>,
     ) -> Result<()> {
-        let rows = self.rows_in_passes()?;
+        let outputs = self.outputs(self.part)?;
+        let columns = self.problem.likelihood.cotangents(&outputs, Root::Reduced)?;
+        let rows = self.gather(&outputs, columns)?;
         let kinds: &[(bool, bool)] =
             if per_tensor { &[(true, false), (false, true)] } else { &[(true, true)] };
         for index in 0..rows.layers.len() {
@@ -333,13 +325,6 @@ impl Reader<'_, '_> {
             }
         }
         Ok(())
-    }
-
-    /// The rows of all examples, whatever the size of their kernel.
-    fn rows_in_passes(&mut self) -> Result<Rows> {
-        let outputs = self.outputs(&self.part.clone())?;
-        let columns = self.problem.likelihood.cotangents(&outputs, Root::Reduced)?;
-        self.gather(&outputs, columns)
     }
 }
 

@@ -6,7 +6,7 @@
 //! Tangent Kernels" (ICML 2023).
 
 use super::log_det::{Complexity, Effective, LogDet, Precision};
-use super::rows::{LayerRows, Rows};
+use super::rows::{CHUNK, LayerRows, Rows};
 use crate::linalg::cholesky::log_det_inverse;
 use crate::ops::dense::product;
 use crate::ops::ntk::{self, Panel};
@@ -16,8 +16,6 @@ use std::ops::Range;
 /// Rows of a kernel that are worked on at a time: what is above the diagonal is mostly left out. On the CPU so few that their
 /// products stay in the cache.
 const PANEL: [usize; 2] = [128, 512];
-/// Numbers of the rows written out at a time.
-pub(crate) const CHUNK: usize = 1 << 24;
 /// From which condition on an f32 kernel is factorized in f64, and where its own rounding is too much.
 const NARROW: f64 = 1e5;
 const TOO_MUCH: [f64; 2] = [5e7, 1e15];
@@ -159,9 +157,8 @@ impl Rows {
             }
         }
         for ((found, parts), precision) in found.iter_mut().zip(parts).zip(precisions) {
-            if let (Precision::Each(precision), false) = (precision, parts.is_empty()) {
-                let each = Tensor::cat(&parts, 0)?.to_dtype(DType::F64)?.to_device(precision.device())?;
-                *found = Some(Effective::Each(each.reshape(precision.shape())?));
+            if !parts.is_empty() {
+                *found = Some(precision.effective(&Tensor::cat(&parts, 0)?)?);
             }
         }
         Ok(found)
@@ -207,12 +204,12 @@ fn scaled(
     match precision {
         Precision::Uniform(delta) => Ok((rows, s / delta)),
         Precision::Each(deltas) => {
-            let flat = deltas.flatten_all()?;
+            let flat = precision.flat(deltas.elem_count(), rows.device())?;
             let flat = match outs {
                 Some((outs, columns)) => flat.narrow(0, outs.start * columns, outs.len() * columns)?,
                 None => flat,
             };
-            let scale = (flat.recip()? * s)?.sqrt()?.to_dtype(rows.dtype())?.to_device(rows.device())?;
+            let scale = (flat.recip()? * s)?.sqrt()?.to_dtype(rows.dtype())?;
             Ok((rows.broadcast_mul(&scale.unsqueeze(0)?)?, 1.0))
         }
     }

@@ -1,6 +1,6 @@
 //! `log det(sG + P0) - log det P0`: the complexity that the evidence charges for, and what each parameter tensor has part in it.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// The prior precisions of one parameter tensor.
 #[derive(Debug, Clone)]
@@ -9,6 +9,34 @@ pub(crate) enum Precision {
     Uniform(f64),
     /// One a weight, in the tensor's shape, f64.
     Each(Tensor),
+}
+
+impl Precision {
+    /// One a weight of a tensor of `size` weights, flattened, f64.
+    pub fn flat(&self, size: usize, device: &Device) -> Result<Tensor> {
+        match self {
+            Precision::Uniform(delta) => Tensor::full(*delta, size, device),
+            Precision::Each(deltas) => deltas.flatten_all()?.to_device(device),
+        }
+    }
+
+    /// What the data determine of each weight, flattened, as the prior groups them.
+    pub fn effective(&self, each: &Tensor) -> Result<Effective> {
+        Ok(match self {
+            Precision::Uniform(_) => Effective::Total(sum_of(each)?),
+            Precision::Each(deltas) => Effective::Each(
+                each.to_dtype(DType::F64)?.to_device(deltas.device())?.reshape(deltas.shape())?,
+            ),
+        })
+    }
+}
+
+/// The precisions of a tensor of the problem.
+pub(crate) fn precision_of(precisions: &[Precision], tensor: usize) -> Result<&Precision> {
+    match precisions.get(tensor) {
+        Some(precision) => Ok(precision),
+        None => bail!("evidence: tensor {tensor} of {} precisions", precisions.len()),
+    }
 }
 
 /// How many parameters of one tensor the data determine, out of as many as it has.

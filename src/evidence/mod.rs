@@ -39,6 +39,6 @@ pub use estimator::{Curvature, Estimator, Outputs, Split};
 pub use fit::{Evidence, Fit};
 pub use hyper::{Hyper, Structure};
 pub use partition::Parts;
-pub use posterior::{Posterior, Predictive, Structured};
+pub use posterior::{HessianStructure, Posterior, Predictive};
 pub use problem::{Examples, Parameter, Problem};
 pub use tune::{ParamsTune, tune};

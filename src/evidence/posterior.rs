@@ -8,9 +8,9 @@ use super::dense::Dense;
 use super::diagonal::Diagonal;
 use super::hyper::Hyper;
 use super::kron::{KronBasis, KronSums};
-use super::log_det::Precision;
+use super::log_det::{Precision, precision_of};
 use super::problem::{Examples, Problem};
-use super::rows::{LayerRows, Rows};
+use super::rows::{CHUNK, LayerRows, Rows};
 use crate::linalg::cholesky::cholesky;
 use crate::ops::dense::product;
 use crate::ops::rng::normal;
@@ -20,7 +20,7 @@ use candle_core::{D, DType, Result, Tensor, bail};
 
 /// What stands for the curvature of a posterior.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Structured {
+pub enum HessianStructure {
     /// The generalized Gauss-Newton matrix of all parameters, written out.
     Full,
     /// Kronecker factors of each tensor's block. The default.
@@ -49,11 +49,6 @@ pub struct Posterior {
     noise: f64,
 }
 
-/// Numbers of a batch's rows written out at a time.
-const CHUNK: usize = 1 << 24;
-/// Examples of one pass.
-const PASS: usize = 256;
-
 impl Posterior {
     /// Fits the posterior to `examples` at the present parameters and hyperparameters. `memory`: the most bytes that the full matrix and
     /// its inverse may take.
@@ -63,7 +58,7 @@ impl Posterior {
     pub fn fit(
         problem: &Problem<'_>,
         examples: &Examples,
-        structure: Structured,
+        structure: HessianStructure,
         hyper: &Hyper,
         memory: usize,
     ) -> Result<Self> {
@@ -71,16 +66,15 @@ impl Posterior {
         let noise = hyper.noise()?;
         let s = hyper.scale()?;
         let each = |visit: &mut dyn FnMut(&Rows) -> Result<()>| -> Result<()> {
-            let numbers: Vec<usize> = (0..examples.len()).collect();
-            for numbers in numbers.chunks(PASS) {
-                let outputs = problem.outputs(&examples.select(numbers)?)?;
+            for some in examples.passes() {
+                let outputs = problem.outputs(&some?)?;
                 let columns = problem.likelihood.cotangents(&outputs, Root::Reduced)?;
                 visit(&Rows::gather(&problem.tape, &outputs, columns, |layer| problem.tensors_of(layer))?)?;
             }
             Ok(())
         };
         let covariance = match structure {
-            Structured::Full => {
+            HessianStructure::Full => {
                 let size: usize = problem.parameters().iter().map(|p| p.tensor.elem_count()).sum();
                 let bytes = 32 * (size as u128).pow(2);
                 if bytes > memory as u128 {
@@ -93,7 +87,7 @@ impl Posterior {
                 let (covariance, order) = sums.covariance(s, &precisions)?;
                 Covariance::Full(covariance, order)
             }
-            Structured::Kron => {
+            HessianStructure::Kron => {
                 if precisions.iter().any(|p| matches!(p, Precision::Each(_))) {
                     bail!(
                         "posterior: Kronecker factors need one prior precision a tensor (or layer, or for all), not one a weight"
@@ -103,7 +97,7 @@ impl Posterior {
                 each(&mut |rows| sums.add(rows))?;
                 Covariance::Kron(sums.basis()?)
             }
-            Structured::Diagonal => {
+            HessianStructure::Diagonal => {
                 let mut sums = Diagonal::default();
                 each(&mut |rows| sums.add(rows))?;
                 Covariance::Diagonal(sums.covariance(s, &precisions)?)
@@ -117,19 +111,17 @@ impl Posterior {
     /// # Errors
     /// When the outputs are not `[n, classes]`, not finite, or the forward fails.
     pub fn predict(&self, problem: &Problem<'_>, x: &Tensor) -> Result<Predictive> {
-        let n = x.dims().first().copied().unwrap_or(0);
+        if x.dims().first().is_none_or(|&n| n == 0) {
+            bail!("posterior: no inputs to predict for, got {:?}", x.dims())
+        }
         let (mut means, mut covariances) = (Vec::new(), Vec::new());
-        for start in (0..n).step_by(PASS) {
-            let x = x.narrow(0, start, PASS.min(n - start))?;
-            let outputs = problem.outputs(&Examples::new(x.clone(), x)?)?;
+        for some in Examples::new(x.clone(), x.clone())?.passes() {
+            let outputs = problem.outputs(&some?)?;
             let (_, classes) = outputs.dims2()?;
             let columns = Likelihood::Gaussian.cotangents(&outputs, Root::PerOutput)?;
             let rows = Rows::gather(&problem.tape, &outputs, columns, |layer| problem.tensors_of(layer))?;
             covariances.push(self.covariance_of(&rows)?.reshape(((), classes, classes))?);
             means.push(outputs.detach());
-        }
-        if means.is_empty() {
-            bail!("posterior: no inputs to predict for, got {:?}", x.dims())
         }
         Ok(Predictive {
             mean: Tensor::cat(&means, 0)?.to_dtype(DType::F64)?,
@@ -202,10 +194,8 @@ impl Posterior {
 
     /// `1 / (s value + precision)`.
     fn scale(&self, tensor: usize, values: &Tensor) -> Result<Tensor> {
-        match self.precisions.get(tensor) {
-            Some(Precision::Uniform(delta)) => ((values * self.s)? + *delta)?.recip(),
-            _ => bail!("posterior: tensor {tensor} has no precision"),
-        }
+        let deltas = precision_of(&self.precisions, tensor)?.flat(values.elem_count(), values.device())?;
+        ((values * self.s)? + deltas)?.recip()
     }
 }
 

@@ -6,6 +6,9 @@ use crate::tape::{Layer, Likelihood, Tape};
 use candle_core::{D, DType, Result, Tensor, bail};
 use std::sync::Arc;
 
+/// Examples of one pass where their rows are summed and not kept.
+const PASS: usize = 256;
+
 /// Examples in two tensors whose first dimensions are the examples.
 #[derive(Debug, Clone)]
 pub struct Examples {
@@ -58,6 +61,14 @@ impl Examples {
         let numbers: Vec<u32> = numbers.iter().map(|&i| i as u32).collect();
         let of = |t: &Tensor| t.index_select(&Tensor::new(numbers.as_slice(), t.device())?, 0);
         Self::new(of(&self.x)?, of(&self.y)?)
+    }
+
+    /// All of them, so many at a time that what a pass leaves behind fits.
+    pub(crate) fn passes(&self) -> impl Iterator<Item = Result<Self>> {
+        (0..self.len()).step_by(PASS).map(|from| match PASS.min(self.len() - from) {
+            all if all == self.len() => Ok(self.clone()),
+            some => Self::new(self.x.narrow(0, from, some)?, self.y.narrow(0, from, some)?),
+        })
     }
 
     /// The class of every example.

@@ -10,6 +10,9 @@ use candle_core::{Result, Tensor, bail};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// Numbers of the rows written out at a time.
+pub(crate) const CHUNK: usize = 1 << 24;
+
 /// The rows of a batch.
 #[derive(Debug, Clone)]
 pub(crate) struct Rows {

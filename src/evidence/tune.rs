@@ -6,7 +6,7 @@ use super::hyper::Hyper;
 use super::partition::Parts;
 use super::problem::{Examples, Problem};
 use crate::nn::{AdamW, Optimizer, ParamsAdamW};
-use candle_core::{Result, Tensor, Var, bail};
+use candle_core::{Result, Var, bail};
 
 /// How [`tune`] climbs.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -74,18 +74,19 @@ pub fn tune(
     params: &ParamsTune,
     watch: impl FnMut(usize, &Evidence),
 ) -> Result<Evidence> {
-    let before = snapshot(&hyper.vars())?;
-    let found = climb(problem, examples, estimator, hyper, params, watch);
+    or_restored(&hyper.vars(), || climb(problem, examples, estimator, hyper, params, watch))
+}
+
+/// What `change` returns; the Vars are what they were if that is an error.
+pub(super) fn or_restored<T>(vars: &[Var], change: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before = vars.iter().map(|var| var.copy()).collect::<Result<Vec<_>>>()?;
+    let found = change();
     if found.is_err() {
-        for (var, value) in hyper.vars().iter().zip(&before) {
+        for (var, value) in vars.iter().zip(&before) {
             var.set(value)?;
         }
     }
     found
-}
-
-pub(super) fn snapshot(vars: &[Var]) -> Result<Vec<Tensor>> {
-    vars.iter().map(|var| var.copy()).collect()
 }
 
 /// Adam without decay.
