@@ -96,6 +96,11 @@ impl FactorSums {
         }
     }
 
+    /// The gradients of the pass are those of a loss times `factor`.
+    pub fn divide(&mut self, factor: f64) {
+        self.scale /= factor;
+    }
+
     /// Closes the pass: sums over positions are complete only now.
     pub fn end(&mut self) -> Result<()> {
         for (sums, want) in self.sums.iter_mut().zip(&self.wants) {

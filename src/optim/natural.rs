@@ -194,11 +194,17 @@ impl<R: WakeRule> Natural<R> {
             return Ok((None, self.gradients(&loss.backward()?)?));
         }
         let value = scalar(loss)?;
-        if !value.is_finite() && self.params.non_finite == NonFinite::Error {
-            bail!("{}: step {}: the loss is {value}; parameters and state are unchanged", R::NAME, self.steps)
-        }
+        self.check_loss(value)?;
         let grads = loss.backward()?;
         Ok((Some(value), self.gradients(&grads)?))
+    }
+
+    /// Refuses a loss that is no number, unless such steps are left out.
+    pub(super) fn check_loss(&self, loss: f64) -> Result<()> {
+        if !loss.is_finite() && self.params.non_finite == NonFinite::Error {
+            bail!("{}: step {}: the loss is {loss}; parameters and state are unchanged", R::NAME, self.steps)
+        }
+        Ok(())
     }
 
     /// Picks the gradient of every param out of a store: in the dtype of the state, but on a GPU, whose kernels widen what they
