@@ -8,6 +8,7 @@ pub mod conv;
 pub mod dropout;
 pub mod embedding;
 pub mod linear;
+pub mod lora;
 pub mod norm;
 pub mod ops;
 
@@ -16,6 +17,7 @@ pub use conv::{Conv1d, Conv2d, conv1d, conv1d_no_bias, conv2d, conv2d_no_bias};
 pub use dropout::Dropout;
 pub use embedding::{Embedding, embedding};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
+pub use lora::{Lora, ParamsLora};
 // The function and, under candle's name, the module.
 pub use norm::{
     self as layer_norm, LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
