@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor, bail};
 use candle_nn::VarMap;
 use safetensors::SafeTensors;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Deref;
 use std::path::Path;
 
 /// The tensors of a safetensors file with its metadata.
@@ -25,15 +26,45 @@ impl Checkpoint {
     /// When a file cannot be read, is truncated or is not in the safetensors format; when the index is no such index, names files outside of
     /// its folder, or tensors that are missing, left over or in two files. The message names the file.
     pub fn read(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
-        let path = path.as_ref();
-        if path.is_dir() {
-            let index = path.join("model.safetensors.index.json");
-            return Self::read(if index.exists() { index } else { path.join("model.safetensors") }, device);
+        Self::read_by(path.as_ref(), device, |file| std::fs::read(file))
+    }
+
+    fn read_by<B: Deref<Target = [u8]>>(
+        path: &Path,
+        device: &Device,
+        open: impl Copy + Fn(&Path) -> std::io::Result<B>,
+    ) -> Result<Self> {
+        let bytes = |path: &Path| match open(path) {
+            Ok(bytes) => Ok(bytes),
+            Err(error) => bail!("{}: cannot be read: {error}", path.display()),
+        };
+        let (index, single) = (path.join("model.safetensors.index.json"), path.join("model.safetensors"));
+        let path = match path.is_dir() {
+            true if index.exists() => &index,
+            true => &single,
+            false => path,
+        };
+        if !path.to_string_lossy().ends_with(".index.json") {
+            return Self::parse(&path.display().to_string(), &bytes(path)?, device);
         }
-        if path.to_string_lossy().ends_with(".index.json") {
-            return Self::read_index(path, device);
-        }
-        Self::parse(&path.display().to_string(), &bytes(path)?, device)
+        Self::indexed(path, &bytes(path)?, |file| {
+            Self::parse(&file.display().to_string(), &bytes(file)?, device)
+        })
+    }
+
+    /// [`Checkpoint::read`] by way of the files' pages in memory: each is read as its tensors are made, without a copy of the whole file beside
+    /// them.
+    ///
+    /// # Safety
+    /// While this runs, nobody may change the files: what is read then is not defined, and a file that becomes shorter ends the process.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`].
+    pub unsafe fn read_mapped(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        Self::read_by(path.as_ref(), device, |file| unsafe {
+            memmap2::Mmap::map(&std::fs::File::open(file)?)
+        })
     }
 
     /// The tensors of a safetensors file's bytes; `name` is what errors call it.
@@ -55,9 +86,9 @@ impl Checkpoint {
     }
 
     /// All files that an index names, as Hugging Face's libraries write it: `{"weight_map": {tensor: file}}`.
-    fn read_index(path: &Path, device: &Device) -> Result<Self> {
+    fn indexed(path: &Path, index: &[u8], read: impl Fn(&Path) -> Result<Self>) -> Result<Self> {
         let shown = path.display();
-        let index: serde_json::Value = match serde_json::from_slice(&bytes(path)?) {
+        let index: serde_json::Value = match serde_json::from_slice(index) {
             Ok(index) => index,
             Err(error) => bail!("{shown}: not an index of safetensors files: {error}"),
         };
@@ -75,7 +106,7 @@ impl Checkpoint {
         }
         let (mut all, mut wrong) = (Self::default(), vec![]);
         for (file, tensors) in files {
-            let part = Self::read(path.with_file_name(file), device)?;
+            let part = read(&path.with_file_name(file))?;
             wrong.extend(
                 tensors
                     .iter()
@@ -154,12 +185,5 @@ impl Checkpoint {
             }
         }
         Ok(())
-    }
-}
-
-fn bytes(path: &Path) -> Result<Vec<u8>> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(bytes),
-        Err(error) => bail!("{}: cannot be read: {error}", path.display()),
     }
 }

@@ -57,6 +57,12 @@ fn several_files_are_one_checkpoint() -> Result<()> {
         assert_eq!(found.tensors.keys().collect::<Vec<_>>(), ["a", "b", "c"]);
         assert_eq!(found.tensors["b"].to_vec2::<f64>()?, [[0., 1., 2.], [3., 4., 5.]]);
         assert_eq!(found.metadata.len(), 2);
+        // SAFETY: nobody else knows the files.
+        let mapped = unsafe { Checkpoint::read_mapped(path, &CPU)? };
+        assert_eq!(mapped.metadata, found.metadata);
+        for (name, tensor) in &found.tensors {
+            assert_eq!(mapped.tensors[name].to_string(), tensor.to_string());
+        }
     }
     for (text, part) in [
         (
@@ -75,8 +81,11 @@ fn several_files_are_one_checkpoint() -> Result<()> {
         ("{".into(), "not an index of safetensors files"),
     ] {
         let path = folder.write("bad.index.json", text.as_bytes());
-        let message = Checkpoint::read(&path, &CPU).expect_err("refused").to_string();
-        assert!(message.contains(part), "{part}: {message}");
+        // SAFETY: nobody else knows the files.
+        for found in [Checkpoint::read(&path, &CPU), unsafe { Checkpoint::read_mapped(&path, &CPU) }] {
+            let message = found.expect_err("refused").to_string();
+            assert!(message.contains(part), "{part}: {message}");
+        }
     }
     // Without an index a folder's one file is read.
     std::fs::remove_file(at("model.safetensors.index.json"))?;

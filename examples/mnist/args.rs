@@ -165,6 +165,9 @@ pub struct Args {
     /// Write parameters and optimizer state here at the end
     #[arg(long, value_name = "FILE", help_heading = FILES)]
     pub save: Option<PathBuf>,
+    /// Write that file after every N steps too; it is replaced at once, so that a training killed at any moment can go on from it
+    #[arg(long, value_name = "N", value_parser = count, requires = "save", help_heading = FILES)]
+    pub save_every: Option<usize>,
     /// Go on from the file of --save. With the same other options and the same --epochs, training in parts by --steps is
     /// the uninterrupted training, bit for bit
     #[arg(long, value_name = "FILE", help_heading = FILES)]

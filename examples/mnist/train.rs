@@ -270,6 +270,11 @@ impl Loop<'_> {
                 row.lr = self.schedule.at(step);
                 self.optimizer.set_learning_rate(row.lr);
                 outcomes.push(self.step(places, step)?);
+                if let (Some(path), Some(every)) = (&args.save, args.save_every)
+                    && self.optimizer.steps().is_multiple_of(every)
+                {
+                    self.optimizer.save(path)?;
+                }
                 if let Some(found) = self.tuning.as_mut().map(Tuning::after_step).transpose()?.flatten() {
                     bar.suspend(|| println!("{found}"));
                 }
