@@ -1,8 +1,8 @@
 //! Weight decay, max-norm and multipliers at a high learning rate; `cargo run --release --example constrained -- --help` lists what
 //! can be chosen.
 
-#[path = "../study/colors.rs"]
-mod colors;
+#[path = "../mnist/chart.rs"]
+mod chart;
 #[allow(dead_code)]
 #[path = "../mnist/data.rs"]
 mod data;
@@ -13,6 +13,8 @@ mod plot;
 mod random;
 #[path = "../mnist/sentence.rs"]
 mod sentence;
+#[path = "../mnist/start.rs"]
+mod start;
 mod train;
 #[allow(dead_code)]
 #[path = "../mnist/values.rs"]
@@ -62,15 +64,7 @@ pub struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    let pool = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
-    match pool.map_err(candle_core::Error::wrap).and_then(|()| compare(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", sentence::sentence(&error));
-            ExitCode::FAILURE
-        }
-    }
+    start::start(None, || compare(&args))
 }
 
 fn compare(args: &Args) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Trains small networks on 28x28 images; `cargo run --release --example mnist -- --help` lists what can be chosen.
 
 mod args;
+mod chart;
 mod data;
 mod defaults;
 mod feed;
@@ -13,6 +14,7 @@ mod plot;
 mod random;
 mod report;
 mod sentence;
+mod start;
 mod trace;
 mod train;
 mod tuning;
@@ -27,19 +29,7 @@ use values::Choice;
 
 fn main() -> ExitCode {
     let args = Args::from_command_line();
-    if let Some(threads) = args.threads {
-        // SAFETY: no other thread runs yet. candle reads the variable when it first multiplies matrices.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-    }
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).use_current_thread();
-    match pool.build_global().map_err(candle_core::Error::wrap).and_then(|()| work(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", sentence::sentence(&error));
-            ExitCode::FAILURE
-        }
-    }
+    start::start(args.threads, || work(&args))
 }
 
 fn work(args: &Args) -> Result<()> {

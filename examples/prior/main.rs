@@ -1,8 +1,12 @@
 //! Whether a penalty stands for a prior, and for which; `cargo run --release --example prior -- --help` lists what can be chosen.
 
+#[path = "../mnist/chart.rs"]
+mod chart;
 mod plot;
 #[path = "../mnist/sentence.rs"]
 mod sentence;
+#[path = "../mnist/start.rs"]
+mod start;
 #[allow(dead_code)]
 #[path = "../mnist/values.rs"]
 mod values;
@@ -146,13 +150,8 @@ fn work(args: &Args) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    match work(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", sentence::sentence(&error));
-            ExitCode::FAILURE
-        }
-    }
+    let args = Args::parse();
+    start::start(None, || work(&args))
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ mod random;
 mod report;
 #[path = "../mnist/sentence.rs"]
 mod sentence;
+#[path = "../mnist/start.rs"]
+mod start;
 mod store;
 mod study;
 mod tables;
@@ -129,15 +131,7 @@ impl std::str::FromStr for ShareOf {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    let pool = rayon::ThreadPoolBuilder::new().use_current_thread().build_global();
-    match pool.map_err(candle_core::Error::wrap).and_then(|()| work(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", sentence::sentence(&error));
-            ExitCode::FAILURE
-        }
-    }
+    start::start(None, || work(&args))
 }
 
 fn work(args: &Args) -> Result<()> {

@@ -1,7 +1,8 @@
 //! Compares optimizers under equal budgets; `cargo run --release --example study -- --help` lists what can be chosen.
 
 mod args;
-mod colors;
+#[path = "../mnist/chart.rs"]
+mod chart;
 #[allow(dead_code)]
 #[path = "../mnist/data.rs"]
 mod data;

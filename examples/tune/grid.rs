@@ -1,9 +1,8 @@
 //! The evidence over a grid of prior precisions, for several batch sizes, as a table of lines in an SVG file.
 
-use super::colors::COLORS;
-use candle_core::{Error, Result};
+use super::chart::{self, Legend, Line, Panel};
+use candle_core::Result;
 use kronwake::evidence::{Curvature, Estimator, Examples, Hyper, Outputs, Parts, Problem, Structure};
-use plotters::prelude::*;
 use std::path::Path;
 
 /// Examples of the grid: enough to tell the batches apart, few enough for the largest.
@@ -12,9 +11,7 @@ const BATCHES: [usize; 4] = [10, 25, 50, 100];
 /// Decimal logarithms of the precisions, in halves.
 const LOGS: std::ops::RangeInclusive<i32> = -4..=8;
 
-/// A line: its name, and decimal logarithms of precisions with the log evidence per example.
-type Line = (String, Vec<(f64, f64)>);
-
+/// Decimal logarithms of precisions with the log evidence per example.
 fn lines(problem: &Problem<'_>, examples: &Examples) -> Result<Vec<Line>> {
     let joint = Curvature::Kernel(Outputs::Joint);
     let mut kinds: Vec<(String, Estimator)> = BATCHES
@@ -54,41 +51,12 @@ pub fn draw(problem: &Problem<'_>, examples: &Examples, path: &Path) -> Result<u
     let least = values().fold(f64::INFINITY, f64::min).max(best - 4.0);
     let margin = 0.05 * (best - least).max(1e-3);
     let (from, to) = (f64::from(*LOGS.start()) / 2.0, f64::from(*LOGS.end()) / 2.0);
-    let root = SVGBackend::new(path, (800, 560)).into_drawing_area();
-    root.fill(&WHITE).map_err(Error::wrap)?;
-    let text = ("sans-serif", 15);
-    let mut chart = ChartBuilder::on(&root)
-        .margin(12)
-        .x_label_area_size(42)
-        .y_label_area_size(62)
-        .build_cartesian_2d(from..to, least - margin..best + margin)
-        .map_err(Error::wrap)?;
-    chart
-        .configure_mesh()
-        .max_light_lines(0)
-        .x_desc("log10 of the prior precision of all weights")
-        .y_desc(format!("log evidence per example, first {count}"))
-        .label_style(text)
-        .axis_desc_style(text)
-        .draw()
-        .map_err(Error::wrap)?;
-    for ((name, points), color) in lines.iter().zip(COLORS.iter().cycle()) {
-        let style = color.stroke_width(2);
-        let inside = points.iter().copied().filter(|p| p.1 >= least - margin);
-        chart
-            .draw_series(LineSeries::new(inside, style.filled()).point_size(3))
-            .map_err(Error::wrap)?
-            .label(format!("{name}  "))
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerMiddle)
-        .background_style(WHITE.mix(0.8))
-        .border_style(BLACK)
-        .label_font(text)
-        .draw()
-        .map_err(Error::wrap)?;
-    root.present().map_err(Error::wrap)?;
+    let y = format!("log evidence per example, first {count}");
+    let panel = Panel {
+        x: Some(from..to),
+        y: Some(least - margin..best + margin),
+        ..Panel::new("log10 of the prior precision of all weights", &y, Legend::LowerMiddle)
+    };
+    chart::file(path, (800, 560), |root| chart::draw(root, panel, &lines))?;
     Ok(count)
 }

@@ -1,8 +1,8 @@
 //! Tunes hyperparameters of a trained net by its evidence; `cargo run --release --example tune -- --help` lists what can be chosen.
 
 mod args;
-#[path = "../study/colors.rs"]
-mod colors;
+#[path = "../mnist/chart.rs"]
+mod chart;
 #[allow(dead_code)]
 #[path = "../mnist/data.rs"]
 mod data;
@@ -19,6 +19,8 @@ mod random;
 mod report;
 #[path = "../mnist/sentence.rs"]
 mod sentence;
+#[path = "../mnist/start.rs"]
+mod start;
 #[allow(dead_code)]
 #[path = "../mnist/values.rs"]
 mod values;
@@ -38,19 +40,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    if let Some(threads) = args.threads {
-        // SAFETY: no other thread runs yet. candle reads the variable when it first multiplies matrices.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-    }
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).use_current_thread();
-    match pool.build_global().map_err(candle_core::Error::wrap).and_then(|()| work(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", sentence::sentence(&error));
-            ExitCode::FAILURE
-        }
-    }
+    start::start(args.threads, || work(&args))
 }
 
 fn work(args: &Args) -> Result<()> {
