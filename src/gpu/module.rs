@@ -49,6 +49,7 @@ modules! {
     Pool "pool"
     Precondition "precondition"
     Relu "relu"
+    Rope "rope"
     Sample "sample"
     Softmax "softmax"
     Spatial "spatial"

@@ -11,6 +11,7 @@ pub mod linear;
 pub mod lora;
 pub mod norm;
 pub mod ops;
+pub mod rotary_emb;
 
 pub use candle_nn::*;
 pub use conv::{Conv1d, Conv2d, conv1d, conv1d_no_bias, conv2d, conv2d_no_bias};

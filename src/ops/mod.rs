@@ -33,6 +33,7 @@ mod products;
 mod record;
 mod relu;
 pub mod rng;
+pub(crate) mod rope;
 mod rows;
 pub mod sample;
 pub mod softmax;
