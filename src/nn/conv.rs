@@ -1,5 +1,6 @@
 //! Convolutions: candle_nn's names and configurations, tapped, with gradients for every stride, dilation and group.
 
+pub use super::conv_transpose::{ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias};
 pub use candle_nn::conv::*;
 
 use crate::gpu::Gpu;

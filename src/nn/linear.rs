@@ -37,7 +37,7 @@ impl Linear {
     }
 
     /// A layer with a name, which may get adapters: it is a constant then, and they are tapped.
-    fn named(name: String, weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+    pub(super) fn named(name: String, weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let Some(adapter) = Lora::adapter(&name, &weight)? else {
             return Ok(Self::tapped(name, weight, bias));
         };

@@ -4,17 +4,22 @@
 //! here, and what has no gradient there, or holds weights that curvature wants to see, is replaced by a layer of the same
 //! name and signature.
 
+pub mod attention;
 pub mod conv;
+mod conv_transpose;
 pub mod dropout;
 pub mod embedding;
+pub mod kv_cache;
 pub mod linear;
 pub mod lora;
 pub mod norm;
 pub mod ops;
+pub mod rnn;
 pub mod rotary_emb;
 
 pub use candle_nn::*;
 pub use conv::{Conv1d, Conv2d, conv1d, conv1d_no_bias, conv2d, conv2d_no_bias};
+pub use conv_transpose::{ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias};
 pub use dropout::Dropout;
 pub use embedding::{Embedding, embedding};
 pub use linear::{Linear, linear, linear_b, linear_no_bias};
@@ -23,3 +28,64 @@ pub use lora::{Lora, ParamsLora};
 pub use norm::{
     self as layer_norm, LayerNorm, LayerNormConfig, RmsNorm, layer_norm, layer_norm_no_bias, rms_norm,
 };
+pub use rnn::{GRU, GRUConfig, LSTM, LSTMConfig, RNN, gru, lstm};
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Result, Tensor, Var};
+
+    use super::*;
+    use crate::ops::testing::{check_gradients, random_var};
+
+    fn vars(shapes: &[&[usize]]) -> Result<Vec<Var>> {
+        shapes.iter().enumerate().map(|(stream, dims)| random_var(stream as u64, dims)).collect()
+    }
+
+    /// What is candle's own here has gradients; away from the kinks of the activations, where candle takes what it takes.
+    #[test]
+    fn gradients_of_candles_layers() -> Result<()> {
+        use Activation::*;
+        let x = vars(&[&[3, 8]])?;
+        // candle's derivatives of these have constants of six digits: to 1e-6.
+        for f in [Gelu, NewGelu, GeluPytorchTanh] {
+            check_gradients(&x, |a| f.forward(&a[0])? / 100.);
+        }
+        for f in [
+            Relu,
+            Relu2,
+            Relu6,
+            Silu,
+            Sigmoid,
+            HardSigmoid,
+            Swiglu,
+            Swish,
+            Mish,
+            HardSwish,
+            Elu(1.5),
+            LeakyRelu(0.1),
+        ] {
+            check_gradients(&x, |a| f.forward(&a[0]));
+        }
+        check_gradients(&vars(&[&[2, 3, 4], &[3]])?, |a| PReLU::new(a[1].clone(), false).forward(&a[0]));
+        check_gradients(&vars(&[&[2, 6, 3, 2], &[6], &[6]])?, |a| {
+            GroupNorm::new(a[1].clone(), a[2].clone(), 6, 3, 1e-5)?.forward(&a[0])
+        });
+        let running =
+            [Tensor::new(&[0.5f64, -1.], x[0].device())?, Tensor::new(&[2f64, 0.3], x[0].device())?];
+        for train in [false, true] {
+            check_gradients(&vars(&[&[3, 2, 2, 2], &[2], &[2]])?, |a| {
+                let [mean, var] = running.clone();
+                BatchNorm::new(2, mean, var, a[1].clone(), a[2].clone(), 1e-5)?.forward_t(&a[0], train)
+            });
+        }
+        for (padding, output_padding, stride, dilation) in
+            [(0, 0, 1, 1), (1, 1, 2, 1), (2, 0, 1, 2), (1, 0, 3, 2)]
+        {
+            let config = ConvTranspose2dConfig { padding, output_padding, stride, dilation };
+            check_gradients(&vars(&[&[2, 2, 3, 4], &[2, 3, 3, 2], &[3]])?, |a| {
+                ConvTranspose2d::new(a[1].clone(), Some(a[2].clone()), config).forward(&a[0])
+            });
+        }
+        Ok(())
+    }
+}

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor, shape::Dim};
 
 pub use candle_nn::ops::*;
 
+pub use super::attention::sdpa;
 pub use super::dropout::Dropout;
 pub use crate::ops::{
     pool::{max_pool2d, relu},

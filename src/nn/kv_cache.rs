@@ -1,0 +1,177 @@
+//! candle_nn's caches of keys and values. Its own write into a buffer, which cuts the graph; these keep it where there is one.
+
+use candle_core::{Device, Result, Tensor, bail};
+
+pub use candle_nn::kv_cache::*;
+
+/// All keys and values so far. With a gradient they are kept as they come, with their graph, until [`KvCache::reset`]: reset before
+/// each training pass.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    plain: candle_nn::kv_cache::KvCache,
+    tracked: Option<(Tensor, Tensor)>,
+    dim: usize,
+}
+
+impl KvCache {
+    /// A cache that grows along dimension `dim`; `max_seq_len` is the first buffer's length and not a limit.
+    pub fn new(dim: usize, max_seq_len: usize) -> Self {
+        Self { plain: candle_nn::kv_cache::KvCache::new(dim, max_seq_len), tracked: None, dim }
+    }
+
+    /// The keys so far.
+    pub fn k(&self) -> Result<Option<Tensor>> {
+        self.tracked.as_ref().map_or_else(|| self.plain.k(), |(k, _)| Ok(Some(k.clone())))
+    }
+
+    /// The values so far.
+    pub fn v(&self) -> Result<Option<Tensor>> {
+        self.tracked.as_ref().map_or_else(|| self.plain.v(), |(_, v)| Ok(Some(v.clone())))
+    }
+
+    /// Positions so far.
+    pub fn current_seq_len(&self) -> usize {
+        let tracked = self.tracked.as_ref().and_then(|(k, _)| k.dims().get(self.dim).copied());
+        tracked.unwrap_or_else(|| self.plain.current_seq_len())
+    }
+
+    /// Appends keys and values and gives all so far.
+    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        if self.tracked.is_none() && !k.track_op() && !v.track_op() {
+            return self.plain.append(k, v);
+        }
+        let after = |past: Option<Tensor>, new: &Tensor| match past {
+            Some(past) => Tensor::cat(&[&past, new], self.dim),
+            None => Ok(new.clone()),
+        };
+        let all = (after(self.k()?, k)?, after(self.v()?, v)?);
+        self.tracked = Some(all.clone());
+        Ok(all)
+    }
+
+    /// Empties the cache.
+    pub fn reset(&mut self) {
+        self.plain.reset();
+        self.tracked = None;
+    }
+}
+
+/// The last keys and values. With a gradient it takes one append between resets: reset before each training pass.
+#[derive(Debug, Clone)]
+pub struct RotatingKvCache(candle_nn::kv_cache::RotatingKvCache);
+
+impl RotatingKvCache {
+    /// A cache of `max_seq_len` positions along dimension `dim`.
+    pub fn new(dim: usize, max_seq_len: usize) -> Self {
+        Self(candle_nn::kv_cache::RotatingKvCache::new(dim, max_seq_len))
+    }
+
+    /// The keys in the buffer, without their graph.
+    pub fn k(&self) -> Result<Option<Tensor>> {
+        self.0.k()
+    }
+
+    /// The values in the buffer, without their graph.
+    pub fn v(&self) -> Result<Option<Tensor>> {
+        self.0.v()
+    }
+
+    /// Appends keys and values and gives those that queries of the new positions may look at, in the buffer's order.
+    ///
+    /// # Errors
+    /// With a gradient, when the cache is not empty.
+    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let tracked = k.track_op() || v.track_op();
+        if tracked && self.current_seq_len() > 0 {
+            bail!(
+                "rotating cache: an append with a gradient to {} earlier positions; reset it first",
+                self.current_seq_len()
+            )
+        }
+        let all = self.0.append(&k.detach(), &v.detach())?;
+        Ok(if tracked { (k.clone(), v.clone()) } else { all })
+    }
+
+    /// The index at which the buffer is written next.
+    pub fn offset(&self) -> usize {
+        self.0.offset()
+    }
+
+    /// Positions so far, also those that are no longer in the buffer.
+    pub fn current_seq_len(&self) -> usize {
+        self.0.current_seq_len()
+    }
+
+    /// The mask of `seq_len` queries that are appended next: 1 where they may not look.
+    pub fn attn_mask(&self, seq_len: usize, device: &Device) -> Result<Option<Tensor>> {
+        self.0.attn_mask(seq_len, device)
+    }
+
+    /// The positions of what the next append of `seq_len` gives.
+    pub fn positions(&self, seq_len: usize) -> Vec<usize> {
+        self.0.positions(seq_len)
+    }
+
+    /// Empties the cache.
+    pub fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::{assert_close, random, random_var, values};
+    use candle_core::Var;
+
+    fn sum_of_squares(pair: &(Tensor, Tensor)) -> Result<Tensor> {
+        pair.0.sqr()?.sum_all()? + pair.1.sqr()?.sum_all()?
+    }
+
+    #[test]
+    fn values_are_candles_and_gradients_reach_every_append() -> Result<()> {
+        let vars: Vec<Var> = (0..4).map(|i| random_var(i, &[1, 2, 3, 2])).collect::<Result<_>>()?;
+        let (mut ours, mut candles) = (KvCache::new(2, 4), candle_nn::kv_cache::KvCache::new(2, 4));
+        let start = random(9, &[1, 2, 2, 2])?; // appended without a gradient
+        candles.append(&start, &start)?;
+        ours.append(&start, &start)?;
+        let mut last = None;
+        for pair in vars.chunks(2) {
+            let expected = candles.append(&pair[0].detach(), &pair[1].detach())?;
+            let found = ours.append(&pair[0], &pair[1])?;
+            assert_close(&found.0, &values(&expected.0)?, 0.);
+            assert_close(&found.1, &values(&expected.1)?, 0.);
+            assert_eq!(ours.current_seq_len(), candles.current_seq_len());
+            last = Some(found);
+        }
+        let Some(last) = last else { bail!("nothing was appended") };
+        let grads = sum_of_squares(&last)?.backward()?;
+        for var in &vars {
+            let Some(grad) = grads.get(var) else { bail!("no gradient") };
+            assert_close(grad, &values(&(var.as_tensor() * 2.)?)?, 1e-15);
+        }
+        ours.reset();
+        assert!(ours.k()?.is_none() && ours.v()?.is_none() && ours.current_seq_len() == 0);
+        Ok(())
+    }
+
+    #[test]
+    fn rotating() -> Result<()> {
+        for max in [2, 3, 8] {
+            let var = random_var(0, &[1, 2, 3, 2])?;
+            let (mut ours, mut candles) =
+                (RotatingKvCache::new(2, max), candle_nn::kv_cache::RotatingKvCache::new(2, max));
+            let expected = candles.append(&var.detach(), &var.detach())?;
+            let found = ours.append(&var, &var)?;
+            assert_close(&found.0, &values(&expected.0)?, 0.);
+            assert!(sum_of_squares(&found)?.backward()?.get(&var).is_some());
+            assert!(ours.append(&var, &var).is_err());
+            let (k, v) = ours.append(&var.detach(), &var.detach())?;
+            let (ek, ev) = candles.append(&var.detach(), &var.detach())?;
+            assert_close(&k, &values(&ek)?, 0.);
+            assert_close(&v, &values(&ev)?, 0.);
+            assert_eq!((ours.offset(), ours.positions(2)), (candles.offset(), candles.positions(2)));
+        }
+        Ok(())
+    }
+}
