@@ -16,6 +16,15 @@ pub struct Checkpoint {
     pub metadata: HashMap<String, String>,
 }
 
+/// What a checkpoint and a model do not share, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// Vars that the file lacks.
+    pub missing: Vec<String>,
+    /// Tensors of the file that no Var takes.
+    pub unexpected: Vec<String>,
+}
+
 impl Checkpoint {
     /// Reads a file onto `device`; of a file that ends in `.index.json` all the files that it names; of a folder its
     /// `model.safetensors.index.json`, or else its `model.safetensors`.
@@ -155,14 +164,28 @@ impl Checkpoint {
     /// # Errors
     /// When names are missing, left over, or of another shape: one message lists them all, and no Var has changed.
     pub fn load_into(&self, varmap: &VarMap) -> Result<()> {
+        self.load(varmap, false).map(drop)
+    }
+
+    /// [`Checkpoint::load_into`] for a model that the file is not quite of, as PyTorch's `strict=False`: Vars that the file lacks stay as they are, and
+    /// tensors that no Var takes are left. Both are returned.
+    ///
+    /// # Errors
+    /// When a name that both have differs in shape, or is not of a floating point type: one message lists all, and no Var has changed.
+    pub fn load_partly(&self, varmap: &VarMap) -> Result<Differences> {
+        self.load(varmap, true)
+    }
+
+    fn load(&self, varmap: &VarMap, partly: bool) -> Result<Differences> {
         let data = match varmap.data().lock() {
             Ok(data) => data,
             Err(_) => bail!("checkpoint: the VarMap's lock is poisoned"),
         };
         let mut wrong = vec![];
+        let mut differences = Differences::default();
         for (name, var) in data.iter() {
             match self.tensors.get(name) {
-                None => wrong.push(format!("missing {name} {:?}", var.dims())),
+                None => differences.missing.push(name.clone()),
                 Some(t) if t.dims() != var.dims() => {
                     wrong.push(format!("{name} has shape {:?}, expected {:?}", t.dims(), var.dims()))
                 }
@@ -172,9 +195,13 @@ impl Checkpoint {
                 Some(_) => {}
             }
         }
-        wrong.extend(
-            self.tensors.keys().filter(|n| !data.contains_key(*n)).map(|n| format!("unexpected {n}")),
-        );
+        differences.missing.sort();
+        differences.unexpected = self.tensors.keys().filter(|n| !data.contains_key(*n)).cloned().collect();
+        if !partly {
+            let shape = |name: &String| data.get(name).map(|var| var.dims().to_vec()).unwrap_or_default();
+            wrong.extend(differences.missing.iter().map(|name| format!("missing {name} {:?}", shape(name))));
+            wrong.extend(differences.unexpected.iter().map(|name| format!("unexpected {name}")));
+        }
         if !wrong.is_empty() {
             wrong.sort();
             bail!("checkpoint does not fit the model: {}", wrong.join("; "))
@@ -184,6 +211,6 @@ impl Checkpoint {
                 var.set(&tensor.to_dtype(var.dtype())?.to_device(var.device())?)?;
             }
         }
-        Ok(())
+        Ok(differences)
     }
 }

@@ -1,6 +1,7 @@
 //! Checkpoints in several files, and files that are damaged.
 
 use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::{VarBuilder, VarMap};
 use kronwake::checkpoint::Checkpoint;
 use proptest::prelude::*;
 use std::path::PathBuf;
@@ -92,6 +93,30 @@ fn several_files_are_one_checkpoint() -> Result<()> {
     assert!(Checkpoint::read(&folder.0, &CPU).is_err());
     tensors(&["d"])?.write(at("model.safetensors"))?;
     assert!(Checkpoint::read(&folder.0, &CPU)?.tensors.contains_key("d"));
+    Ok(())
+}
+
+#[test]
+fn a_part_of_a_model_is_read_and_the_rest_reported() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
+    for name in ["a", "b", "head"] {
+        vb.get_with_hints((2, 3), name, candle_nn::Init::Const(7.0))?;
+    }
+    let file = tensors(&["a", "b", "old"])?;
+    let message = file.load_into(&vars).expect_err("refused").to_string();
+    assert!(message.ends_with("missing head [2, 3]; unexpected old"), "{message}");
+    let differences = file.load_partly(&vars)?;
+    assert_eq!(
+        (differences.missing, differences.unexpected),
+        (vec!["head".to_string()], vec!["old".to_string()])
+    );
+    for (name, expected) in [("b", [[0., 1., 2.], [3., 4., 5.]]), ("head", [[7.; 3]; 2])] {
+        assert_eq!(vb.get((2, 3), name)?.to_vec2::<f32>()?, expected);
+    }
+    vb.get_with_hints((3, 2), "old", candle_nn::Init::Const(7.0))?;
+    let message = file.load_partly(&vars).expect_err("refused").to_string();
+    assert!(message.contains("old has shape [2, 3], expected [3, 2]"), "{message}");
     Ok(())
 }
 

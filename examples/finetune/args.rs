@@ -1,0 +1,128 @@
+//! The command line.
+
+use super::model::Spec;
+use super::values::{Place, count, dtype, not_negative, positive};
+use candle_core::DType;
+use clap::{Parser, ValueEnum};
+use std::path::PathBuf;
+
+/// Fine-tune a model from a safetensors checkpoint with the optimizers of kronwake.
+///
+/// Without arguments: trains a small CNN on classes 0 to 4 of a bundled subset of Fashion-MNIST, saves it, reads it back, and fine-tunes it on
+/// classes 5 to 9, with a new last layer, by KLD-WRM, SO-KLD-WRM and AdamW from the same parameters on the same batches.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "finetune", allow_negative_numbers = true)]
+pub struct Args {
+    /// How to fine-tune; `compare` runs kldwrm, so and adamw
+    #[arg(long, value_enum, default_value_t = Choice::Compare)]
+    pub optimizer: Choice,
+    /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh]
+    #[arg(long, default_value = "lenet5")]
+    pub model: Spec,
+    /// Parameters to start from (safetensors, an index of several, or a folder with either) [default: a base that is trained first]
+    #[arg(long, value_name = "PATH")]
+    pub checkpoint: Option<PathBuf>,
+    /// Element type of parameters and activations: f32 | f64 | bf16 | f16, which is trained with a scaled loss
+    #[arg(long, default_value = "f32", value_parser = dtype)]
+    pub dtype: DType,
+    /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
+    #[arg(long, default_value = "cpu")]
+    pub device: Place,
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub threads: Option<usize>,
+
+    /// Passes over the training set of the fine-tuning
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count)]
+    pub epochs: usize,
+    /// Passes over that of the base
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count)]
+    pub base_epochs: usize,
+    /// Examples a step
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = count)]
+    pub batch: usize,
+    /// Highest learning rate [default: the library's, of adamw 0.002]
+    #[arg(long, value_parser = positive)]
+    pub lr: Option<f64>,
+    /// Weight decay, decoupled
+    #[arg(long, default_value_t = 0.01, value_parser = not_negative)]
+    pub weight_decay: f64,
+    /// Steps in which the learning rate rises to --lr; then it falls by half a cosine to 5 %
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub warmup: usize,
+    /// Largest norm of all gradients together
+    #[arg(long, value_name = "NORM", value_parser = positive)]
+    pub clip: Option<f64>,
+    /// Parameters that are not trained: names in which * stands for any run of characters; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    pub freeze: Vec<String>,
+    /// Train adapters of this rank beside the layers, and the new last layer, and nothing else; they are merged at the end
+    #[arg(long, value_name = "RANK", value_parser = count)]
+    pub lora: Option<usize>,
+    /// The adapters' product is multiplied by this / RANK
+    #[arg(long, default_value_t = 16.0, value_parser = positive, requires = "lora")]
+    pub alpha: f64,
+    /// Of the new layer's first values, the adapters', the order of the examples and sampled labels
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Folder of base.safetensors, tuned-OPTIMIZER.safetensors and finetune.svg, made if missing
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub out: PathBuf,
+    /// Write parameters and state to DIR/state-OPTIMIZER.safetensors after every N steps, replaced at once
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub save_every: Option<usize>,
+    /// Go on from those files, where they are there
+    #[arg(long, requires = "save_every")]
+    pub resume: bool,
+}
+
+/// What `--optimizer` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Choice {
+    /// KLD-WRM with two rates and steps that find their length
+    Kldwrm,
+    /// SO-KLD-WRM
+    So,
+    /// K-FAC
+    Kfac,
+    /// AdamW with 0.9, 0.999, 1e-8
+    Adamw,
+    /// kldwrm, then so and adamw
+    Compare,
+}
+
+impl Choice {
+    /// AdamW's learning rate, where none is given.
+    pub const ADAMW_LR: f64 = 0.002;
+
+    /// What is to be run, one after the other.
+    pub fn each(&self) -> &[Self] {
+        match self {
+            Self::Compare => &[Self::Kldwrm, Self::So, Self::Adamw],
+            one => std::slice::from_ref(one),
+        }
+    }
+
+    /// As papers spell it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::So => "SO-KLD-WRM",
+            Self::Kfac => "K-FAC",
+            Self::Kldwrm => "KLD-WRM",
+            Self::Adamw => "AdamW",
+            Self::Compare => "comparison",
+        }
+    }
+
+    /// As the command line and files spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::So => "so",
+            Self::Kfac => "kfac",
+            Self::Kldwrm => "kldwrm",
+            Self::Adamw => "adamw",
+            Self::Compare => "compare",
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Fine-tunes a model from a safetensors checkpoint; `cargo run --release --example finetune -- --help` lists what can be chosen.
+
+mod args;
+#[path = "../mnist/chart.rs"]
+mod chart;
+#[allow(dead_code)]
+#[path = "../mnist/data.rs"]
+mod data;
+#[allow(dead_code)]
+#[path = "../mnist/first_order.rs"]
+mod first_order;
+#[path = "../mnist/idx.rs"]
+mod idx;
+mod images;
+#[allow(dead_code)]
+#[path = "../mnist/model.rs"]
+mod model;
+mod optimizer;
+#[path = "../mnist/random.rs"]
+mod random;
+#[path = "../mnist/sentence.rs"]
+mod sentence;
+#[path = "../mnist/start.rs"]
+mod start;
+mod task;
+mod train;
+#[allow(dead_code)]
+#[path = "../mnist/values.rs"]
+mod values;
+#[allow(dead_code)]
+#[path = "../mnist/weights.rs"]
+mod weights;
+
+use args::Args;
+use candle_core::{Result, bail};
+use chart::{Legend, Line, Panel};
+use clap::Parser;
+use std::process::ExitCode;
+use task::Task;
+use train::Curve;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    start::start(args.threads, || work(&args))
+}
+
+fn work(args: &Args) -> Result<()> {
+    if let Err(e) = std::fs::create_dir_all(&args.out) {
+        bail!("--out {}: cannot be made ({e})", args.out.display())
+    }
+    let device = args.device.open()?;
+    let task = images::Images::new(args, &device)?;
+    println!("{}", task.title());
+    let base = match &args.checkpoint {
+        Some(path) => path.clone(),
+        None => {
+            let path = args.out.join("base.safetensors");
+            task.train_base(args, &path)?;
+            path
+        }
+    };
+    let mut curves = Vec::new();
+    for &choice in args.optimizer.each() {
+        println!();
+        curves.push(train::tune(choice, args, &task, &base, &device)?);
+    }
+    println!();
+    println!("{}", train::comparison(&curves));
+    let path = args.out.join("finetune.svg");
+    plot(&curves, &path)?;
+    println!("curves: {}", path.display());
+    Ok(())
+}
+
+/// The loss on the test set and the accuracy there, over steps and over seconds.
+fn plot(curves: &[Curve], path: &std::path::Path) -> Result<()> {
+    chart::file(path, (1000, 760), |root| {
+        for (i, area) in root.margin(10, 10, 10, 10).split_evenly((2, 2)).iter().enumerate() {
+            let (by_time, accuracy) = (i % 2 == 1, i / 2 == 1);
+            let line = |curve: &Curve| -> Line {
+                let point = |row: &train::Row| {
+                    let x = if by_time { row.seconds } else { row.step as f64 };
+                    (x, if accuracy { 100.0 * row.accuracy } else { row.loss })
+                };
+                (curve.choice.title().to_string(), curve.rows.iter().map(point).collect())
+            };
+            let x = if by_time { "seconds of training" } else { "step" };
+            let (y, legend) = match accuracy {
+                true => ("test accuracy, %", Legend::LowerRight),
+                false => ("test loss", Legend::UpperRight),
+            };
+            chart::draw(area, Panel::new(x, y, legend), &curves.iter().map(line).collect::<Vec<_>>())?;
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,249 @@
+//! Training: steps in epochs, an evaluation after each, and what came out.
+
+use super::args::{Args, Choice};
+use super::data;
+use super::optimizer::Tuner;
+use super::task::{Forward, Inputs, Side, Task};
+use super::weights;
+use candle_core::{D, DType, Device, Result, Tensor, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use kronwake::checkpoint::Checkpoint;
+use kronwake::nn::{Lora, ParamsLora, VarBuilder, VarMap, loss::cross_entropy};
+use kronwake::optim::{Group, Groups, Schedule};
+use kronwake::tape::Tape;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Examples of an evaluation batch; the result does not depend on it.
+const EVALUATION_BATCH: usize = 250;
+
+/// What was measured after an epoch; the first row is from before the first step.
+pub struct Row {
+    pub step: usize,
+    /// Of training.
+    pub seconds: f64,
+    pub loss: f64,
+    pub accuracy: f64,
+}
+
+/// A finished fine-tuning.
+pub struct Curve {
+    pub choice: Choice,
+    pub rows: Vec<Row>,
+    /// Of the optimizer's state.
+    pub bytes: usize,
+    /// Of the parameters that it trained.
+    pub trained: usize,
+}
+
+/// How training goes.
+pub struct Steps {
+    pub epochs: usize,
+    pub batch: usize,
+    pub examples: usize,
+    pub schedule: Schedule,
+    pub seed: u64,
+    /// The file that is written after every so many steps.
+    pub save: Option<(PathBuf, usize)>,
+}
+
+impl Steps {
+    pub fn new(args: &Args, epochs: usize, examples: usize, lr: f64) -> Result<Self> {
+        let all = epochs * examples.div_ceil(args.batch);
+        let schedule = Schedule::cosine(lr, all, args.warmup.min(all / 2), 0.05)?;
+        Ok(Self { epochs, batch: args.batch, examples, schedule, seed: args.seed, save: None })
+    }
+}
+
+/// The mean cross-entropy of `logits [.., classes]`, in f32 at least.
+fn mean_loss(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let wide = if logits.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let rows = logits.reshape(((), logits.dim(D::Minus1)?))?;
+    cross_entropy(&rows.to_dtype(wide)?, &labels.flatten_all()?)
+}
+
+/// Mean loss and accuracy of a model on the `count` examples that `batch` gives.
+pub fn evaluate(
+    count: usize,
+    forward: &Forward,
+    batch: impl Fn(&[usize]) -> Result<(Inputs, Tensor)>,
+) -> Result<(f64, f64)> {
+    let places: Vec<usize> = (0..count).collect();
+    let (mut loss, mut right, mut terms) = (0.0, 0.0, 0.0);
+    for places in places.chunks(EVALUATION_BATCH) {
+        let (inputs, labels) = batch(places)?;
+        let (logits, many) = (forward(&inputs)?.detach(), labels.elem_count() as f64);
+        loss += many * mean_loss(&logits, &labels)?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+        let found = logits.argmax(D::Minus1)?.flatten_all()?.eq(&labels.flatten_all()?)?;
+        right += found.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
+        terms += many;
+    }
+    Ok((loss / terms, right / terms))
+}
+
+/// Trains for all epochs; `after(tuner, step, seconds)` is told after each.
+pub fn epochs(
+    tuner: &mut Tuner,
+    steps: &Steps,
+    forward: &Forward,
+    batch: impl Fn(&[usize]) -> Result<(Inputs, Tensor)>,
+    mut after: impl FnMut(&mut Tuner, usize, f64) -> Result<()>,
+) -> Result<()> {
+    let per_epoch = steps.examples.div_ceil(steps.batch);
+    let start = tuner.steps();
+    let bar = ProgressBar::new((steps.epochs * per_epoch) as u64).with_position(start as u64);
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} steps, {eta} left, loss {msg}");
+    bar.set_style(style.map_err(candle_core::Error::wrap)?);
+    let mut seconds = 0.0;
+    for epoch in start / per_epoch..steps.epochs {
+        let order = data::order(steps.examples, Some(steps.seed), epoch);
+        let clock = Instant::now();
+        for places in order.chunks(steps.batch).skip(tuner.steps() - epoch * per_epoch) {
+            let (inputs, labels) = batch(places)?;
+            let logits = forward(&inputs)?;
+            let loss = mean_loss(&logits, &labels)?;
+            let (step, value) = (tuner.steps(), loss.to_dtype(DType::F64)?.to_scalar::<f64>()?);
+            if !value.is_finite() {
+                bail!("the loss of step {} is {value}; a lower --lr may help", step + 1)
+            }
+            tuner.step(&logits, &loss, steps.schedule.at(step))?;
+            bar.set_message(format!("{value:.3}"));
+            bar.inc(1);
+            if let Some((path, _)) = steps.save.as_ref().filter(|(_, every)| tuner.steps() % every == 0) {
+                tuner.save(path)?;
+            }
+        }
+        seconds += clock.elapsed().as_secs_f64();
+        bar.suspend(|| after(tuner, (epoch + 1) * per_epoch, seconds))?;
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// Fine-tunes the model of `task` from the checkpoint `base`.
+pub fn tune(choice: Choice, args: &Args, task: &dyn Task, base: &Path, device: &Device) -> Result<Curve> {
+    let (vars, tape) = (VarMap::new(), Tape::new());
+    let vb = VarBuilder::from_varmap(&vars, args.dtype, device);
+    let adapters = args.lora.map(|rank| {
+        let layers = task.adapted();
+        Lora::new(ParamsLora { rank, alpha: args.alpha, layers, seed: args.seed })
+    });
+    let adapters = adapters.transpose()?;
+    let build = || tape.build(|| task.build(vb));
+    let forward = match &adapters {
+        Some(lora) => lora.build(build)?,
+        None => build()?,
+    };
+    weights::draw(&vars, args.seed)?;
+    let mut checkpoint = Checkpoint::read(base, &Device::Cpu)?;
+    checkpoint.tensors.retain(|name, _| !name.starts_with(&task.head()));
+    let differences = checkpoint.load_partly(&vars)?;
+    let old: Vec<&String> =
+        differences.missing.iter().filter(|name| !name.starts_with(&task.head())).collect();
+    if !old.is_empty() {
+        bail!("{} lacks {old:?}", base.display())
+    }
+    let trained = trained(args, task, &vars, adapters.as_ref())?;
+    let mut tuner = Tuner::new(choice, args, &trained, &tape)?;
+    let (all, some) = (weights::count(&vars)?, weights::count(&trained)?);
+    println!(
+        "{}: {some} of {all} parameters are trained, {} new",
+        choice.title(),
+        differences.missing.join(", ")
+    );
+    if let (Some(table), true) = (tuner.summary(), args.optimizer == choice) {
+        println!("{table}");
+    }
+    let mut steps = Steps::new(args, args.epochs, task.len(Side::Train), tuner.lr())?;
+    if let Some(every) = args.save_every {
+        let path = args.out.join(format!("state-{}.safetensors", choice.name()));
+        if args.resume && path.exists() {
+            tuner.resume(&path)?;
+            println!("goes on from {} steps of {}", tuner.steps(), path.display());
+        }
+        steps.save = Some((path, every));
+    }
+    let test = || evaluate(task.len(Side::Test), &forward, |places| task.batch(Side::Test, places));
+    let (loss, accuracy) = test()?;
+    let mut rows = vec![Row { step: tuner.steps(), seconds: 0.0, loss, accuracy }];
+    println!("  step  seconds    test loss  accuracy");
+    let show = |row: &Row| {
+        println!("{:6} {:8.2}   {:10.4}  {:6.2} %", row.step, row.seconds, row.loss, 100.0 * row.accuracy);
+    };
+    rows.iter().for_each(show);
+    let batch = |places: &[usize]| task.batch(Side::Train, places);
+    epochs(&mut tuner, &steps, &forward, batch, |tuner, step, seconds| {
+        tuner.at_average(&mut || {
+            let (loss, accuracy) = test()?;
+            rows.push(Row { step, seconds, loss, accuracy });
+            Ok(())
+        })?;
+        rows.last().map(show);
+        Ok(())
+    })?;
+    tuner.adopt_average()?;
+    if let Some(lora) = &adapters {
+        lora.merge(&vars)?;
+        lora.save(args.out.join(format!("adapters-{}.safetensors", choice.name())))?;
+    }
+    let path = args.out.join(format!("tuned-{}.safetensors", choice.name()));
+    vars.save(&path)?;
+    println!("parameters: {}", path.display());
+    Ok(Curve { choice, rows, bytes: tuner.bytes(), trained: some })
+}
+
+/// The parameters that are trained: with adapters those and the new layer, else all that is not frozen.
+fn trained(args: &Args, task: &dyn Task, vars: &VarMap, adapters: Option<&Lora>) -> Result<VarMap> {
+    let frozen = Groups(args.freeze.iter().map(Group::named).collect());
+    let mut all = weights::named(vars)?;
+    for pattern in &args.freeze {
+        let one = Groups(vec![Group::named(pattern)]);
+        if !all.iter().any(|(name, _)| one.of(name).is_some()) {
+            bail!("--freeze {pattern}: matches no parameter")
+        }
+    }
+    all.retain(|(name, _)| {
+        frozen.of(name).is_none() && (adapters.is_none() || name.starts_with(&task.head()))
+    });
+    if let Some(lora) = adapters {
+        all.extend(weights::named(lora.varmap())?);
+    }
+    if all.is_empty() {
+        bail!("--freeze leaves no parameter to train")
+    }
+    let chosen = VarMap::new();
+    match chosen.data().lock() {
+        Ok(mut data) => data.extend(all),
+        Err(_) => bail!("the table of parameters was left locked by a thread that failed"),
+    }
+    Ok(chosen)
+}
+
+/// The fine-tunings side by side.
+pub fn comparison(curves: &[Curve]) -> String {
+    let best = |curve: &Curve| curve.rows.iter().map(|row| row.loss).fold(f64::INFINITY, f64::min);
+    // What all of them reach.
+    let target = curves.iter().map(best).fold(f64::NEG_INFINITY, f64::max);
+    let mut table = format!("{:12} {:>10} {:>10} {:>9}", "optimizer", "test loss", "accuracy", "seconds");
+    table += &format!(
+        "   {:<24} {}\n",
+        format!("test loss {target:.4} after"),
+        "state, bytes (of the parameters)"
+    );
+    for curve in curves {
+        let Some(last) = curve.rows.last() else { continue };
+        let reached = curve.rows.iter().find(|row| row.loss <= target);
+        let reached =
+            reached.map_or(String::new(), |row| format!("{} steps, {:.2} s", row.step, row.seconds));
+        table += &format!(
+            "{:12} {:10.4} {:8.2} % {:9.2}   {reached:<24} {} ({:.1} x)\n",
+            curve.choice.title(),
+            last.loss,
+            100.0 * last.accuracy,
+            last.seconds,
+            curve.bytes,
+            curve.bytes as f64 / (4 * curve.trained) as f64
+        );
+    }
+    table
+}
