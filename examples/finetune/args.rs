@@ -62,6 +62,9 @@ pub struct Args {
     /// The adapters' product is multiplied by this / RANK
     #[arg(long, default_value_t = 16.0, value_parser = positive, requires = "lora")]
     pub alpha: f64,
+    /// Measure on every fifth training example, which is not trained on, in place of the test set: to choose options by
+    #[arg(long)]
+    pub hold_out: bool,
     /// Of the new layer's first values, the adapters', the order of the examples and sampled labels
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -27,7 +27,11 @@ pub struct Images {
 
 /// The examples of one half of the classes.
 fn half(part: &Part, base: bool) -> Part {
-    let places: Vec<usize> = (0..part.len()).filter(|&i| (part.labels[i] < BASE) == base).collect();
+    choose(part, |i| (part.labels[i] < BASE) == base)
+}
+
+fn choose(part: &Part, chosen: impl Fn(usize) -> bool) -> Part {
+    let places: Vec<usize> = (0..part.len()).filter(|&i| chosen(i)).collect();
     let pixels = places.iter().flat_map(|&i| part.pixels[i * SIDE * SIDE..(i + 1) * SIDE * SIDE].iter());
     Part { pixels: pixels.copied().collect(), labels: places.iter().map(|&i| part.labels[i]).collect() }
 }
@@ -35,7 +39,11 @@ fn half(part: &Part, base: bool) -> Part {
 impl Images {
     pub fn new(args: &Args, device: &Device) -> Result<Self> {
         let data = Data::bundled()?;
-        let halves = [half(&data.train, false), half(&data.test, false)];
+        let train = half(&data.train, false);
+        let halves = match args.hold_out {
+            true => [choose(&train, |i| i % 5 != 4), choose(&train, |i| i % 5 == 4)],
+            false => [train, half(&data.test, false)],
+        };
         Ok(Self { data, halves, spec: args.model.clone(), dtype: args.dtype, device: device.clone() })
     }
 

@@ -41,7 +41,7 @@ impl Tuner {
 
     /// Bytes of its state.
     pub fn bytes(&self) -> usize {
-        self.inner.bytes()
+        self.inner.bytes(&self.vars)
     }
 
     /// Which parameter is in which block of the curvature, as a table.
@@ -96,7 +96,7 @@ impl Tuner {
 /// The optimizers' own part.
 trait Inner {
     fn summary(&self) -> Option<String>;
-    fn bytes(&self) -> usize;
+    fn bytes(&self, vars: &[Var]) -> usize;
     fn steps(&self) -> usize;
     fn lr(&self) -> f64;
     fn set_lr(&mut self, lr: f64);
@@ -136,7 +136,7 @@ impl<R: WakeRule> Inner for Natural<R> {
         Some(Natural::summary(self).to_string())
     }
 
-    fn bytes(&self) -> usize {
+    fn bytes(&self, _: &[Var]) -> usize {
         Natural::summary(self).bytes()
     }
 
@@ -186,8 +186,14 @@ impl Inner for FirstOrder {
         None
     }
 
-    fn bytes(&self) -> usize {
-        self.state_bytes()
+    fn bytes(&self, vars: &[Var]) -> usize {
+        let of = |var: &Var| match var.dtype() {
+            DType::F64 => 16 * var.elem_count(),
+            DType::F32 => 8 * var.elem_count(),
+            // With the values in f32.
+            _ => 12 * var.elem_count(),
+        };
+        vars.iter().map(of).sum()
     }
 
     fn steps(&self) -> usize {

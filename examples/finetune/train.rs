@@ -109,7 +109,9 @@ pub fn epochs(
             tuner.step(&logits, &loss, steps.schedule.at(step))?;
             bar.set_message(format!("{value:.3}"));
             bar.inc(1);
-            if let Some((path, _)) = steps.save.as_ref().filter(|(_, every)| tuner.steps() % every == 0) {
+            if let Some((path, _)) =
+                steps.save.as_ref().filter(|(_, every)| tuner.steps().is_multiple_of(*every))
+            {
                 tuner.save(path)?;
             }
         }

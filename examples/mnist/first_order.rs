@@ -87,15 +87,6 @@ impl FirstOrder {
         Ok(())
     }
 
-    /// Bytes of averages, and of values that are kept in a wider type.
-    pub fn state_bytes(&self) -> usize {
-        let of = |param: &Param| {
-            let wider = usize::from(param.var.dtype() != param.value.dtype());
-            param.value.elem_count() * param.value.dtype().size_in_bytes() * (param.averages.len() + wider)
-        };
-        self.params.iter().map(of).sum()
-    }
-
     /// Writes values, averages and the step number as safetensors.
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut tensors =
