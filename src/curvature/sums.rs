@@ -59,7 +59,9 @@ struct Sums {
     rows: usize,
     input_sum: Option<Tensor>,
     grad_sum: Option<Tensor>,
+    /// Positions of every example, and those of single examples where some are left out.
     positions: usize,
+    counts: Option<Tensor>,
     inputs: Vec<Tensor>,
     grads: Vec<Tensor>,
 }
@@ -115,7 +117,13 @@ impl FactorSums {
                 }
             }
             if let Some(inputs) = inputs {
-                let mean = (inputs / sums.positions.max(1) as f64)?;
+                let mean = match sums.counts.take() {
+                    None => (inputs / sums.positions.max(1) as f64)?,
+                    Some(counts) => {
+                        let counts = (counts + sums.positions as f64)?.to_dtype(inputs.dtype())?;
+                        inputs.broadcast_div(&counts)?
+                    }
+                };
                 add(&mut sums.totals.a, second_moment(&mean, sums.groups, want.folded, "factor_a")?)?;
             }
             sums.positions = 0;
@@ -167,27 +175,31 @@ impl Reduce for FactorSums {
         let (with_inputs, scale) = (self.with_inputs, self.scale);
         let sums = &mut self.sums[layer.index];
         sums.groups = layer.groups;
-        let (batch, shared, _) = record.grads.dims3()?;
         if want.weight && self.sharing == Sharing::Expand {
+            let rows = record.of_live_rows()?;
             if with_inputs {
-                let a = record.inputs.second_moment(layer.groups, want.folded, &layer.name)?;
+                let a = rows.inputs.second_moment(layer.groups, want.folded, &layer.name)?;
                 add(&mut sums.totals.a, a)?;
-                sums.rows += batch * shared;
+                sums.rows += rows.grads.dim(0)? * rows.grads.dim(1)?;
             }
             let (last, weight) = (sums.totals.g.as_ref(), scale * scale);
-            let g = second_moment_into(last, &record.grads, layer.groups, false, 1.0, weight, &layer.name)?;
+            let g = second_moment_into(last, &rows.grads, layer.groups, false, 1.0, weight, &layer.name)?;
             sums.totals.g = Some(g);
         }
         if want.bias || (want.weight && self.sharing == Sharing::Reduce) {
-            add_uses(&mut sums.grad_sum, &(wide(&record.grads.sum_keepdim(1)?)? * scale)?, layer)?;
+            add_uses(&mut sums.grad_sum, &(wide(&record.live_grads()?.sum_keepdim(1)?)? * scale)?, layer)?;
         }
         if want.weight && self.sharing == Sharing::Reduce && with_inputs {
-            add_uses(&mut sums.input_sum, &wide(&record.inputs.rows()?.sum_keepdim(1)?)?, layer)?;
-            sums.positions += shared;
+            let (inputs, counts) = record.input_sums()?;
+            add_uses(&mut sums.input_sum, &wide(&inputs)?, layer)?;
+            match counts {
+                Some(counts) => add_uses(&mut sums.counts, &counts, layer)?,
+                None => sums.positions += record.grads.dim(1)?,
+            }
         }
         if want.weight && want.keep {
             sums.inputs.push(wide(&record.inputs.rows()?)?.contiguous()?);
-            sums.grads.push((wide(&record.grads)? * scale)?);
+            sums.grads.push((wide(&*record.live_grads()?)? * scale)?);
         }
         Ok(())
     }

@@ -4,55 +4,112 @@ use candle_core::{Device, Result, Tensor, bail};
 
 pub use candle_nn::kv_cache::*;
 
-/// All keys and values so far. With a gradient they are kept as they come, with their graph, until [`KvCache::reset`]: reset before
-/// each training pass.
+/// All keys and values so far, with their graph until [`ConcatKvCache::reset`]: reset before each training pass.
 #[derive(Debug, Clone)]
-pub struct KvCache {
-    plain: candle_nn::kv_cache::KvCache,
-    tracked: Option<(Tensor, Tensor)>,
+pub struct ConcatKvCache {
+    pair: Option<(Tensor, Tensor)>,
     dim: usize,
 }
 
-impl KvCache {
-    /// A cache that grows along dimension `dim`; `max_seq_len` is the first buffer's length and not a limit.
-    pub fn new(dim: usize, max_seq_len: usize) -> Self {
-        Self { plain: candle_nn::kv_cache::KvCache::new(dim, max_seq_len), tracked: None, dim }
-    }
-
-    /// The keys so far.
-    pub fn k(&self) -> Result<Option<Tensor>> {
-        self.tracked.as_ref().map_or_else(|| self.plain.k(), |(k, _)| Ok(Some(k.clone())))
-    }
-
-    /// The values so far.
-    pub fn v(&self) -> Result<Option<Tensor>> {
-        self.tracked.as_ref().map_or_else(|| self.plain.v(), |(_, v)| Ok(Some(v.clone())))
+impl ConcatKvCache {
+    /// A cache that grows along dimension `dim`.
+    pub fn new(dim: usize) -> Self {
+        Self { pair: None, dim }
     }
 
     /// Positions so far.
     pub fn current_seq_len(&self) -> usize {
-        let tracked = self.tracked.as_ref().and_then(|(k, _)| k.dims().get(self.dim).copied());
-        tracked.unwrap_or_else(|| self.plain.current_seq_len())
+        self.k().and_then(|k| k.dims().get(self.dim).copied()).unwrap_or(0)
+    }
+
+    /// Whether nothing was appended since the last reset.
+    pub fn is_empty(&self) -> bool {
+        self.pair.is_none()
+    }
+
+    /// The dimension along which it grows.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// The keys so far.
+    pub fn k(&self) -> Option<&Tensor> {
+        self.pair.as_ref().map(|(k, _)| k)
+    }
+
+    /// The values so far.
+    pub fn v(&self) -> Option<&Tensor> {
+        self.pair.as_ref().map(|(_, v)| v)
     }
 
     /// Appends keys and values and gives all so far.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        if self.tracked.is_none() && !k.track_op() && !v.track_op() {
-            return self.plain.append(k, v);
-        }
-        let after = |past: Option<Tensor>, new: &Tensor| match past {
-            Some(past) => Tensor::cat(&[&past, new], self.dim),
-            None => Ok(new.clone()),
+        let after = |past: Option<&Tensor>, new: &Tensor| match past {
+            Some(past) => Tensor::cat(&[past, new], self.dim),
+            None => new.contiguous(),
         };
-        let all = (after(self.k()?, k)?, after(self.v()?, v)?);
-        self.tracked = Some(all.clone());
+        let all = (after(self.k(), k)?, after(self.v(), v)?);
+        self.pair = Some(all.clone());
         Ok(all)
     }
 
     /// Empties the cache.
     pub fn reset(&mut self) {
+        self.pair = None;
+    }
+
+    /// Keys and values.
+    pub fn into_inner(self) -> Option<(Tensor, Tensor)> {
+        self.pair
+    }
+}
+
+/// All keys and values so far. Without a gradient they lie in candle's buffer; with one they are kept as by [`ConcatKvCache`]: reset
+/// before each training pass.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    plain: candle_nn::kv_cache::KvCache,
+    tracked: ConcatKvCache,
+}
+
+impl KvCache {
+    /// A cache that grows along dimension `dim`; `max_seq_len` is the first buffer's length and not a limit.
+    pub fn new(dim: usize, max_seq_len: usize) -> Self {
+        Self { plain: candle_nn::kv_cache::KvCache::new(dim, max_seq_len), tracked: ConcatKvCache::new(dim) }
+    }
+
+    /// The keys so far.
+    pub fn k(&self) -> Result<Option<Tensor>> {
+        self.tracked.k().map_or_else(|| self.plain.k(), |k| Ok(Some(k.clone())))
+    }
+
+    /// The values so far.
+    pub fn v(&self) -> Result<Option<Tensor>> {
+        self.tracked.v().map_or_else(|| self.plain.v(), |v| Ok(Some(v.clone())))
+    }
+
+    /// Positions so far.
+    pub fn current_seq_len(&self) -> usize {
+        if self.tracked.is_empty() { self.plain.current_seq_len() } else { self.tracked.current_seq_len() }
+    }
+
+    /// Appends keys and values and gives all so far.
+    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        if self.tracked.is_empty() {
+            if !k.track_op() && !v.track_op() {
+                return self.plain.append(k, v);
+            }
+            if let (Some(k), Some(v)) = (self.plain.k()?, self.plain.v()?) {
+                self.tracked.append(&k, &v)?;
+            }
+        }
+        self.tracked.append(k, v)
+    }
+
+    /// Empties the cache.
+    pub fn reset(&mut self) {
         self.plain.reset();
-        self.tracked = None;
+        self.tracked.reset();
     }
 }
 

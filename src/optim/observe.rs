@@ -125,7 +125,7 @@ impl<R: WakeRule> Natural<R> {
     pub(super) fn close_pass(&mut self) -> Result<()> {
         let Some(observed) = &mut self.observed else { return Ok(()) };
         if std::mem::take(&mut observed.armed) {
-            self.params.tape.disarm();
+            self.params.tape.disarm()?;
             lock(&observed.sums).end()?;
         }
         Ok(())
@@ -136,7 +136,8 @@ impl<R: WakeRule> Natural<R> {
         if let Some(observed) = self.observed.take()
             && observed.armed
         {
-            self.params.tape.disarm();
+            // A step that is left out has no use for the records, nor for what is wrong with them.
+            let _ = self.params.tape.disarm();
         }
         self.accumulated = None;
     }

@@ -1,6 +1,6 @@
 //! The tapped affine map `y = x W^T + b`, the whole of a linear layer as one op.
 
-use super::{Inputs, Owed, Record, Tap};
+use super::{Inputs, Owed, Tap};
 use crate::gpu::Gpu;
 use crate::ops::bias::{gpu_add, gpu_sum};
 use crate::ops::dense::{self, Matrices, products};
@@ -121,10 +121,7 @@ impl Affine {
         let flat = x.detach().reshape((rows, inputs))?;
         if let (true, Some(tap)) = (owed.record, &self.tap) {
             let batch = x.dim(0)?;
-            tap.record(&Record {
-                inputs: Inputs::Rows(flat.reshape((batch, (), inputs))?),
-                grads: gy.reshape((batch, (), out))?,
-            })?;
+            tap.record(Inputs::Rows(flat.reshape((batch, (), inputs))?), gy.reshape((batch, (), out))?)?;
         }
         let dx = if owed.input { Some(dense::product(&gy, &w.detach())?.reshape(x.shape())?) } else { None };
         let dw = if owed.weight { Some(dense::product(&gy.t()?, &flat)?) } else { None };

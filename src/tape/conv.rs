@@ -1,6 +1,6 @@
 //! The tapped convolution: forward, gradients and the record all speak of the same patches.
 
-use super::{Inputs, Owed, Record, Tap};
+use super::{Inputs, Owed, Tap};
 use crate::gpu::{self, Gpu, Operand};
 use crate::ops::conv as op;
 use crate::ops::conv_kernels::{gradients, outputs, products};
@@ -93,7 +93,7 @@ impl Conv {
         let gy = gy.contiguous()?;
         if let (true, Some(tap)) = (owed.record, &self.tap) {
             let inputs = Inputs::Patches { x: x.detach(), shape: self.shape };
-            tap.record(&Record { inputs, grads: gy.flatten_from(2)?.transpose(1, 2)? })?;
+            tap.record(inputs, gy.flatten_from(2)?.transpose(1, 2)?)?;
         }
         if let Some(gpu) = Gpu::of(gy.device()) {
             let (of_x, of_w) = (owed.weight.then_some(x), owed.input.then_some(w));

@@ -1,6 +1,6 @@
 //! The tapped convolution whose outputs are pooled, and rectified, in the same operation, on the CPU or an NVIDIA GPU.
 
-use super::{Inputs, Owed, Record, Tap};
+use super::{Inputs, Owed, Tap};
 use crate::gpu::{self, Gpu, Operand};
 use crate::ops::conv_kernels::{gradients, products};
 use crate::ops::conv_pool::{PooledShape, conv_pool_cpu, grad_input, grad_output, grad_weight};
@@ -122,7 +122,7 @@ impl ConvPool {
     fn record(&self, owed: &Owed, x: &Tensor, grads: impl Fn() -> Result<Tensor>) -> Result<()> {
         if let (true, Some(tap)) = (owed.record, &self.tap) {
             let inputs = Inputs::Patches { x: x.detach(), shape: self.shape.conv };
-            tap.record(&Record { inputs, grads: grads()? })?;
+            tap.record(inputs, grads()?)?;
         }
         Ok(())
     }

@@ -8,11 +8,13 @@ mod affine;
 mod conv;
 mod conv_pool;
 mod likelihood;
+mod mask;
 mod record;
 mod watch;
 
 pub(crate) use likelihood::Root;
 pub use likelihood::{Fisher, Likelihood};
+pub(crate) use mask::Mask;
 pub use record::{Inputs, Keep, Kind, Layer, Record, Reduce};
 
 pub(crate) use affine::affine;
@@ -53,6 +55,7 @@ pub struct Tape(Arc<Mutex<State>>);
 struct State {
     layers: Vec<Arc<Layer>>,
     pass: Option<Pass>,
+    mask: Option<Arc<Mask>>,
 }
 
 /// A backward pass that somebody listens to.
@@ -61,6 +64,8 @@ struct Pass {
     /// Whether the weight gradients are wanted too; a pass for the curvature alone leaves them out.
     weight_grads: bool,
     records: usize,
+    /// Records that the mask is of.
+    masked: usize,
 }
 
 impl std::fmt::Debug for Tape {
@@ -127,7 +132,7 @@ impl Tape {
         let done = root.backward();
         let records = self.disarm();
         done?;
-        if records == 0 {
+        if records? == 0 {
             bail!(
                 "tape: no tapped layer took part in the backward pass; build the model inside Tape::build from \
                  kronwake::nn layers, and pass the outputs of that model's forward"
@@ -142,13 +147,44 @@ impl Tape {
         if state.pass.is_some() {
             bail!("tape: another pass is being recorded; finish it with a step first")
         }
-        state.pass = Some(Pass { reducer, weight_grads, records: 0 });
+        state.pass = Some(Pass { reducer, weight_grads, records: 0, masked: 0 });
         Ok(())
     }
 
     /// Stops listening; the number of records since [`Tape::arm`].
-    pub(crate) fn disarm(&self) -> usize {
-        self.state().pass.take().map_or(0, |p| p.records)
+    ///
+    /// # Errors
+    /// When the mask is of none of the records.
+    pub(crate) fn disarm(&self) -> Result<usize> {
+        let mut state = self.state();
+        let Some(Pass { records, masked, .. }) = state.pass.take() else { return Ok(0) };
+        if let Some(mask) = &state.mask
+            && masked == 0
+            && records > 0
+        {
+            bail!(
+                "tape: no layer saw a batch of {} examples of {} positions, which the mask is of; set the mask of this batch, or none",
+                mask.dims()[0],
+                mask.dims()[1]
+            )
+        }
+        Ok(records)
+    }
+
+    /// Says which positions of the coming batches count: `mask` `[batch, positions]` is not zero there. Holds until the next call; `None`
+    /// says that all count.
+    ///
+    /// It goes for every layer that sees inputs of that many examples and positions: the linear layers, norms and embeddings over padded
+    /// sequences, but not the head over their pooled states. What is left out does not enter the factors, as if every example had been
+    /// a batch of its own length. The gradients are not changed: the model's own masks and the loss have to leave padding out. Where the
+    /// outputs have a term for every position, `observe` is to be shown those that count, selected as for the loss.
+    ///
+    /// # Errors
+    /// When it is not of rank 2, or an example has no position that counts. A pass whose layers all see other shapes fails.
+    pub fn mask(&self, mask: Option<&Tensor>) -> Result<()> {
+        let mask = mask.map(Mask::new).transpose()?.map(Arc::new);
+        self.state().mask = mask;
+        Ok(())
     }
 
     /// The tap of a layer that is being built, if a tape is being recorded on this thread.
@@ -198,16 +234,17 @@ impl Tap {
         self.tape.state().pass.as_ref().map_or((true, false), |p| (p.weight_grads, true))
     }
 
-    fn record(&self, record: &Record) -> Result<()> {
-        let reducer = match self.tape.state().pass.as_mut() {
-            None => return Ok(()),
-            Some(pass) => {
-                pass.records += 1;
-                pass.reducer.clone()
-            }
+    fn record(&self, inputs: Inputs, grads: Tensor) -> Result<()> {
+        let (reducer, mask) = {
+            let mut state = self.tape.state();
+            let mask = state.mask.clone().filter(|mask| mask.fits(&grads));
+            let Some(pass) = state.pass.as_mut() else { return Ok(()) };
+            pass.records += 1;
+            pass.masked += usize::from(mask.is_some());
+            (pass.reducer.clone(), mask)
         };
         let mut reducer = reducer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        reducer.record(&self.layer, record)
+        reducer.record(&self.layer, &Record { inputs, grads, mask })
     }
 }
 

@@ -13,6 +13,9 @@
 use crate::ops::factor::{patch_moment, second_moment};
 use crate::ops::patches::{ConvShape, patches};
 use candle_core::{Result, Tensor, TensorId, bail};
+use std::sync::Arc;
+
+use super::mask::Mask;
 
 /// What a layer does with its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,6 +71,8 @@ pub struct Record {
     pub inputs: Inputs,
     /// Gradients of the scalar that was differentiated, with respect to the layer's outputs, `[batch, shared, out]`.
     pub grads: Tensor,
+    /// The positions that count, if not all do.
+    pub(crate) mask: Option<Arc<Mask>>,
 }
 
 /// The inputs `[batch, shared, groups * in]` of a layer's use.

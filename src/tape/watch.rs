@@ -1,6 +1,6 @@
 //! Layers that are no products: their outputs pass through unchanged, and their gradients are recorded on the way back.
 
-use super::{Inputs, Record, Tap};
+use super::{Inputs, Tap};
 use crate::ops::norm::Norm;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -83,7 +83,7 @@ impl CustomOp1 for Watch {
                 }
                 Seen::Picked(numbers) => Inputs::Picked(numbers.clone()),
             };
-            self.tap.record(&Record { inputs, grads })?;
+            self.tap.record(inputs, grads)?;
         }
         Ok(Some(gy.clone()))
     }

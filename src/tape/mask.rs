@@ -1,0 +1,86 @@
+//! Which positions of a batch count: padding of sequences must not enter the factors.
+
+use super::{Inputs, Record};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use std::borrow::Cow;
+
+/// The live positions of a batch `[batch, shared]`.
+#[derive(Debug)]
+pub(crate) struct Mask {
+    dims: [usize; 2],
+    /// Numbers of the live positions among all, `[live]`, u32.
+    rows: Tensor,
+    /// 1 where a position counts, else 0, `[batch, shared, 1]`.
+    live: Tensor,
+}
+
+impl Mask {
+    /// From a tensor `[batch, shared]` that is not zero where a position counts.
+    pub fn new(mask: &Tensor) -> Result<Self> {
+        let Ok((batch, shared)) = mask.dims2() else {
+            bail!("tape: expected a mask [batch, positions], got {:?}", mask.dims())
+        };
+        let live = mask.to_dtype(DType::F32)?.ne(0f32)?;
+        let counts = live.to_device(&Device::Cpu)?.to_vec2::<u8>()?;
+        if let Some(example) = counts.iter().position(|row| row.iter().all(|&live| live == 0)) {
+            bail!("tape: the mask {:?} leaves no position of example {example}", mask.dims())
+        }
+        let rows = counts.iter().flatten().enumerate().filter(|(_, live)| **live != 0).map(|(i, _)| i as u32);
+        let rows = Tensor::from_iter(rows, mask.device())?;
+        Ok(Self { dims: [batch, shared], rows, live: live.unsqueeze(2)? })
+    }
+
+    /// Whether it is of these examples and positions.
+    pub fn fits(&self, grads: &Tensor) -> bool {
+        grads.dims().starts_with(&self.dims)
+    }
+
+    pub fn dims(&self) -> [usize; 2] {
+        self.dims
+    }
+
+    /// The live rows of `[batch, shared, features]` as examples of one position, `[live, 1, features]`.
+    fn rows(&self, t: &Tensor) -> Result<Tensor> {
+        let rows = self.rows.to_device(t.device())?;
+        t.flatten(0, 1)?.contiguous()?.index_select(&rows, 0)?.unsqueeze(1)
+    }
+
+    /// `[batch, shared, features]` with zeros where a position does not count.
+    fn zeroed(&self, t: &Tensor) -> Result<Tensor> {
+        let live = self.live.to_device(t.device())?.broadcast_as(t.shape())?;
+        // Not a product: what is left out may be infinite.
+        live.where_cond(t, &t.zeros_like()?)
+    }
+}
+
+impl Record {
+    /// The record with every position that counts an example of its own, `[live, 1, ..]`; itself without a mask.
+    pub(crate) fn of_live_rows(&self) -> Result<Cow<'_, Record>> {
+        let Some(mask) = &self.mask else { return Ok(Cow::Borrowed(self)) };
+        let inputs = match &self.inputs {
+            Inputs::Picked(numbers) => Inputs::Picked(mask.rows(&numbers.unsqueeze(2)?)?.squeeze(2)?),
+            inputs => Inputs::Rows(mask.rows(&inputs.rows()?)?),
+        };
+        Ok(Cow::Owned(Record { inputs, grads: mask.rows(&self.grads)?, mask: None }))
+    }
+
+    /// Its gradients, zero where positions do not count.
+    pub(crate) fn live_grads(&self) -> Result<Cow<'_, Tensor>> {
+        match &self.mask {
+            Some(mask) => Ok(Cow::Owned(mask.zeroed(&self.grads)?)),
+            None => Ok(Cow::Borrowed(&self.grads)),
+        }
+    }
+
+    /// Its inputs summed over the positions that count, `[batch, 1, features]`, with the number of these, `[batch, 1, 1]`, unless all count.
+    pub(crate) fn input_sums(&self) -> Result<(Tensor, Option<Tensor>)> {
+        let rows = self.inputs.rows()?;
+        match &self.mask {
+            Some(mask) => {
+                let counts = mask.live.to_device(rows.device())?.to_dtype(DType::F64)?.sum_keepdim(1)?;
+                Ok((mask.zeroed(&rows)?.sum_keepdim(1)?, Some(counts)))
+            }
+            None => Ok((rows.sum_keepdim(1)?, None)),
+        }
+    }
+}
