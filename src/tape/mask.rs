@@ -84,3 +84,39 @@ impl Record {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::values;
+    use std::sync::Arc;
+
+    #[test]
+    fn what_does_not_count_is_not_read() -> Result<()> {
+        let (cpu, nan) = (Device::Cpu, f64::NAN);
+        let mask = Mask::new(&Tensor::new(&[[1u8, 0, 7], [0, 1, 0]], &cpu)?)?;
+        let inputs =
+            Tensor::new(&[[[1., 2.], [nan, nan], [3., 4.]], [[nan, nan], [5., 6.], [nan, nan]]], &cpu)?;
+        let numbers = Tensor::new(&[[1u32, 9, 2], [9, 3, 9]], &cpu)?;
+        let grads = Tensor::new(&[[[1f64], [nan], [2.]], [[nan], [3.], [nan]]], &cpu)?;
+        let record = Record { inputs: Inputs::Rows(inputs), grads, mask: Some(Arc::new(mask)) };
+        let rows = record.of_live_rows()?;
+        assert_eq!(
+            (rows.inputs.rows()?.dims(), values(&rows.inputs.rows()?)?),
+            (&[3, 1, 2][..], vec![1., 2., 3., 4., 5., 6.])
+        );
+        assert_eq!((rows.grads.dims(), values(&rows.grads)?), (&[3, 1, 1][..], vec![1., 2., 3.]));
+        assert_eq!(values(&*record.live_grads()?)?, [1., 0., 2., 0., 3., 0.]);
+        let (sums, counts) = record.input_sums()?;
+        assert_eq!(
+            (values(&sums)?, counts.as_ref().map(values).transpose()?),
+            (vec![4., 6., 5., 6.], Some(vec![2., 1.]))
+        );
+        let picked = Record { inputs: Inputs::Picked(numbers), ..record };
+        match &picked.of_live_rows()?.inputs {
+            Inputs::Picked(numbers) => assert_eq!(numbers.to_vec2::<u32>()?, [[1], [2], [3]]),
+            other => panic!("{other:?}"),
+        }
+        Ok(())
+    }
+}
