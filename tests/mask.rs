@@ -52,7 +52,7 @@ impl Net {
             let live = mask.flatten_all()?.to_vec1::<f64>()?;
             let live = live.iter().enumerate().filter(|(_, live)| **live > 0.).map(|(i, _)| i as u32);
             let rows = Tensor::from_iter(live, &Device::Cpu)?;
-            return Ok(head.forward(&x)?.flatten(0, 1)?.index_select(&rows, 0)?);
+            return head.forward(&x)?.flatten(0, 1)?.index_select(&rows, 0);
         }
         let mask = mask.unsqueeze(2)?;
         head.forward(&x.broadcast_mul(&mask)?.sum(1)?.broadcast_div(&mask.sum(1)?)?)

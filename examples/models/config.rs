@@ -30,7 +30,7 @@ pub fn activation(config: &Value, name: &str) -> Result<Activation> {
 
 /// The features of one of `heads` equal parts of `hidden`.
 pub fn head_size(hidden: usize, heads: usize) -> Result<usize> {
-    if hidden % heads != 0 {
+    if !hidden.is_multiple_of(heads) {
         bail!("config: {hidden} features do not divide into {heads} heads")
     }
     Ok(hidden / heads)

@@ -41,7 +41,7 @@ impl Config {
         }
         let key_heads =
             if missing("num_key_value_heads") { heads } else { size(config, "num_key_value_heads")? };
-        if head_size(hidden, heads)? % 2 != 0 || heads % key_heads != 0 {
+        if head_size(hidden, heads)? % 2 != 0 || !heads.is_multiple_of(key_heads) {
             bail!("config: {hidden} features, {heads} heads and {key_heads} heads of keys do not fit")
         }
         Ok(Self {

@@ -27,7 +27,7 @@ impl Config {
         let (hidden, heads) = (size(config, "hidden_size")?, size(config, "num_attention_heads")?);
         head_size(hidden, heads)?;
         let (image, patch) = (size(config, "image_size")?, size(config, "patch_size")?);
-        if image % patch != 0 {
+        if !image.is_multiple_of(patch) {
             bail!("config: images of {image} do not divide into patches of {patch}")
         }
         Ok(Self {
