@@ -11,6 +11,7 @@ use kronwake::nn::{Module, VarBuilder, VarMap};
 use kronwake::tape::Tape;
 use models::{bert, llama, vit};
 use serde_json::{Value, json};
+use tokenizers::{PaddingParams, Tokenizer};
 
 /// A file of a model: its configuration, its weights, and tensors beside them.
 struct Golden {
@@ -141,6 +142,14 @@ fn a_real_checkpoint_gives_its_embeddings() -> Result<()> {
     let model = bert::Bert::new(&bert::Config::parse(&config)?, &vb)?;
     checkpoint.load_into(&map)?;
     let (tokens, mask) = (&expected.tensors["tokens"], &expected.tensors["mask"]);
+    let sentences: Vec<String> = serde_json::from_str(&expected.metadata["sentences"]).unwrap();
+    let mut tokenizer =
+        Tokenizer::from_file(folder.join("tokenizer.json")).map_err(candle_core::Error::wrap)?;
+    // Of the longest sentence, not of the file's fixed length.
+    tokenizer.with_padding(Some(PaddingParams::default()));
+    let encoded = tokenizer.encode_batch(sentences, true).map_err(candle_core::Error::wrap)?;
+    let numbers: Vec<_> = encoded.iter().map(|sentence| sentence.get_ids().to_vec()).collect();
+    assert_eq!(tokens.to_vec2::<u32>()?, numbers);
     let hidden = model.forward(tokens, &tokens.zeros_like()?, Some(mask))?;
     let embeddings = bert::sentence_embedding(&hidden, mask)?;
     let difference = (embeddings - &expected.tensors["embeddings"])?.abs()?.max_all()?.to_scalar::<f32>()?;

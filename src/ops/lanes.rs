@@ -22,6 +22,8 @@ pub(crate) trait Lanes: Copy {
 /// Accumulators that the tiles of the convolution keep in registers at a time.
 pub(crate) const MANY_REGISTERS: bool = cfg!(target_feature = "avx512f");
 
+// Not for every target.
+#[allow(unused_macros)]
 macro_rules! x86 {
     ($vector:ident, $item:ident, $width:literal, $splat:ident, $load:ident, $store:ident, $fma:ident) => {
         impl Lanes for std::arch::x86_64::$vector {
