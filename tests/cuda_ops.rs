@@ -36,6 +36,13 @@ fn conv2d(x: &[Tensor], config: nn::Conv2dConfig) -> nn::Conv2d {
     nn::Conv2d::new(x[1].clone(), x.get(2).cloned(), config)
 }
 
+/// By angles of 6 positions of 8 features.
+fn turned(rope: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>, x: &Tensor) -> Result<Tensor> {
+    let angles = Tensor::arange(0f64, 24., &Device::Cpu)?.reshape((6, 4))?;
+    let part = |t: Tensor| t.to_dtype(x.dtype())?.to_device(x.device());
+    rope(x, &part(angles.cos()?)?, &part(angles.sin()?)?)
+}
+
 fn linear(x: &[Tensor]) -> Result<Tensor> {
     nn::Linear::new(x[1].clone(), x.get(2).cloned()).forward(&x[0])
 }
@@ -78,6 +85,11 @@ const DIFFERENTIABLE: &[Case] = cases! {
     "rms_norm" [[5, 127], [127]] |x| norm::rms_norm(&x[0], &x[1], 1e-3);
     "LayerNorm" [[5, 8], [8], [8]] |x| nn::LayerNorm::new(x[1].clone(), x[2].clone(), 1e-3).forward(&x[0]);
     "RmsNorm" [[5, 8], [8]] |x| nn::RmsNorm::new(x[1].clone(), 1e-3).forward(&x[0]);
+    "rope" [[2, 3, 5, 8]] |x| turned(nn::rotary_emb::rope, &x[0]);
+    "rope, neighbours" [[2, 3, 5, 8]] |x| turned(nn::rotary_emb::rope_i, &x[0]);
+    "rope, heads last" [[2, 5, 3, 8]] |x| turned(nn::rotary_emb::rope_thd, &x[0]);
+    "sdpa, grouped heads" [[2, 4, 5, 8], [2, 2, 7, 8], [2, 2, 7, 6]] |x| nn::ops::sdpa(&x[0], &x[1], &x[2], None, true, 0.3, 1.);
+    "sdpa, bounded scores" [[1, 2, 5, 8], [1, 2, 5, 8], [1, 2, 5, 8]] |x| nn::ops::sdpa(&x[0], &x[1], &x[2], None, false, 0.3, 2.);
     "Dropout" [[9, 65]] |x| nn::Dropout::seeded(0.4, 3)?.forward(&x[0], true);
     "Linear" [[5, 7], [3, 7], [3]] linear;
     "Linear, positions" [[4, 6, 33], [65, 33], [65]] linear;

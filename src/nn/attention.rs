@@ -5,7 +5,9 @@ use half::{bf16, f16};
 
 use crate::ops::softmax::softmax_last_dim;
 
-pub use candle_nn::attention::{AttnMask, cpu_flash};
+pub use candle_nn::attention::{
+    AttnMask, cpu_flash, flash_attn_varlen_cpu, flash_attn_varlen_unfused, varlen,
+};
 
 /// `softmax(q k^T scale + mask) v`: `q` `[batch, heads, seq, d]`, `k` `[batch, kv_heads, kv_seq, d]`, `v` `[batch, kv_heads, kv_seq, dv]`,
 /// outputs `[batch, heads, seq, dv]`. Each of the `kv_heads` serves `heads / kv_heads` neighbouring heads.

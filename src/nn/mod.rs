@@ -3,6 +3,12 @@
 //! `use kronwake::nn as candle_nn` makes a model file trainable by the optimizers of this crate: everything of candle_nn is
 //! here, and what has no gradient there, or holds weights that curvature wants to see, is replaced by a layer of the same
 //! name and signature.
+//!
+//! Without a gradient stay what is of use in inference alone, [`attention::cpu_flash`], [`varlen_attention`], [`moe`] and
+//! [`kv_cache::ScatteredKvCache`], and of candle's tensor methods, which no layer can replace, `max_pool2d` with windows that are not as large
+//! as their stride ([`ops::max_pool2d`] has one) and `upsample_bilinear2d`. The first step refuses variables that get none, by name.
+//! A [`BatchNorm`] keeps its statistics as variables too, which are not to be trained: freeze them, as
+//! `Groups(vec![Group { frozen: true, ..Group::named("*running_*") }])` does.
 
 pub mod attention;
 pub mod conv;
