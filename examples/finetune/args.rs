@@ -3,8 +3,9 @@
 use super::model::Spec;
 use super::values::{Place, count, dtype, not_negative, positive};
 use candle_core::DType;
+use candle_core::{Result, bail};
 use clap::{Parser, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Fine-tune a model from a safetensors checkpoint with the optimizers of kronwake.
 ///
@@ -16,12 +17,20 @@ pub struct Args {
     /// How to fine-tune; `compare` runs kldwrm, so and adamw
     #[arg(long, value_enum, default_value_t = Choice::Compare)]
     pub optimizer: Choice,
-    /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh]
+    /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh] | vit, a vision transformer | decoder, a small Llama that learns this project's Rust and is
+    /// tuned on its CUDA | bert, which needs --checkpoint and --data
     #[arg(long, default_value = "lenet5")]
-    pub model: Spec,
-    /// Parameters to start from (safetensors, an index of several, or a folder with either) [default: a base that is trained first]
+    pub model: Net,
+    /// Parameters to start from (safetensors, an index of several, or a folder with either) [default: a base that is trained first]; for bert the
+    /// folder also has config.json and tokenizer.json
     #[arg(long, value_name = "PATH")]
     pub checkpoint: Option<PathBuf>,
+    /// Sentences for bert: a sentence, a tab and a label a line; every fifth is a test
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Start from random parameters, without a base
+    #[arg(long, conflicts_with = "checkpoint")]
+    pub scratch: bool,
     /// Element type of parameters and activations: f32 | f64 | bf16 | f16, which is trained with a scaled loss
     #[arg(long, default_value = "f32", value_parser = dtype)]
     pub dtype: DType,
@@ -78,6 +87,38 @@ pub struct Args {
     /// Go on from those files, where they are there
     #[arg(long, requires = "save_every")]
     pub resume: bool,
+}
+
+/// What `--model` takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Net {
+    Of(Spec),
+    Vit,
+    Decoder,
+    Bert,
+}
+
+impl std::str::FromStr for Net {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "vit" => Ok(Self::Vit),
+            "decoder" => Ok(Self::Decoder),
+            "bert" => Ok(Self::Bert),
+            _ => text.parse().map(Self::Of).map_err(|e| format!("{e}, or vit, decoder, bert")),
+        }
+    }
+}
+
+impl Args {
+    /// The folder and the sentences of `--model bert`.
+    pub fn sentences(&self) -> Result<(&Path, &Path)> {
+        match (&self.checkpoint, &self.data) {
+            (Some(checkpoint), Some(data)) => Ok((checkpoint, data)),
+            _ => bail!("--model bert needs --checkpoint DIR and --data FILE"),
+        }
+    }
 }
 
 /// What `--optimizer` takes.

@@ -1,16 +1,14 @@
 //! The bundled images: a base learns one half of the classes, the fine-tuning is on the other.
 
-use super::args::{Args, Choice};
+use super::args::Args;
 use super::data::{Data, Part};
 use super::idx::SIDE;
 use super::model::{Model, Spec};
-use super::optimizer::Tuner;
+use super::models::vit;
 use super::task::{Forward, Inputs, Side, Task};
-use super::train::{self, Steps};
-use super::weights;
+use super::train;
 use candle_core::{DType, Device, Result, Tensor};
-use kronwake::nn::{VarBuilder, VarMap};
-use kronwake::tape::Tape;
+use kronwake::nn::{Activation, Module, VarBuilder};
 use std::path::Path;
 
 /// Classes of the base; the fine-tuning is on the others.
@@ -20,7 +18,8 @@ pub struct Images {
     data: Data,
     /// Training and test examples of the classes from `BASE` on.
     halves: [Part; 2],
-    spec: Spec,
+    /// A net of the example `mnist`, or else a vision transformer.
+    spec: Option<Spec>,
     dtype: DType,
     device: Device,
 }
@@ -37,28 +36,19 @@ fn choose(part: &Part, chosen: impl Fn(usize) -> bool) -> Part {
 }
 
 impl Images {
-    pub fn new(args: &Args, device: &Device) -> Result<Self> {
+    pub fn new(args: &Args, spec: Option<Spec>, device: &Device) -> Result<Self> {
         let data = Data::bundled()?;
         let train = half(&data.train, false);
         let halves = match args.hold_out {
             true => [choose(&train, |i| i % 5 != 4), choose(&train, |i| i % 5 == 4)],
             false => [train, half(&data.test, false)],
         };
-        Ok(Self { data, halves, spec: args.model.clone(), dtype: args.dtype, device: device.clone() })
+        Ok(Self { data, halves, spec, dtype: args.dtype, device: device.clone() })
     }
 
     fn of(&self, part: &Part, places: &[usize]) -> Result<(Inputs, Tensor)> {
         let (x, y) = self.data.batch(part, places, self.dtype, &self.device)?;
         Ok((vec![x], y))
-    }
-
-    /// The number of the last of the layers `fc1`, `fc2`, ..
-    fn last(&self) -> usize {
-        match &self.spec {
-            Spec::Cnn => 2,
-            Spec::Lenet300 | Spec::Lenet5 => 3,
-            Spec::Mlp { widths, .. } => widths.len() - 1,
-        }
     }
 }
 
@@ -81,36 +71,58 @@ impl Task for Images {
     }
 
     fn build(&self, vb: VarBuilder) -> Result<Forward> {
-        let model = Model::new(&self.spec, vb)?;
-        Ok(Box::new(move |inputs| model.forward(&inputs[0], None)))
+        if let Some(spec) = &self.spec {
+            let model = Model::new(spec, vb)?;
+            return Ok(Box::new(move |inputs| model.forward(&inputs[0], None)));
+        }
+        let config = vit::Config {
+            hidden: 48,
+            inner: 96,
+            layers: 3,
+            heads: 4,
+            image: SIDE,
+            patch: 7,
+            channels: 1,
+            activation: Activation::Gelu,
+            eps: 1e-6,
+            bias: true,
+        };
+        let model = vit::Vit::new(&config, 10, &vb)?;
+        Ok(Box::new(move |inputs| model.forward(&inputs[0])))
     }
 
-    fn head(&self) -> String {
-        format!("fc{}.", self.last())
+    fn head(&self) -> Option<&str> {
+        Some(match &self.spec {
+            None => "classifier.",
+            Some(Spec::Cnn) => "fc2.",
+            Some(Spec::Lenet300 | Spec::Lenet5) => "fc3.",
+            Some(Spec::Mlp { widths, .. }) => match widths.len() {
+                2 => "fc1.",
+                3 => "fc2.",
+                4 => "fc3.",
+                _ => "fc4.",
+            },
+        })
     }
 
     fn adapted(&self) -> Vec<String> {
-        (1..self.last()).map(|i| format!("fc{i}")).collect()
+        let layers: &[&str] = match &self.spec {
+            None => &["*.query", "*.value"],
+            Some(spec) => match spec {
+                Spec::Cnn => &["fc1"],
+                Spec::Lenet300 | Spec::Lenet5 => &["fc1", "fc2"],
+                Spec::Mlp { widths, .. } => &["fc1", "fc2", "fc3"][..widths.len().min(5) - 2],
+            },
+        };
+        layers.iter().map(|layer| layer.to_string()).collect()
     }
 
     fn train_base(&self, args: &Args, path: &Path) -> Result<()> {
-        let (vars, tape) = (VarMap::new(), Tape::new());
-        let forward = tape.build(|| self.build(VarBuilder::from_varmap(&vars, self.dtype, &self.device)))?;
-        weights::draw(&vars, args.seed)?;
-        let part = half(&self.data.train, true);
-        let plain = Args { lr: None, clip: None, ..args.clone() };
-        let mut tuner = Tuner::new(Choice::Adamw, &plain, &vars, &tape)?;
-        let steps = Steps::new(args, args.base_epochs, part.len(), tuner.lr())?;
-        train::epochs(&mut tuner, &steps, &forward, |places| self.of(&part, places), |_, _, _| Ok(()))?;
-        let test = half(&self.data.test, true);
-        let (loss, accuracy) = train::evaluate(test.len(), &forward, |places| self.of(&test, places))?;
-        vars.save(path)?;
-        println!(
-            "base: classes 0 to 4, {} epochs of AdamW, test loss {loss:.4}, accuracy {:.2} %; {}",
-            args.base_epochs,
-            100.0 * accuracy,
-            path.display()
-        );
-        Ok(())
+        let [train, test] = [half(&self.data.train, true), half(&self.data.test, true)];
+        let batch = |side: Side, places: &[usize]| match side {
+            Side::Train => self.of(&train, places),
+            Side::Test => self.of(&test, places),
+        };
+        train::base(self, args, [train.len(), test.len()], &batch, path)
     }
 }

@@ -15,14 +15,19 @@ mod images;
 #[allow(dead_code)]
 #[path = "../mnist/model.rs"]
 mod model;
+#[allow(dead_code)]
+#[path = "../models/mod.rs"]
+mod models;
 mod optimizer;
 #[path = "../mnist/random.rs"]
 mod random;
 #[path = "../mnist/sentence.rs"]
 mod sentence;
+mod sentences;
 #[path = "../mnist/start.rs"]
 mod start;
 mod task;
+mod text;
 mod train;
 #[allow(dead_code)]
 #[path = "../mnist/values.rs"]
@@ -31,7 +36,7 @@ mod values;
 #[path = "../mnist/weights.rs"]
 mod weights;
 
-use args::Args;
+use args::{Args, Net};
 use candle_core::{Result, bail};
 use chart::{Legend, Line, Panel};
 use clap::Parser;
@@ -49,20 +54,29 @@ fn work(args: &Args) -> Result<()> {
         bail!("--out {}: cannot be made ({e})", args.out.display())
     }
     let device = args.device.open()?;
-    let task = images::Images::new(args, &device)?;
+    let task: Box<dyn Task> = match &args.model {
+        Net::Of(spec) => Box::new(images::Images::new(args, Some(spec.clone()), &device)?),
+        Net::Vit => Box::new(images::Images::new(args, None, &device)?),
+        Net::Decoder => Box::new(text::Text::new(args, &device)),
+        Net::Bert => {
+            let (folder, data) = args.sentences()?;
+            Box::new(sentences::Sentences::new(args, folder, data, &device)?)
+        }
+    };
     println!("{}", task.title());
     let base = match &args.checkpoint {
-        Some(path) => path.clone(),
+        Some(path) => Some(path.clone()),
+        None if args.scratch => None,
         None => {
             let path = args.out.join("base.safetensors");
             task.train_base(args, &path)?;
-            path
+            Some(path)
         }
     };
     let mut curves = Vec::new();
     for &choice in args.optimizer.each() {
         println!();
-        curves.push(train::tune(choice, args, &task, &base, &device)?);
+        curves.push(train::tune(choice, args, task.as_ref(), base.as_deref(), &device)?);
     }
     println!();
     println!("{}", train::comparison(&curves));

@@ -1,7 +1,9 @@
 //! What is learned: examples, and the model that is to learn them.
 
 use super::args::Args;
-use candle_core::{Result, Tensor};
+use super::random::Stream;
+use candle_core::{Device, Result, Tensor, Var};
+use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::VarBuilder;
 use std::path::Path;
 
@@ -28,10 +30,34 @@ pub trait Task {
     fn batch(&self, side: Side, places: &[usize]) -> Result<(Inputs, Tensor)>;
     /// A model with its parameters in `vb`.
     fn build(&self, vb: VarBuilder) -> Result<Forward>;
-    /// The prefix of the new last layer's parameters.
-    fn head(&self) -> String;
+    /// The prefix of the new last layer's parameters, if there is one.
+    fn head(&self) -> Option<&str>;
     /// Patterns of the layers that get adapters.
     fn adapted(&self) -> Vec<String>;
+    /// The parameters of a checkpoint, under the names that they have in the model.
+    fn read(&self, path: &Path) -> Result<Checkpoint> {
+        Checkpoint::read(path, &Device::Cpu)
+    }
     /// Trains the base and writes it to `path`.
     fn train_base(&self, args: &Args, path: &Path) -> Result<()>;
+}
+
+/// Sets every parameter to random numbers that depend on its name and the seed: matrices normal with variance `1 / fan_in`, but tables 0.02^2, gains
+/// 1, and biases 0.
+pub fn draw(vars: &[(String, Var)], seed: u64) -> Result<()> {
+    for (name, var) in vars {
+        let (rank, fan_in) = (var.rank(), var.dims().iter().skip(1).product::<usize>());
+        let table = name.contains("embed") || name.contains("token");
+        let stream = Stream::new(seed, name, 0);
+        let value = |i: usize| match rank {
+            1 if name.ends_with("bias") => 0.0,
+            1 => 1.0,
+            _ if table => 0.02 * stream.normal(i),
+            _ => stream.normal(i) / (fan_in as f64).sqrt(),
+        };
+        let values: Vec<f64> = (0..var.elem_count()).map(value).collect();
+        let values = Tensor::from_vec(values, var.shape(), &Device::Cpu)?;
+        var.set(&values.to_dtype(var.dtype())?.to_device(var.device())?)?;
+    }
+    Ok(())
 }

@@ -3,11 +3,10 @@
 use super::args::{Args, Choice};
 use super::data;
 use super::optimizer::Tuner;
-use super::task::{Forward, Inputs, Side, Task};
+use super::task::{Forward, Inputs, Side, Task, draw};
 use super::weights;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::{Lora, ParamsLora, VarBuilder, VarMap, loss::cross_entropy};
 use kronwake::optim::{Group, Groups, Schedule};
 use kronwake::tape::Tape;
@@ -122,8 +121,72 @@ pub fn epochs(
     Ok(())
 }
 
-/// Fine-tunes the model of `task` from the checkpoint `base`.
-pub fn tune(choice: Choice, args: &Args, task: &dyn Task, base: &Path, device: &Device) -> Result<Curve> {
+/// Sets the parameters to those of the checkpoint `base`, those of the head to random numbers, and all without a base; what is new, in words.
+fn start(
+    args: &Args,
+    task: &dyn Task,
+    vars: &VarMap,
+    base: Option<&Path>,
+    head: impl Fn(&String) -> bool,
+) -> Result<String> {
+    let mut new = weights::named(vars)?;
+    let Some(base) = base else {
+        draw(&new, args.seed)?;
+        return Ok(", all of them new".into());
+    };
+    new.retain(|(name, _)| head(name));
+    draw(&new, args.seed)?;
+    let mut checkpoint = task.read(base)?;
+    checkpoint.tensors.retain(|name, _| !head(name));
+    let differences = checkpoint.load_partly(vars)?;
+    let lacking: Vec<String> = differences.missing.into_iter().filter(|name| !head(name)).collect();
+    if !lacking.is_empty() {
+        bail!("{} lacks {}", base.display(), lacking.join(", "))
+    }
+    let names = |names: &[String]| names.join(", ");
+    let new: Vec<String> = new.into_iter().map(|(name, _)| name).collect();
+    let mut text = if new.is_empty() { String::new() } else { format!(", {} new", names(&new)) };
+    if !differences.unexpected.is_empty() {
+        text += &format!("; not used of the checkpoint: {}", names(&differences.unexpected));
+    }
+    Ok(text)
+}
+
+/// Trains the model of `task` on a base's examples from random parameters, and writes it to `path`.
+pub fn base(
+    task: &dyn Task,
+    args: &Args,
+    [train, test]: [usize; 2],
+    batch: &dyn Fn(Side, &[usize]) -> Result<(Inputs, Tensor)>,
+    path: &Path,
+) -> Result<()> {
+    let (vars, tape) = (VarMap::new(), Tape::new());
+    let vb = VarBuilder::from_varmap(&vars, args.dtype, &args.device.open()?);
+    let forward = tape.build(|| task.build(vb))?;
+    draw(&weights::named(&vars)?, args.seed)?;
+    let plain = Args { lr: None, clip: None, lora: None, ..args.clone() };
+    let mut tuner = Tuner::new(Choice::Adamw, &plain, &vars, &tape)?;
+    let steps = Steps::new(args, args.base_epochs, train, tuner.lr())?;
+    epochs(&mut tuner, &steps, &forward, |places| batch(Side::Train, places), |_, _, _| Ok(()))?;
+    let (loss, accuracy) = evaluate(test, &forward, |places| batch(Side::Test, places))?;
+    vars.save(path)?;
+    println!(
+        "base: {train} training examples, {} epochs of AdamW, test loss {loss:.4}, accuracy {:.2} %; {}",
+        args.base_epochs,
+        100.0 * accuracy,
+        path.display()
+    );
+    Ok(())
+}
+
+/// Fine-tunes the model of `task` from the checkpoint `base`, or from random parameters.
+pub fn tune(
+    choice: Choice,
+    args: &Args,
+    task: &dyn Task,
+    base: Option<&Path>,
+    device: &Device,
+) -> Result<Curve> {
     let (vars, tape) = (VarMap::new(), Tape::new());
     let vb = VarBuilder::from_varmap(&vars, args.dtype, device);
     let adapters = args.lora.map(|rank| {
@@ -136,23 +199,12 @@ pub fn tune(choice: Choice, args: &Args, task: &dyn Task, base: &Path, device: &
         Some(lora) => lora.build(build)?,
         None => build()?,
     };
-    weights::draw(&vars, args.seed)?;
-    let mut checkpoint = Checkpoint::read(base, &Device::Cpu)?;
-    checkpoint.tensors.retain(|name, _| !name.starts_with(&task.head()));
-    let differences = checkpoint.load_partly(&vars)?;
-    let old: Vec<&String> =
-        differences.missing.iter().filter(|name| !name.starts_with(&task.head())).collect();
-    if !old.is_empty() {
-        bail!("{} lacks {old:?}", base.display())
-    }
+    let head = |name: &String| task.head().is_some_and(|head| name.starts_with(head));
+    let new = start(args, task, &vars, base, head)?;
     let trained = trained(args, task, &vars, adapters.as_ref())?;
     let mut tuner = Tuner::new(choice, args, &trained, &tape)?;
     let (all, some) = (weights::count(&vars)?, weights::count(&trained)?);
-    println!(
-        "{}: {some} of {all} parameters are trained, {} new",
-        choice.title(),
-        differences.missing.join(", ")
-    );
+    println!("{}: {some} of {all} parameters are trained{new}", choice.title());
     if let (Some(table), true) = (tuner.summary(), args.optimizer == choice) {
         println!("{table}");
     }
@@ -205,7 +257,8 @@ fn trained(args: &Args, task: &dyn Task, vars: &VarMap, adapters: Option<&Lora>)
         }
     }
     all.retain(|(name, _)| {
-        frozen.of(name).is_none() && (adapters.is_none() || name.starts_with(&task.head()))
+        frozen.of(name).is_none()
+            && (adapters.is_none() || task.head().is_some_and(|head| name.starts_with(head)))
     });
     if let Some(lora) = adapters {
         all.extend(weights::named(lora.varmap())?);

@@ -112,9 +112,14 @@ impl Bert {
     }
 }
 
-/// The mean over the tokens of hidden states `[batch, positions, hidden]`, of length 1: `[batch, hidden]`.
-pub fn sentence_embedding(hidden: &Tensor, mask: &Tensor) -> Result<Tensor> {
+/// The mean over the tokens of hidden states `[batch, positions, hidden]`: `[batch, hidden]`.
+pub fn mean_over_tokens(hidden: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let live = mask.to_dtype(hidden.dtype())?.unsqueeze(2)?;
-    let mean = hidden.broadcast_mul(&live)?.sum(1)?.broadcast_div(&live.sum(1)?)?;
+    hidden.broadcast_mul(&live)?.sum(1)?.broadcast_div(&live.sum(1)?)
+}
+
+/// That mean at length 1.
+pub fn sentence_embedding(hidden: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let mean = mean_over_tokens(hidden, mask)?;
     mean.broadcast_div(&mean.sqr()?.sum_keepdim(1)?.sqrt()?)
 }
