@@ -1,10 +1,10 @@
 //! What is learned: examples, and the model that is to learn them.
 
 use super::args::Args;
-use super::random::Stream;
 use candle_core::{Device, Result, Tensor, Var};
 use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::VarBuilder;
+use kronwake::ops::rng::normal;
 use std::path::Path;
 
 /// Which examples.
@@ -19,6 +19,9 @@ pub type Inputs = Vec<Tensor>;
 
 /// A model: its logits `[.., classes]`.
 pub type Forward = Box<dyn Fn(&Inputs) -> Result<Tensor>>;
+
+/// The examples of a side at the given places, and their labels.
+pub type Batches<'a> = dyn Fn(Side, &[usize]) -> Result<(Inputs, Tensor)> + 'a;
 
 /// A fine-tuning.
 pub trait Task {
@@ -42,18 +45,18 @@ pub trait Task {
     fn train_base(&self, args: &Args, path: &Path) -> Result<()>;
 }
 
-/// Sets every parameter to random numbers that depend on its name and the seed: matrices normal with variance `1 / fan_in`, but tables 0.02^2, gains
+/// Sets every parameter to random numbers of the seed: matrices normal with variance `1 / fan_in`, but tables 0.02^2, gains
 /// 1, and biases 0.
 pub fn draw(vars: &[(String, Var)], seed: u64) -> Result<()> {
-    for (name, var) in vars {
+    for ((name, var), stream) in vars.iter().zip(0..) {
         let (rank, fan_in) = (var.rank(), var.dims().iter().skip(1).product::<usize>());
         let table = name.contains("embed") || name.contains("token");
-        let stream = Stream::new(seed, name, 0);
+        let number = |i: usize| normal(seed, stream, i as u64);
         let value = |i: usize| match rank {
             1 if name.ends_with("bias") => 0.0,
             1 => 1.0,
-            _ if table => 0.02 * stream.normal(i),
-            _ => stream.normal(i) / (fan_in as f64).sqrt(),
+            _ if table => 0.02 * number(i),
+            _ => number(i) / (fan_in as f64).sqrt(),
         };
         let values: Vec<f64> = (0..var.elem_count()).map(value).collect();
         let values = Tensor::from_vec(values, var.shape(), &Device::Cpu)?;

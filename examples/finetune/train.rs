@@ -3,7 +3,7 @@
 use super::args::{Args, Choice};
 use super::data;
 use super::optimizer::Tuner;
-use super::task::{Forward, Inputs, Side, Task, draw};
+use super::task::{Batches, Forward, Inputs, Side, Task, draw};
 use super::weights;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -157,7 +157,7 @@ pub fn base(
     task: &dyn Task,
     args: &Args,
     [train, test]: [usize; 2],
-    batch: &dyn Fn(Side, &[usize]) -> Result<(Inputs, Tensor)>,
+    batch: &Batches,
     path: &Path,
 ) -> Result<()> {
     let (vars, tape) = (VarMap::new(), Tape::new());

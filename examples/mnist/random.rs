@@ -35,12 +35,6 @@ impl Stream {
         (self.bits(i) >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// A standard normal number, of the uniform ones at `2 i` and `2 i + 1` (Box and Muller).
-    pub fn normal(&self, i: usize) -> f64 {
-        let (u, v) = (1.0 - self.uniform(2 * i), self.uniform(2 * i + 1));
-        (-2.0 * u.ln()).sqrt() * (2.0 * std::f64::consts::PI * v).cos()
-    }
-
     /// Brings `list` into a random order (Fisher and Yates).
     pub fn shuffle<T>(&self, list: &mut [T]) {
         for i in (1..list.len()).rev() {
