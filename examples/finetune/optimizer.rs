@@ -14,6 +14,7 @@ use std::path::Path;
 pub struct Tuner {
     inner: Box<dyn Inner>,
     vars: Vec<Var>,
+    tape: Tape,
     clip: Option<f64>,
     /// For f16.
     scale: Option<LossScale>,
@@ -36,7 +37,7 @@ impl Tuner {
             Choice::Compare => bail!("compare is not one optimizer"),
         };
         let scale = (args.dtype == DType::F16).then(LossScale::default);
-        Ok(Self { inner, vars: vars.all_vars(), clip: args.clip, scale })
+        Ok(Self { inner, vars: vars.all_vars(), tape: tape.clone(), clip: args.clip, scale })
     }
 
     /// Bytes of its state.
@@ -58,9 +59,10 @@ impl Tuner {
         self.inner.lr()
     }
 
-    /// A step on a batch's logits and mean loss at the learning rate `lr`.
-    pub fn step(&mut self, logits: &Tensor, loss: &Tensor, lr: f64) -> Result<()> {
+    /// A step on a batch's logits and mean loss at the learning rate `lr`; `mask`: which of its positions count.
+    pub fn step(&mut self, logits: &Tensor, loss: &Tensor, mask: Option<&Tensor>, lr: f64) -> Result<()> {
         self.inner.set_lr(lr);
+        self.tape.mask(mask)?;
         self.inner.observe(logits)?;
         if let Some(scale) = &mut self.scale {
             return self.inner.scaled(loss, &self.vars, scale);

@@ -129,6 +129,10 @@ impl Task for Sentences {
         }))
     }
 
+    fn mask<'a>(&self, inputs: &'a Inputs) -> Option<&'a Tensor> {
+        inputs.get(1)
+    }
+
     fn head(&self) -> Option<&str> {
         Some("classifier.")
     }

@@ -33,6 +33,10 @@ pub trait Task {
     fn batch(&self, side: Side, places: &[usize]) -> Result<(Inputs, Tensor)>;
     /// A model with its parameters in `vb`.
     fn build(&self, vb: VarBuilder) -> Result<Forward>;
+    /// Which positions of sequences count, where some are padding.
+    fn mask<'a>(&self, _: &'a Inputs) -> Option<&'a Tensor> {
+        None
+    }
     /// The prefix of the new last layer's parameters, if there is one.
     fn head(&self) -> Option<&str>;
     /// Patterns of the layers that get adapters.

@@ -83,6 +83,7 @@ pub fn evaluate(
 /// Trains for all epochs; `after(tuner, step, seconds)` is told after each.
 pub fn epochs(
     tuner: &mut Tuner,
+    task: &dyn Task,
     steps: &Steps,
     forward: &Forward,
     batch: impl Fn(&[usize]) -> Result<(Inputs, Tensor)>,
@@ -105,7 +106,7 @@ pub fn epochs(
             if !value.is_finite() {
                 bail!("the loss of step {} is {value}; a lower --lr may help", step + 1)
             }
-            tuner.step(&logits, &loss, steps.schedule.at(step))?;
+            tuner.step(&logits, &loss, task.mask(&inputs), steps.schedule.at(step))?;
             bar.set_message(format!("{value:.3}"));
             bar.inc(1);
             if let Some((path, _)) =
@@ -167,7 +168,7 @@ pub fn base(
     let plain = Args { lr: None, clip: None, lora: None, ..args.clone() };
     let mut tuner = Tuner::new(Choice::Adamw, &plain, &vars, &tape)?;
     let steps = Steps::new(args, args.base_epochs, train, tuner.lr())?;
-    epochs(&mut tuner, &steps, &forward, |places| batch(Side::Train, places), |_, _, _| Ok(()))?;
+    epochs(&mut tuner, task, &steps, &forward, |places| batch(Side::Train, places), |_, _, _| Ok(()))?;
     let (loss, accuracy) = evaluate(test, &forward, |places| batch(Side::Test, places))?;
     vars.save(path)?;
     println!(
@@ -226,7 +227,7 @@ pub fn tune(
     };
     rows.iter().for_each(show);
     let batch = |places: &[usize]| task.batch(Side::Train, places);
-    epochs(&mut tuner, &steps, &forward, batch, |tuner, step, seconds| {
+    epochs(&mut tuner, task, &steps, &forward, batch, |tuner, step, seconds| {
         tuner.at_average(&mut || {
             let (loss, accuracy) = test()?;
             rows.push(Row { step, seconds, loss, accuracy });
