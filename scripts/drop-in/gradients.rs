@@ -40,6 +40,32 @@ fn statistics(name: &str) -> bool {
     name.contains("running_")
 }
 
+/// A small decoder's configuration, with the fields of many.
+fn decoder<T: serde::de::DeserializeOwned>() -> T {
+    json(serde_json::json!({
+        "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 4, "attention_bias": false, "max_position_embeddings": 16, "sliding_window": 16,
+        "max_window_layers": 2, "tie_word_embeddings": false, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+        "use_sliding_window": false, "hidden_act": "silu", "use_flash_attn": false, "norm_epsilon": 1e-6, "use_bias": true,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 4, "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 20.0, "rope_local_base_freq": 1e4, "sliding_window_pattern": 2,
+        "partial_rotary_factor": 1.0, "layer_norm_eps": 1e-6, "use_cache": false, "num_experts_per_tok": 2, "num_local_experts": 3
+    }))
+}
+
+/// A small encoder's configuration, with the fields of many.
+fn encoder<T: serde::de::DeserializeOwned>() -> T {
+    json(serde_json::json!({
+        "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "type_vocab_size": 2, "initializer_range": 0.02, "pad_token_id": 0,
+        "position_embedding_type": "absolute", "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32, "activation": "gelu",
+        "global_attn_every_n_layers": 2, "global_rope_theta": 1e4, "local_attention": 4, "local_rope_theta": 1e4,
+        "relative_attention": true, "max_relative_positions": -1, "position_biased_input": false, "position_buckets": 4,
+        "pos_att_type": "p2c|c2p", "share_att_key": true, "norm_rel_ebd": "layer_norm"
+    }))
+}
+
 fn models() -> Vec<Model> {
     let model = |name, left_out, run| Model { name, left_out, run };
     vec![
@@ -86,29 +112,15 @@ fn models() -> Vec<Model> {
             Ok(vec![llama::Llama::load(vb, &config)?.forward(&tokens((2, 7))?, 0, &mut cache)?])
         }),
         model("qwen2", all, |vb| {
-            let config: qwen2::Config = json(serde_json::json!({
-                "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "max_position_embeddings": 16, "sliding_window": 16, "max_window_layers": 2,
-                "tie_word_embeddings": false, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "use_sliding_window": false, "hidden_act": "silu"
-            }));
+            let config: qwen2::Config = decoder();
             Ok(vec![qwen2::ModelForCausalLM::new(&config, vb)?.forward(&tokens((2, 7))?, 0)?])
         }),
         model("qwen3", all, |vb| {
-            let config: qwen3::Config = json(serde_json::json!({
-                "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 4,
-                "attention_bias": false, "num_key_value_heads": 2, "max_position_embeddings": 16, "sliding_window": null,
-                "max_window_layers": 2, "tie_word_embeddings": false, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-                "use_sliding_window": false, "hidden_act": "silu"
-            }));
+            let config: qwen3::Config = decoder();
             Ok(vec![qwen3::ModelForCausalLM::new(&config, vb)?.forward(&tokens((2, 7))?, 0)?])
         }),
         model("gemma3", all, |vb| {
-            let config: gemma3::Config = json(serde_json::json!({
-                "attention_bias": false, "head_dim": 4, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 16, "intermediate_size": 32,
-                "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-                "rope_local_base_freq": 1e4, "vocab_size": 50, "final_logit_softcapping": null, "attn_logit_softcapping": 20.0,
-                "query_pre_attn_scalar": 4, "sliding_window": 5, "sliding_window_pattern": 2, "max_position_embeddings": 16
-            }));
+            let config: gemma3::Config = decoder();
             Ok(vec![gemma3::Model::new(false, &config, vb)?.forward(&tokens((2, 7))?, 0)?])
         }),
         model("t5", all, |vb| {
@@ -217,6 +229,103 @@ fn models() -> Vec<Model> {
                 };
                 let mut cache = llama2_c::Cache::new(false, &config, vb.pp("rot"))?;
                 Ok(vec![llama2_c::Llama::load(vb, config)?.forward(&tokens((2, 7))?, 0, &mut cache)?])
+            },
+        ),
+        model("gemma2", all, |vb| {
+            Ok(vec![gemma2::Model::new(false, &decoder(), vb)?.forward(&tokens((2, 7))?, 0)?])
+        }),
+        model("mistral", all, |vb| {
+            Ok(vec![mistral::Model::new(&decoder(), vb)?.forward(&tokens((2, 7))?, 0)?])
+        }),
+        // An expert that no token is sent to gets none; the gate's weights pass through the host.
+        model(
+            "mixtral",
+            |name| name.contains("block_sparse_moe"),
+            |vb| Ok(vec![mixtral::Model::new(&decoder(), vb)?.forward(&tokens((2, 7))?, 0)?]),
+        ),
+        model("olmo2", all, |vb| Ok(vec![olmo2::Model::new(&decoder(), vb)?.forward(&tokens((2, 7))?, 0)?])),
+        model("phi3", all, |vb| Ok(vec![phi3::Model::new(&decoder(), vb)?.forward(&tokens((2, 7))?, 0)?])),
+        model("stable_lm", all, |vb| {
+            Ok(vec![stable_lm::Model::new(&decoder(), vb)?.forward(&tokens((2, 7))?, 0)?])
+        }),
+        model("starcoder2", all, |vb| {
+            Ok(vec![starcoder2::Model::new(&decoder(), vb)?.forward(&tokens((2, 7))?, 0)?])
+        }),
+        model("mamba", all, |vb| {
+            let config: mamba::Config = json(serde_json::json!({
+                "d_model": 16, "n_layer": 2, "vocab_size": 50, "pad_vocab_size_multiple": 2
+            }));
+            let (model, x) = (mamba::Model::new(&config, vb)?, tokens((1, 5))?);
+            let mut state = mamba::State::new(1, &config, DType::F32, &Device::Cpu)?;
+            (0..5).map(|at| model.forward(&x.narrow(1, at, 1)?.squeeze(1)?, &mut state)).collect()
+        }),
+        model("distilbert", all, |vb| {
+            let x = tokens((2, 7))?;
+            let mask = x.zeros_like()?.to_dtype(DType::U8)?.reshape((2, 1, 1, 7))?;
+            Ok(vec![distilbert::DistilBertModel::load(vb, &encoder())?.forward(&x, &mask)?])
+        }),
+        model("modernbert", all, |vb| {
+            let x = tokens((2, 7))?;
+            Ok(vec![modernbert::ModernBertForMaskedLM::load(vb, &encoder())?.forward(&x, &x.ones_like()?)?])
+        }),
+        model("debertav2", all, |vb| {
+            Ok(vec![debertav2::DebertaV2Model::load(vb, &encoder())?.forward(
+                &tokens((2, 7))?,
+                None,
+                None,
+            )?])
+        }),
+        model("jina_bert", all, |vb| {
+            let config = jina_bert::Config::new(
+                50,
+                16,
+                2,
+                4,
+                32,
+                Activation::Gelu,
+                16,
+                2,
+                0.02,
+                1e-6,
+                0,
+                jina_bert::PositionEmbeddingType::Alibi,
+            );
+            Ok(vec![jina_bert::BertModel::new(vb, &config)?.forward(&tokens((2, 7))?)?])
+        }),
+        model("xlm_roberta", all, |vb| {
+            let x = tokens((2, 7))?;
+            let model = xlm_roberta::XLMRobertaForMaskedLM::new(&encoder(), vb)?;
+            Ok(vec![model.forward(&x, &x.ones_like()?, &x.zeros_like()?, None, None, None)?])
+        }),
+        model("siglip", all, |vb| {
+            let config: siglip::Config = json(serde_json::json!({
+                "text_config": {
+                    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "max_position_embeddings": 7
+                },
+                "vision_config": {
+                    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8,
+                    "patch_size": 4
+                }
+            }));
+            let (text, image) =
+                siglip::Model::new(&config, vb)?.forward(&noise(&[2, 3, 8, 8])?, &tokens((3, 7))?)?;
+            Ok(vec![text, image])
+        }),
+        // The encoder ends in whole numbers.
+        model(
+            "encodec",
+            |name| !name.starts_with("decoder."),
+            |vb| {
+                let config = encodec::Config {
+                    hidden_size: 8,
+                    num_filters: 2,
+                    codebook_size: 16,
+                    codebook_dim: Some(8),
+                    ..Default::default()
+                };
+                let codes = tokens((2, 4))?.affine(0.3, 0.)?.reshape((1, 2, 4))?;
+                Ok(vec![encodec::Model::new(&config, vb)?.decode(&codes)?])
             },
         ),
     ]

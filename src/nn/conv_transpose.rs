@@ -1,4 +1,5 @@
-//! candle_nn's 1-D transposed convolution, which has no backward there. The 2-D one has a right one and stays candle's.
+//! candle_nn's 1-D transposed convolution, which has no backward there and, on the CPU without paddings and dilation, wrong values for
+//! batches of more than one (candle 0.11.1). The 2-D one is right in both and stays candle's.
 
 use candle_core::{Module, Result, Tensor, bail};
 use candle_nn::{ConvTranspose1dConfig, Init, VarBuilder};
