@@ -4,6 +4,48 @@
 //! here, and what has no gradient there, or holds weights that curvature wants to see, is replaced by a layer of the same
 //! name and signature.
 //!
+//! ```
+//! mod model {
+//!     use kronwake::nn as candle_nn; // the one line that is new in this file
+//!
+//!     use candle_core::{Result, Tensor};
+//!     use candle_nn::{Embedding, LayerNorm, Linear, Module, VarBuilder, embedding, layer_norm, linear};
+//!
+//!     pub struct Classifier(Embedding, LayerNorm, Linear);
+//!
+//!     impl Classifier {
+//!         pub fn new(vb: VarBuilder) -> Result<Self> {
+//!             let words = embedding(20, 8, vb.pp("words"))?;
+//!             Ok(Self(words, layer_norm(8, 1e-5, vb.pp("norm"))?, linear(8, 2, vb.pp("out"))?))
+//!         }
+//!     }
+//!
+//!     impl Module for Classifier {
+//!         fn forward(&self, tokens: &Tensor) -> Result<Tensor> {
+//!             self.2.forward(&self.1.forward(&self.0.forward(tokens)?)?)?.mean(1)
+//!         }
+//!     }
+//! }
+//!
+//! use candle_core::{DType, Device, Module, Tensor};
+//! use kronwake::nn::{Optimizer, VarBuilder, VarMap, loss::cross_entropy};
+//! use kronwake::optim::{KldWrm, ParamsKldWrm};
+//! use kronwake::tape::{Likelihood, Tape};
+//!
+//! let (vars, tape) = (VarMap::new(), Tape::new());
+//! let model = tape.build(|| model::Classifier::new(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)))?;
+//! // Or a checkpoint's tensors: Checkpoint::read(folder, &Device::Cpu)?.load_into(&vars)?
+//! let mut opt = KldWrm::from_varmap(&vars, ParamsKldWrm::on(&tape))?;
+//! let (tokens, classes) = (Tensor::new(&[[3u32, 1], [4, 2]], &Device::Cpu)?, Tensor::new(&[0u32, 1], &Device::Cpu)?);
+//! for _ in 0..20 {
+//!     let logits = model.forward(&tokens)?;
+//!     opt.observe(&logits, Likelihood::Categorical)?;
+//!     opt.backward_step(&cross_entropy(&logits, &classes)?)?;
+//! }
+//! assert_eq!(model.forward(&tokens)?.argmax(1)?.to_vec1::<u32>()?, [0, 1]);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
 //! Without a gradient stay what is of use in inference alone, [`attention::cpu_flash`], [`varlen_attention`], [`moe`] and
 //! [`kv_cache::ScatteredKvCache`], and of candle's tensor methods, which no layer can replace, `max_pool2d` with windows that are not as large
 //! as their stride ([`ops::max_pool2d`] has one) and `upsample_bilinear2d`. The first step refuses variables that get none, by name.
