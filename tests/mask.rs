@@ -12,7 +12,7 @@ use kronwake::tape::{Fisher, Likelihood, Tape};
 const LENGTHS: [usize; 4] = [5, 2, 3, 1];
 const LIKELIHOOD: Likelihood = Likelihood::Categorical;
 
-/// Two layers over positions, the second used twice, and a head.
+/// Two layers over positions, the first used twice, and a head.
 struct Net {
     map: VarMap,
     tape: Tape,
@@ -47,7 +47,9 @@ impl Net {
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let [a, b, head] = &self.layers[..] else { candle_core::bail!("three layers") };
-        let x = b.forward(&b.forward(&a.forward(x)?.tanh()?)?.tanh()?)?.tanh()?;
+        let x = a.forward(&a.forward(x)?.tanh()?)?.tanh()?;
+        // All positions as examples.
+        let x = b.forward(&x.flatten(0, 1)?)?.tanh()?.reshape(x.shape())?;
         if self.each {
             let live = mask.flatten_all()?.to_vec1::<f64>()?;
             let live = live.iter().enumerate().filter(|(_, live)| **live > 0.).map(|(i, _)| i as u32);

@@ -175,6 +175,7 @@ impl Reduce for FactorSums {
         let (with_inputs, scale) = (self.with_inputs, self.scale);
         let sums = &mut self.sums[layer.index];
         sums.groups = layer.groups;
+        let record = &*record.of_live_examples()?;
         if want.weight && self.sharing == Sharing::Expand {
             let rows = record.of_live_rows()?;
             if with_inputs {

@@ -30,9 +30,10 @@ impl Mask {
         Ok(Self { dims: [batch, shared], rows, live: live.unsqueeze(2)? })
     }
 
-    /// Whether it is of these examples and positions.
+    /// Whether it is of these examples and positions, or of all positions as examples.
     pub fn fits(&self, grads: &Tensor) -> bool {
-        grads.dims().starts_with(&self.dims)
+        let [batch, shared] = self.dims;
+        grads.dims().starts_with(&self.dims) || grads.dims().starts_with(&[batch * shared, 1])
     }
 
     pub fn dims(&self) -> [usize; 2] {
@@ -54,6 +55,14 @@ impl Mask {
 }
 
 impl Record {
+    /// What enters the factors where the layer saw all positions as examples, `[batch * shared, 1, ..]`: those that count, without a mask.
+    pub(crate) fn of_live_examples(&self) -> Result<Cow<'_, Record>> {
+        match &self.mask {
+            Some(mask) if !self.grads.dims().starts_with(&mask.dims) => self.of_live_rows(),
+            _ => Ok(Cow::Borrowed(self)),
+        }
+    }
+
     /// The record with every position that counts an example of its own, `[live, 1, ..]`; itself without a mask.
     pub(crate) fn of_live_rows(&self) -> Result<Cow<'_, Record>> {
         let Some(mask) = &self.mask else { return Ok(Cow::Borrowed(self)) };

@@ -174,8 +174,8 @@ impl Tape {
     /// Says which positions of the coming batches count: `mask` `[batch, positions]` is not zero there. Holds until the next call; `None`
     /// says that all count.
     ///
-    /// It goes for every layer that sees inputs of that many examples and positions: the linear layers, norms and embeddings over padded
-    /// sequences, but not the head over their pooled states. What is left out does not enter the factors, as if every example had been
+    /// It goes for every layer that sees inputs of that many examples and positions, as two dimensions or as one: the linear layers, norms and
+    /// embeddings over padded sequences, but not the head over their pooled states. What is left out does not enter the factors, as if every example had been
     /// a batch of its own length. The gradients are not changed: the model's own masks and the loss have to leave padding out. Where the
     /// outputs have a term for every position, `observe` is to be shown those that count, selected as for the loss.
     ///
