@@ -319,7 +319,7 @@ fn models() -> Vec<Model> {
             |vb| {
                 let config = encodec::Config {
                     hidden_size: 8,
-                    num_filters: 2,
+                    num_filters: 4,
                     codebook_size: 16,
                     codebook_dim: Some(8),
                     ..Default::default()
