@@ -16,9 +16,10 @@ pub(crate) trait Real: Element<Acc = Self> {
     const NEG_INFINITY: Self;
     fn exp(self) -> Self;
     fn ln(self) -> Self;
-    /// The logarithm of a positive finite number to a few units of the last place, in loops of which it does not keep the compiler
-    /// from making vectors; something finite or infinite of any other.
+    /// The logarithm of a positive finite number, in loops of which it does not keep the compiler from making vectors; something finite
+    /// or infinite of any other. Its relative error is below 2e-7 in f32; of numbers within 1e-3 of 1 the error is below 2e-10.
     fn ln_positive(self) -> Self;
+    fn abs(self) -> Self;
     fn sqrt(self) -> Self;
     fn max(self, other: Self) -> Self;
 }
@@ -53,6 +54,10 @@ macro_rules! real {
             #[inline(always)]
             fn ln_positive(self) -> Self {
                 $ln(self)
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                $t::abs(self)
             }
             #[inline(always)]
             fn sqrt(self) -> Self {
@@ -103,8 +108,14 @@ fn ln_f32(x: f32) -> f32 {
     let power = power as f32 - if small { 23. } else { 0. };
     let s = (m - 1.) / (m + 1.);
     let q = s * s;
-    let series = 1. + q * (1. / 3. + q * (1. / 5. + q * (1. / 7. + q * (1. / 9.))));
-    power * std::f32::consts::LN_2 + 2. * s * series
+    let series = add_product(2. / 3., q, add_product(2. / 5., q, add_product(2. / 7., q, 2. / 9.)));
+    add_product(add_product(2. * s, s, q * series), power, std::f32::consts::LN_2)
+}
+
+/// `a + b c`, fused where the target has an instruction for it; elsewhere that would be a slow call.
+#[inline(always)]
+fn add_product(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) { b.mul_add(c, a) } else { a + b * c }
 }
 
 macro_rules! short {
@@ -234,12 +245,12 @@ mod tests {
         while f32::from_bits(bits).is_finite() {
             let x = f32::from_bits(bits);
             let (found, expected) = (f64::from(x.ln_positive()), f64::from(x).ln());
-            assert!((found - expected).abs() <= 3e-7 * expected.abs().max(1e-3), "{x:e}: {found} {expected}");
+            assert!((found - expected).abs() <= 2e-7 * expected.abs().max(1e-3), "{x:e}: {found} {expected}");
             bits += 9973;
         }
         for x in [1f32, 0.999_999_94, 1.000_000_1, 0.707, 0.7072, 1.414, 1.4143] {
             let (found, expected) = (f64::from(x.ln_positive()), f64::from(x).ln());
-            assert!((found - expected).abs() <= 3e-7 * expected.abs(), "{x}: {found} {expected}");
+            assert!((found - expected).abs() <= 2e-7 * expected.abs(), "{x}: {found} {expected}");
         }
     }
 

@@ -17,7 +17,7 @@
 use candle_core::{DType, Device, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
-use super::element::{Element, Host, Real, float_dispatch, sum};
+use super::element::{Element, Host, Real, float_dispatch};
 use super::group::value_dtype;
 use super::memory::keep_freed_blocks;
 use super::{group_host, known};
@@ -71,11 +71,6 @@ struct Sums {
     marginals: Vec<f64>,
     logs: f64,
     squares: f64,
-}
-
-#[inline(always)]
-fn size<T: Real>(w: T) -> T {
-    if w < T::ZERO { T::ZERO - w } else { w }
 }
 
 fn log_share(share: f64) -> f64 {
@@ -179,7 +174,7 @@ impl Entropy {
                 let row = A::rounded(row_part(*row));
                 for ((out, w), column) in out.iter_mut().zip(w).zip(&columns) {
                     let w = w.widen();
-                    let own = (size(w).ln_positive() - log_sum).max(floor);
+                    let own = (w.abs().ln_positive() - log_sum).max(floor);
                     let pull = row + *column + own_factor * own;
                     let slope = if w < A::ZERO { A::ZERO - pull } else { pull } - shrink * (one_over_norm * w);
                     *out = T::narrow(if w == A::ZERO { A::ZERO } else { slope });
@@ -193,6 +188,34 @@ impl Entropy {
 /// Elements that are worth a task of their own.
 const SHARE: usize = 1 << 14;
 
+/// The sums `[sum a, sum a ln a, sum a^2]` of a line of weights with the logarithms of their sizes; each weight is added to its column's.
+#[inline(always)]
+fn line_sums<T: Element>(w: &[T], logs: &[T::Acc], columns: &mut [f64]) -> [f64; 3] {
+    /// Partial sums, so that the loop vectorizes.
+    const PARTS: usize = 16;
+    let (mut sizes, mut products, mut squares) = ([0.; PARTS], [0.; PARTS], [0.; PARTS]);
+    let ((w, last_w), (logs, last_logs)) = (w.as_chunks::<PARTS>(), logs.as_chunks::<PARTS>());
+    let (columns, last_columns) = columns.as_chunks_mut::<PARTS>();
+    for ((w, logs), columns) in w.iter().zip(logs).zip(columns) {
+        for at in 0..PARTS {
+            let size = w[at].widen().to_f64().abs();
+            columns[at] += size;
+            sizes[at] += size;
+            products[at] += size * logs[at].to_f64();
+            squares[at] += size * size;
+        }
+    }
+    let mut sums = [sizes, products, squares].map(|parts| parts.iter().sum::<f64>());
+    for ((w, log), column) in last_w.iter().zip(last_logs).zip(last_columns) {
+        let size = w.widen().to_f64().abs();
+        *column += size;
+        sums[0] += size;
+        sums[1] += size * log.to_f64();
+        sums[2] += size * size;
+    }
+    sums
+}
+
 /// The sums of at least one weight.
 fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
     let Shape { m, n, k } = shape;
@@ -202,21 +225,18 @@ fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
         .par_chunks(band * shape.width())
         .map(|w| {
             let (mut rows, mut columns) = (Vec::with_capacity(band), vec![0.; shape.width()]);
-            let (mut sizes, mut logs) = (columns.clone(), columns.clone());
+            let mut logs = vec![T::Acc::ZERO; shape.width()];
             let mut totals = [0.; 2];
             for line in w.chunks_exact(shape.width()) {
-                let places = sizes.iter_mut().zip(&mut logs).zip(&mut columns);
-                for (w, ((size_here, log), column)) in line.iter().zip(places) {
-                    let narrow = size(w.widen());
-                    let wide = narrow.to_f64();
-                    *size_here = wide;
-                    *column += wide;
-                    *log = if wide > 0. { wide * narrow.ln_positive().to_f64() } else { 0. };
+                // In a loop of their own: they leave no registers for sums.
+                for (log, w) in logs.iter_mut().zip(line) {
+                    let size = w.widen().abs();
+                    *log = if size > T::Acc::ZERO { size.ln_positive() } else { T::Acc::ZERO };
                 }
-                // Sums in loops of their own, which the logarithms leave no registers for.
-                rows.push(sum(&sizes, |size| size));
-                totals[0] += sum(&logs, |log| log);
-                totals[1] += sum(&sizes, |size| size * size);
+                let [row, of_logs, squares] = line_sums(line, &logs, &mut columns);
+                rows.push(row);
+                totals[0] += of_logs;
+                totals[1] += squares;
             }
             (rows, columns, totals)
         })
