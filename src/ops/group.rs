@@ -262,28 +262,60 @@ impl Norms {
             }
             None => None,
         };
-        let out = gpu.tensor(w.shape(), w.dtype())?;
-        let operand = |t: Option<&Tensor>| t.map(|t| gpu.operand(t, self.name)).transpose();
-        let [from, to] = [gpu.operand(w, self.name)?, gpu.operand(&out, self.name)?];
-        let [factors, scale] = [operand(factors.as_ref())?, operand(scale.as_ref())?];
+        let scale = scale.as_ref().map(|scale| gpu.operand(scale, self.name)).transpose()?;
         let args = MapArgs {
-            w: from.address(),
-            out: to.address(),
-            factors: factors.as_ref().map_or(0, Operand::address),
             scale: scale.as_ref().map_or(0, Operand::address),
-            tiles: tiles.into(),
             threshold: step * self.l1,
             shrink: 1. / (1. + 2. * step * self.l2),
             l1: self.l1,
             l2: 2. * self.l2,
             prox,
+            ..MapArgs::of(tiles)
         };
-        /// Elements of a thread.
-        const EACH: usize = 4;
-        let grid = Grid::line(w.elem_count().div_ceil(THREADS as usize * EACH), THREADS)?;
-        gpu.launch(Module::Group, &typed("group_map", w.dtype())?, grid, &args)?;
-        Ok(out)
+        gpu_mapped(gpu, self.name, w, factors.as_ref(), args)
     }
+}
+
+/// Contiguous weights by `group_map`, with factors of their groups or without.
+fn gpu_mapped(gpu: &Gpu, name: &str, w: &Tensor, factors: Option<&Tensor>, args: MapArgs) -> Result<Tensor> {
+    /// Elements of a thread.
+    const EACH: usize = 4;
+    let out = gpu.tensor(w.shape(), w.dtype())?;
+    let [from, to] = [gpu.operand(w, name)?, gpu.operand(&out, name)?];
+    let factors = factors.map(|factors| gpu.operand(factors, name)).transpose()?;
+    let args = MapArgs {
+        w: from.address(),
+        out: to.address(),
+        factors: factors.as_ref().map_or(0, Operand::address),
+        ..args
+    };
+    let grid = Grid::line(w.elem_count().div_ceil(THREADS as usize * EACH), THREADS)?;
+    gpu.launch(Module::Group, &typed("group_map", w.dtype())?, grid, &args)?;
+    Ok(out)
+}
+
+/// Weights of which each is softly thresholded and then times the factor of its group.
+pub(crate) fn scaled(w: &Tensor, tiles: Tiles, threshold: f64, factors: &[f64]) -> Result<Tensor> {
+    const NAME: &str = "group_map";
+    let w = w.detach().contiguous()?;
+    if w.elem_count() == 0 {
+        return Ok(w);
+    }
+    if let Some(gpu) = Gpu::of(w.device()) {
+        let factors = Tensor::from_slice(factors, factors.len(), w.device())?;
+        return gpu_mapped(
+            &gpu,
+            NAME,
+            &w,
+            Some(&factors),
+            MapArgs { threshold, prox: 1, ..MapArgs::of(tiles) },
+        );
+    }
+    float_dispatch!(NAME, w.dtype(), T => {
+        let host = Host::of(&w);
+        let out = group_host::map(&host.values::<T>()?, tiles, factors, 1., move |w, factor| group_host::soft(w, threshold) * factor);
+        Tensor::from_vec(out, w.shape(), &Device::Cpu)
+    })
 }
 
 /// Threads of a block, as in `group.cu`.
@@ -321,6 +353,14 @@ args! {
 args! {
     struct MapArgs {
         w: u64, out: u64, factors: u64, scale: u64, tiles: TileArgs, threshold: f64, shrink: f64, l1: f64, l2: f64, prox: u64
+    }
+}
+
+impl MapArgs {
+    /// The proximal step of no penalty.
+    fn of(tiles: Tiles) -> Self {
+        let (shrink, tiles) = (1., tiles.into());
+        Self { w: 0, out: 0, factors: 0, scale: 0, tiles, threshold: 0., shrink, l1: 0., l2: 0., prox: 0 }
     }
 }
 

@@ -3,6 +3,7 @@
 use super::cells::{Cells, sum};
 use super::groups::Grouping;
 use super::simplex::height;
+use crate::gpu::Gpu;
 use crate::ops::element::{Host, float_dispatch};
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 
@@ -96,7 +97,9 @@ impl Set {
     /// set, and nothing else, so that a second projection changes nothing.
     ///
     /// Norms and sums are computed in f64. What is scaled is rounded so that it stays within the radius; [`Set::Simplex`] and
-    /// [`Set::Sphere`], which are equalities, are met to the rounding of `w`'s dtype. Tensors on a GPU are projected on the host.
+    /// [`Set::Sphere`], which are equalities, are met to the rounding of `w`'s dtype. Weights on a GPU stay there, and only sums and norms
+    /// of groups come to the host; but [`Set::Simplex`], a sphere's groups of zeros, and weights whose squares f64 does not hold or whose
+    /// sum is above a million times an L1 ball's radius, are projected on the host.
     ///
     /// # Errors
     /// If the set makes no sense ([`Set::check`]) or not for this shape, if `w` is not a floating point tensor, or holds NaN or an
@@ -114,11 +117,21 @@ impl Set {
     /// # Errors
     /// As for [`Set::project`].
     pub fn violation(&self, w: &Tensor) -> Result<f64> {
+        if Gpu::of(w.device()).is_some()
+            && let Some(excess) = device::violation(self, w)?
+        {
+            return Ok(excess);
+        }
         float_dispatch!("violation", w.dtype(), T => self.with(w, |x: &[T], cells| Ok(self.excess(x, cells))))
     }
 
     /// The projection, where it is not `w`.
     pub(crate) fn moved(&self, w: &Tensor) -> Result<Option<Tensor>> {
+        if Gpu::of(w.device()).is_some()
+            && let Some(moved) = device::moved(self, w)?
+        {
+            return Ok(moved);
+        }
         float_dispatch!("project", w.dtype(), T => {
             let out = self.with(w, |x: &[T], cells| {
                 if self.holds(x, cells) { Ok(None) } else { self.nearest(x, cells).map(Some) }
@@ -148,24 +161,30 @@ impl Set {
     fn excess<T: WithDType>(&self, x: &[T], cells: &Cells) -> f64 {
         let worst = |excess: &mut dyn Iterator<Item = f64>| excess.fold(0.0, f64::max);
         match *self {
-            Self::L2 { radius } | Self::MaxNorm { radius, .. } => {
-                worst(&mut cells.norms(x).into_iter().map(|n| n - radius))
-            }
             Self::Box { bound } => worst(&mut x.iter().map(|v| v.to_f64().abs() - bound)),
             Self::L1 { radius } => (sum(x, f64::abs) - radius).max(0.0),
-            Self::GroupBall { radius, .. } => (cells.norms(x).iter().sum::<f64>() - radius).max(0.0),
             Self::Simplex { sum: total } => {
                 worst(&mut x.iter().map(|v| -v.to_f64())).max((sum(x, |v| v) - total).abs())
             }
-            Self::Sphere { radius, .. } => worst(&mut cells.norms(x).into_iter().map(|n| (n - radius).abs())),
+            _ => self.excess_of(&cells.norms(x)),
+        }
+    }
+
+    /// That of sets of norms.
+    fn excess_of(&self, norms: &[f64]) -> f64 {
+        let worst =
+            |excess: &dyn Fn(f64) -> f64| norms.iter().fold(0.0, |worst, &n| f64::max(worst, excess(n)));
+        match *self {
+            Self::GroupBall { radius, .. } => (norms.iter().sum::<f64>() - radius).max(0.0),
+            Self::Sphere { radius, .. } => worst(&|n| (n - radius).abs()),
+            Self::L2 { radius } | Self::MaxNorm { radius, .. } => worst(&|n| n - radius),
+            Self::Box { .. } | Self::L1 { .. } | Self::Simplex { .. } => 0.0,
         }
     }
 
     /// Whether `x` lies in the set; for equalities to rounding.
     fn holds<T: WithDType>(&self, x: &[T], cells: &Cells) -> bool {
-        // What `nearest` may be off by: every element's rounding, relative or to a multiple of the smallest number, and the sum's.
-        let (unit, smallest) = rounding(T::DTYPE);
-        let slack = |k: f64| (4.0 * unit + x.len() as f64 * f64::EPSILON) * k + x.len() as f64 * smallest;
+        let slack = |k: f64| slack(T::DTYPE, x.len(), k);
         match *self {
             Self::Simplex { sum: total } => {
                 x.iter().all(|v| v.to_f64() >= 0.0) && (sum(x, |v| v) - total).abs() <= slack(total)
@@ -241,6 +260,12 @@ fn norms<T: WithDType>(x: &[T], cells: &Cells) -> Result<Vec<f64>> {
     Ok(norms)
 }
 
+/// What the equality with `k` may be off by: every element's rounding, relative or to a multiple of the smallest number, and the sum's.
+fn slack(dtype: DType, count: usize, k: f64) -> f64 {
+    let (unit, smallest) = rounding(dtype);
+    (4.0 * unit + count as f64 * f64::EPSILON) * k + count as f64 * smallest
+}
+
 /// A dtype's largest relative rounding, and its smallest number.
 fn rounding(dtype: DType) -> (f64, f64) {
     match dtype {
@@ -304,5 +329,6 @@ fn shrink<T: WithDType>(x: &[T], cells: &Cells, norms: &[f64], lengths: &[f64]) 
     out
 }
 
+mod device;
 #[cfg(test)]
 mod tests;

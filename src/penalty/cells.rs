@@ -16,6 +16,10 @@ impl Cells {
         Ok(Self(grouping.tiles(dims)?))
     }
 
+    pub fn tiles(&self) -> Tiles {
+        self.0
+    }
+
     /// The number of groups.
     pub fn count(&self) -> usize {
         self.0.count()

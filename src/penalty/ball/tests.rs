@@ -1,4 +1,6 @@
 use super::*;
+use crate::gpu::emulate::emulate;
+use crate::ops::testing::random;
 use proptest::prelude::*;
 
 fn sets(k: f64, grouping: Grouping) -> [Set; 7] {
@@ -23,6 +25,10 @@ fn bits(t: &Tensor) -> Vec<u64> {
 
 fn distance(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt()
+}
+
+fn norm(a: &[f64]) -> f64 {
+    a.iter().map(|a| a * a).sum::<f64>().sqrt()
 }
 
 /// A tensor of one of several shapes, with zeros, whole zero rows and ties, and a grouping.
@@ -166,4 +172,83 @@ fn refusals() {
     }
     let whole = Tensor::new(&[1u32], &Device::Cpu).unwrap();
     assert!(Set::Box { bound: 1.0 }.project(&whole).is_err());
+}
+
+/// Where the weights stay on the device the same comes out, in the set, and there it stays; composed of the loops of the CPU and of the
+/// kernels.
+#[test]
+fn on_the_device_as_on_the_host() {
+    let shapes = [(vec![5, 7], 1.0), (vec![3, 4, 3, 3], 0.2), (vec![300], 3.0)];
+    for (stream, (shape, k)) in shapes.into_iter().enumerate() {
+        for (dtype, tolerance) in
+            [(DType::F64, 1e-12), (DType::F32, 1e-6), (DType::F16, 2e-3), (DType::BF16, 2e-2)]
+        {
+            let w = random(stream as u64, &shape).unwrap().to_dtype(dtype).unwrap();
+            let groupings = [
+                Grouping::Rows,
+                Grouping::Columns,
+                Grouping::InputChannels,
+                Grouping::Blocks { rows: 3, columns: 4 },
+            ];
+            for set in groupings.into_iter().flat_map(|grouping| sets(k, grouping)) {
+                if matches!(set, Set::Simplex { .. }) {
+                    assert!(
+                        device::moved(&set, &w).unwrap().is_none()
+                            && device::violation(&set, &w).unwrap().is_none()
+                    );
+                    continue;
+                }
+                let expected = set.moved(&w).unwrap().unwrap_or_else(|| w.clone());
+                let check = || {
+                    let found = device::moved(&set, &w).unwrap().expect("no need of the host");
+                    let found = found.unwrap_or_else(|| w.clone());
+                    assert_eq!((found.dims(), found.dtype()), (w.dims(), dtype));
+                    let off = distance(&values(&expected), &values(&found));
+                    assert!(off <= tolerance * norm(&values(&expected)).max(k), "{set:?} {dtype:?}: {off}");
+                    let again = device::moved(&set, &found).unwrap().expect("no need of the host");
+                    assert!(again.is_none(), "{set:?} {dtype:?}");
+                    let (there, here) = (device::violation(&set, &w).unwrap(), set.violation(&w).unwrap());
+                    assert!(
+                        (there.unwrap() - here).abs() <= 1e-12 * here,
+                        "{set:?} {dtype:?} {there:?} {here}"
+                    );
+                    // The sums of the two are not added up in the same order.
+                    let (left, order) =
+                        (set.violation(&found).unwrap(), w.elem_count() as f64 * f64::EPSILON * k);
+                    let sphere = matches!(set, Set::Sphere { .. });
+                    let slack = if sphere { slack(dtype, w.elem_count(), k) } else { order };
+                    assert!(left <= slack, "{set:?} {dtype:?} {left}");
+                };
+                check();
+                if dtype == DType::F32 {
+                    emulate(check);
+                }
+            }
+        }
+    }
+}
+
+/// What sums of squares in f64 do not tell is left to the host, and so are its messages.
+#[test]
+fn what_only_the_host_can_tell() {
+    let project = |set: Set, w: &[f64]| {
+        emulate(|| set.project(&Tensor::new(w, &Device::Cpu)?)).map(|p| values(&p)).map_err(|e| e.to_string())
+    };
+    let whole = Grouping::Whole;
+    for (set, w, expected) in [
+        (Set::L1 { radius: 1.0 }, [1e20, -1e20, 1.0], [0.5, -0.5, 0.0]),
+        (Set::L1 { radius: 0.0 }, [1.0, -2.0, 0.0], [0.0; 3]),
+        (Set::L2 { radius: 5.0 }, [3e200, -4e200, 0.0], [3.0, -4.0, 0.0]),
+        (Set::L2 { radius: 5e-200 }, [3e-199, -4e-199, 0.0], [3e-200, -4e-200, 0.0]),
+        (Set::Sphere { grouping: whole, radius: 3f64.sqrt() }, [0.0; 3], [1.0; 3]),
+        (Set::Simplex { sum: 1.0 }, [3.0, -4.0, 0.5], [1.0, 0.0, 0.0]),
+        (Set::Box { bound: 1e200 }, [3e200, -1e199, 0.0], [1e200, -1e199, 0.0]),
+    ] {
+        let found = project(set, &w).unwrap();
+        assert!(distance(&found, &expected) <= 1e-14 * norm(&expected), "{set:?} {found:?}");
+    }
+    for set in sets(1.0, whole) {
+        let error = project(set, &[1.0, f64::NAN, 0.0]).unwrap_err();
+        assert!(error.contains("expected finite weights") && error.contains("at place 1"), "{error}");
+    }
 }
