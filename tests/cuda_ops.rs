@@ -9,7 +9,7 @@ use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::ops::patches::{ConvShape, patches};
 use kronwake::ops::sample::{DrawKey, bernoulli, categorical, normal};
 use kronwake::ops::{conv, dense, factor, norm, pool, softmax};
-use kronwake::penalty::{Grouping, Lp, Penalty, SparseGroupLasso, Spatial, UnitLasso};
+use kronwake::penalty::{Grouping, Lp, Penalty, Set, SparseGroupLasso, Spatial, UnitLasso};
 use kronwake::tape::Keep;
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
@@ -209,6 +209,22 @@ const PLAIN: &[(&str, Plain)] = &[
             conv::grad_weight(&x, &gy, &shape)?,
             conv::grad_bias(&gy)?,
         ])
+    }),
+    ("projections", |t| {
+        let (rows, columns, blocks) =
+            (Grouping::Rows, Grouping::Columns, Grouping::Blocks { rows: 7, columns: 4 });
+        let sets = [
+            Set::L2 { radius: 4.0 },
+            Set::Box { bound: 0.5 },
+            Set::L1 { radius: 30.0 },
+            Set::GroupBall { grouping: rows, radius: 20.0 },
+            Set::Simplex { sum: 2.0 },
+            Set::MaxNorm { grouping: columns, radius: 1.0 },
+            Set::MaxNorm { grouping: blocks, radius: 1.0 },
+            Set::Sphere { grouping: rows, radius: 1.0 },
+        ];
+        let w = t(1, &[40, 33])?;
+        sets.iter().map(|set| set.project(&w)).collect()
     }),
 ];
 
