@@ -1,6 +1,6 @@
 //! The factors of a model over a data set, for other uses than an optimizer's.
 
-use super::{FactorSums, LayerFactors, Sharing, Want};
+use super::{FactorSums, LayerFactors, Runs, Sharing, Want, WantWeight};
 use crate::ops::sample::DrawKey;
 use crate::tape::{Fisher, Kind, Layer, Likelihood, Root, Tape};
 use candle_core::{Result, Tensor, bail};
@@ -69,7 +69,10 @@ impl Collect {
             bail!("factors: expected at least one draw for a sampled Fisher matrix, got 0")
         }
         let want = |layer: &Arc<Layer>| {
-            let want = Want { weight: true, folded: layer.bias.is_some(), bias: false, keep: false };
+            let (folded, groups) = (layer.bias.is_some(), layer.groups.max(1));
+            let a = Runs::full(layer.in_features() + usize::from(folded));
+            let weight = WantWeight { folded, a, g: Runs::full(layer.out_features() / groups) };
+            let want = Want { weight: Some(weight), bias: None, keep: false };
             (layer.kind == Kind::Matrix).then_some(want)
         };
         let wants = layers.iter().map(want).collect();

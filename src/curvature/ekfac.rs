@@ -4,22 +4,24 @@
 //! `S_ij = 1/N sum_n (Qg^T D_n Qa)_ij^2` with `D_n` the n-th example's weight gradient, is the best diagonal in that basis
 //! (George et al. 2018, equation 11 and theorem 2).
 
+use super::runs::{Runs, sandwich};
 use crate::ops::factor::cross_square;
 use candle_core::{Result, Tensor};
 
-/// `S` of one batch, `[groups, out, in]`; `kept` are a layer's records, the columns of `basis` its eigenvectors.
+/// `S` of one batch, `[groups, out, in]` with what fills up runs; `kept` are a layer's records, the columns of `basis` its
+/// eigenvectors, of factors of a matrix `[groups, rows, columns]` in runs. `folded` says that inputs lack the bias's 1.
 pub(crate) fn moments(
     kept: &[(Tensor, Tensor)],
-    basis_a: &Tensor,
-    basis_g: &Tensor,
+    (basis_a, columns): (&Tensor, Runs),
+    (basis_g, rows): (&Tensor, Runs),
+    groups: usize,
     folded: bool,
     terms: usize,
 ) -> Result<Tensor> {
-    let groups = basis_a.dim(0)?;
     let mut total: Option<Tensor> = None;
     for (inputs, grads) in kept {
-        let a = rotate(inputs, basis_a, groups, folded)?;
-        let e = rotate(grads, basis_g, groups, false)?;
+        let a = turn(inputs, basis_a, columns, groups, folded)?;
+        let e = turn(grads, basis_g, rows, groups, false)?;
         let part = cross_square(&e, &a, groups, "ekfac")?;
         total = Some(match total {
             Some(total) => (total + part)?,
@@ -33,17 +35,20 @@ pub(crate) fn moments(
 }
 
 /// `x Q` for every group of features, with a homogeneous 1 appended to each where the bias is folded in.
-fn rotate(x: &Tensor, basis: &Tensor, groups: usize, folded: bool) -> Result<Tensor> {
+fn turn(x: &Tensor, basis: &Tensor, runs: Runs, groups: usize, folded: bool) -> Result<Tensor> {
+    let x = if runs.is_full() { x.clone() } else { runs.arranged(x, groups, folded)? };
+    let folded = folded && runs.is_full();
     let (n, t, features) = x.dims3()?;
-    let x = x.reshape((n * t, groups, features / groups.max(1)))?.transpose(0, 1)?.contiguous()?;
+    let count = groups * runs.count();
+    let x = x.reshape((n * t, count, features / count.max(1)))?.transpose(0, 1)?.contiguous()?;
     let columns = basis.dim(2)?;
-    let rotated = if folded {
+    let turned = if folded {
         let weights = basis.narrow(1, 0, columns - 1)?.contiguous()?;
         x.matmul(&weights)?.broadcast_add(&basis.narrow(1, columns - 1, 1)?)?
     } else {
         x.matmul(basis)?
     };
-    rotated.transpose(0, 1)?.contiguous()?.reshape((n, t, groups * columns))
+    turned.transpose(0, 1)?.contiguous()?.reshape((n, t, count * columns))
 }
 
 /// Moments of one eigenbasis `(last_a, last_g)` in another: the old ones are carried over as the diagonal matrix that they are,
@@ -58,5 +63,5 @@ pub(crate) fn turned(
     }
     let turn_a = basis_a.t()?.matmul(last_a)?.sqr()?;
     let turn_g = basis_g.t()?.matmul(last_g)?.sqr()?;
-    turn_g.matmul(moments)?.matmul(&turn_a.t()?)
+    sandwich(&turn_g, moments, &turn_a.t()?)
 }

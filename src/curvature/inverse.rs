@@ -1,10 +1,11 @@
 //! Damped inverses of Kronecker products, in the form in which they multiply a gradient.
 
 use super::damping::DampingKind;
+use super::runs::{cut, fitted, is_diagonal, pi_damped, rotated, sandwich};
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
 use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh_two};
-use crate::linalg::kron::{inverse_spectrum, pi_damped};
+use crate::linalg::kron::inverse_spectrum;
 use crate::linalg::newton::{NewtonJob, newton_all};
 use crate::ops::dense::{mix, product};
 use candle_core::{Result, Tensor, bail};
@@ -21,12 +22,13 @@ pub enum Inverse {
     Newton,
 }
 
-/// A damped inverse of `A (x) G`, for gradients of shape `[groups, out, in]`.
+/// A damped inverse of `A (x) G`, for gradients of shape `[groups, out, in]`; factors are full or in runs.
 #[derive(Debug, Clone)]
 pub(crate) enum Preconditioner {
     /// `V = G^-1 g A^-1`.
     Factors { inv_a: Tensor, inv_g: Tensor },
-    /// `V = Kg [(Kg^T g Ka) * scale] Ka^T`; `K` are eigenvectors, orthogonal or of a generalized problem.
+    /// `V = Kg [(Kg^T g Ka) * scale] Ka^T`; `K` are eigenvectors, orthogonal or of a generalized problem, and 1 where a factor is
+    /// diagonal. The scale has the rows and columns that fill up runs, too.
     Basis { basis_a: Tensor, basis_g: Tensor, scale: Tensor },
 }
 
@@ -36,10 +38,22 @@ impl Preconditioner {
         match self {
             Self::Factors { inv_a, inv_g } => sandwich(inv_g, gradient, inv_a),
             Self::Basis { basis_a, basis_g, scale } => {
-                let inside = sandwich(&basis_g.t()?, gradient, basis_a)?;
-                sandwich(basis_g, &(inside * scale)?, &basis_a.t()?)
+                let inside = Self::inside(basis_a, basis_g, scale, gradient)?;
+                Self::outside(basis_a, basis_g, &(inside * scale)?, gradient)
             }
         }
+    }
+
+    /// A gradient in the coordinates of the eigenvectors.
+    pub fn inside(basis_a: &Tensor, basis_g: &Tensor, scale: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        let (_, rows, columns) = scale.dims3()?;
+        rotated(&basis_g.t()?, &fitted(gradient, (rows, columns))?, basis_a)
+    }
+
+    /// The way back, to a matrix shaped as `gradient`.
+    pub fn outside(basis_a: &Tensor, basis_g: &Tensor, inside: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        let (_, rows, columns) = gradient.dims3()?;
+        cut(&rotated(basis_g, inside, &basis_a.t()?)?, (rows, columns))
     }
 
     /// The same kind of inverse with every tensor replaced, in the order of [`Preconditioner::parts`].
@@ -63,11 +77,6 @@ impl Preconditioner {
     }
 }
 
-/// `g x a` for matrices `[groups, out, out]`, `[groups, out, in]` and `[groups, in, in]`.
-pub(crate) fn sandwich(g: &Tensor, x: &Tensor, a: &Tensor) -> Result<Tensor> {
-    product(&product(g, x)?, a)
-}
-
 /// What a damped inverse is made with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Recipe {
@@ -89,6 +98,8 @@ impl Recipe {
 pub(crate) struct Task<'a> {
     pub a: &'a Tensor,
     pub g: &'a Tensor,
+    /// Groups, rows and columns of its gradients.
+    pub shape: [usize; 3],
     pub recipe: Recipe,
     /// The previous inverse of the same block, where Newton starts.
     pub last: Option<&'a Preconditioner>,
@@ -107,7 +118,7 @@ fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
         .iter()
         .map(|task| match task.recipe.kind {
             DampingKind::Eigenvalue => Ok((task.a.clone(), task.g.clone())),
-            DampingKind::Pi => pi_damped(task.a, task.g, task.recipe.damping, task.name),
+            DampingKind::Pi => pi_damped(task.a, task.g, task.shape, task.recipe.damping, task.name),
         })
         .collect();
     // The two factors of every block, one after the other.
@@ -140,7 +151,8 @@ fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
                 let (a, g) = (next(&mut eigen), next(&mut eigen));
                 let (Eigh { values: da, vectors: basis_a }, Eigh { values: dg, vectors: basis_g }) = (a?, g?);
                 if kind == DampingKind::Eigenvalue {
-                    let scale = inverse_spectrum((&da, &dg), floor, 1.0, damping)?;
+                    let spectra = (&joined(&da, task.shape)?, &joined(&dg, task.shape)?);
+                    let scale = inverse_spectrum(spectra, floor, 1.0, damping)?;
                     return Ok(Preconditioner::Basis { basis_a, basis_g, scale });
                 }
                 let inverse = |values: Tensor, vectors: Tensor| {
@@ -164,6 +176,11 @@ fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
     results.next().unwrap_or_else(|| bail!("inverse: a result is missing"))
 }
 
+/// The eigenvalues of all runs of a group, one behind the other.
+fn joined(values: &Tensor, [groups, ..]: [usize; 3]) -> Result<Tensor> {
+    values.reshape((groups, ()))
+}
+
 /// `(A (x) G + damping) x` for `x` of shape `[groups, out, in]`.
 pub(crate) fn damped_product(
     a: &Tensor,
@@ -176,7 +193,7 @@ pub(crate) fn damped_product(
     match kind {
         DampingKind::Eigenvalue => mix(&sandwich(g, x, a)?, 1.0, x, damping),
         DampingKind::Pi => {
-            let (a, g) = pi_damped(a, g, damping, name)?;
+            let (a, g) = pi_damped(a, g, x.dims3()?.into(), damping, name)?;
             sandwich(&g, x, &a)
         }
     }
@@ -187,15 +204,26 @@ pub(crate) fn damped_product(
 pub(crate) fn sum_inverse(
     bar: (&Tensor, &Tensor),
     current: (&Tensor, &Tensor),
+    shape: [usize; 3],
     lr: f64,
     damping: f64,
     name: &str,
 ) -> Result<Preconditioner> {
-    let (bar_a, bar_g) = pi_damped(bar.0, bar.1, damping, name)?;
+    let (bar_a, bar_g) = pi_damped(bar.0, bar.1, shape, damping, name)?;
     let [a, g] = generalized_eigh_two([(&bar_a, current.0), (&bar_g, current.1)], name);
-    let Eigh { values: da, vectors: basis_a } = a?;
-    let Eigh { values: dg, vectors: basis_g } = g?;
-    let scale = inverse_spectrum((&da, &dg), 0.0, lr, 1.0)?;
+    let Eigh { values: da, vectors: mut basis_a } = a?;
+    let Eigh { values: dg, vectors: mut basis_g } = g?;
+    let mut scale = inverse_spectrum((&joined(&da, shape)?, &joined(&dg, shape)?), 0.0, lr, 1.0)?;
+    let groups = shape[0];
+    // The basis of a diagonal factor is a scaling.
+    if is_diagonal(&basis_g, groups)? {
+        scale = scale.broadcast_mul(&basis_g.sqr()?.reshape((groups, (), 1))?)?;
+        basis_g = basis_g.ones_like()?;
+    }
+    if is_diagonal(&basis_a, groups)? {
+        scale = scale.broadcast_mul(&basis_a.sqr()?.reshape((groups, 1, ()))?)?;
+        basis_a = basis_a.ones_like()?;
+    }
     Ok(Preconditioner::Basis { basis_a, basis_g, scale })
 }
 
@@ -229,8 +257,15 @@ mod tests {
                 let recipe = Recipe { kind, damping: 0.1, inverse, floor: 0.0 };
                 let directions = |last: &[Preconditioner]| -> Result<Vec<(Preconditioner, Tensor)>> {
                     let mut tasks = vec![];
-                    for (i, (a, g, _)) in blocks.iter().enumerate() {
-                        tasks.push(Task { a, g, recipe, last: last.get(i), name: "fc" });
+                    for (i, (a, g, gradient)) in blocks.iter().enumerate() {
+                        tasks.push(Task {
+                            a,
+                            g,
+                            shape: gradient.dims3()?.into(),
+                            recipe,
+                            last: last.get(i),
+                            name: "fc",
+                        });
                     }
                     let found = damped_inverses(&tasks).into_iter().zip(&blocks);
                     found
@@ -270,7 +305,10 @@ mod tests {
             for bad in broken {
                 let bad = bad?;
                 let tasks = [(&good, "conv1"), (&bad, "conv2"), (&good, "fc")];
-                let tasks = tasks.map(|(a, name)| Task { a, g: &good, recipe, last: None, name });
+                let tasks = tasks.map(|(a, name)| {
+                    let shape = [1, 4, if a.dims() == large.dims() { 70 } else { 4 }];
+                    Task { a, g: &good, shape, recipe, last: None, name }
+                });
                 for found in [damped_inverses(&tasks), emulate(|| damped_inverses(&tasks))] {
                     assert!(found[0].is_ok() && found[2].is_ok());
                     let message = found[1].as_ref().err().map(ToString::to_string).unwrap_or_default();

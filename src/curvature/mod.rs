@@ -4,15 +4,16 @@ mod collect;
 mod damping;
 mod ekfac;
 mod inverse;
+mod runs;
 mod sums;
 
 pub use collect::{Collect, Factors};
 pub use damping::{Adaptive, Damping, DampingKind, Relative};
 pub use inverse::Inverse;
+pub use runs::{Beyond, FactorLimit};
 pub use sums::Sharing;
 
 pub(crate) use ekfac::{moments, turned as turned_moments};
-pub(crate) use inverse::{
-    Preconditioner, Recipe, Task, damped_inverses, damped_product, sandwich, sum_inverse,
-};
-pub(crate) use sums::{FactorSums, LayerFactors, Want, wide, wide_dtype};
+pub(crate) use inverse::{Preconditioner, Recipe, Task, damped_inverses, damped_product, sum_inverse};
+pub(crate) use runs::{Runs, sandwich};
+pub(crate) use sums::{FactorSums, LayerFactors, Want, WantWeight, wide, wide_dtype};

@@ -7,11 +7,14 @@
 //! * reduce: `A = 1/N sum_n abar abar^T`, `abar` the mean over positions, `G = 1/N sum_n ebar ebar^T`, `ebar` the sum;
 //! * a bias in a block of its own: `G = 1/N sum_n (sum_t e) (sum_t e)^T` and `A = [[1]]`.
 //!
+//! An embedding's input is a row of its table as a vector of zeros and a 1, so that `A` is diagonal: how often each row is picked, a
+//! mean over loss terms. Its positions are always examples.
+//!
 //! The layer's Fisher is about `A (x) G`. Sources: Martens & Grosse 2015; for convolutions Grosse & Martens 2016; expand and
 //! reduce after Eschenhagen et al. 2023. The uses of a layer that a forward pass uses several times count as positions.
 
-use crate::ops::factor::{second_moment, second_moment_into};
-use crate::tape::{Layer, Record, Reduce};
+use super::Runs;
+use crate::tape::{Inputs, Kind, Layer, Record, Reduce};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// How the positions that share a weight (of a convolution, of a sequence) enter the factors.
@@ -28,23 +31,33 @@ pub enum Sharing {
 /// What is wanted of one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Want {
-    /// The weight's own factors, with the bias folded in or not.
-    pub weight: bool,
-    pub folded: bool,
+    /// The weight's own factors.
+    pub weight: Option<WantWeight>,
     /// A factor for a bias that is a block of its own.
-    pub bias: bool,
+    pub bias: Option<Runs>,
     /// Keep the records: the EKFAC correction reads them once the eigenbasis is known.
     pub keep: bool,
+}
+
+/// The factors of a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WantWeight {
+    /// Whether the bias is folded in.
+    pub folded: bool,
+    /// Of the inputs, the folded one included.
+    pub a: Runs,
+    /// Of a group's outputs.
+    pub g: Runs,
 }
 
 /// One refresh of one layer.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct LayerFactors {
-    /// `[groups, in (+ 1), in (+ 1)]`
+    /// `[groups, in (+ 1), in (+ 1)]`, or in runs.
     pub a: Option<Tensor>,
-    /// `[groups, out / groups, out / groups]`
+    /// `[groups, out / groups, out / groups]`, or in runs.
     pub g: Option<Tensor>,
-    /// `[1, out, out]`
+    /// `[1, out, out]`, or in runs.
     pub g_bias: Option<Tensor>,
     /// Inputs `[n, t, groups * in]` and per-term gradients `[n, t, out]`, a pair a pass.
     pub kept: Vec<(Tensor, Tensor)>,
@@ -108,15 +121,20 @@ impl FactorSums {
         for (sums, want) in self.sums.iter_mut().zip(&self.wants) {
             let Some(want) = want else { continue };
             let (inputs, grads) = (sums.input_sum.take(), sums.grad_sum.take());
+            let moment = |runs: Runs, x: &Tensor, groups, folded, name| {
+                runs.moment(None, x, groups, folded, 1.0, name)
+            };
             if let Some(grads) = &grads {
-                if want.bias {
-                    add(&mut sums.totals.g_bias, second_moment(grads, 1, false, "factor_g")?)?;
+                if let Some(runs) = want.bias {
+                    add(&mut sums.totals.g_bias, moment(runs, grads, 1, false, "factor_g")?)?;
                 }
-                if want.weight && self.sharing == Sharing::Reduce {
-                    add(&mut sums.totals.g, second_moment(grads, sums.groups, false, "factor_g")?)?;
+                if let Some(weight) = want.weight
+                    && self.sharing == Sharing::Reduce
+                {
+                    add(&mut sums.totals.g, moment(weight.g, grads, sums.groups, false, "factor_g")?)?;
                 }
             }
-            if let Some(inputs) = inputs {
+            if let (Some(inputs), Some(weight)) = (inputs, want.weight) {
                 let mean = match sums.counts.take() {
                     None => (inputs / sums.positions.max(1) as f64)?,
                     Some(counts) => {
@@ -124,7 +142,7 @@ impl FactorSums {
                         inputs.broadcast_div(&counts)?
                     }
                 };
-                add(&mut sums.totals.a, second_moment(&mean, sums.groups, want.folded, "factor_a")?)?;
+                add(&mut sums.totals.a, moment(weight.a, &mean, sums.groups, weight.folded, "factor_a")?)?;
             }
             sums.positions = 0;
             if !sums.inputs.is_empty() {
@@ -146,8 +164,8 @@ impl FactorSums {
         for ((sums, want), layer) in self.sums.into_iter().zip(&self.wants).zip(layers) {
             let mut factors = sums.totals;
             if let Some(want) = want {
-                if (want.weight && (factors.a.is_none() || factors.g.is_none()))
-                    || (want.bias && factors.g_bias.is_none())
+                if (want.weight.is_some() && (factors.a.is_none() || factors.g.is_none()))
+                    || (want.bias.is_some() && factors.g_bias.is_none())
                 {
                     bail!(
                         "curvature: layer {} made no record; every tapped layer must take part in the forward pass \
@@ -155,10 +173,7 @@ impl FactorSums {
                         layer.name
                     )
                 }
-                let rows = match self.sharing {
-                    Sharing::Expand => sums.rows.max(1) as f64,
-                    Sharing::Reduce => terms,
-                };
+                let rows = if sums.rows > 0 { sums.rows as f64 } else { terms };
                 factors.a = factors.a.map(|a| a / terms).transpose()?;
                 factors.g = factors.g.map(|g| g / rows).transpose()?;
                 factors.g_bias = factors.g_bias.map(|g| g / terms).transpose()?;
@@ -176,21 +191,24 @@ impl Reduce for FactorSums {
         let sums = &mut self.sums[layer.index];
         sums.groups = layer.groups;
         let record = &*record.of_live_examples()?;
-        if want.weight && self.sharing == Sharing::Expand {
+        let reduce = self.sharing == Sharing::Reduce && layer.kind == Kind::Matrix;
+        if let Some(weight) = want.weight
+            && !reduce
+        {
             let rows = record.of_live_rows()?;
             if with_inputs {
-                let a = rows.inputs.second_moment(layer.groups, want.folded, &layer.name)?;
-                add(&mut sums.totals.a, a)?;
+                add(&mut sums.totals.a, input_moment(layer, &rows, weight)?)?;
                 sums.rows += rows.grads.dim(0)? * rows.grads.dim(1)?;
             }
-            let (last, weight) = (sums.totals.g.as_ref(), scale * scale);
-            let g = second_moment_into(last, &rows.grads, layer.groups, false, 1.0, weight, &layer.name)?;
+            let last = sums.totals.g.as_ref();
+            let g = weight.g.moment(last, &rows.grads, layer.groups, false, scale * scale, &layer.name)?;
             sums.totals.g = Some(g);
         }
-        if want.bias || (want.weight && self.sharing == Sharing::Reduce) {
+        let weight = want.weight.is_some();
+        if want.bias.is_some() || (weight && reduce) {
             add_uses(&mut sums.grad_sum, &(wide(&record.live_grads()?.sum_keepdim(1)?)? * scale)?, layer)?;
         }
-        if want.weight && self.sharing == Sharing::Reduce && with_inputs {
+        if weight && reduce && with_inputs {
             let (inputs, counts) = record.input_sums()?;
             add_uses(&mut sums.input_sum, &wide(&inputs)?, layer)?;
             match counts {
@@ -198,11 +216,26 @@ impl Reduce for FactorSums {
                 None => sums.positions += record.grads.dim(1)?,
             }
         }
-        if want.weight && want.keep {
+        if weight && want.keep {
             sums.inputs.push(wide(&record.inputs.rows()?)?.contiguous()?);
             sums.grads.push((wide(&*record.live_grads()?)? * scale)?);
         }
         Ok(())
+    }
+}
+
+/// The second moment of a layer's inputs.
+fn input_moment(layer: &Layer, record: &Record, want: WantWeight) -> Result<Tensor> {
+    match &record.inputs {
+        // Of a table, the rows are the inputs, and what is wanted of them is diagonal.
+        Inputs::Picked(numbers) => {
+            let picked = numbers.flatten_all()?;
+            let ones = Tensor::ones(picked.dim(0)?, wide_dtype(record.grads.dtype()), picked.device())?;
+            let none = Tensor::zeros(want.a.dim, ones.dtype(), picked.device())?;
+            none.index_add(&picked, &ones, 0)?.reshape(&want.a.dims(1))
+        }
+        inputs if want.a.is_full() => inputs.second_moment(layer.groups, want.folded, &layer.name),
+        inputs => want.a.moment(None, &inputs.rows()?, layer.groups, want.folded, 1.0, &layer.name),
     }
 }
 

@@ -19,6 +19,11 @@ pub fn pi_split(a: &Tensor, g: &Tensor, name: &str) -> Result<Tensor> {
     }
     let a_mean = (diagonal(a)?.sum(1)? / a_dim as f64)?;
     let g_mean = (diagonal(g)?.sum(1)? / g_dim as f64)?;
+    pi_of_means(&a_mean, &g_mean)
+}
+
+/// `pi` from the means of the factors' diagonals.
+pub(crate) fn pi_of_means(a_mean: &Tensor, g_mean: &Tensor) -> Result<Tensor> {
     // The roots first: a mean over a mean may leave the range of f32.
     let pi = (a_mean.sqrt()? / g_mean.sqrt()?)?;
     let defined = (a_mean.gt(0.0)? * g_mean.gt(0.0)?)?;

@@ -4,28 +4,43 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::kron::diagonal;
 use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 
-/// `(tr F^2, tr F)` of the matrix with the blocks `A (x) G`, factors `[groups, d, d]` of f32 or f64: sums of `tr A^2 tr G^2`
-/// and of `tr A tr G` over blocks and groups. The host reads two numbers.
+/// `(tr F^2, tr F)` of the matrix with the blocks `A (x) G` and their groups, factors `[groups, d, d]` of f32 or f64, or each group's in
+/// several runs: sums of `tr A^2 tr G^2` and of `tr A tr G` over blocks and groups. The host reads two numbers, and two more of a device
+/// if there are runs.
 ///
 /// # Errors
 /// If the factors of a block differ in groups, or those of a device in dtype.
-pub(crate) fn traces(blocks: &[(&Tensor, &Tensor)]) -> Result<(f64, f64)> {
-    let Some(gpu) = blocks.first().and_then(|(a, _)| Gpu::of(a.device())) else {
-        let (mut squares, mut trace) = (0.0, 0.0);
-        for (a, g) in blocks {
-            squares += sum(&(a.sqr()?.sum((1, 2))? * g.sqr()?.sum((1, 2))?)?)?;
-            trace += sum(&(diagonal(a)?.sum(1)? * diagonal(g)?.sum(1)?)?)?;
-        }
-        return Ok((squares, trace));
+pub(crate) fn traces(blocks: &[(&Tensor, &Tensor, usize)]) -> Result<(f64, f64)> {
+    let Some(gpu) = blocks.first().and_then(|(a, ..)| Gpu::of(a.device())) else {
+        return composed(blocks.iter().copied());
     };
-    match gpu_traces(&gpu, blocks)?.to_vec1::<f64>()?[..] {
-        [squares, trace] => Ok((squares, trace)),
+    let full = |&(a, g, groups): &(&Tensor, &Tensor, usize)| {
+        [a, g].iter().all(|m| m.dims().first() == Some(&groups))
+    };
+    let in_runs = composed(blocks.iter().copied().filter(|block| !full(block)))?;
+    let full: Vec<_> = blocks.iter().filter(|block| full(block)).map(|&(a, g, _)| (a, g)).collect();
+    if full.is_empty() {
+        return Ok(in_runs);
+    }
+    match gpu_traces(&gpu, &full)?.to_vec1::<f64>()?[..] {
+        [squares, trace] => Ok((squares + in_runs.0, trace + in_runs.1)),
         _ => bail!("traces: expected two numbers"),
     }
 }
 
-fn sum(t: &Tensor) -> Result<f64> {
-    t.sum_all()?.to_dtype(DType::F64)?.to_scalar()
+fn composed<'a>(blocks: impl Iterator<Item = (&'a Tensor, &'a Tensor, usize)>) -> Result<(f64, f64)> {
+    let mut sums = Vec::new();
+    for (a, g, groups) in blocks {
+        let squares = |m: &Tensor| m.sqr()?.sum((1, 2))?.reshape((groups, ()))?.sum(1);
+        let trace = |m: &Tensor| diagonal(m)?.sum(1)?.reshape((groups, ()))?.sum(1);
+        sums.push((squares(a)? * squares(g)?)?.sum_all()?.to_dtype(DType::F64)?);
+        sums.push((trace(a)? * trace(g)?)?.sum_all()?.to_dtype(DType::F64)?);
+    }
+    if sums.is_empty() {
+        return Ok((0.0, 0.0));
+    }
+    let sums = Tensor::stack(&sums, 0)?.to_vec1::<f64>()?;
+    Ok((sums.iter().step_by(2).sum(), sums.iter().skip(1).step_by(2).sum()))
 }
 
 /// Matrices of one launch.
@@ -118,7 +133,7 @@ mod tests {
                 Ok((factor(a, 2 * i as u64)?, factor(g, 2 * i as u64 + 1)?))
             });
             let blocks = blocks.collect::<Result<Vec<_>>>()?;
-            let blocks: Vec<_> = blocks.iter().map(|(a, g)| (a, g)).collect();
+            let blocks: Vec<_> = blocks.iter().map(|(a, g)| (a, g, a.dims()[0])).collect();
             let (squares, trace) = traces(&blocks)?;
             let found = emulate(|| traces(&blocks))?;
             let tolerance = if dtype == DType::F64 { 1e-12 } else { 1e-4 };

@@ -1,7 +1,7 @@
 //! Blocks: the Vars that share one Kronecker product, as one matrix, with their curvature and wake.
 
 use super::params::Bias;
-use crate::curvature::{LayerFactors, Preconditioner, wide};
+use crate::curvature::{LayerFactors, Preconditioner, Runs, wide};
 use candle_core::{Result, Tensor, Var};
 
 /// A Var that is trained.
@@ -52,13 +52,16 @@ pub(crate) enum Part {
     Weight,
     /// The bias alone, `A = [[1]]`.
     Bias,
+    /// An embedding's table. Its matrix has a row for each of the table's, so that the factor of the rows, `G`, is the diagonal one of
+    /// its inputs, and `A` that of the gradients of its outputs.
+    Table,
 }
 
 /// What a block carries from step to step. Tensors are shared, so a clone is cheap: a step works on a clone and replaces
 /// the original only when all has gone well.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct BlockState {
-    /// Averages, `[groups, columns, columns]` and `[groups, out / groups, out / groups]`.
+    /// Averages, `[groups, columns, columns]` and `[groups, rows, rows]`, or in runs.
     pub factor_a: Option<Tensor>,
     pub factor_g: Option<Tensor>,
     pub preconditioner: Option<Preconditioner>,
@@ -77,7 +80,7 @@ pub(crate) struct BlockState {
     pub velocity: Option<Tensor>,
 }
 
-/// One Kronecker block, its gradient a matrix `[groups, out / groups, columns]`.
+/// One Kronecker block, its gradient a matrix `[groups, rows, columns]`.
 #[derive(Debug, Clone)]
 pub(crate) struct Block {
     pub name: String,
@@ -85,10 +88,10 @@ pub(crate) struct Block {
     pub layer: usize,
     pub part: Part,
     pub groups: usize,
-    /// Output features of one group.
-    pub out: usize,
-    /// Input features of one group, the homogeneous 1 included.
-    pub columns: usize,
+    /// Output features of one group, and the runs of their factor `G`.
+    pub rows: Runs,
+    /// Input features of one group, the homogeneous 1 included, and the runs of their factor `A`.
+    pub columns: Runs,
     /// Indices of the params: the weight, the bias.
     pub params: Vec<usize>,
     pub lr_scale: f64,
@@ -96,11 +99,21 @@ pub(crate) struct Block {
 }
 
 impl Block {
+    /// The shape of its matrix.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.groups, self.rows.dim, self.columns.dim]
+    }
+
+    /// The shape of its matrix in the coordinates of its eigenvectors, of which there are some more where runs are filled up.
+    pub fn inside(&self) -> [usize; 3] {
+        [self.groups, self.rows.padded(), self.columns.padded()]
+    }
+
     /// The block's matrix of something that every param has: values, gradients, decays.
     pub fn matrix(&self, of: impl Fn(usize) -> Result<Tensor>) -> Result<Tensor> {
         let mut parts = Vec::with_capacity(2);
         for &index in &self.params {
-            parts.push(of(index)?.reshape((self.groups, self.out, ()))?);
+            parts.push(of(index)?.reshape((self.groups, self.rows.dim, ()))?);
         }
         match parts.as_slice() {
             [one] => Ok(one.clone()),
@@ -114,8 +127,9 @@ impl Block {
         let mut parts = Vec::with_capacity(self.params.len());
         for &index in &self.params {
             let shape = params[index].var.shape();
-            let width = shape.elem_count() / (self.groups * self.out).max(1);
-            let part = if width == self.columns { matrix.clone() } else { matrix.narrow(2, from, width)? };
+            let width = shape.elem_count() / (self.groups * self.rows.dim).max(1);
+            let part =
+                if width == self.columns.dim { matrix.clone() } else { matrix.narrow(2, from, width)? };
             parts.push((index, part.contiguous()?.reshape(shape)?));
             from += width;
         }
@@ -126,6 +140,7 @@ impl Block {
     pub fn refreshed(&self, layer: &LayerFactors) -> Result<(Tensor, Tensor)> {
         let (a, g) = match self.part {
             Part::Folded | Part::Weight => (layer.a.clone(), layer.g.clone()),
+            Part::Table => (layer.g.clone(), layer.a.clone()),
             Part::Bias => {
                 let g = layer.g_bias.clone();
                 let one = g.as_ref().map(|g| Tensor::ones((1, 1, 1), g.dtype(), g.device())).transpose()?;

@@ -7,10 +7,11 @@ use super::natural::Natural;
 use super::params::Params;
 use super::rest::Adam;
 use super::rule::WakeRule;
-use crate::curvature::Want;
+use crate::curvature::{FactorLimit, Runs, Want, WantWeight};
 use crate::tape::{Kind, Layer};
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::VarMap;
+use std::sync::Arc;
 
 impl<R: WakeRule> Natural<R> {
     /// An optimizer of every float Var of `varmap`, which also gives their names. Prefer this to `new`: state is saved and
@@ -64,26 +65,40 @@ impl<R: WakeRule> Natural<R> {
                 var,
             });
         }
+        let limit = |index: usize| {
+            let group = params.groups.of(&trained[index].name);
+            group.and_then(|g| g.factor_limit).unwrap_or(params.factor_limit)
+        };
         let find = |t: &Tensor| (0..trained.len()).find(|&i| trained[i].var.id() == t.id() && !adam_only[i]);
-        let mut blocks = vec![];
+        let mut blocks: Vec<Block> = vec![];
         let mut wants = vec![];
         for layer in &layers {
-            if layer.kind != Kind::Matrix {
-                wants.push(None);
-                continue;
-            }
             let weight = find(&layer.weight);
             let bias = layer.bias.as_ref().and_then(find);
-            let parts = parts(weight.map(|i| &trained[i]), bias.map(|i| &trained[i]), params.bias);
-            wants.push((!parts.is_empty()).then(|| Want {
-                weight: weight.is_some(),
-                folded: parts.contains(&Part::Folded),
-                bias: parts.contains(&Part::Bias),
-                keep: params.ekfac,
-            }));
+            // A table that is a linear layer's weight too has the block of that use: a sum of Kronecker products is none.
+            let multiplies = |l: &Arc<Layer>| l.is_use_of(layer.weight.id(), Kind::Matrix);
+            let parts = match layer.kind {
+                Kind::Matrix => parts(weight.map(|i| &trained[i]), bias.map(|i| &trained[i]), params.bias),
+                Kind::Table if weight.is_some() && !layers.iter().any(multiplies) => vec![Part::Table],
+                Kind::Table | Kind::Gain => vec![],
+            };
+            let first = blocks.len();
             for part in parts {
-                blocks.push(block(layer, part, weight, bias, &trained)?);
+                let leader = if part == Part::Bias { bias } else { weight };
+                let limit = leader.map_or(params.factor_limit, limit);
+                blocks.push(block(layer, part, weight, bias, limit, &trained)?);
             }
+            let keep = params.ekfac && layer.kind == Kind::Matrix;
+            let mut want = Want { weight: None, bias: None, keep };
+            for block in &blocks[first..] {
+                let (a, g) = (block.columns, block.rows);
+                match block.part {
+                    Part::Bias => want.bias = Some(g),
+                    Part::Table => want.weight = Some(WantWeight { folded: false, a: g, g: a }),
+                    part => want.weight = Some(WantWeight { folded: part == Part::Folded, a, g }),
+                }
+            }
+            wants.push((blocks.len() > first).then_some(want));
         }
         for (index, param) in trained.iter().enumerate() {
             let rule = params.groups.of(&param.name).and_then(|g| g.rule);
@@ -136,6 +151,7 @@ fn block(
     part: Part,
     weight: Option<usize>,
     bias: Option<usize>,
+    limit: FactorLimit,
     params: &[Param],
 ) -> Result<Block> {
     let (out, columns, groups) = (layer.out_features(), layer.in_features(), layer.groups.max(1));
@@ -148,6 +164,12 @@ fn block(
         Part::Weight if layer.bias.is_none() => (vec![weight], base, groups, columns),
         Part::Weight => (vec![weight], format!("{base}.weight"), groups, columns),
         Part::Bias => (vec![bias], format!("{base}.bias"), 1, 1),
+        Part::Table => (vec![weight], base, 1, out),
+    };
+    let rows = match part {
+        // A pass picks one at a time.
+        Part::Table => Runs::diagonal(layer.weight.dims().first().copied().unwrap_or(0)),
+        _ => Runs::limited(out / groups, limit),
     };
     let indices: Vec<usize> = indices.into_iter().flatten().collect();
     let lr_scale = indices.first().map_or(1.0, |&i| params[i].lr_scale);
@@ -157,8 +179,8 @@ fn block(
         layer: layer.index,
         part,
         groups,
-        out: out / groups,
-        columns,
+        rows,
+        columns: Runs::limited(columns, limit),
         params: indices,
         lr_scale,
         state,

@@ -303,7 +303,7 @@ impl<R: WakeRule> Natural<R> {
         }
         let mut scratch = Vec::with_capacity(self.blocks.len());
         for (index, block) in self.blocks.iter_mut().enumerate() {
-            let shape = (block.groups, block.out, block.columns);
+            let shape = <(usize, usize, usize)>::from(block.shape());
             let state = &mut block.state;
             let fresh = state.carry.is_none() && state.mean.is_none();
             state.carry = own(state.carry.as_ref(), needs.waked, shape)?;
@@ -347,7 +347,7 @@ impl<R: WakeRule> Natural<R> {
         let all = chunks_of(&mut self.vars.iter().map(param_len));
         let tapped = self.blocks.iter().flat_map(|b| &b.params).map(|&i| self.vars[i].var.elem_count());
         let tapped = chunks_of(&mut tapped.collect::<Vec<_>>().into_iter());
-        let matrices = chunks_of(&mut self.blocks.iter().map(|b| b.groups * b.out * b.columns));
+        let matrices = chunks_of(&mut self.blocks.iter().map(|b| b.inside().iter().product()));
         let zeros = |len: usize| Tensor::zeros(len, DType::F64, &device);
         let mut numbers = [0.0; update::NUMBERS];
         numbers[update::PREVIOUS] = self.previous_rate.unwrap_or(-1.0);

@@ -63,8 +63,9 @@ impl<R: WakeRule> Natural<R> {
         if !self.inverses_due() {
             return Ok(self.damping);
         }
-        let factors: Vec<_> = renewed.iter().map(|Renewed { average: (a, g), .. }| (a, g)).collect();
-        let (squares, trace) = traces(&factors)?;
+        let factors = renewed.iter().map(|Renewed { average: (a, g), .. }| (a, g));
+        let factors = factors.zip(&self.blocks).map(|((a, g), block)| (a, g, block.groups));
+        let (squares, trace) = traces(&factors.collect::<Vec<_>>())?;
         Ok(relative.of(squares, trace))
     }
 
@@ -259,7 +260,10 @@ impl<R: WakeRule> Natural<R> {
             Model::Quadratic(QSolve::Exact) => {
                 let solve = |(block, r): (&Block, &Renewed<'_>)| {
                     let (bar, current) = ((&r.average.0, &r.average.1), (&r.factors.0, &r.factors.1));
-                    sum_inverse(bar, current, rate(block), self.damping_of(block, damping), &block.name)
+                    {
+                        let damping = self.damping_of(block, damping);
+                        sum_inverse(bar, current, block.shape(), rate(block), damping, &block.name)
+                    }
                 };
                 blocks.iter().zip(renewed).map(solve).collect()
             }
@@ -271,10 +275,21 @@ impl<R: WakeRule> Natural<R> {
             kind: self.params.damping.kind(),
             damping: self.damping_of(block, damping),
             // A 1 x 1 factor has no use for an iteration.
-            inverse: if block.columns * block.out == 1 { Inverse::Eigen } else { self.params.inverse },
+            inverse: if block.columns.dim * block.rows.dim == 1 {
+                Inverse::Eigen
+            } else {
+                self.params.inverse
+            },
             floor: self.params.eigenvalue_floor,
         };
-        Task { a, g, recipe, last: block.state.preconditioner.as_ref(), name: &block.name }
+        Task {
+            a,
+            g,
+            shape: block.shape(),
+            recipe,
+            last: block.state.preconditioner.as_ref(),
+            name: &block.name,
+        }
     }
 
     /// The damping of a block. A step of fixed KL counts the curvature of the weight decay in, which is a penalty's Hessian.
@@ -304,13 +319,16 @@ impl<R: WakeRule> Natural<R> {
         let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else {
             return Ok(());
         };
+        if block.part == Part::Table {
+            return Ok(());
+        }
         let (basis_a, basis_g) = (basis_a.clone(), basis_g.clone());
         let scaled = if block.part == Part::Bias {
             // One input, the constant 1: the factor G is the second moment itself.
             let Some(g) = &state.factor_g else { return Ok(()) };
             let rotated = basis_g.t()?.matmul(g)?.matmul(&basis_g)?;
             let eye = Tensor::eye(rotated.dim(1)?, rotated.dtype(), rotated.device())?;
-            (rotated.broadcast_mul(&eye)?).sum_keepdim(2)?
+            rotated.broadcast_mul(&eye)?.sum(2)?.reshape(&block.inside())?
         } else {
             let last = match (&block.state.moments, &block.state.preconditioner) {
                 (Some(moments), Some(Preconditioner::Basis { basis_a: last_a, basis_g: last_g, .. })) => {
@@ -321,7 +339,8 @@ impl<R: WakeRule> Natural<R> {
             match (refresh, last) {
                 (Some((layer, terms)), last) => {
                     let folded = block.part == Part::Folded;
-                    let current = moments(&layer.kept, &basis_a, &basis_g, folded, terms)?;
+                    let (a, g) = ((&basis_a, block.columns), (&basis_g, block.rows));
+                    let current = moments(&layer.kept, a, g, block.groups, folded, terms)?;
                     ema(last.as_ref(), &current, self.params.stat_decay)?
                 }
                 (None, Some(last)) => last,

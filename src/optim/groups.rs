@@ -1,13 +1,13 @@
 //! Groups of Vars by name: rates, decay, freezing and rules.
 
-use candle_core::{Result, bail};
-
+use crate::curvature::FactorLimit;
 use crate::pattern::matches;
+use candle_core::{Result, bail};
 
 /// Which update a Var gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
-    /// Its layer's Kronecker block; the default of tapped layers.
+    /// Its layer's Kronecker block; the default of tapped linear layers, convolutions and embeddings.
     Kronecker,
     /// Adam, see [`super::Params::rest`]; the default of everything else.
     Adam,
@@ -26,12 +26,21 @@ pub struct Group {
     pub frozen: bool,
     /// Replaces the rule.
     pub rule: Option<Rule>,
+    /// Replaces [`super::Params::factor_limit`]; a folded bias follows its weight.
+    pub factor_limit: Option<FactorLimit>,
 }
 
 impl Group {
     /// A group that changes nothing yet: `Group { frozen: true, ..Group::named("conv*") }`.
     pub fn named(pattern: impl Into<String>) -> Self {
-        Self { pattern: pattern.into(), lr_scale: 1.0, weight_decay: None, frozen: false, rule: None }
+        Self {
+            pattern: pattern.into(),
+            lr_scale: 1.0,
+            weight_decay: None,
+            frozen: false,
+            rule: None,
+            factor_limit: None,
+        }
     }
 }
 
@@ -59,6 +68,9 @@ impl Groups {
                 && !(decay.is_finite() && decay >= 0.0)
             {
                 bail!("group {:?}: expected weight_decay to be zero or more, got {decay}", group.pattern)
+            }
+            if let Some(limit) = group.factor_limit {
+                limit.check()?;
             }
             if !names.iter().any(|n| matches(&group.pattern, n)) {
                 bail!("group {:?}: matches no Var; the Vars are {}", group.pattern, names.join(", "))

@@ -228,8 +228,8 @@ impl<R: WakeRule> Natural<R> {
             if u32::try_from(len).is_err() {
                 bail!("{}: {len} elements, more than the 2^32 - 1 that a step on a GPU takes", param.name)
             }
-            let width = (len / (block.groups * block.out).max(1)) as u32;
-            places.push((index, Place { width, columns: block.columns as u32, offset, pad: 0 }));
+            let width = (len / (block.groups * block.rows.dim).max(1)) as u32;
+            places.push((index, Place { width, columns: block.columns.dim as u32, offset, pad: 0 }));
             offset += width;
         }
         Ok(places)

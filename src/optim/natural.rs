@@ -85,7 +85,7 @@ impl<R: WakeRule> Natural<R> {
     /// `set_learning_rate`). A fixed damping takes effect at the next update of the inverses.
     ///
     /// # Errors
-    /// When a value is senseless, or when tape, groups, bias, sharing or ekfac change: they made the blocks.
+    /// When a value is senseless, or when tape, groups, bias, limits, sharing or ekfac change: they made the blocks.
     pub fn set_params(&mut self, params: Params<R>) -> Result<()> {
         params.check()?;
         let old = &self.params;
@@ -94,10 +94,12 @@ impl<R: WakeRule> Natural<R> {
         if !same_tape
             || params.groups != old.groups
             || params.bias != old.bias
+            || params.factor_limit != old.factor_limit
+            || params.memory_limit != old.memory_limit
             || params.sharing != old.sharing
             || params.ekfac != old.ekfac
         {
-            bail!("{}: tape, groups, bias, sharing and ekfac are fixed at construction", R::NAME)
+            bail!("{}: tape, groups, bias, limits, sharing and ekfac are fixed at construction", R::NAME)
         }
         if !matches!((params.damping, old.damping), (Damping::Adaptive(_), Damping::Adaptive(_))) {
             self.damping = params.damping.initial();
@@ -139,7 +141,9 @@ impl<R: WakeRule> Natural<R> {
         self.blocks.iter().map(|b| b.name.as_str()).collect()
     }
 
-    /// The averaged factors `A` `[groups, in, in]` and `G` `[groups, out, out]` of a block, once observed.
+    /// The averaged factors `A` `[groups, in, in]` and `G` `[groups, out, out]` of a block, once observed: `A` of the columns of its
+    /// gradient's matrix, `G` of the rows. An embedding's table has a row for each of its own, so there `G` belongs to the inputs and
+    /// `A` to the outputs. A factor beyond its limit is `[groups n, r, r]`, `n` runs of `r` rows, the last one filled up with zeros.
     pub fn factors(&self, block: &str) -> Option<(Tensor, Tensor)> {
         let state = &self.blocks.iter().find(|b| b.name == block)?.state;
         Some((state.factor_a.clone()?, state.factor_g.clone()?))

@@ -4,7 +4,7 @@ use super::average::Average;
 use super::groups::Groups;
 use super::length::{AdaptiveKl, StepRule};
 use super::rule::{Carry, WakeRule};
-use crate::curvature::{Damping, DampingKind, Inverse, Sharing};
+use crate::curvature::{Damping, DampingKind, FactorLimit, Inverse, Sharing};
 use crate::tape::{Fisher, Tape};
 use candle_core::{Result, bail};
 use candle_nn::ParamsAdamW;
@@ -83,6 +83,12 @@ pub struct Params<R> {
     pub sharing: Sharing,
     /// Whether biases share the block of their weight.
     pub bias: Bias,
+    /// What becomes of large factors, where a group of [`Params::groups`] says nothing else: of those with more than 4096 rows,
+    /// blocks on the diagonal.
+    pub factor_limit: FactorLimit,
+    /// Bytes that state and work space may take ([`Summary::peak_bytes`](super::Summary::peak_bytes)): an optimizer that needs more is
+    /// refused before its first step. On a GPU its free memory is such a limit in any case.
+    pub memory_limit: Option<usize>,
     /// Heavy-ball momentum on the preconditioned direction: `v <- momentum v + V`; 0 is none.
     pub momentum: f64,
     /// Weight decay, and where it enters.
@@ -126,6 +132,8 @@ impl<R: WakeRule> Params<R> {
             fisher: defaults.fisher,
             sharing: Sharing::Expand,
             bias: Bias::Folded,
+            factor_limit: FactorLimit::default(),
+            memory_limit: None,
             momentum: 0.0,
             weight_decay: 0.0,
             decay: Decay::AfterWake,
@@ -168,6 +176,7 @@ impl<R: WakeRule> Params<R> {
             }
         };
         self.damping.check()?;
+        self.factor_limit.check()?;
         non_negative("lr", self.lr)?;
         fraction("stat_decay", self.stat_decay)?;
         fraction("momentum", self.momentum)?;

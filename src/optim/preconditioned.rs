@@ -6,7 +6,7 @@ use super::launches::Held;
 use super::length::StepRule;
 use super::natural::Natural;
 use super::rule::{Model, WakeRule};
-use crate::curvature::{Preconditioner, damped_product, sandwich};
+use crate::curvature::{Preconditioner, damped_product};
 use crate::gpu::Operand;
 use crate::gpu::table::blocks_of;
 use crate::ops::precondition::{DotItem, ScaleItem, TotalItem, dots, scales, totals};
@@ -97,7 +97,7 @@ impl<R: WakeRule> Natural<R> {
                 turned.push(None);
                 continue;
             };
-            let together = sandwich(&basis_g.t()?, &stack.wake, basis_a)?.contiguous()?;
+            let together = Preconditioner::inside(basis_a, basis_g, scale, &stack.wake)?.contiguous()?;
             let scale = scale.contiguous()?;
             for (nth, &index) in stack.blocks.iter().enumerate() {
                 let (name, inside) = (&self.blocks[index].name, stack.part(&together, nth)?);
@@ -118,7 +118,7 @@ impl<R: WakeRule> Natural<R> {
         for (stack, turned) in device.stacks.iter().zip(turned) {
             let together = match (&stack.inverse, turned) {
                 (Some(Preconditioner::Basis { basis_a, basis_g, .. }), Some(turned)) => {
-                    Some(sandwich(basis_g, &turned, &basis_a.t()?)?.contiguous()?)
+                    Some(Preconditioner::outside(basis_a, basis_g, &turned, &stack.wake)?.contiguous()?)
                 }
                 (Some(inverse), _) => Some(inverse.apply(&stack.wake)?.contiguous()?),
                 (None, _) => None,

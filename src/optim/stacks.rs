@@ -12,7 +12,7 @@ pub(super) struct Stack {
     pub blocks: Vec<usize>,
     /// Groups of one block.
     groups: usize,
-    /// `[blocks groups, out, columns]`
+    /// `[blocks groups, rows, columns]`
     pub wake: Tensor,
     /// The inverses of all; none where they differ in kind, or before the first.
     pub inverse: Option<Preconditioner>,
@@ -21,17 +21,20 @@ pub(super) struct Stack {
 impl Stack {
     /// The stacks of a model's blocks.
     pub fn all(blocks: &[Block], dtype: DType, device: &Device) -> Result<Vec<Self>> {
-        let shape = |block: &Block| (block.groups, block.out, block.columns);
+        let shape = |block: &Block| (block.groups, block.rows, block.columns);
+        let full = |block: &Block| block.rows.is_full() && block.columns.is_full();
         let mut kinds: Vec<Vec<usize>> = Vec::new();
         for (index, block) in blocks.iter().enumerate() {
-            match kinds.iter_mut().find(|kind| shape(&blocks[kind[0]]) == shape(block)) {
+            // The runs of several blocks would not lie behind one another as their groups do.
+            let alike = |kind: &&mut Vec<usize>| full(block) && shape(&blocks[kind[0]]) == shape(block);
+            match kinds.iter_mut().find(alike) {
                 Some(kind) => kind.push(index),
                 None => kinds.push(vec![index]),
             }
         }
         let stack = |kind: Vec<usize>| {
-            let (groups, out, columns) = shape(&blocks[kind[0]]);
-            let wake = Tensor::zeros((kind.len() * groups, out, columns), dtype, device)?;
+            let [groups, rows, columns] = blocks[kind[0]].shape();
+            let wake = Tensor::zeros((kind.len() * groups, rows, columns), dtype, device)?;
             Ok(Self { blocks: kind, groups, wake, inverse: None })
         };
         kinds.into_iter().map(stack).collect()

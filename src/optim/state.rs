@@ -324,16 +324,15 @@ impl Wanted<'_> {
     }
 
     fn block(&mut self, block: &Block, dtype: DType, started: bool, needs: Needs) -> BlockState {
-        let Block { groups, out, columns, .. } = *block;
         let name = |part: &str| slot(&block.name, part);
-        let (square_a, square_g, matrix) =
-            ([groups, columns, columns], [groups, out, out], [groups, out, columns]);
+        let (square_a, square_g) = (block.columns.dims(block.groups), block.rows.dims(block.groups));
+        let (matrix, inside) = (block.shape(), block.inside());
         let mut get = |part: &str, dims: &[usize], needed| self.tensor(&name(part), dims, dtype, needed);
         let factor_a = get("factor_a", &square_a, started);
         let factor_g = get("factor_g", &square_g, started);
         let inverse = get("inv_a", &square_a, false).zip(get("inv_g", &square_g, false));
         let basis = get("basis_a", &square_a, false).zip(get("basis_g", &square_g, false));
-        let scale = get("scale", &matrix, false);
+        let scale = get("scale", &inside, false);
         let preconditioner = match (inverse, basis.zip(scale)) {
             (Some((inv_a, inv_g)), None) => Some(Preconditioner::Factors { inv_a, inv_g }),
             (None, Some(((basis_a, basis_g), scale))) => {
@@ -342,7 +341,7 @@ impl Wanted<'_> {
             _ => None,
         };
         let state = BlockState {
-            moments: get("moments", &matrix, false),
+            moments: get("moments", &inside, false),
             carry: get("carry", &matrix, started && needs.wake),
             mean: get("mean", &matrix, false),
             model_a: get("model_a", &square_a, false),

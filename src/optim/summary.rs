@@ -1,6 +1,6 @@
 //! What an optimizer does with each Var, and what it costs.
 
-use super::block::Block;
+use super::block::{Block, Part};
 use super::length::StepRule;
 use super::natural::Natural;
 use super::rule::{Carry, Model, WakeRule};
@@ -28,6 +28,8 @@ pub struct SummaryBlock {
     pub name: String,
     /// Groups, rows (outputs) and columns (inputs, with the bias's 1) of its gradient matrix.
     pub dims: [usize; 3],
+    /// Rows of its factors' runs, `G`'s and `A`'s: `dims[1]` and `dims[2]` of full factors, 1 of diagonal ones.
+    pub runs: [usize; 2],
     /// Bytes of its averaged factors.
     pub factor_bytes: usize,
     /// Bytes of its damped inverse.
@@ -129,42 +131,51 @@ impl<R: WakeRule> Natural<R> {
         inverses + kept + largest.max(together)
     }
 
-    /// Refuses what a GPU has no memory for, before the first step would find out.
+    /// Refuses what takes more than it may, or than a GPU has, before the first step would find out.
     pub(super) fn check_memory(&self) -> Result<()> {
         let gpu = self.vars.first().and_then(|param| Gpu::of(param.var.device()));
-        match gpu.map(|gpu| gpu.free_memory()).transpose()?.flatten() {
-            Some(free) => fits(R::NAME, self.summary().peak_bytes(), free),
-            None => Ok(()),
+        let free = gpu.map(|gpu| gpu.free_memory()).transpose()?.flatten();
+        let limits = [(self.params.memory_limit, "the limit is"), (free, "the GPU has free")];
+        for (limit, what) in limits {
+            if let Some(limit) = limit {
+                fits(R::NAME, self.summary().peak_bytes(), limit, what)?;
+            }
         }
+        Ok(())
     }
 
     fn summary_block(&self, block: &Block) -> SummaryBlock {
-        let Block { groups, out, columns, .. } = *block;
+        let [groups, out, columns] = block.shape();
+        let (rows_run, columns_run) = (block.rows.run, block.columns.run);
         let element = wide_dtype(self.vars[block.params[0]].var.dtype()).size_in_bytes();
         let eigen = self.params.inverse == Inverse::Eigen
             && self.params.damping.kind() == DampingKind::Eigenvalue
             || matches!(self.params.wake.model(), Model::Quadratic(super::QSolve::Exact));
-        let squares = groups * (out * out + columns * columns);
-        let matrix = groups * out * columns;
+        let squares = block.rows.elements(groups) + block.columns.elements(groups);
+        let (matrix, inside) = (groups * out * columns, block.inside().iter().product::<usize>());
         let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
         let averaged = self.params.wake.model_decay() > 0.0;
         // The models' average is the carry itself, unless that is taken literally.
         let mean = averaged && (!wake || self.params.carry == Carry::Literal);
         let step = matches!(self.params.step_rule, StepRule::AdaptiveKl(_));
-        let kept = [wake, mean, step, self.params.momentum > 0.0, self.params.ekfac];
+        let kept = [wake, mean, step, self.params.momentum > 0.0];
         let matrices: usize = kept.into_iter().map(usize::from).sum();
+        let moments = if self.params.ekfac && block.part != Part::Table { inside } else { 0 };
         let quadratic = averaged && self.params.wake.model() != Model::Linear;
-        let products = groups * (out * out * columns + out * columns * columns);
+        let products = matrix * (rows_run + columns_run);
         SummaryBlock {
             name: block.name.clone(),
             dims: [groups, out, columns],
+            runs: [rows_run, columns_run],
             factor_bytes: squares * element,
-            inverse_bytes: (squares + if eigen { matrix } else { 0 }) * element,
-            other_bytes: (matrices * matrix + usize::from(quadratic) * squares) * element,
+            inverse_bytes: (squares + if eigen { inside } else { 0 }) * element,
+            other_bytes: (matrices * matrix + moments + usize::from(quadratic) * squares) * element,
             workspace_bytes: WORKSPACE * squares * element,
             factor_cost: squares / 2,
             // A symmetric eigendecomposition with vectors takes about 9 d^3 multiplications, a Cholesky inverse d^3 / 2.
-            inverse_cost: groups * (out.pow(3) + columns.pow(3)) * if eigen { 9 } else { 1 },
+            inverse_cost: groups
+                * (out * rows_run.pow(2) + columns * columns_run.pow(2))
+                * if eigen { 9 } else { 1 },
             step_cost: products * if eigen { 2 } else { 1 },
         }
     }
@@ -177,13 +188,13 @@ const MATRICES: usize = 4;
 /// Newton's iteration as many.
 const WORKSPACE: usize = 4;
 
-fn fits(optimizer: &str, needed: usize, free: usize) -> Result<()> {
-    if needed > free {
+fn fits(optimizer: &str, needed: usize, limit: usize, what: &str) -> Result<()> {
+    if needed > limit {
         bail!(
-            "{optimizer}: state and work space take {}, but the GPU has {} of free memory; give the largest layers to Adam \
-             (Group {{ rule: Some(Rule::Adam), .. }})",
+            "{optimizer}: state and work space take {}, but {what} {}; give large layers smaller factors \
+             (Group {{ factor_limit: Some(FactorLimit {{ .. }}), .. }}) or to Adam (Group {{ rule: Some(Rule::Adam), .. }})",
             Bytes(needed),
-            Bytes(free)
+            Bytes(limit)
         )
     }
     Ok(())
@@ -212,11 +223,17 @@ impl fmt::Display for Summary {
         )?;
         for b in &self.blocks {
             let [groups, out, columns] = b.dims;
+            let of = |dim: usize, run: usize| match run {
+                _ if run == dim => dim.to_string(),
+                1 => format!("{dim} diag"),
+                _ => format!("{dim}/{run}"),
+            };
+            let dims = format!("{groups} x {} x {}", of(out, b.runs[0]), of(columns, b.runs[1]));
             writeln!(
                 f,
                 "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",
                 b.name,
-                format!("{groups} x {out} x {columns}"),
+                dims,
                 Bytes(b.factor_bytes).to_string(),
                 Bytes(b.inverse_bytes).to_string(),
                 Bytes(b.workspace_bytes).to_string(),
@@ -248,8 +265,9 @@ mod tests {
 
     #[test]
     fn refuses_what_does_not_fit() {
-        assert!(fits("K-FAC", 5 << 20, 5 << 20).is_ok());
-        let message = fits("K-FAC", 3 << 30, 5 << 20).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(fits("K-FAC", 5 << 20, 5 << 20, "the limit is").is_ok());
+        let message =
+            fits("K-FAC", 3 << 30, 5 << 20, "the limit is").err().map(|e| e.to_string()).unwrap_or_default();
         assert!(message.contains("3.0 GiB") && message.contains("5.0 MiB"), "{message}");
     }
 }
