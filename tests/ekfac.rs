@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Result, Tensor};
 use common::*;
 use faer::{Mat, Side};
-use kronwake::curvature::Damping;
+use kronwake::curvature::{Beyond, Damping, FactorLimit};
 use kronwake::nn::{self, Conv2dConfig, Module, VarBuilder};
 use kronwake::optim::{Bias, Every, KFac, Optimizer, ParamsKFac};
 use kronwake::tape::{Fisher, Likelihood};
@@ -76,7 +76,14 @@ fn twice(vb: VarBuilder) -> Result<Forward> {
     Ok(Box::new(move |x| b.forward(&a.forward(&a.forward(x)?.tanh()?)?.tanh()?)))
 }
 
-fn check(what: &str, net: &Net, dims: &[usize], fisher: Fisher, bias: Bias, every: Every) -> Result<()> {
+fn check(
+    what: &str,
+    net: &Net,
+    dims: &[usize],
+    fisher: Fisher,
+    (bias, limit): (Bias, FactorLimit),
+    every: Every,
+) -> Result<()> {
     let likelihood = Likelihood::Categorical;
     let mut opt = KFac::from_varmap(
         &net.varmap,
@@ -88,6 +95,7 @@ fn check(what: &str, net: &Net, dims: &[usize], fisher: Fisher, bias: Bias, ever
             every,
             fisher,
             bias,
+            factor_limit: limit,
             kl_clip: None,
             ..ParamsKFac::on(&net.tape)
         },
@@ -116,9 +124,12 @@ fn check(what: &str, net: &Net, dims: &[usize], fisher: Fisher, bias: Bias, ever
         let after = net.values()?;
         for (key, (gradients, jacobian)) in derivatives {
             let (a, g) = opt.factors(&key.0).unwrap();
+            let [groups, out, columns] =
+                opt.summary().blocks.iter().find(|block| block.name == key.0).unwrap().dims;
+            let (a, g) = (joined(&a, key.1, groups, columns), joined(&g, key.1, groups, out));
             let basis = match state.get(&key) {
                 Some(last) if !k.is_multiple_of(every.inverses) => last.basis.clone(),
-                _ => kron(&eigenvectors(&of_group(&a, key.1)), &eigenvectors(&of_group(&g, key.1))),
+                _ => kron(&eigenvectors(&a), &eigenvectors(&g)),
             };
             let current = match fisher {
                 Fisher::Exact => expected_second_moments(&jacobian, &outputs, dims[0]),
@@ -146,7 +157,7 @@ fn check(what: &str, net: &Net, dims: &[usize], fisher: Fisher, bias: Bias, ever
                 &found,
                 &dense.step(&mean),
                 1e-8,
-                &format!("{what}, {fisher:?}, {bias:?}, {key:?}, step {k}"),
+                &format!("{what}, {fisher:?}, {bias:?}, {limit:?}, {key:?}, step {k}"),
             );
             state.insert(key, dense);
         }
@@ -163,17 +174,18 @@ fn steps() -> Result<()> {
     for fisher in [Fisher::Empirical, Fisher::Exact] {
         for bias in [Bias::Folded, Bias::Split] {
             for every in [always, old_basis, old_records] {
-                check("mlp", &Net::of(DType::F64, 1, mlp)?, &[6, 3], fisher, bias, every)?;
-                check("cnn", &Net::of(DType::F64, 2, |vb| cnn(vb, 1))?, &[20, 2, 3, 3], fisher, bias, every)?;
-                check(
-                    "groups",
-                    &Net::of(DType::F64, 3, |vb| cnn(vb, 2))?,
-                    &[20, 2, 3, 3],
-                    fisher,
-                    bias,
-                    every,
-                )?;
-                check("twice", &Net::of(DType::F64, 4, twice)?, &[6, 3], fisher, bias, every)?;
+                let full = (bias, FactorLimit::NONE);
+                check("mlp", &Net::of(DType::F64, 1, mlp)?, &[6, 3], fisher, full, every)?;
+                check("cnn", &Net::of(DType::F64, 2, |vb| cnn(vb, 1))?, &[20, 2, 3, 3], fisher, full, every)?;
+                for limit in [
+                    FactorLimit::NONE,
+                    FactorLimit { rows: 3, beyond: Beyond::BlockDiagonal },
+                    FactorLimit { rows: 3, beyond: Beyond::Diagonal },
+                ] {
+                    let (net, how) = (Net::of(DType::F64, 3, |vb| cnn(vb, 2))?, (bias, limit));
+                    check("groups", &net, &[20, 2, 3, 3], fisher, how, every)?;
+                }
+                check("twice", &Net::of(DType::F64, 4, twice)?, &[6, 3], fisher, full, every)?;
             }
         }
     }

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use common::*;
-use kronwake::curvature::{Adaptive, Damping, DampingKind, Inverse, Sharing};
+use kronwake::curvature::{Adaptive, Beyond, Damping, DampingKind, FactorLimit, Inverse, Sharing};
 use kronwake::nn::{self, Module};
 use kronwake::optim::{
     AdaptiveKl, Bias, Carry, Every, Group, Groups, Inner, KFac, KFacRule, Natural, Optimizer, Params,
@@ -145,6 +145,17 @@ fn bit_for_bit() -> Result<()> {
         ..p
     })?;
     check("so, groups", f32, plain, So::default(), |p| Params { groups: groups(), ..p })?;
+    for beyond in [Beyond::BlockDiagonal, Beyond::Diagonal] {
+        let factor_limit = FactorLimit { rows: 3, beyond };
+        check("so, runs", f32, plain, So::default(), |p| Params { factor_limit, ..p })?;
+        check("kfac, runs, ekfac", f32, plain, KFacRule, |p| Params { factor_limit, ekfac: true, ..p })?;
+        let exact = |p| Params { factor_limit, damping: pi, ..p };
+        check("q, runs, exact", f32, plain, q(QSolve::Exact), exact)?;
+        for inverse in [Inverse::Newton, Inverse::Cholesky] {
+            let iterated = |p| Params { factor_limit, damping: pi, inverse, ..p };
+            check("kld-wrm, runs", f32, plain, TwoRate::default(), iterated)?;
+        }
+    }
     check("so, groups", DType::BF16, plain, So::default(), |p| Params {
         groups: groups(),
         momentum: 0.5,

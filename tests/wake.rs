@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Result, Tensor};
 use common::*;
 use faer::Mat;
-use kronwake::curvature::{Damping, Sharing};
+use kronwake::curvature::{Beyond, Damping, FactorLimit, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
     Bias, Carry, Every, Inner, Model, Natural, Optimizer, Params, Q, QSolve, Qe, QeKldWrm, So, StepRule,
@@ -223,11 +223,16 @@ fn a_clipped_step_needs_the_literal_carry() -> Result<()> {
 }
 
 /// The documented recursion, dense, where the theory has no objective to offer: rates of the wake and of the averages apart,
-/// and periods of more than one step.
-fn check_recursion<R: WakeRule>(wake: R, damping: Damping, every: Every, bias: Bias) -> Result<()> {
+/// and periods of more than one step. With a limit, the dense factors without what couples one run to another.
+fn check_recursion<R: WakeRule>(
+    wake: R,
+    damping: Damping,
+    every: Every,
+    (bias, limit): (Bias, FactorLimit),
+) -> Result<()> {
     let (net, likelihood) = (net(3)?, Likelihood::Categorical);
     let (model, rho) = (wake.model(), wake.wake_decay(DECAY).unwrap());
-    let options = Params { every, bias, ..params(&net, wake, damping) };
+    let options = Params { every, bias, factor_limit: limit, ..params(&net, wake, damping) };
     let mut opt = Natural::from_varmap(&net.varmap, options)?;
     let blocks: Vec<String> = opt.block_names().iter().map(|b| b.to_string()).collect();
     let elements: Vec<_> = blocks.iter().map(|b| net.elements(b, 0, 1)).collect();
@@ -235,6 +240,10 @@ fn check_recursion<R: WakeRule>(wake: R, damping: Damping, every: Every, bias: B
     let mut carries = vec![None; blocks.len()];
     let mut matrices = vec![Mat::zeros(0, 0); blocks.len()];
     let mut last_lr = 1.0;
+    for block in opt.summary().blocks {
+        let [_, out, columns] = block.dims;
+        assert_eq!(block.runs, [run_of(out, limit), run_of(columns, limit)]);
+    }
     for k in 0..8 {
         let lr = 0.3 / (1.0 + k as f64);
         opt.set_learning_rate(lr);
@@ -243,6 +252,7 @@ fn check_recursion<R: WakeRule>(wake: R, damping: Damping, every: Every, bias: B
         let loss = mean_loss(likelihood, &z, &labels(30 + k as u64, 7, 2)?)?;
         let grads = loss.backward()?;
         let now = current(&net, &z, likelihood, bias)?;
+        let now: Vec<_> = now.iter().map(|(a, g)| (in_runs(a, limit), in_runs(g, limit))).collect();
         let before: Vec<_> = elements.iter().map(|e| values_at(e)).collect();
         opt.observe(&z, likelihood)?;
         opt.backward_step(&loss)?;
@@ -261,7 +271,7 @@ fn check_recursion<R: WakeRule>(wake: R, damping: Damping, every: Every, bias: B
                 None => g.clone(),
             };
             let step = solve(&matrices[i], &wake_gradient) * -lr;
-            let what = format!("{model:?}, {damping:?}, {every:?}, block {}, step {k}", blocks[i]);
+            let what = format!("{model:?}, {damping:?}, {every:?}, {limit:?}, block {}, step {k}", blocks[i]);
             assert_same(&(values_at(elements) - &before[i]), &step, 1e-10, &what);
             carries[i] = Some(if model == Model::Linear { g } else { g + kron(&now.0, &now.1) * step });
             bars[i] = Some(bar);
@@ -277,11 +287,20 @@ fn documented_recursion() -> Result<()> {
     for (factors, inverses) in [(1, 1), (2, 3), (3, 3), (2, 4)] {
         let every = Every { factors, inverses };
         for bias in [Bias::Folded, Bias::Split] {
-            for wake_decay in [Some(0.7), None] {
-                check_recursion(So { wake_decay }, eigenvalue, every, bias)?;
-                check_recursion(So { wake_decay }, pi, every, bias)?;
-                check_recursion(Q { wake_decay, solve: QSolve::Factor }, eigenvalue, every, bias)?;
-                check_recursion(Q { wake_decay, solve: QSolve::Exact }, pi, every, bias)?;
+            for (wake_decay, limit) in [
+                (Some(0.7), FactorLimit::NONE),
+                (None, FactorLimit::NONE),
+                // The last runs are filled up, or not.
+                (None, FactorLimit { rows: 3, beyond: Beyond::BlockDiagonal }),
+                (None, FactorLimit { rows: 2, beyond: Beyond::BlockDiagonal }),
+                (None, FactorLimit { rows: 4, beyond: Beyond::Diagonal }),
+                (None, FactorLimit::DIAGONAL),
+            ] {
+                let how = (bias, limit);
+                check_recursion(So { wake_decay }, eigenvalue, every, how)?;
+                check_recursion(So { wake_decay }, pi, every, how)?;
+                check_recursion(Q { wake_decay, solve: QSolve::Factor }, eigenvalue, every, how)?;
+                check_recursion(Q { wake_decay, solve: QSolve::Exact }, pi, every, how)?;
             }
         }
     }

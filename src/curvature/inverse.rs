@@ -4,7 +4,7 @@ use super::damping::DampingKind;
 use super::runs::{cut, fitted, is_diagonal, pi_damped, rotated, sandwich};
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
-use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh_two};
+use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh, generalized_eigh_two};
 use crate::linalg::kron::inverse_spectrum;
 use crate::linalg::newton::{NewtonJob, newton_all};
 use crate::ops::dense::{mix, product};
@@ -121,51 +121,55 @@ fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
             DampingKind::Pi => pi_damped(task.a, task.g, task.shape, task.recipe.damping, task.name),
         })
         .collect();
-    // The two factors of every block, one after the other.
+    // The two factors of every block, one after the other; a diagonal one needs no method.
     let of = |inverse: Inverse| {
         let pairs = tasks.iter().zip(&damped).filter(move |(task, _)| task.recipe.method() == inverse);
         pairs.filter_map(|(task, pair)| Some((task, pair.as_ref().ok()?)))
     };
+    let diagonal = |task: &Task<'_>, m: &Tensor| is_diagonal(m, task.shape[0]);
     let named = |inverse| -> Vec<(&Tensor, &str)> {
-        of(inverse).flat_map(|(task, (a, g))| [(a, task.name), (g, task.name)]).collect()
+        let both = of(inverse).flat_map(|(task, (a, g))| [(task, a), (task, g)]);
+        both.filter(|(task, m)| !diagonal(task, m)).map(|(task, m)| (m, task.name)).collect()
     };
     let starts = of(Inverse::Newton).flat_map(|(task, (a, g))| {
         let (last_a, last_g) = match task.last {
             Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
             _ => (None, None),
         };
-        let name = task.name;
-        [NewtonJob { m: a, start: last_a, name }, NewtonJob { m: g, start: last_g, name }]
+        let both = [(a, last_a), (g, last_g)].into_iter().filter(|(m, _)| !diagonal(task, m));
+        both.map(|(m, start)| NewtonJob { m, start, name: task.name })
     });
     let starts: Vec<_> = starts.collect();
     let mut eigen = eigh_all(&named(Inverse::Eigen)).into_iter();
     let mut inverses = inverse_spd_all(&named(Inverse::Cholesky)).into_iter();
-    let mut newton = newton_all(&starts).into_iter();
+    let mut newton = newton_all(&starts).into_iter().map(|found| Ok(found?.inverse));
     let found = tasks.iter().zip(&damped).map(|(task, pair)| {
-        if let Err(error) = pair {
-            bail!("{error}")
-        }
-        let Recipe { kind, damping, floor, .. } = task.recipe;
-        let (inv_a, inv_g) = match task.recipe.method() {
-            Inverse::Eigen => {
-                let (a, g) = (next(&mut eigen), next(&mut eigen));
-                let (Eigh { values: da, vectors: basis_a }, Eigh { values: dg, vectors: basis_g }) = (a?, g?);
-                if kind == DampingKind::Eigenvalue {
-                    let spectra = (&joined(&da, task.shape)?, &joined(&dg, task.shape)?);
-                    let scale = inverse_spectrum(spectra, floor, 1.0, damping)?;
-                    return Ok(Preconditioner::Basis { basis_a, basis_g, scale });
-                }
-                let inverse = |values: Tensor, vectors: Tensor| {
-                    product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
-                };
-                (inverse(da, basis_a), inverse(dg, basis_g))
-            }
-            Inverse::Cholesky => (next(&mut inverses), next(&mut inverses)),
-            Inverse::Newton => {
-                let (a, g) = (next(&mut newton), next(&mut newton));
-                (a.map(|a| a.inverse), g.map(|g| g.inverse))
-            }
+        let (a, g) = match pair {
+            Ok((a, g)) => (a, g),
+            Err(error) => bail!("{error}"),
         };
+        let Recipe { kind, damping, floor, .. } = task.recipe;
+        let mut eigen = |m: &Tensor| match diagonal(task, m) {
+            true => Ok(Eigh { values: m.flatten_all()?, vectors: m.ones_like()? }),
+            false => next(&mut eigen),
+        };
+        if kind == DampingKind::Eigenvalue {
+            let (a, g) = (eigen(a), eigen(g));
+            let (Eigh { values: da, vectors: basis_a }, Eigh { values: dg, vectors: basis_g }) = (a?, g?);
+            let spectra = (&joined(&da, task.shape)?, &joined(&dg, task.shape)?);
+            let scale = inverse_spectrum(spectra, floor, 1.0, damping)?;
+            return Ok(Preconditioner::Basis { basis_a, basis_g, scale });
+        }
+        let mut inverse = |m: &Tensor| match task.recipe.method() {
+            _ if diagonal(task, m) => m.recip(),
+            Inverse::Eigen => {
+                let Eigh { values, vectors } = eigen(m)?;
+                product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
+            }
+            Inverse::Cholesky => next(&mut inverses),
+            Inverse::Newton => next(&mut newton),
+        };
+        let (inv_a, inv_g) = (inverse(a), inverse(g));
         Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
     });
     found.collect()
@@ -210,19 +214,25 @@ pub(crate) fn sum_inverse(
     name: &str,
 ) -> Result<Preconditioner> {
     let (bar_a, bar_g) = pi_damped(bar.0, bar.1, shape, damping, name)?;
-    let [a, g] = generalized_eigh_two([(&bar_a, current.0), (&bar_g, current.1)], name);
-    let Eigh { values: da, vectors: mut basis_a } = a?;
-    let Eigh { values: dg, vectors: mut basis_g } = g?;
-    let mut scale = inverse_spectrum((&joined(&da, shape)?, &joined(&dg, shape)?), 0.0, lr, 1.0)?;
     let groups = shape[0];
-    // The basis of a diagonal factor is a scaling.
-    if is_diagonal(&basis_g, groups)? {
-        scale = scale.broadcast_mul(&basis_g.sqr()?.reshape((groups, (), 1))?)?;
-        basis_g = basis_g.ones_like()?;
+    let diagonal = [is_diagonal(&bar_a, groups), is_diagonal(&bar_g, groups)];
+    let one = |bar: &Tensor, current: &Tensor, diagonal: bool| match diagonal {
+        // The eigenvectors are numbers, which enter the scale below.
+        true => Ok(Eigh { values: (current / bar)?, vectors: bar.ones_like()? }),
+        false => generalized_eigh(bar, current, name),
+    };
+    let [a, g] = match diagonal {
+        [false, false] => generalized_eigh_two([(&bar_a, current.0), (&bar_g, current.1)], name),
+        [a, g] => [one(&bar_a, current.0, a), one(&bar_g, current.1, g)],
+    };
+    let Eigh { values: da, vectors: basis_a } = a?;
+    let Eigh { values: dg, vectors: basis_g } = g?;
+    let mut scale = inverse_spectrum((&joined(&da, shape)?, &joined(&dg, shape)?), 0.0, lr, 1.0)?;
+    if diagonal[0] {
+        scale = scale.broadcast_div(&bar_a.reshape((groups, 1, ()))?)?;
     }
-    if is_diagonal(&basis_a, groups)? {
-        scale = scale.broadcast_mul(&basis_a.sqr()?.reshape((groups, 1, ()))?)?;
-        basis_a = basis_a.ones_like()?;
+    if diagonal[1] {
+        scale = scale.broadcast_div(&bar_g.reshape((groups, (), 1))?)?;
     }
     Ok(Preconditioner::Basis { basis_a, basis_g, scale })
 }

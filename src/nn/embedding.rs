@@ -6,7 +6,7 @@ use candle_nn::{Init, VarBuilder};
 
 /// Rows of a table `[rows, features]`, picked by number: inputs `[n, ..]` of an integer type, outputs `[n, .., features]`.
 ///
-/// Built inside [`Tape::build`] the layer is tapped; its table gets no Kronecker block, but its share in the evidence.
+/// Built inside [`Tape::build`] the layer is tapped: its table gets a Kronecker block, diagonal in the rows.
 #[derive(Clone, Debug)]
 pub struct Embedding {
     embeddings: Tensor,

@@ -1,4 +1,4 @@
-//! Adam for the Vars that have no Kronecker block: gains and offsets of norms, embeddings, scalars.
+//! Adam for the Vars that have no Kronecker block: gains and offsets of norms, scalars.
 
 use super::block::Param;
 use candle_core::{Result, Tensor};

@@ -36,7 +36,7 @@ pub struct Layer {
     pub index: usize,
     /// The `VarBuilder` prefix at which the layer was built (`fc1`), or `layer{index}` without one.
     pub name: String,
-    /// What it does with its weight. Kronecker blocks are of matrices.
+    /// What it does with its weight. Kronecker blocks are of matrices and tables.
     pub kind: Kind,
     /// The weight, `[out, in / groups, ..kernel]`, `[features]` or `[rows, features]`.
     pub weight: Tensor,

@@ -6,7 +6,7 @@ pub mod device;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use faer::{Mat, linalg::solvers::Solve};
 pub use kronwake::checkpoint::Checkpoint;
-use kronwake::curvature::Sharing;
+use kronwake::curvature::{Beyond, FactorLimit, Sharing};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::optim::{Bias, Every, KFac, Natural, ParamsKFac, WakeRule};
 use kronwake::tape::{Fisher, Likelihood, Tape};
@@ -197,6 +197,28 @@ pub fn tensor(m: &Mat<f64>) -> Tensor {
 /// Group `group` of factors `[groups, d, d]` as a matrix.
 pub fn of_group(factor: &Tensor, group: usize) -> Mat<f64> {
     matrix(&factor.get(group).unwrap())
+}
+
+/// The rows of a run when `dim` rows are divided under a limit.
+pub fn run_of(dim: usize, limit: FactorLimit) -> usize {
+    match limit.beyond {
+        _ if dim <= limit.rows => dim,
+        Beyond::Diagonal => 1,
+        Beyond::BlockDiagonal => (1..=dim).find(|run| run * dim.div_ceil(limit.rows) >= dim).unwrap(),
+    }
+}
+
+/// `m` without what couples one run to another.
+pub fn in_runs(m: &Mat<f64>, limit: FactorLimit) -> Mat<f64> {
+    let run = run_of(m.nrows(), limit);
+    Mat::from_fn(m.nrows(), m.ncols(), |i, j| if i / run == j / run { m[(i, j)] } else { 0.0 })
+}
+
+/// Group `group` of factors of `dim` rows in runs, `[groups n, r, r]`, as a dense matrix.
+pub fn joined(factor: &Tensor, group: usize, groups: usize, dim: usize) -> Mat<f64> {
+    let (count, run) = (factor.dim(0).unwrap() / groups, factor.dim(1).unwrap());
+    let runs: Vec<_> = (0..count).map(|i| of_group(factor, group * count + i)).collect();
+    Mat::from_fn(dim, dim, |i, j| if i / run == j / run { runs[i / run][(i % run, j % run)] } else { 0.0 })
 }
 
 /// `a (x) g` by its definition.

@@ -1,7 +1,7 @@
 //! The step on a GPU, under emulation, against the general path.
 
 use super::*;
-use crate::curvature::Relative;
+use crate::curvature::{Beyond, FactorLimit, Relative};
 use crate::gpu::emulate::emulate;
 use crate::nn::{self, Module, VarBuilder, VarMap};
 use crate::optim::{
@@ -106,6 +106,15 @@ fn steps_as_the_general_path_does() -> Result<()> {
         let slow = Group { lr_scale: 0.3, ..Group::named("first.*") };
         p.groups = Groups(vec![slow]);
     })?;
+    let runs = |beyond| FactorLimit { rows: 4, beyond };
+    agree::<So>("so, runs", |p| p.factor_limit = runs(Beyond::BlockDiagonal))?;
+    agree::<So>("so, diagonal", |p| {
+        (p.factor_limit, p.damping) = (runs(Beyond::Diagonal), Damping::Pi(0.01))
+    })?;
+    agree::<Q>("q, exact, runs", |p| {
+        (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
+        p.factor_limit = runs(Beyond::BlockDiagonal);
+    })?;
     agree::<Q>("q", |_| ())?;
     agree::<Q>("q, exact", |p| {
         (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
@@ -118,6 +127,7 @@ fn steps_as_the_general_path_does() -> Result<()> {
 #[test]
 fn steps_with_two_rates_as_the_general_path_does() -> Result<()> {
     agree::<TwoRate>("kld-wrm", |_| ())?;
+    agree::<TwoRate>("kld-wrm, diagonal", |p| p.factor_limit = FactorLimit::DIAGONAL)?;
     agree::<TwoRate>("kld-wrm, quadratic", |p| {
         p.wake.model = Model::Quadratic(QSolve::Factor);
         (p.step_rule, p.lr, p.damping) = (StepRule::LearningRate, 0.1, Damping::Eigenvalue(0.01));
