@@ -105,7 +105,7 @@ fn tables() -> Result<()> {
 /// A table that is a linear layer's weight too has one block, the linear layer's; Adam takes a table where that is asked for.
 #[test]
 fn tied_and_other_tables() -> Result<()> {
-    let blocks = |tied, groups| -> Result<Vec<(String, [usize; 3], [usize; 2])>> {
+    let blocks = |tied, groups| -> Result<Vec<_>> {
         let net = Net::of(DType::F64, 1, |vb| language(vb, tied))?;
         let factor_limit = FactorLimit { rows: 4, beyond: Beyond::BlockDiagonal };
         let mut opt =

@@ -3,6 +3,7 @@
 mod collect;
 mod damping;
 mod ekfac;
+mod gradient;
 mod inverse;
 mod runs;
 mod sums;
@@ -14,6 +15,7 @@ pub use runs::{Beyond, FactorLimit};
 pub use sums::Sharing;
 
 pub(crate) use ekfac::{moments, turned as turned_moments};
+pub(crate) use gradient::{average_product, gradient_factors};
 pub(crate) use inverse::{Preconditioner, Recipe, Task, damped_inverses, damped_product, sum_inverse};
 pub(crate) use runs::{Runs, sandwich};
 pub(crate) use sums::{FactorSums, LayerFactors, Want, WantWeight, wide, wide_dtype};

@@ -55,6 +55,8 @@ pub(crate) enum Part {
     /// An embedding's table. Its matrix has a row for each of the table's, so that the factor of the rows, `G`, is the diagonal one of
     /// its inputs, and `A` that of the gradients of its outputs.
     Table,
+    /// A weight on its own, `[out, ..]` as `[out, columns]`; no layer records anything, and the factors come from its gradient.
+    Gradient,
 }
 
 /// What a block carries from step to step. Tensors are shared, so a clone is cheap: a step works on a clone and replaces
@@ -84,8 +86,8 @@ pub(crate) struct BlockState {
 #[derive(Debug, Clone)]
 pub(crate) struct Block {
     pub name: String,
-    /// Index of the layer on the tape.
-    pub layer: usize,
+    /// Index of the layer on the tape, if there is one.
+    pub layer: Option<usize>,
     pub part: Part,
     pub groups: usize,
     /// Output features of one group, and the runs of their factor `G`.
@@ -139,7 +141,7 @@ impl Block {
     /// The factors of one refresh; a bias of its own has `A = [[1]]`.
     pub fn refreshed(&self, layer: &LayerFactors) -> Result<(Tensor, Tensor)> {
         let (a, g) = match self.part {
-            Part::Folded | Part::Weight => (layer.a.clone(), layer.g.clone()),
+            Part::Folded | Part::Weight | Part::Gradient => (layer.a.clone(), layer.g.clone()),
             Part::Table => (layer.g.clone(), layer.a.clone()),
             Part::Bias => {
                 let g = layer.g_bias.clone();

@@ -48,14 +48,14 @@ impl<R: WakeRule> Natural<R> {
 
         let mut trained = vec![];
         let mut frozen = vec![];
-        let mut adam_only = vec![];
+        let mut rules = vec![];
         for (name, named, var) in all {
             let group = params.groups.of(&name);
             if group.is_some_and(|g| g.frozen) {
                 frozen.push((name, var));
                 continue;
             }
-            adam_only.push(group.and_then(|g| g.rule) == Some(Rule::Adam));
+            rules.push(group.and_then(|g| g.rule));
             trained.push(Param {
                 master: master(&var)?,
                 lr_scale: group.map_or(1.0, |g| g.lr_scale),
@@ -69,7 +69,8 @@ impl<R: WakeRule> Natural<R> {
             let group = params.groups.of(&trained[index].name);
             group.and_then(|g| g.factor_limit).unwrap_or(params.factor_limit)
         };
-        let find = |t: &Tensor| (0..trained.len()).find(|&i| trained[i].var.id() == t.id() && !adam_only[i]);
+        let tapped = |i: &usize| matches!(rules[*i], None | Some(Rule::Kronecker));
+        let find = |t: &Tensor| (0..trained.len()).filter(tapped).find(|&i| trained[i].var.id() == t.id());
         let mut blocks: Vec<Block> = vec![];
         let mut wants = vec![];
         for layer in &layers {
@@ -101,10 +102,16 @@ impl<R: WakeRule> Natural<R> {
             wants.push((blocks.len() > first).then_some(want));
         }
         for (index, param) in trained.iter().enumerate() {
-            let rule = params.groups.of(&param.name).and_then(|g| g.rule);
-            if rule == Some(Rule::Kronecker) && !blocks.iter().any(|b| b.params.contains(&index)) {
+            if rules[index] == Some(Rule::GradientFactors) {
+                if params.ekfac {
+                    bail!("{}: ekfac needs records, and {} has gradient-only factors", R::NAME, param.name)
+                }
+                blocks.push(gradient_block(R::NAME, param, index, limit(index))?);
+            }
+            if rules[index] == Some(Rule::Kronecker) && !blocks.iter().any(|b| b.params.contains(&index)) {
                 bail!(
-                    "{}: group asks for a Kronecker block, but {} belongs to no tapped layer",
+                    "{}: group asks for a Kronecker block, but {} belongs to no tapped layer; \
+                     Rule::GradientFactors needs none",
                     R::NAME,
                     param.name
                 )
@@ -145,6 +152,30 @@ impl<R: WakeRule> Natural<R> {
     }
 }
 
+/// The block of a weight whose layer records nothing.
+fn gradient_block(optimizer: &str, param: &Param, index: usize, limit: FactorLimit) -> Result<Block> {
+    let (rows, columns) = match param.var.dims() {
+        [out, columns @ ..] if !columns.is_empty() && param.var.elem_count() > 0 => {
+            (*out, columns.iter().product())
+        }
+        dims => bail!(
+            "{optimizer}: gradient-only factors need a weight of two or more dimensions, and {} is {dims:?}",
+            param.name
+        ),
+    };
+    Ok(Block {
+        name: param.name.strip_suffix(".weight").unwrap_or(&param.name).to_string(),
+        layer: None,
+        part: Part::Gradient,
+        groups: 1,
+        rows: Runs::limited(rows, limit),
+        columns: Runs::limited(columns, limit),
+        params: vec![index],
+        lr_scale: param.lr_scale,
+        state: BlockState::default(),
+    })
+}
+
 /// One block of a layer.
 fn block(
     layer: &Layer,
@@ -165,6 +196,7 @@ fn block(
         Part::Weight => (vec![weight], format!("{base}.weight"), groups, columns),
         Part::Bias => (vec![bias], format!("{base}.bias"), 1, 1),
         Part::Table => (vec![weight], base, 1, out),
+        Part::Gradient => bail!("{base}: the block of a layer is made of its records"),
     };
     let rows = match part {
         // A pass picks one at a time.
@@ -176,7 +208,7 @@ fn block(
     let state = BlockState::default();
     Ok(Block {
         name,
-        layer: layer.index,
+        layer: Some(layer.index),
         part,
         groups,
         rows,

@@ -211,14 +211,7 @@ impl<R: WakeRule> Natural<R> {
         }
         self.wake(device, &board, grads)?;
 
-        let mut renewed = Vec::with_capacity(self.blocks.len());
-        if renewing {
-            // Decompositions of factors that are not finite would fail in their own ways.
-            self.check_factors(refresh.as_ref())?;
-        }
-        for block in &self.blocks {
-            renewed.push(self.renew(block, refresh.as_ref())?);
-        }
+        let mut renewed = self.renew(refresh.as_ref(), grads)?;
         let damping = self.damping_due(&renewed)?;
         self.prepare(&self.blocks, &mut renewed, damping)?;
         let stacked: Vec<_> = device.stacks.iter().map(|stack| stack.inverse.clone()).collect();

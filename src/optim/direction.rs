@@ -7,8 +7,8 @@ use super::params::Decay;
 use super::rule::{Model, QSolve, WakeRule};
 use super::step::{Refusal, numbers, sum};
 use crate::curvature::{
-    Damping, Inverse, LayerFactors, Preconditioner, Recipe, Task, damped_inverses, damped_product, moments,
-    sum_inverse, turned_moments,
+    Damping, Inverse, LayerFactors, Preconditioner, Recipe, Task, average_product, damped_inverses,
+    damped_product, gradient_factors, sum_inverse, wide,
 };
 use crate::linalg::traces::traces;
 use crate::ops::dense::{dot, mix};
@@ -40,20 +40,38 @@ pub(super) struct Renewed<'a> {
 }
 
 impl<R: WakeRule> Natural<R> {
-    /// A block's curvature with the records of this step, where there are any, in its averages.
+    /// The blocks' curvature with the factors of this step, where there are any, in their averages.
     pub(super) fn renew<'a>(
         &self,
-        block: &Block,
         refresh: Option<&'a (Vec<LayerFactors>, usize)>,
+        grads: &[Tensor],
+    ) -> std::result::Result<Vec<Renewed<'a>>, Refusal> {
+        let Some(refresh) = refresh else {
+            return self.blocks.iter().map(|block| self.renewed(block, None, None)).collect();
+        };
+        let current = self.current_factors(refresh, grads)?;
+        let records = |block: &Block| Some((refresh.0.get(block.layer?)?, refresh.1));
+        let pairs = self.blocks.iter().zip(current);
+        pairs.map(|(block, current)| self.renewed(block, records(block), Some(current))).collect()
+    }
+
+    fn renewed<'a>(
+        &self,
+        block: &Block,
+        records: Option<(&'a LayerFactors, usize)>,
+        current: Option<Factors>,
     ) -> std::result::Result<Renewed<'a>, Refusal> {
         let mut state = block.state.clone();
-        let records = refresh.map(|(layers, terms)| (&layers[block.layer], *terms));
-        let current = records.map(|(layer, _)| self.refresh(block, &mut state, layer)).transpose()?;
+        if let Some(current) = &current {
+            let last = (state.factor_a.as_ref(), state.factor_g.as_ref());
+            let (a, g) = averaged(block, last, current, self.params.stat_decay)?;
+            (state.factor_a, state.factor_g) = (Some(a), Some(g));
+        }
         let (Some(a), Some(g)) = (&state.factor_a, &state.factor_g) else {
             return Err(Refusal::Failed(missing::<R>(block, "curvature")));
         };
         let average = (a.clone(), g.clone());
-        let factors = self.model_factors(&mut state, current.unwrap_or_else(|| average.clone()))?;
+        let factors = self.model_factors(block, &mut state, current.unwrap_or_else(|| average.clone()))?;
         Ok(Renewed { state, average, factors, records })
     }
 
@@ -148,17 +166,26 @@ impl<R: WakeRule> Natural<R> {
         Ok(Direction { state, gradient, model_gradient, wake_gradient, factors, direction, length })
     }
 
-    /// Refuses factors of a batch that are not finite.
-    pub(super) fn check_factors(
+    /// The factors of a batch, a pair a block.
+    fn current_factors(
         &self,
-        refresh: Option<&(Vec<LayerFactors>, usize)>,
-    ) -> std::result::Result<(), Refusal> {
-        let Some((layers, _)) = refresh else { return Ok(()) };
+        (layers, terms): &(Vec<LayerFactors>, usize),
+        grads: &[Tensor],
+    ) -> std::result::Result<Vec<Factors>, Refusal> {
+        let mut factors = Vec::with_capacity(self.blocks.len());
         let mut totals = Vec::with_capacity(2 * self.blocks.len());
         for block in &self.blocks {
-            let (a, g) = block.refreshed(&layers[block.layer])?;
+            let (a, g) = match block.layer {
+                Some(layer) => block.refreshed(&layers[layer])?,
+                None => {
+                    let gradient = block.matrix(|i| wide(&grads[i]))?;
+                    gradient_factors(&gradient, block.rows, block.columns, *terms, &block.name)?
+                }
+            };
             totals.extend([a.sum_all()?, g.sum_all()?]);
+            factors.push((a, g));
         }
+        // Decompositions of factors that are not finite would fail in their own ways.
         for (index, total) in numbers(&totals)?.into_iter().enumerate() {
             if !total.is_finite() {
                 let (block, name) = (&self.blocks[index / 2], ["A", "G"][index % 2]);
@@ -168,25 +195,16 @@ impl<R: WakeRule> Natural<R> {
                 )));
             }
         }
-        Ok(())
-    }
-
-    /// The factors of a batch, which also enter the averages.
-    fn refresh(&self, block: &Block, state: &mut BlockState, layer: &LayerFactors) -> Result<Factors> {
-        let current = block.refreshed(layer)?;
-        state.factor_a = Some(ema(state.factor_a.as_ref(), &current.0, self.params.stat_decay)?);
-        state.factor_g = Some(ema(state.factor_g.as_ref(), &current.1, self.params.stat_decay)?);
-        Ok(current)
+        Ok(factors)
     }
 
     /// The factors of the averaged quadratic models, the newest of which has the factors `current`.
-    fn model_factors(&self, state: &mut BlockState, current: Factors) -> Result<Factors> {
+    fn model_factors(&self, block: &Block, state: &mut BlockState, current: Factors) -> Result<Factors> {
         let decay = self.params.wake.model_decay();
         if decay == 0.0 || self.params.wake.model() == Model::Linear {
             return Ok(current);
         }
-        let a = ema(state.model_a.as_ref(), &current.0, decay)?;
-        let g = ema(state.model_g.as_ref(), &current.1, decay)?;
+        let (a, g) = averaged(block, (state.model_a.as_ref(), state.model_g.as_ref()), &current, decay)?;
         (state.model_a, state.model_g) = (Some(a.clone()), Some(g.clone()));
         Ok((a, g))
     }
@@ -308,51 +326,6 @@ impl<R: WakeRule> Natural<R> {
         if rms > limit { direction * (limit / rms) } else { Ok(direction) }
     }
 
-    /// Replaces the scaling of the eigenbasis by the averaged second moments; `refresh` holds new records.
-    fn correct(
-        &self,
-        block: &Block,
-        state: &mut BlockState,
-        refresh: Option<(&LayerFactors, usize)>,
-        damping: f64,
-    ) -> std::result::Result<(), Refusal> {
-        let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else {
-            return Ok(());
-        };
-        if block.part == Part::Table {
-            return Ok(());
-        }
-        let (basis_a, basis_g) = (basis_a.clone(), basis_g.clone());
-        let scaled = if block.part == Part::Bias {
-            // One input, the constant 1: the factor G is the second moment itself.
-            let Some(g) = &state.factor_g else { return Ok(()) };
-            let rotated = basis_g.t()?.matmul(g)?.matmul(&basis_g)?;
-            let eye = Tensor::eye(rotated.dim(1)?, rotated.dtype(), rotated.device())?;
-            rotated.broadcast_mul(&eye)?.sum(2)?.reshape(&block.inside())?
-        } else {
-            let last = match (&block.state.moments, &block.state.preconditioner) {
-                (Some(moments), Some(Preconditioner::Basis { basis_a: last_a, basis_g: last_g, .. })) => {
-                    Some(turned_moments(moments, (last_a, last_g), (&basis_a, &basis_g))?)
-                }
-                _ => None,
-            };
-            match (refresh, last) {
-                (Some((layer, terms)), last) => {
-                    let folded = block.part == Part::Folded;
-                    let (a, g) = ((&basis_a, block.columns), (&basis_g, block.rows));
-                    let current = moments(&layer.kept, a, g, block.groups, folded, terms)?;
-                    ema(last.as_ref(), &current, self.params.stat_decay)?
-                }
-                (None, Some(last)) => last,
-                (None, None) => return Ok(()),
-            }
-        };
-        let scale = (&scaled + damping)?.recip()?;
-        state.moments = Some(scaled);
-        state.preconditioner = Some(Preconditioner::Basis { basis_a, basis_g, scale });
-        Ok(())
-    }
-
     /// `wd theta` of a block, where it has any decay.
     pub(super) fn decayed(&self, block: &Block) -> Result<Option<Tensor>> {
         if block.params.iter().all(|&i| self.vars[i].weight_decay == 0.0) {
@@ -369,6 +342,19 @@ impl<R: WakeRule> Natural<R> {
             }
         }
         Ok(format!("the direction of block {} overflows; a larger damping would bound it", block.name))
+    }
+}
+
+/// The exponential averages of a block's factors.
+fn averaged(
+    block: &Block,
+    (last_a, last_g): (Option<&Tensor>, Option<&Tensor>),
+    (a, g): &Factors,
+    decay: f64,
+) -> Result<Factors> {
+    match block.part {
+        Part::Gradient => average_product(last_a.zip(last_g), (a, g), decay),
+        _ => Ok((ema(last_a, a, decay)?, ema(last_g, g, decay)?)),
     }
 }
 

@@ -9,6 +9,11 @@ use candle_core::{Result, bail};
 pub enum Rule {
     /// Its layer's Kronecker block; the default of tapped linear layers, convolutions and embeddings.
     Kronecker,
+    /// A Kronecker block from its own gradient alone, for Vars of layers that are not tapped: models that are built with plain candle_nn,
+    /// weights of two or more dimensions, `[out, ..]`. The factors are averages of `M M^T` and `M^T M`, `M` the gradient `[out, columns]`
+    /// of the mean loss, scaled such that their product estimates the Fisher matrix (Gupta, Koren & Singer 2018; Morwani et al. 2024).
+    /// `observe` then has no pass to make; it counts the loss terms.
+    GradientFactors,
     /// Adam, see [`super::Params::rest`]; the default of everything else.
     Adam,
 }

@@ -4,6 +4,7 @@ mod average;
 mod block;
 mod build;
 mod constrain;
+mod correct;
 mod device;
 mod direction;
 mod groups;

@@ -43,7 +43,7 @@ impl<R: WakeRule> Natural<R> {
     /// the curvature run here.
     ///
     /// # Errors
-    /// When the batch is empty, the outputs hold no graph to a tapped layer, or are not finite.
+    /// When the batch is empty, the outputs hold no graph to a tapped layer although one has a block, or are not finite.
     pub fn observe(&mut self, outputs: &Tensor, likelihood: Likelihood) -> Result<()> {
         self.observe_pass(outputs, likelihood, None)
     }
@@ -96,6 +96,11 @@ impl<R: WakeRule> Natural<R> {
         };
         let mut armed = false;
         let passes: Box<dyn Iterator<Item = Result<Tensor>>> = match (labels, self.params.fisher) {
+            // Factors of gradients alone; the step needs the number of their loss terms.
+            _ if self.wants.iter().all(Option::is_none) => {
+                lock(&sums).begin(terms, 1.0, true);
+                Box::new(std::iter::empty())
+            }
             (Some(labels), _) => Box::new([likelihood.label_cotangent(outputs, labels)].into_iter()),
             (None, Fisher::Empirical) => {
                 lock(&sums).begin(terms, terms as f64, true);

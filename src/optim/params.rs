@@ -66,7 +66,8 @@ pub struct Params<R> {
     /// How the damped factors are inverted.
     pub inverse: Inverse,
     /// Whether the eigenbasis scaling is corrected with the second moments of the per-example gradients (EKFAC); needs
-    /// [`DampingKind::Eigenvalue`]. Keeps the records of a refresh in memory until its step.
+    /// [`DampingKind::Eigenvalue`]. Keeps the records of a refresh in memory until its step. Tables keep the
+    /// scaling of their product.
     pub ekfac: bool,
     /// Eigenvalues of the factors at or below this count as 0, under [`DampingKind::Eigenvalue`].
     pub eigenvalue_floor: f64,

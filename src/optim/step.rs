@@ -139,11 +139,7 @@ impl<R: WakeRule> Natural<R> {
     }
 
     fn propose(&self, grads: &[Tensor], refresh: Refresh) -> std::result::Result<Proposal, Refusal> {
-        self.check_factors(refresh.as_ref())?;
-        let mut renewed = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            renewed.push(self.renew(block, refresh.as_ref())?);
-        }
+        let renewed = self.renew(refresh.as_ref(), grads)?;
         let damping = self.damping_due(&renewed)?;
         let mut directions = Vec::with_capacity(self.blocks.len());
         for (block, renewed) in self.blocks.iter().zip(renewed) {

@@ -30,6 +30,8 @@ pub struct SummaryBlock {
     pub dims: [usize; 3],
     /// Rows of its factors' runs, `G`'s and `A`'s: `dims[1]` and `dims[2]` of full factors, 1 of diagonal ones.
     pub runs: [usize; 2],
+    /// Whether its factors come from its gradient alone.
+    pub gradient_only: bool,
     /// Bytes of its averaged factors.
     pub factor_bytes: usize,
     /// Bytes of its damped inverse.
@@ -39,7 +41,8 @@ pub struct SummaryBlock {
     /// Bytes of the arrays with which its inverse is made, about; blocks have them one after the other, except small ones on a
     /// GPU.
     pub workspace_bytes: usize,
-    /// Multiplications of one factor update, for every row (example, or position of one) of the batch.
+    /// Multiplications of one factor update, for every row (example, or position of one) of the batch; in all where its gradient
+    /// makes the factors.
     pub factor_cost: usize,
     /// Multiplications of one update of the inverse, to leading order.
     pub inverse_cost: usize,
@@ -163,15 +166,17 @@ impl<R: WakeRule> Natural<R> {
         let moments = if self.params.ekfac && block.part != Part::Table { inside } else { 0 };
         let quadratic = averaged && self.params.wake.model() != Model::Linear;
         let products = matrix * (rows_run + columns_run);
+        let gradient_only = block.part == Part::Gradient;
         SummaryBlock {
             name: block.name.clone(),
             dims: [groups, out, columns],
             runs: [rows_run, columns_run],
+            gradient_only,
             factor_bytes: squares * element,
             inverse_bytes: (squares + if eigen { inside } else { 0 }) * element,
             other_bytes: (matrices * matrix + moments + usize::from(quadratic) * squares) * element,
             workspace_bytes: WORKSPACE * squares * element,
-            factor_cost: squares / 2,
+            factor_cost: if gradient_only { products / 2 } else { squares / 2 },
             // A symmetric eigendecomposition with vectors takes about 9 d^3 multiplications, a Cholesky inverse d^3 / 2.
             inverse_cost: groups
                 * (out * rows_run.pow(2) + columns * columns_run.pow(2))
@@ -228,7 +233,8 @@ impl fmt::Display for Summary {
                 1 => format!("{dim} diag"),
                 _ => format!("{dim}/{run}"),
             };
-            let dims = format!("{groups} x {} x {}", of(out, b.runs[0]), of(columns, b.runs[1]));
+            let by = if b.gradient_only { "grad: " } else { "" };
+            let dims = format!("{by}{groups} x {} x {}", of(out, b.runs[0]), of(columns, b.runs[1]));
             writeln!(
                 f,
                 "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",

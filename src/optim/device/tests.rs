@@ -5,8 +5,8 @@ use crate::curvature::{Beyond, FactorLimit, Relative};
 use crate::gpu::emulate::emulate;
 use crate::nn::{self, Module, VarBuilder, VarMap};
 use crate::optim::{
-    AdaptiveKl, Average, Decay, Every, Group, Groups, KFacRule, Optimizer, Params, Q, QSolve, Replay, So,
-    TwoRate,
+    AdaptiveKl, Average, Decay, Every, Group, Groups, KFacRule, Optimizer, Params, Q, QSolve, Replay, Rule,
+    So, TwoRate,
 };
 use crate::tape::{Fisher, Likelihood, Tape};
 
@@ -105,6 +105,10 @@ fn steps_as_the_general_path_does() -> Result<()> {
         p.bias = crate::optim::Bias::Split;
         let slow = Group { lr_scale: 0.3, ..Group::named("first.*") };
         p.groups = Groups(vec![slow]);
+    })?;
+    agree::<So>("so, gradient-only", |p| {
+        let by_gradient = Group { rule: Some(Rule::GradientFactors), ..Group::named("s*.weight") };
+        p.groups = Groups(vec![by_gradient]);
     })?;
     let runs = |beyond| FactorLimit { rows: 4, beyond };
     agree::<So>("so, runs", |p| p.factor_limit = runs(Beyond::BlockDiagonal))?;
