@@ -117,7 +117,10 @@ fn tied_and_other_tables() -> Result<()> {
         }
         Ok(opt.summary().blocks.into_iter().map(|b| (b.name, b.dims, b.runs)).collect())
     };
-    assert_eq!(blocks(true, Groups::default())?, [("table".to_string(), [1, ROWS, 4], [4, 4])]);
+    assert_eq!(blocks(true, Groups::default())?, [("table".to_string(), [1, ROWS, 4], [1, 4])]);
+    let runs = FactorLimit { rows: 4, beyond: Beyond::BlockDiagonal };
+    let given = Group { factor_limit: Some(runs), ..Group::named("table.*") };
+    assert_eq!(blocks(true, Groups(vec![given]))?, [("table".to_string(), [1, ROWS, 4], [4, 4])]);
     let adam = Group { rule: Some(Rule::Adam), ..Group::named("table.*") };
     assert_eq!(blocks(false, Groups(vec![adam]))?, [("head".to_string(), [1, 3, 5], [3, 3])]);
     let diagonal = Group { factor_limit: Some(FactorLimit::DIAGONAL), ..Group::named("table.*") };

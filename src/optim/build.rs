@@ -7,7 +7,7 @@ use super::natural::Natural;
 use super::params::Params;
 use super::rest::Adam;
 use super::rule::WakeRule;
-use crate::curvature::{FactorLimit, Runs, Want, WantWeight};
+use crate::curvature::{Beyond, FactorLimit, Runs, Want, WantWeight};
 use crate::tape::{Kind, Layer};
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::VarMap;
@@ -65,10 +65,7 @@ impl<R: WakeRule> Natural<R> {
                 var,
             });
         }
-        let limit = |index: usize| {
-            let group = params.groups.of(&trained[index].name);
-            group.and_then(|g| g.factor_limit).unwrap_or(params.factor_limit)
-        };
+        let given = |index: usize| params.groups.of(&trained[index].name)?.factor_limit;
         let tapped = |i: &usize| matches!(rules[*i], None | Some(Rule::Kronecker));
         let find = |t: &Tensor| (0..trained.len()).filter(tapped).find(|&i| trained[i].var.id() == t.id());
         let mut blocks: Vec<Block> = vec![];
@@ -86,8 +83,17 @@ impl<R: WakeRule> Natural<R> {
             let first = blocks.len();
             for part in parts {
                 let leader = if part == Part::Bias { bias } else { weight };
-                let limit = leader.map_or(params.factor_limit, limit);
-                blocks.push(block(layer, part, weight, bias, limit, &trained)?);
+                let given = leader.and_then(given);
+                let limit = given.unwrap_or(params.factor_limit);
+                let mut block = block(layer, part, weight, bias, limit, &trained)?;
+                let picks = |l: &Arc<Layer>| l.is_use_of(layer.weight.id(), Kind::Table);
+                let tied = matches!(part, Part::Folded | Part::Weight) && layers.iter().any(picks);
+                if tied && given.is_none() {
+                    // The rows are a vocabulary, whose numbers say nothing of what belongs together.
+                    let limit = FactorLimit { beyond: Beyond::Diagonal, ..limit };
+                    block.rows = Runs::limited(block.rows.dim, limit);
+                }
+                blocks.push(block);
             }
             let keep = params.ekfac && layer.kind == Kind::Matrix;
             let mut want = Want { weight: None, bias: None, keep };
@@ -106,7 +112,8 @@ impl<R: WakeRule> Natural<R> {
                 if params.ekfac {
                     bail!("{}: ekfac needs records, and {} has gradient-only factors", R::NAME, param.name)
                 }
-                blocks.push(gradient_block(R::NAME, param, index, limit(index))?);
+                let limit = given(index).unwrap_or(params.factor_limit);
+                blocks.push(gradient_block(R::NAME, param, index, limit)?);
             }
             if rules[index] == Some(Rule::Kronecker) && !blocks.iter().any(|b| b.params.contains(&index)) {
                 bail!(

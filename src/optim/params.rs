@@ -85,7 +85,7 @@ pub struct Params<R> {
     /// Whether biases share the block of their weight.
     pub bias: Bias,
     /// What becomes of large factors, where a group of [`Params::groups`] says nothing else: of those with more than 4096 rows,
-    /// blocks on the diagonal.
+    /// blocks on the diagonal. Of a table that is a linear layer's weight too, the rows' factor is diagonal beyond the limit.
     pub factor_limit: FactorLimit,
     /// Bytes that state and work space may take ([`Summary::peak_bytes`](super::Summary::peak_bytes)): an optimizer that needs more is
     /// refused before its first step. On a GPU its free memory is such a limit in any case.
