@@ -5,11 +5,11 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor};
 use common::device::*;
 use common::*;
-use kronwake::curvature::{Adaptive, Damping, Inverse, Sharing};
+use kronwake::curvature::{Adaptive, Beyond, Damping, FactorLimit, Inverse, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Bias, Carry, Every, Inner, KFacRule, Natural, NonFinite, Optimizer, Params, ParamsAdamW, Q, QSolve, Qe,
-    Replay, So, TwoRate, WakeRule,
+    Bias, Carry, Every, Group, Groups, Inner, KFacRule, Natural, NonFinite, Optimizer, Params, ParamsAdamW,
+    Q, QSolve, Qe, Replay, Rule, So, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
@@ -206,6 +206,29 @@ fn the_wake_optimizers_train_as_on_the_cpu() -> Result<()> {
         ..p
     })?;
     check::<TwoRate>("kld-wrm", ALL, plain, |p| p)
+}
+
+#[test]
+fn large_layers_train_as_on_the_cpu() -> Result<()> {
+    const LOOSE: &[(DType, f64)] = &[(DType::F32, 5e-3)];
+    let limit = |beyond| FactorLimit { rows: 4, beyond };
+    for beyond in [Beyond::BlockDiagonal, Beyond::Diagonal] {
+        let factor_limit = limit(beyond);
+        let what = format!("{beyond:?}");
+        check::<TwoRate>(&what, LOOSE, plain, |p| Params { factor_limit, ..p })?;
+        check::<So>(&format!("{what}, pi"), LOOSE, plain, |p| {
+            pi(Params { factor_limit, ..p }, Inverse::Cholesky)
+        })?;
+        let exact = |p| Params { wake: Q { solve: QSolve::Exact, ..Q::default() }, ..pi(p, Inverse::Eigen) };
+        check::<Q>(&format!("{what}, exact"), LOOSE, plain, |p| {
+            exact(Params { lr: 0.2, factor_limit, ..p })
+        })?;
+    }
+    let by_gradient = Group { rule: Some(Rule::GradientFactors), ..Group::named("*c*.weight") };
+    let groups = Groups(vec![by_gradient]);
+    // Single gradients leave most directions without curvature, where only damping keeps steps short.
+    let damping = Damping::Eigenvalue(0.1);
+    check::<So>("gradient-only", LOOSE, plain, |p| Params { groups: groups.clone(), damping, ..p })
 }
 
 #[test]
