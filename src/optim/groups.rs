@@ -12,7 +12,8 @@ pub enum Rule {
     /// A Kronecker block from its own gradient alone, for Vars of layers that are not tapped: models that are built with plain candle_nn,
     /// weights of two or more dimensions, `[out, ..]`. The factors are averages of `M M^T` and `M^T M`, `M` the gradient `[out, columns]`
     /// of the mean loss, scaled such that their product estimates the Fisher matrix (Gupta, Koren & Singer 2018; Morwani et al. 2024).
-    /// `observe` then has no pass to make; it counts the loss terms.
+    /// `observe` has no pass to make for them; it counts the loss terms. A gradient is a single draw, of low rank, so average over more of
+    /// them than tapped layers need: `stat_decay` 0.95 or more, factors at every step.
     GradientFactors,
     /// Adam, see [`super::Params::rest`]; the default of everything else.
     Adam,
