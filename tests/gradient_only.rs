@@ -10,7 +10,7 @@ use kronwake::optim::{
     Every, Group, Groups, KFac, KFacRule, Natural, Optimizer, Params, ParamsKFac, Q, QSolve, Rule, So,
     TwoRate, WakeRule,
 };
-use kronwake::tape::{Likelihood, Tape};
+use kronwake::tape::{Fisher, Likelihood, Tape};
 
 const DAMPING: f64 = 0.02;
 const DECAY: f64 = 0.6;
@@ -24,6 +24,7 @@ fn options(groups: Groups, damping: Damping) -> ParamsKFac {
     ParamsKFac {
         lr: 1.0,
         damping,
+        fisher: Fisher::Empirical,
         stat_decay: DECAY,
         every: Every { factors: 1, inverses: 1 },
         kl_clip: None,
@@ -138,7 +139,8 @@ fn check_training<R: WakeRule>(what: &str, wake: R, change: impl Fn(Params<R>) -
         Ok((net, opt))
     };
     let step = |(net, opt): &mut (Net, Natural<R>), k: u64| -> Result<f64> {
-        let (x, y) = small_batch(k % 4, 32, DType::F32)?;
+        let (x, _) = small_batch(k % 4, 32, DType::F32)?;
+        let y = x.flatten_from(1)?.narrow(1, 0, 3)?.argmax(1)?;
         let z = (net.forward)(&x)?;
         opt.observe(&z, Likelihood::Categorical)?;
         let loss = candle_nn::loss::cross_entropy(&z, &y)?;
@@ -178,12 +180,45 @@ fn training_and_resuming() -> Result<()> {
     check_training("kld-wrm, quadratic", quadratic, |p| p)
 }
 
+/// Many draws come to the two marginals of the Fisher matrix of a linear classifier, `D_n = e_n x_n^T` with `E e e^T` the Hessian.
+#[test]
+fn drawn_labels_give_the_fisher_matrix() -> Result<()> {
+    use candle_nn::Module;
+    let net = Net::of(DType::F64, 1, |vb| {
+        let layer = candle_nn::linear_no_bias(4, 3, vb.pp("fc"))?;
+        Ok(Box::new(move |x| layer.forward(x)))
+    })?;
+    let fisher = Fisher::Sampled { draws: 4000, seed: 1 };
+    let options = ParamsKFac { fisher, ..options(gradients("*"), Damping::Eigenvalue(DAMPING)) };
+    let mut opt = KFac::from_varmap(&net.varmap, options)?;
+    let x = random(5, &[6, 4])?;
+    let z = (net.forward)(&x)?;
+    let (mut l, mut r) = (Mat::zeros(3, 3), Mat::zeros(4, 4));
+    for n in 0..6 {
+        let h = hessian(Likelihood::Categorical, &flat(&z.get(n)?));
+        let row = matrix(&x.narrow(0, n, 1)?);
+        l += &h * (row.norm_l2().powi(2) / 6.0);
+        r += row.transpose() * &row * (trace(&h) / 6.0);
+    }
+    opt.observe(&z, Likelihood::Categorical)?;
+    opt.backward_step(&mean_loss(Likelihood::Categorical, &z, &labels(6, 6, 3)?)?)?;
+    let (a, g) = opt.factors("fc").unwrap();
+    assert_same(&of_group(&a, 0), &r, 0.05, "inputs");
+    assert_same(&(of_group(&g, 0) * trace(&l)), &l, 0.05, "outputs");
+    Ok(())
+}
+
 #[test]
 fn micro_batches_are_one_batch() -> Result<()> {
+    micro_batches(Fisher::Empirical)?;
+    micro_batches(Fisher::Sampled { draws: 3, seed: 2 })
+}
+
+fn micro_batches(fisher: Fisher) -> Result<()> {
     let new = || -> Result<(Net, KFac)> {
         let net = Net::of(DType::F64, 1, plain_net)?;
-        let opt =
-            KFac::from_varmap(&net.varmap, options(gradients("*.weight"), Damping::Eigenvalue(DAMPING)))?;
+        let options = options(gradients("*.weight"), Damping::Eigenvalue(DAMPING));
+        let opt = KFac::from_varmap(&net.varmap, ParamsKFac { fisher, ..options })?;
         Ok((net, opt))
     };
     let (x, y) = small_batch(1, 10, DType::F64)?;

@@ -145,6 +145,13 @@ fn bit_for_bit() -> Result<()> {
         ..p
     })?;
     check("so, groups", f32, plain, So::default(), |p| Params { groups: groups(), ..p })?;
+    let by_gradient = Group { rule: Some(Rule::GradientFactors), ..Group::named("fc?.weight") };
+    let by_gradient = Groups(vec![by_gradient]);
+    check("kfac, gradient-only", f32, plain, KFacRule, |p| Params { groups: by_gradient.clone(), ..p })?;
+    check("kld-wrm, gradient-only", DType::BF16, plain, TwoRate::default(), |p| Params {
+        groups: by_gradient.clone(),
+        ..p
+    })?;
     for beyond in [Beyond::BlockDiagonal, Beyond::Diagonal] {
         let factor_limit = FactorLimit { rows: 3, beyond };
         check("so, runs", f32, plain, So::default(), |p| Params { factor_limit, ..p })?;

@@ -1,8 +1,8 @@
 //! Kronecker factors from the gradient of a matrix alone, where its layer records nothing.
 //!
 //! With `M` the gradient of the mean of `N` loss terms, `N M M^T` and `N M^T M` estimate the two marginals of the second moments of the
-//! gradients of single terms: the terms are independent, and for labels of the model's own each has mean 0. (The loss's labels add the
-//! mean gradient, as in the empirical Fisher matrix.) From their averages `L` and `R`
+//! gradients of single terms: the terms are independent, and with labels drawn from the model each has mean 0. (The loss's own labels add
+//! `N` times the square of the mean gradient.) From their averages `L` and `R`
 //!
 //! ```text
 //! F ~ (R (x) L) / tr L
@@ -17,7 +17,7 @@ use crate::linalg::kron::diagonal;
 use crate::ops::factor::ema;
 use candle_core::{Result, Tensor};
 
-/// `A = N M^T M` and `G = M M^T / tr(M M^T)` of a gradient `[1, rows, columns]`, of all zeros where that is zero.
+/// `A = N M^T M` and `G = M M^T / tr(M M^T)`, means over draws of gradients `[draws, rows, columns]`; a `G` of zeros where all are zero.
 pub(crate) fn gradient_factors(
     gradient: &Tensor,
     rows: Runs,
@@ -25,7 +25,8 @@ pub(crate) fn gradient_factors(
     terms: usize,
     name: &str,
 ) -> Result<(Tensor, Tensor)> {
-    let a = columns.moment(None, gradient, 1, false, terms as f64, name)?;
+    let weight = terms as f64 / gradient.dim(0)?.max(1) as f64;
+    let a = columns.moment(None, gradient, 1, false, weight, name)?;
     let g = rows.moment(None, &gradient.transpose(1, 2)?, 1, false, 1.0, name)?;
     let trace = trace(&g)?.maximum(f64::from(f32::MIN_POSITIVE))?;
     Ok((a, g.broadcast_div(&trace)?))

@@ -5,7 +5,7 @@ use super::length::StepRule;
 use super::natural::Natural;
 use super::params::Decay;
 use super::rule::{Model, QSolve, WakeRule};
-use super::step::{Refusal, numbers, sum};
+use super::step::{Refresh, Refusal, numbers, sum};
 use crate::curvature::{
     Damping, Inverse, LayerFactors, Preconditioner, Recipe, Task, average_product, damped_inverses,
     damped_product, gradient_factors, sum_inverse, wide,
@@ -43,14 +43,14 @@ impl<R: WakeRule> Natural<R> {
     /// The blocks' curvature with the factors of this step, where there are any, in their averages.
     pub(super) fn renew<'a>(
         &self,
-        refresh: Option<&'a (Vec<LayerFactors>, usize)>,
+        refresh: Option<&'a Refresh>,
         grads: &[Tensor],
     ) -> std::result::Result<Vec<Renewed<'a>>, Refusal> {
         let Some(refresh) = refresh else {
             return self.blocks.iter().map(|block| self.renewed(block, None, None)).collect();
         };
         let current = self.current_factors(refresh, grads)?;
-        let records = |block: &Block| Some((refresh.0.get(block.layer?)?, refresh.1));
+        let records = |block: &Block| Some((refresh.layers.get(block.layer?)?, refresh.terms));
         let pairs = self.blocks.iter().zip(current);
         pairs.map(|(block, current)| self.renewed(block, records(block), Some(current))).collect()
     }
@@ -169,16 +169,22 @@ impl<R: WakeRule> Natural<R> {
     /// The factors of a batch, a pair a block.
     fn current_factors(
         &self,
-        (layers, terms): &(Vec<LayerFactors>, usize),
+        Refresh { layers, terms, drawn }: &Refresh,
         grads: &[Tensor],
     ) -> std::result::Result<Vec<Factors>, Refusal> {
         let mut factors = Vec::with_capacity(self.blocks.len());
         let mut totals = Vec::with_capacity(2 * self.blocks.len());
+        let mut without_layer = 0;
         for block in &self.blocks {
             let (a, g) = match block.layer {
                 Some(layer) => block.refreshed(&layers[layer])?,
                 None => {
-                    let gradient = block.matrix(|i| wide(&grads[i]))?;
+                    let drawn: Vec<_> = drawn.iter().filter_map(|draw| draw.get(without_layer)).collect();
+                    without_layer += 1;
+                    let gradient = match drawn.is_empty() {
+                        true => block.matrix(|i| wide(&grads[i]))?,
+                        false => (Tensor::cat(&drawn, 0)? / *terms as f64)?,
+                    };
                     gradient_factors(&gradient, block.rows, block.columns, *terms, &block.name)?
                 }
             };

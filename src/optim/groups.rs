@@ -11,9 +11,10 @@ pub enum Rule {
     Kronecker,
     /// A Kronecker block from its own gradient alone, for Vars of layers that are not tapped: models that are built with plain candle_nn,
     /// weights of two or more dimensions, `[out, ..]`. The factors are averages of `M M^T` and `M^T M`, `M` the gradient `[out, columns]`
-    /// of the mean loss, scaled such that their product estimates the Fisher matrix (Gupta, Koren & Singer 2018; Morwani et al. 2024).
-    /// `observe` has no pass to make for them; it counts the loss terms. A gradient is a single draw, of low rank, so average over more of
-    /// them than tapped layers need: `stat_decay` 0.95 or more, factors at every step.
+    /// of a mean loss, scaled such that their product estimates the Fisher matrix (Gupta, Koren & Singer 2018; Morwani et al. 2024). With
+    /// [`Fisher::Sampled`](crate::tape::Fisher::Sampled) the labels of that loss are drawn, which takes a backward pass a draw; else it is
+    /// the loss of the step, whose mean gradient then counts as curvature. A gradient of a batch is one draw, of low rank, where a tapped
+    /// layer has one for each example, so average over more steps: a `stat_decay` of 0.95.
     GradientFactors,
     /// Adam, see [`super::Params::rest`]; the default of everything else.
     Adam,

@@ -4,10 +4,10 @@ use super::natural::Natural;
 use super::params::NonFinite;
 use super::rule::WakeRule;
 use super::step::{Refresh, Refusal, sum};
-use crate::curvature::FactorSums;
+use crate::curvature::{FactorSums, wide};
 use crate::ops::sample::DrawKey;
 use crate::tape::{Fisher, Likelihood, Root};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::sync::{Arc, Mutex};
 
 /// Factor sums of the coming step.
@@ -15,6 +15,8 @@ pub(super) struct Observed {
     pub sums: Arc<Mutex<FactorSums>>,
     /// The tape listens to the user's backward pass (empirical Fisher).
     pub armed: bool,
+    /// See [`Refresh`].
+    drawn: Vec<Vec<Tensor>>,
     /// Why the step has to be left out, under [`NonFinite::Skip`].
     pub unusable: Option<String>,
 }
@@ -83,21 +85,29 @@ impl<R: WakeRule> Natural<R> {
             if self.params.non_finite == NonFinite::Error {
                 bail!("{}: step {}: {what}; parameters and state are unchanged", R::NAME, self.steps)
             }
-            self.observed = Some(Observed { sums, armed: false, unusable: Some(what) });
+            self.observed = Some(Observed { sums, armed: false, drawn: vec![], unusable: Some(what) });
             return Ok(());
         }
         let first = lock(&sums).terms() as u64;
         let tape = self.params.tape.clone();
         let step = self.steps as u64;
-        let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<()> {
+        let untapped = self.wants.iter().all(Option::is_none);
+        // Blocks without a layer: the gradients of labels that are drawn, or given, make their factors.
+        let draws = labels.is_some() || matches!(self.params.fisher, Fisher::Sampled { .. });
+        let drawing = draws && self.blocks.iter().any(|block| block.layer.is_none());
+        let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<GradStore> {
             lock(&sums).begin(terms, scale, fresh);
-            tape.reduce_into(outputs, cotangent, sums.clone())?;
-            lock(&sums).end()
+            let grads = match untapped {
+                true => (outputs * cotangent.detach())?.sum_all()?.backward()?,
+                false => tape.reduce_with(outputs, cotangent, sums.clone(), drawing)?,
+            };
+            lock(&sums).end()?;
+            Ok(grads)
         };
         let mut armed = false;
         let passes: Box<dyn Iterator<Item = Result<Tensor>>> = match (labels, self.params.fisher) {
-            // Factors of gradients alone; the step needs the number of their loss terms.
-            _ if self.wants.iter().all(Option::is_none) => {
+            // The step's gradients make the factors; it needs the number of their loss terms.
+            _ if untapped && !drawing => {
                 lock(&sums).begin(terms, 1.0, true);
                 Box::new(std::iter::empty())
             }
@@ -118,12 +128,32 @@ impl<R: WakeRule> Natural<R> {
             Fisher::Sampled { draws, .. } if labels.is_none() => 1.0 / (draws as f64).sqrt(),
             _ => 1.0,
         };
+        let (mut drawn, unusable) =
+            self.observed.take().map_or((vec![], None), |observed| (observed.drawn, observed.unusable));
         for (index, cotangent) in passes.enumerate() {
-            pass(&cotangent?, scale, index == 0)?;
+            let grads = pass(&cotangent?, scale, index == 0)?;
+            if drawing {
+                let grads = self.of_blocks_without_a_layer(&grads)?;
+                match drawn.get_mut(index) {
+                    Some(sums) => {
+                        *sums = sums.iter().zip(&grads).map(|(a, b)| a + b).collect::<Result<_>>()?
+                    }
+                    None => drawn.push(grads),
+                }
+            }
         }
-        let unusable = self.observed.take().and_then(|observed| observed.unusable);
-        self.observed = Some(Observed { sums, armed, unusable });
+        self.observed = Some(Observed { sums, armed, drawn, unusable });
         Ok(())
+    }
+
+    /// Matrices of gradients, one for each block without a layer.
+    fn of_blocks_without_a_layer(&self, grads: &GradStore) -> Result<Vec<Tensor>> {
+        let gradient = |index: usize| match grads.get(&self.vars[index].var) {
+            Some(grad) => wide(grad),
+            None => bail!("{}: the observed outputs do not depend on {}", R::NAME, self.vars[index].name),
+        };
+        let blocks = self.blocks.iter().filter(|block| block.layer.is_none());
+        blocks.map(|block| block.matrix(gradient)).collect()
     }
 
     /// Stops listening and closes the pass, if the tape was armed.
@@ -148,7 +178,7 @@ impl<R: WakeRule> Natural<R> {
     }
 
     /// The factors of the coming step with their number of loss terms, when they are due.
-    pub(super) fn take_factors(&mut self) -> std::result::Result<Refresh, Refusal> {
+    pub(super) fn take_factors(&mut self) -> std::result::Result<Option<Refresh>, Refusal> {
         self.close_pass()?;
         let observed = self.observed.take();
         if !self.curvature_due() {
@@ -170,7 +200,7 @@ impl<R: WakeRule> Natural<R> {
             return Err(failed("the observed curvature is still in use".into()));
         };
         let terms = sums.terms();
-        Ok(Some((sums.finish(&self.layers)?, terms)))
+        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, terms, drawn: observed.drawn }))
     }
 }
 

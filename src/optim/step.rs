@@ -65,8 +65,16 @@ impl From<candle_core::Error> for Refusal {
     }
 }
 
-/// The factors of a refresh, a set a layer, with the number of their loss terms.
-pub(super) type Refresh = Option<(Vec<LayerFactors>, usize)>;
+/// What a refresh has seen of a batch.
+pub(super) struct Refresh {
+    /// A set of factors a layer.
+    pub layers: Vec<LayerFactors>,
+    /// Loss terms.
+    pub terms: usize,
+    /// For each pass with labels of its own, the gradients of the summed loss of the blocks without a layer. Without such passes these
+    /// blocks take the step's gradients.
+    pub drawn: Vec<Vec<Tensor>>,
+}
 
 impl<R: WakeRule> Natural<R> {
     /// A whole step on gradients in the order of `vars`.
@@ -138,7 +146,7 @@ impl<R: WakeRule> Natural<R> {
         }
     }
 
-    fn propose(&self, grads: &[Tensor], refresh: Refresh) -> std::result::Result<Proposal, Refusal> {
+    fn propose(&self, grads: &[Tensor], refresh: Option<Refresh>) -> std::result::Result<Proposal, Refusal> {
         let renewed = self.renew(refresh.as_ref(), grads)?;
         let damping = self.damping_due(&renewed)?;
         let mut directions = Vec::with_capacity(self.blocks.len());

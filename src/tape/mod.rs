@@ -22,7 +22,7 @@ pub(crate) use conv::conv;
 pub(crate) use conv_pool::conv_pool;
 pub(crate) use watch::{normed, picked};
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -124,21 +124,32 @@ impl Tape {
         cotangent: &Tensor,
         reducer: Arc<Mutex<dyn Reduce>>,
     ) -> Result<()> {
+        self.reduce_with(outputs, cotangent, reducer, false).map(drop)
+    }
+
+    /// [`Tape::reduce_into`], with the gradients of the pass; those of tapped weights only where they are wanted.
+    pub(crate) fn reduce_with(
+        &self,
+        outputs: &Tensor,
+        cotangent: &Tensor,
+        reducer: Arc<Mutex<dyn Reduce>>,
+        weight_grads: bool,
+    ) -> Result<GradStore> {
         if outputs.dims() != cotangent.dims() {
             bail!("tape: the cotangent has shape {:?}, the outputs {:?}", cotangent.dims(), outputs.dims())
         }
         let root = (outputs * cotangent.detach())?.sum_all()?;
-        self.arm(reducer, false)?;
+        self.arm(reducer, weight_grads)?;
         let done = root.backward();
         let records = self.disarm();
-        done?;
+        let grads = done?;
         if records? == 0 {
             bail!(
                 "tape: no tapped layer took part in the backward pass; build the model inside Tape::build from \
                  kronwake::nn layers, and pass the outputs of that model's forward"
             )
         }
-        Ok(())
+        Ok(grads)
     }
 
     /// Sends the records of the next backward pass, the user's own, to `reducer`.
