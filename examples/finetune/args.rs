@@ -50,7 +50,8 @@ pub struct Args {
     /// Examples a step
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count)]
     pub batch: usize,
-    /// Highest learning rate [default: the library's, of adamw 0.002]
+    /// Highest learning rate; for kldwrm the fraction of a step's length [default: kldwrm 1, so and kfac 0.05, adamw 0.004, but for bert 0.00005 or
+    /// with --lora 0.001]
     #[arg(long, value_parser = positive)]
     pub lr: Option<f64>,
     /// Weight decay, decoupled
@@ -112,6 +113,20 @@ impl std::str::FromStr for Net {
 }
 
 impl Args {
+    /// The highest learning rate.
+    pub fn lr(&self, choice: Choice) -> f64 {
+        let usual = match choice {
+            Choice::Kldwrm => 1.0,
+            Choice::So | Choice::Kfac => 0.05,
+            Choice::Adamw | Choice::Compare => match (&self.model, self.lora) {
+                (Net::Bert, None) => 5e-5,
+                (Net::Bert, Some(_)) => 1e-3,
+                _ => 4e-3,
+            },
+        };
+        self.lr.unwrap_or(usual)
+    }
+
     /// The folder and the sentences of `--model bert`.
     pub fn sentences(&self) -> Result<(&Path, &Path)> {
         match (&self.checkpoint, &self.data) {
@@ -137,9 +152,6 @@ pub enum Choice {
 }
 
 impl Choice {
-    /// AdamW's learning rate, where none is given.
-    pub const ADAMW_LR: f64 = 0.002;
-
     /// What is to be run, one after the other.
     pub fn each(&self) -> &[Self] {
         match self {

@@ -26,14 +26,12 @@ impl Tuner {
         if args.clip.is_some() && args.dtype == DType::F16 {
             bail!("--clip does not go with --dtype f16, whose gradients are scaled; bf16 needs no scale")
         }
+        let lr = args.lr(choice);
         let inner: Box<dyn Inner> = match choice {
-            Choice::So => Box::new(natural::<So>(args, vars, tape)?),
-            Choice::Kfac => Box::new(natural::<KFacRule>(args, vars, tape)?),
-            Choice::Kldwrm => Box::new(natural::<TwoRate>(args, vars, tape)?),
-            Choice::Adamw => {
-                let lr = args.lr.unwrap_or(Choice::ADAMW_LR);
-                Box::new(FirstOrder::new(vars, Rule::AdamW, lr, args.weight_decay)?)
-            }
+            Choice::So => Box::new(natural::<So>(args, lr, vars, tape)?),
+            Choice::Kfac => Box::new(natural::<KFacRule>(args, lr, vars, tape)?),
+            Choice::Kldwrm => Box::new(natural::<TwoRate>(args, lr, vars, tape)?),
+            Choice::Adamw => Box::new(FirstOrder::new(vars, Rule::AdamW, lr, args.weight_decay)?),
             Choice::Compare => bail!("compare is not one optimizer"),
         };
         let scale = (args.dtype == DType::F16).then(LossScale::default);
@@ -113,14 +111,14 @@ trait Inner {
 }
 
 /// The defaults of the rule with what the command line says.
-fn natural<R: WakeRule>(args: &Args, vars: &VarMap, tape: &Tape) -> Result<Natural<R>> {
+fn natural<R: WakeRule>(args: &Args, lr: f64, vars: &VarMap, tape: &Tape) -> Result<Natural<R>> {
     let default = Params::<R>::on(tape);
     let fisher = match default.fisher {
         Fisher::Sampled { draws, .. } => Fisher::Sampled { draws, seed: args.seed },
         other => other,
     };
     let params = Params {
-        lr: args.lr.unwrap_or(default.lr),
+        lr,
         weight_decay: args.weight_decay,
         decay: Decay::Decoupled,
         fisher,
