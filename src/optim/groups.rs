@@ -14,7 +14,8 @@ pub enum Rule {
     /// of a mean loss, scaled such that their product estimates the Fisher matrix (Gupta, Koren & Singer 2018; Morwani et al. 2024). With
     /// [`Fisher::Sampled`](crate::tape::Fisher::Sampled) the labels of that loss are drawn, which takes a backward pass a draw; else it is
     /// the loss of the step, whose mean gradient then counts as curvature. A gradient of a batch is one draw, of low rank, where a tapped
-    /// layer has one for each example, so average over more steps: a `stat_decay` of 0.95.
+    /// layer has one for each example, so average over more steps (a `stat_decay` of 0.95), and do not leave the length of steps to such
+    /// factors: K-FAC and SO with a learning rate and a KL clip train with them, KLD-WRM's steps that find their own length grow too long.
     GradientFactors,
     /// Adam, see [`super::Params::rest`]; the default of everything else.
     Adam,
