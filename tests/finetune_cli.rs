@@ -30,7 +30,7 @@ fn a_base_is_trained_read_and_tuned() {
     let text = run(&folder, "");
     for part in [
         "classes 5 to 9: 3000 training, 500 test",
-        "base: classes 0 to 4",
+        "base: 3000 training examples",
         "\nKLD-WRM",
         "\nSO-KLD-WRM",
         "\nAdamW",
