@@ -67,9 +67,10 @@ fn causal(seq: usize, kv_seq: usize, like: &Tensor) -> Result<Tensor> {
     let Some(before) = kv_seq.checked_sub(seq) else {
         bail!("attention: a causal mask over {kv_seq} keys and {seq} queries")
     };
-    let hidden = |i: usize, j: usize| if j > i + before { f32::NEG_INFINITY } else { 0. };
-    let mask: Vec<f32> = (0..seq).flat_map(|i| (0..kv_seq).map(move |j| hidden(i, j))).collect();
-    Tensor::from_vec(mask, (seq, kv_seq), like.device())?.to_dtype(like.dtype())
+    let queries = Tensor::arange(before as u32, kv_seq as u32, like.device())?.unsqueeze(1)?;
+    let hidden = Tensor::arange(0, kv_seq as u32, like.device())?.unsqueeze(0)?.broadcast_gt(&queries)?;
+    let fill = |value: f32| Tensor::full(value, (seq, kv_seq), like.device())?.to_dtype(like.dtype());
+    hidden.where_cond(&fill(f32::NEG_INFINITY)?, &fill(0.)?)
 }
 
 /// Attention in candle's other layout: `q` `[batch, seq, heads, d]`, `k` and `v` `[batch, kv_seq, kv_heads, d]`, outputs
