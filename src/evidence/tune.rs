@@ -53,8 +53,8 @@ impl Estimator {
 /// let problem = Problem::new(&tape, &vars, &model, Likelihood::Categorical)?;
 /// let examples = Examples::new(x, y)?;
 /// let hyper = Hyper::new(&problem, Structure::PerTensor, 1.0)?;
-/// let start = Estimator::batch(20).fit(&problem, &examples, 0)?.evidence(&hyper)?;
 /// let whole = Estimator { draws: None, ..Estimator::batch(40) };
+/// let start = whole.fit(&problem, &examples, 0)?.evidence(&hyper)?;
 /// let params = ParamsTune { steps: 50, ..Default::default() };
 /// let end = tune(&problem, &examples, &whole, &hyper, &params, |_, _| ())?;
 /// assert!(end.log_evidence > start.log_evidence);
