@@ -20,6 +20,7 @@
 #![doc = include_str!("../README.md")]
 #![warn(missing_docs)]
 
+mod building;
 pub mod checkpoint;
 pub mod curvature;
 pub mod evidence;

@@ -3,6 +3,8 @@
 mod args;
 #[path = "../mnist/chart.rs"]
 mod chart;
+#[path = "../mnist/curves.rs"]
+mod curves;
 #[allow(dead_code)]
 #[path = "../mnist/data.rs"]
 mod data;
@@ -38,11 +40,9 @@ mod weights;
 
 use args::{Args, Net};
 use candle_core::{Result, bail};
-use chart::{Legend, Line, Panel};
 use clap::Parser;
 use std::process::ExitCode;
 use task::Task;
-use train::Curve;
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -73,38 +73,17 @@ fn work(args: &Args) -> Result<()> {
             Some(path)
         }
     };
-    let mut curves = Vec::new();
+    let mut runs = Vec::new();
     for &choice in args.optimizer.each() {
         println!();
-        curves.push(train::tune(choice, args, task.as_ref(), base.as_deref(), &device)?);
+        runs.push(train::tune(choice, args, task.as_ref(), base.as_deref(), &device)?);
     }
     println!();
-    println!("{}", train::comparison(&curves));
+    println!("{}", train::comparison(&runs));
     let path = args.out.join("finetune.svg");
-    plot(&curves, &path)?;
+    curves::curves(&path, "step", "test loss", |by_time, accuracy| {
+        runs.iter().map(|run| run.line(by_time, accuracy)).collect()
+    })?;
     println!("curves: {}", path.display());
     Ok(())
-}
-
-/// The loss on the test set and the accuracy there, over steps and over seconds.
-fn plot(curves: &[Curve], path: &std::path::Path) -> Result<()> {
-    chart::file(path, (1000, 760), |root| {
-        for (i, area) in root.margin(10, 10, 10, 10).split_evenly((2, 2)).iter().enumerate() {
-            let (by_time, accuracy) = (i % 2 == 1, i / 2 == 1);
-            let line = |curve: &Curve| -> Line {
-                let point = |row: &train::Row| {
-                    let x = if by_time { row.seconds } else { row.step as f64 };
-                    (x, if accuracy { 100.0 * row.accuracy } else { row.loss })
-                };
-                (curve.choice.title().to_string(), curve.rows.iter().map(point).collect())
-            };
-            let x = if by_time { "seconds of training" } else { "step" };
-            let (y, legend) = match accuracy {
-                true => ("test accuracy, %", Legend::LowerRight),
-                false => ("test loss", Legend::UpperRight),
-            };
-            chart::draw(area, Panel::new(x, y, legend), &curves.iter().map(line).collect::<Vec<_>>())?;
-        }
-        Ok(())
-    })
 }

@@ -1,6 +1,7 @@
 //! Training: steps in epochs, an evaluation after each, and what came out.
 
 use super::args::{Args, Choice};
+use super::chart::Line;
 use super::data;
 use super::optimizer::Tuner;
 use super::task::{Batches, Forward, Inputs, Side, Task, draw};
@@ -26,13 +27,24 @@ pub struct Row {
 }
 
 /// A finished fine-tuning.
-pub struct Curve {
+pub struct Run {
     pub choice: Choice,
     pub rows: Vec<Row>,
     /// Of the optimizer's state.
     pub bytes: usize,
     /// Of the parameters that it trained.
     pub trained: usize,
+}
+
+impl Run {
+    /// The test loss, or the accuracy in percent, over steps or over seconds of training.
+    pub fn line(&self, by_time: bool, accuracy: bool) -> Line {
+        let point = |row: &Row| {
+            let x = if by_time { row.seconds } else { row.step as f64 };
+            (x, if accuracy { 100.0 * row.accuracy } else { row.loss })
+        };
+        (self.choice.title().to_string(), self.rows.iter().map(point).collect())
+    }
 }
 
 /// How training goes.
@@ -123,7 +135,7 @@ pub fn epochs(
 }
 
 /// Sets the parameters to those of the checkpoint `base`, those of the head to random numbers, and all without a base; what is new, in words.
-fn start(
+fn first_values(
     args: &Args,
     task: &dyn Task,
     vars: &VarMap,
@@ -187,7 +199,7 @@ pub fn tune(
     task: &dyn Task,
     base: Option<&Path>,
     device: &Device,
-) -> Result<Curve> {
+) -> Result<Run> {
     let (vars, tape) = (VarMap::new(), Tape::new());
     let vb = VarBuilder::from_varmap(&vars, args.dtype, device);
     let adapters = args.lora.map(|rank| {
@@ -201,7 +213,7 @@ pub fn tune(
         None => build()?,
     };
     let head = |name: &String| task.head().is_some_and(|head| name.starts_with(head));
-    let new = start(args, task, &vars, base, head)?;
+    let new = first_values(args, task, &vars, base, head)?;
     let trained = trained(args, task, &vars, adapters.as_ref())?;
     let mut tuner = Tuner::new(choice, args, &trained, &tape)?;
     let (all, some) = (weights::count(&vars)?, weights::count(&trained)?);
@@ -244,7 +256,7 @@ pub fn tune(
     let path = args.out.join(format!("tuned-{}.safetensors", choice.name()));
     vars.save(&path)?;
     println!("parameters: {}", path.display());
-    Ok(Curve { choice, rows, bytes: tuner.bytes(), trained: some })
+    Ok(Run { choice, rows, bytes: tuner.bytes(), trained: some })
 }
 
 /// The parameters that are trained: with adapters those and the new layer, else all that is not frozen.
@@ -276,29 +288,29 @@ fn trained(args: &Args, task: &dyn Task, vars: &VarMap, adapters: Option<&Lora>)
 }
 
 /// The fine-tunings side by side.
-pub fn comparison(curves: &[Curve]) -> String {
-    let best = |curve: &Curve| curve.rows.iter().map(|row| row.loss).fold(f64::INFINITY, f64::min);
+pub fn comparison(runs: &[Run]) -> String {
+    let best = |run: &Run| run.rows.iter().map(|row| row.loss).fold(f64::INFINITY, f64::min);
     // What all of them reach.
-    let target = curves.iter().map(best).fold(f64::NEG_INFINITY, f64::max);
+    let target = runs.iter().map(best).fold(f64::NEG_INFINITY, f64::max);
     let mut table = format!("{:12} {:>10} {:>10} {:>9}", "optimizer", "test loss", "accuracy", "seconds");
     table += &format!(
         "   {:<24} {}\n",
         format!("test loss {target:.4} after"),
         "state, bytes (of the parameters)"
     );
-    for curve in curves {
-        let Some(last) = curve.rows.last() else { continue };
-        let reached = curve.rows.iter().find(|row| row.loss <= target);
+    for run in runs {
+        let Some(last) = run.rows.last() else { continue };
+        let reached = run.rows.iter().find(|row| row.loss <= target);
         let reached =
             reached.map_or(String::new(), |row| format!("{} steps, {:.2} s", row.step, row.seconds));
         table += &format!(
             "{:12} {:10.4} {:8.2} % {:9.2}   {reached:<24} {} ({:.1} x)\n",
-            curve.choice.title(),
+            run.choice.title(),
             last.loss,
             100.0 * last.accuracy,
             last.seconds,
-            curve.bytes,
-            curve.bytes as f64 / (4 * curve.trained) as f64
+            run.bytes,
+            run.bytes as f64 / (4 * run.trained) as f64
         );
     }
     table

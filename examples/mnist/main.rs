@@ -2,6 +2,7 @@
 
 mod args;
 mod chart;
+mod curves;
 mod data;
 mod defaults;
 mod feed;
@@ -10,7 +11,6 @@ mod idx;
 mod model;
 mod optimizer;
 mod penalty;
-mod plot;
 mod random;
 mod report;
 mod sentence;
@@ -62,7 +62,9 @@ fn work(args: &Args) -> Result<()> {
         println!("{}", times.table());
     }
     let (curves, parameters) = (args.out.join("curves.svg"), args.out.join("model.safetensors"));
-    plot::curves(&runs, &curves)?;
+    curves::curves(&curves, "epoch", "training loss", |by_time, accuracy| {
+        runs.iter().map(|run| run.line(by_time, accuracy)).collect()
+    })?;
     println!("curves: {}", curves.display());
     if let Some(first) = runs.first() {
         first.vars.save(&parameters)?;

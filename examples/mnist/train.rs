@@ -1,6 +1,7 @@
 //! The training loop: steps in epochs, an evaluation after each, stops on a loss that is no number.
 
 use super::args::Args;
+use super::chart::Line;
 use super::data::{self, Data};
 use super::feed::Feed;
 use super::model::{Dropout, Model};
@@ -29,6 +30,19 @@ pub struct Run {
     pub choice: Choice,
     pub rows: Vec<Row>,
     pub vars: VarMap,
+}
+
+impl Run {
+    /// Its training loss, or the test accuracy in percent, over epochs or over seconds of training.
+    pub fn line(&self, by_time: bool, accuracy: bool) -> Line {
+        let mut seconds = 0.0;
+        let point = |row: &Row| {
+            seconds += row.seconds;
+            let x = if by_time { seconds } else { row.epoch as f64 };
+            (x, if accuracy { 100.0 * row.test_accuracy } else { row.train_loss })
+        };
+        (self.choice.title().to_string(), self.rows.iter().map(point).collect())
+    }
 }
 
 /// How many steps there are, in steps since the start of training.

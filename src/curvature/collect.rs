@@ -2,7 +2,7 @@
 
 use super::{FactorSums, LayerFactors, Runs, Sharing, Want, WantWeight};
 use crate::ops::sample::DrawKey;
-use crate::tape::{Fisher, Kind, Layer, Likelihood, Root, Tape};
+use crate::tape::{Fisher, Kind, Layer, Likelihood, Tape};
 use candle_core::{Result, Tensor, bail};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -92,22 +92,10 @@ impl Collect {
         if !sum.is_finite() {
             bail!("factors: the outputs {:?} have NaN or infinite elements", outputs.dims())
         }
-        let first_row = self.sums().terms() as u64;
-        let passes: Vec<Result<Tensor>> = match (self.fisher, labels) {
-            (Fisher::Empirical, None) => bail!("factors: the empirical Fisher matrix needs labels, got none"),
-            (Fisher::Empirical, Some(labels)) => vec![likelihood.label_cotangent(outputs, labels)],
-            (Fisher::Sampled { draws, seed }, _) => {
-                let key = |draw| DrawKey { seed, step: 0, draw, first_row };
-                (0..draws as u64).map(|draw| likelihood.sampled_cotangent(outputs, key(draw))).collect()
-            }
-            (Fisher::Exact, _) => likelihood.cotangents(outputs, Root::PerOutput)?.collect(),
-        };
-        // Draws are averaged, the columns of an exact square root add up.
-        let scale = match self.fisher {
-            Fisher::Sampled { draws, .. } => 1.0 / (draws as f64).sqrt(),
-            Fisher::Empirical | Fisher::Exact => 1.0,
-        };
-        let passes = passes.into_iter().collect::<Result<Vec<_>>>()?;
+        let key = DrawKey { seed: 0, step: 0, draw: 0, first_row: self.sums().terms() as u64 };
+        let labels = labels.filter(|_| self.fisher == Fisher::Empirical);
+        let (passes, scale) = likelihood.passes(self.fisher, outputs, labels, key)?;
+        let passes = passes.collect::<Result<Vec<_>>>()?;
         for (index, cotangent) in passes.iter().enumerate() {
             self.sums().begin(terms, scale, index == 0);
             self.tape.reduce_into(outputs, cotangent, self.sums.clone())?;

@@ -1,5 +1,6 @@
 //! Low-rank adapters: fine-tuning by small matrices beside frozen ones.
 
+use crate::building::within;
 use crate::checkpoint::Checkpoint;
 use crate::curvature::wide;
 use crate::ops::dense::product;
@@ -8,7 +9,7 @@ use crate::pattern::matches;
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::VarMap;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -76,8 +77,8 @@ impl Default for ParamsLora {
 pub struct Lora {
     params: ParamsLora,
     varmap: VarMap,
-    /// Names of the linear layers that were built, with whether they have adapters.
-    built: Arc<Mutex<BTreeMap<String, bool>>>,
+    /// Names of the linear layers that were built, adapted or not.
+    built: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl std::fmt::Debug for Lora {
@@ -117,20 +118,11 @@ impl Lora {
     /// # Errors
     /// As `build`; if a pattern matches no layer that has been built, or the rank is larger than a side of a layer's weight.
     pub fn build<M>(&self, build: impl FnOnce() -> Result<M>) -> Result<M> {
-        struct Restore(Option<Lora>);
-        impl Drop for Restore {
-            fn drop(&mut self) {
-                BUILDING.with(|b| *b.borrow_mut() = self.0.take());
-            }
-        }
-        let outer = BUILDING.with(|b| b.borrow_mut().replace(self.clone()));
-        let restore = Restore(outer);
-        let model = build()?;
-        drop(restore);
+        let model = within(&BUILDING, self.clone(), build)?;
         let built = self.built();
         for pattern in &self.params.layers {
-            if !built.keys().any(|name| matches(pattern, name)) {
-                let names: Vec<&str> = built.keys().map(String::as_str).collect();
+            if !built.iter().any(|name| matches(pattern, name)) {
+                let names: Vec<&str> = built.iter().map(String::as_str).collect();
                 bail!("lora: {pattern:?} matches no linear layer; those are {}", names.join(", "))
             }
         }
@@ -144,7 +136,16 @@ impl Lora {
 
     /// Names of the layers that have adapters.
     pub fn layers(&self) -> Vec<String> {
-        self.built().iter().filter(|(_, adapted)| **adapted).map(|(name, _)| name.clone()).collect()
+        self.built().iter().filter(|name| self.adapts(name)).cloned().collect()
+    }
+
+    fn adapts(&self, name: &str) -> bool {
+        self.params.layers.iter().any(|pattern| matches(pattern, name))
+    }
+
+    /// What the adapters' product is multiplied by.
+    fn scale(&self) -> f64 {
+        self.params.alpha / self.params.rank as f64
     }
 
     /// The adapters of the layer that is being built, if it is to have some.
@@ -156,25 +157,22 @@ impl Lora {
     }
 
     fn adapt(&self, name: &str, weight: &Tensor) -> Result<Option<Adapter>> {
-        let ParamsLora { rank, alpha, ref layers, seed } = self.params;
-        let adapted = layers.iter().any(|pattern| matches(pattern, name));
-        let before = self.built().insert(name.to_string(), adapted);
-        if !adapted {
+        let ParamsLora { rank, seed, .. } = self.params;
+        self.built().insert(name.to_string());
+        if !self.adapts(name) {
             return Ok(None);
         }
         let (out, columns) = weight.dims2()?;
         if rank > out.min(columns) {
             bail!("lora: rank {rank} is too large for layer {name} [{out}, {columns}]")
         }
-        let stream = self.built().values().filter(|adapted| **adapted).count() as u64;
+        let stream = self.layers().len() as u64;
         let bound = 1.0 / (columns as f64).sqrt();
         let first = |i: usize| (2.0 * uniform(seed, stream, i as u64) - 1.0) * bound;
         let var = |part: &str, shape: (usize, usize), init: &dyn Fn(usize) -> f64| -> Result<Tensor> {
             let full = format!("{name}.{part}.weight");
             let mut vars = lock(&self.varmap)?;
-            if before.is_some()
-                && let Some(var) = vars.get(&full)
-            {
+            if let Some(var) = vars.get(&full) {
                 return Ok(var.as_tensor().clone());
             }
             let values: Vec<f64> = (0..shape.0 * shape.1).map(init).collect();
@@ -187,7 +185,7 @@ impl Lora {
         };
         let a = var("lora_A", (rank, columns), &first)?;
         let b = var("lora_B", (out, rank), &|_| 0.0)?;
-        Ok(Some(Adapter { a, b, scale: alpha / rank as f64 }))
+        Ok(Some(Adapter { a, b, scale: self.scale() }))
     }
 
     /// `alpha / rank B A` of every layer, `[out, in]`, in f32 at least.
@@ -203,7 +201,7 @@ impl Lora {
                 None => bail!("lora: layer {name} has no {part}"),
             };
             let change = product(&part("lora_B")?, &part("lora_A")?)?;
-            changes.insert(name, (change * (self.params.alpha / self.params.rank as f64))?);
+            changes.insert(name, (change * self.scale())?);
         }
         Ok(changes)
     }
@@ -287,7 +285,7 @@ impl Lora {
         }
     }
 
-    fn built(&self) -> MutexGuard<'_, BTreeMap<String, bool>> {
+    fn built(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.built.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

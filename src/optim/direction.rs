@@ -284,10 +284,8 @@ impl<R: WakeRule> Natural<R> {
             Model::Quadratic(QSolve::Exact) => {
                 let solve = |(block, r): (&Block, &Renewed<'_>)| {
                     let (bar, current) = ((&r.average.0, &r.average.1), (&r.factors.0, &r.factors.1));
-                    {
-                        let damping = self.damping_of(block, damping);
-                        sum_inverse(bar, current, block.shape(), rate(block), damping, &block.name)
-                    }
+                    let damping = self.damping_of(block, damping);
+                    sum_inverse(bar, current, block.shape(), rate(block), damping, &block.name)
                 };
                 blocks.iter().zip(renewed).map(solve).collect()
             }

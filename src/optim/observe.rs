@@ -6,7 +6,7 @@ use super::rule::WakeRule;
 use super::step::{Refresh, Refusal, sum};
 use crate::curvature::{FactorSums, wide};
 use crate::ops::sample::DrawKey;
-use crate::tape::{Fisher, Likelihood, Root};
+use crate::tape::{Cotangents, Fisher, Likelihood};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::sync::{Arc, Mutex};
 
@@ -88,9 +88,7 @@ impl<R: WakeRule> Natural<R> {
             self.observed = Some(Observed { sums, armed: false, drawn: vec![], unusable: Some(what) });
             return Ok(());
         }
-        let first = lock(&sums).terms() as u64;
         let tape = self.params.tape.clone();
-        let step = self.steps as u64;
         let untapped = self.wants.iter().all(Option::is_none);
         // Blocks without a layer: the gradients of labels that are drawn, or given, make their factors.
         let draws = labels.is_some() || matches!(self.params.fisher, Fisher::Sampled { .. });
@@ -105,28 +103,24 @@ impl<R: WakeRule> Natural<R> {
             Ok(grads)
         };
         let mut armed = false;
-        let passes: Box<dyn Iterator<Item = Result<Tensor>>> = match (labels, self.params.fisher) {
+        let none = || Box::new(std::iter::empty()) as Cotangents<'_>;
+        let (passes, scale) = match (labels, self.params.fisher) {
             // The step's gradients make the factors; it needs the number of their loss terms.
             _ if untapped && !drawing => {
                 lock(&sums).begin(terms, 1.0, true);
-                Box::new(std::iter::empty())
+                (none(), 1.0)
             }
-            (Some(labels), _) => Box::new([likelihood.label_cotangent(outputs, labels)].into_iter()),
             (None, Fisher::Empirical) => {
                 lock(&sums).begin(terms, terms as f64, true);
                 tape.arm(sums.clone(), true)?;
                 armed = true;
-                Box::new(std::iter::empty())
+                (none(), 1.0)
             }
-            (None, Fisher::Sampled { draws, seed }) => Box::new((0..draws as u64).map(move |draw| {
-                likelihood.sampled_cotangent(outputs, DrawKey { seed, step, draw, first_row: first })
-            })),
-            (None, Fisher::Exact) => Box::new(likelihood.cotangents(outputs, Root::PerOutput)?),
-        };
-        // Draws are averaged, the columns of an exact square root add up.
-        let scale = match self.params.fisher {
-            Fisher::Sampled { draws, .. } if labels.is_none() => 1.0 / (draws as f64).sqrt(),
-            _ => 1.0,
+            (labels, fisher) => {
+                let first_row = lock(&sums).terms() as u64;
+                let key = DrawKey { seed: 0, step: self.steps as u64, draw: 0, first_row };
+                likelihood.passes(fisher, outputs, labels, key)?
+            }
         };
         let (mut drawn, unusable) =
             self.observed.take().map_or((vec![], None), |observed| (observed.drawn, observed.unusable));

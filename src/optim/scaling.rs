@@ -5,7 +5,7 @@ use super::observe::lock;
 use super::rule::WakeRule;
 use super::step::numbers;
 use crate::curvature::wide;
-use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
+use candle_core::{DType, Result, Tensor, Var, backprop::GradStore, bail};
 
 /// Scales the gradients of `vars` so that their joint L2 norm is at most `max_norm`, for [`Optimizer::step`](super::Optimizer::step) of any
 /// optimizer. Returns the norm before; Vars without a gradient do not count.
@@ -32,33 +32,29 @@ pub fn clip_gradients(grads: &mut GradStore, vars: &[Var], max_norm: f64) -> Res
     let mut found = Vec::new();
     for (index, var) in vars.iter().enumerate() {
         if let Some(grad) = grads.get(var) {
-            // Half the exponent range would not hold the squares of f32 or f16.
-            let largest = wide(grad)?.abs()?.flatten_all()?.max(0)?;
-            found.push((index, var, largest));
+            found.push((index, var, grad.dtype(), wide(grad)?));
         }
     }
-    let largest = numbers(&found.iter().map(|(_, _, largest)| wide(largest)).collect::<Result<Vec<_>>>()?)?;
-    for ((index, var, _), largest) in found.iter().zip(&largest) {
-        if !largest.is_finite() {
+    let each = |of: &dyn Fn(&Tensor) -> Result<Tensor>| -> Result<Vec<f64>> {
+        let scalars = found.iter().map(|(.., grad)| of(grad)?.to_dtype(DType::F64));
+        numbers(&scalars.collect::<Result<Vec<_>>>()?)
+    };
+    let sizes = each(&|grad| grad.abs()?.flatten_all()?.max(0))?;
+    for ((index, var, ..), size) in found.iter().zip(&sizes) {
+        if !size.is_finite() {
             bail!("clip: the gradient of Var {index} {:?} has NaN or infinite elements", var.dims())
         }
     }
-    let scale = largest.iter().fold(0.0, |a: f64, &b| a.max(b));
-    if scale == 0.0 {
+    // f32 does not hold the squares of all that it holds.
+    let largest = sizes.into_iter().fold(0.0, f64::max);
+    if largest == 0.0 {
         return Ok(0.0);
     }
-    let square = |(_, var, _): &(usize, &Var, Tensor)| match grads.get(var) {
-        Some(grad) => (wide(grad)? / scale)?.sqr()?.sum_all(),
-        None => bail!("clip: a gradient is gone"),
-    };
-    let squares = numbers(&found.iter().map(square).collect::<Result<Vec<_>>>()?)?;
-    let norm = scale * squares.iter().sum::<f64>().sqrt();
+    let squares = each(&|grad| (grad / largest)?.sqr()?.sum_all())?;
+    let norm = largest * squares.iter().sum::<f64>().sqrt();
     if norm > max_norm {
-        for (_, var, _) in &found {
-            if let Some(grad) = grads.remove(var) {
-                let clipped = (wide(&grad)? * (max_norm / norm))?.to_dtype(grad.dtype())?;
-                grads.insert(var, clipped);
-            }
+        for (_, var, dtype, grad) in &found {
+            grads.insert(var, (grad * (max_norm / norm))?.to_dtype(*dtype)?);
         }
     }
     Ok(norm)

@@ -54,6 +54,9 @@ pub(crate) enum Root {
     Diagonal,
 }
 
+/// What passes start from, one after the other.
+pub(crate) type Cotangents<'a> = Box<dyn Iterator<Item = Result<Tensor>> + 'a>;
+
 impl Likelihood {
     /// The number of loss terms in `outputs`.
     ///
@@ -129,6 +132,30 @@ impl Likelihood {
         };
         let columns = classes - usize::from(reduced);
         Ok((0..positions * columns).map(move |index| column(index / columns, index % columns)))
+    }
+
+    /// The cotangents whose passes make the Fisher matrix of a batch, and what their records' gradients are to be multiplied by: the one of
+    /// `labels` where there are such, else those of `fisher`, drawn by `key`, whose own draw is 0. The empirical matrix needs labels.
+    pub(crate) fn passes<'a>(
+        &'a self,
+        fisher: Fisher,
+        outputs: &'a Tensor,
+        labels: Option<&Tensor>,
+        key: DrawKey,
+    ) -> Result<(Cotangents<'a>, f64)> {
+        Ok(match (labels, fisher) {
+            (Some(labels), _) => (Box::new(std::iter::once(self.label_cotangent(outputs, labels))), 1.0),
+            (None, Fisher::Empirical) => {
+                bail!("factors: the empirical Fisher matrix needs labels, got none")
+            }
+            // Draws are averaged, the columns of an exact square root add up.
+            (None, Fisher::Sampled { draws, seed }) => {
+                let key = move |draw| DrawKey { seed, draw, ..key };
+                let draw = move |draw| self.sampled_cotangent(outputs, key(draw));
+                (Box::new((0..draws as u64).map(draw)), 1.0 / (draws as f64).sqrt())
+            }
+            (None, Fisher::Exact) => (Box::new(self.cotangents(outputs, Root::PerOutput)?), 1.0),
+        })
     }
 
     /// The summed loss's gradient `r` at labels drawn from the model.

@@ -12,7 +12,7 @@ mod mask;
 mod record;
 mod watch;
 
-pub(crate) use likelihood::Root;
+pub(crate) use likelihood::{Cotangents, Root};
 pub use likelihood::{Fisher, Likelihood};
 pub(crate) use mask::Mask;
 pub use record::{Inputs, Keep, Kind, Layer, Record, Reduce};
@@ -22,6 +22,7 @@ pub(crate) use conv::conv;
 pub(crate) use conv_pool::conv_pool;
 pub(crate) use watch::{normed, picked};
 
+use crate::building::within;
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -84,15 +85,7 @@ impl Tape {
 
     /// Runs `build`, tapping every layer of [`crate::nn`] that it constructs on this thread.
     pub fn build<M>(&self, build: impl FnOnce() -> Result<M>) -> Result<M> {
-        struct Restore(Option<Tape>);
-        impl Drop for Restore {
-            fn drop(&mut self) {
-                BUILDING.with(|b| *b.borrow_mut() = self.0.take());
-            }
-        }
-        let outer = BUILDING.with(|b| b.borrow_mut().replace(self.clone()));
-        let _restore = Restore(outer);
-        build()
+        within(&BUILDING, self.clone(), build)
     }
 
     /// The tapped layers in order of construction.
