@@ -76,6 +76,17 @@ fn frozen_layers_stay_and_adapters_change_a_layer_by_their_rank() -> Result<()> 
 }
 
 #[test]
+fn the_last_of_many_layers_is_new() {
+    let folder = Folder::new("finetune-deep");
+    let deep = "--model mlp:784-12-8-8-8-10 --base-epochs 1 --epochs 1 --optimizer adamw --lora 2";
+    let output = folder.command_of("finetune", deep).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("trained, fc5.bias, fc5.weight new"), "{text}");
+    let adapters = read(&folder, "adapters-adamw.safetensors");
+    assert_eq!(adapters.tensors.len(), 8);
+}
+
+#[test]
 fn a_training_goes_on_where_it_was_saved() {
     let folder = Folder::new("finetune-resume");
     // 30 steps: the state is that of step 28.
@@ -109,7 +120,9 @@ fn wrong_lines_are_sentences() {
     let folder = Folder::new("finetune-wrong");
     std::fs::write(folder.0.join("short.safetensors"), [1, 2, 3]).unwrap();
     for (line, code, part) in [
-        ("--freeze nope", 1, "error: --freeze nope: matches no parameter"),
+        ("--freeze nope", 1, "error: --freeze nope: matches no parameter; those are fc1.bias, fc1.weight"),
+        ("--data sentences.tsv", 1, "--data is for --model bert"),
+        ("--model mlp:784-10 --lora 4", 1, "--lora: the model has no linear layer beside the new one"),
         ("--freeze *", 1, "error: --freeze leaves no parameter to train"),
         ("--checkpoint none.safetensors", 1, "none.safetensors: cannot be read"),
         ("--checkpoint short.safetensors", 1, "not a whole safetensors file (3 bytes)"),
@@ -119,7 +132,7 @@ fn wrong_lines_are_sentences() {
         ("--resume", 2, "--save-every"),
         ("--model vgg", 2, "expected cnn, lenet300"),
     ] {
-        let small = if line.starts_with("--model") { "" } else { SMALL };
+        let small = if line.starts_with("--model") { "--base-epochs 1" } else { SMALL };
         let output = folder.command_of("finetune", &format!("{small} {line}")).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{line}: {error}");

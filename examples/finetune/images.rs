@@ -20,6 +20,8 @@ pub struct Images {
     halves: [Part; 2],
     /// A net of the example `mnist`, or else a vision transformer.
     spec: Option<Spec>,
+    /// What the names of the last layer's parameters begin with.
+    head: String,
     dtype: DType,
     device: Device,
 }
@@ -35,6 +37,15 @@ fn choose(part: &Part, chosen: impl Fn(usize) -> bool) -> Part {
     Part { pixels: pixels.copied().collect(), labels: places.iter().map(|&i| part.labels[i]).collect() }
 }
 
+/// Linear layers of a net, the last one included.
+fn linear_layers(spec: &Spec) -> usize {
+    match spec {
+        Spec::Cnn => 2,
+        Spec::Lenet300 | Spec::Lenet5 => 3,
+        Spec::Mlp { widths, .. } => widths.len() - 1,
+    }
+}
+
 impl Images {
     pub fn new(args: &Args, spec: Option<Spec>, device: &Device) -> Result<Self> {
         let data = Data::bundled()?;
@@ -43,7 +54,11 @@ impl Images {
             true => [choose(&train, |i| i % 5 != 4), choose(&train, |i| i % 5 == 4)],
             false => [train, half(&data.test, false)],
         };
-        Ok(Self { data, halves, spec, dtype: args.dtype, device: device.clone() })
+        let head = match &spec {
+            Some(spec) => format!("fc{}.", linear_layers(spec)),
+            None => "classifier.".into(),
+        };
+        Ok(Self { data, halves, spec, head, dtype: args.dtype, device: device.clone() })
     }
 
     fn of(&self, part: &Part, places: &[usize]) -> Result<(Inputs, Tensor)> {
@@ -92,29 +107,14 @@ impl Task for Images {
     }
 
     fn head(&self) -> Option<&str> {
-        Some(match &self.spec {
-            None => "classifier.",
-            Some(Spec::Cnn) => "fc2.",
-            Some(Spec::Lenet300 | Spec::Lenet5) => "fc3.",
-            Some(Spec::Mlp { widths, .. }) => match widths.len() {
-                2 => "fc1.",
-                3 => "fc2.",
-                4 => "fc3.",
-                _ => "fc4.",
-            },
-        })
+        Some(&self.head)
     }
 
     fn adapted(&self) -> Vec<String> {
-        let layers: &[&str] = match &self.spec {
-            None => &["*.query", "*.value"],
-            Some(spec) => match spec {
-                Spec::Cnn => &["fc1"],
-                Spec::Lenet300 | Spec::Lenet5 => &["fc1", "fc2"],
-                Spec::Mlp { widths, .. } => &["fc1", "fc2", "fc3"][..widths.len().min(5) - 2],
-            },
-        };
-        layers.iter().map(|layer| layer.to_string()).collect()
+        match &self.spec {
+            None => vec!["*.query".into(), "*.value".into()],
+            Some(spec) => (1..linear_layers(spec)).map(|layer| format!("fc{layer}")).collect(),
+        }
     }
 
     fn train_base(&self, args: &Args, path: &Path) -> Result<()> {

@@ -53,6 +53,9 @@ fn work(args: &Args) -> Result<()> {
     if let Err(e) = std::fs::create_dir_all(&args.out) {
         bail!("--out {}: cannot be made ({e})", args.out.display())
     }
+    if args.data.is_some() && args.model != Net::Bert {
+        bail!("--data is for --model bert; the other models are trained on what is bundled")
+    }
     let device = args.device.open()?;
     let task: Box<dyn Task> = match &args.model {
         Net::Of(spec) => Box::new(images::Images::new(args, Some(spec.clone()), &device)?),

@@ -204,6 +204,9 @@ pub fn tune(
     let vb = VarBuilder::from_varmap(&vars, args.dtype, device);
     let adapters = args.lora.map(|rank| {
         let layers = task.adapted();
+        if layers.is_empty() {
+            bail!("--lora: the model has no linear layer beside the new one")
+        }
         Lora::new(ParamsLora { rank, alpha: args.alpha, layers, seed: args.seed })
     });
     let adapters = adapters.transpose()?;
@@ -266,7 +269,8 @@ fn trained(args: &Args, task: &dyn Task, vars: &VarMap, adapters: Option<&Lora>)
     for pattern in &args.freeze {
         let one = Groups(vec![Group::named(pattern)]);
         if !all.iter().any(|(name, _)| one.of(name).is_some()) {
-            bail!("--freeze {pattern}: matches no parameter")
+            let names: Vec<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
+            bail!("--freeze {pattern}: matches no parameter; those are {}", names.join(", "))
         }
     }
     all.retain(|(name, _)| {
