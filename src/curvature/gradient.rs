@@ -13,7 +13,7 @@
 //! as the factors of a tapped layer are, so damping, clips and steps of fixed KL mean what they mean there.
 
 use super::Runs;
-use crate::linalg::kron::diagonal;
+use crate::linalg::sketch::diagonal_of;
 use crate::ops::factor::ema;
 use candle_core::{Result, Tensor};
 
@@ -46,13 +46,13 @@ pub(crate) fn average_product(
 }
 
 fn trace(m: &Tensor) -> Result<Tensor> {
-    diagonal(m)?.sum_all()
+    diagonal_of(m)?.sum_all()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::kron::kron;
+    use crate::linalg::kron::{diagonal, kron};
     use crate::ops::testing::{assert_close, random, values};
 
     /// Gradients `u_i v_j^T` for all pairs: their second moment is the product of those of `u` and `v`.
@@ -60,7 +60,7 @@ mod tests {
     fn a_product_is_found_exactly() -> Result<()> {
         let (u, v) = (random(0, &[5, 3])?, random(1, &[4, 2])?);
         let terms = 7;
-        for (rows, columns) in [(Runs::full(3), Runs::full(2)), (Runs { dim: 3, run: 2 }, Runs::diagonal(2))]
+        for (rows, columns) in [(Runs::full(3), Runs::full(2)), (Runs::of(3, 2), Runs::diagonal(2))]
         {
             let mut average: Option<(Tensor, Tensor)> = None;
             for k in 0..20 {

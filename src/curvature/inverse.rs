@@ -1,12 +1,14 @@
 //! Damped inverses of Kronecker products, in the form in which they multiply a gradient.
 
 use super::damping::DampingKind;
-use super::runs::{cut, fitted, is_diagonal, pi_damped, rotated, sandwich};
+use super::runs::{Damped, curved, cut, fitted, is_diagonal, pi_damped, rotated, sandwich};
+use super::split::scaled;
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
 use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh, generalized_eigh_two};
 use crate::linalg::kron::inverse_spectrum;
 use crate::linalg::newton::{NewtonJob, newton_all};
+use crate::linalg::sketch::{LowRank, is_sketch, low_rank_all};
 use crate::ops::dense::{mix, product};
 use candle_core::{Result, Tensor, bail};
 
@@ -22,14 +24,17 @@ pub enum Inverse {
     Newton,
 }
 
-/// A damped inverse of `A (x) G`, for gradients of shape `[groups, out, in]`; factors are full or in runs.
+/// A damped inverse of `A (x) G`, for gradients of shape `[groups, out, in]`; factors are full, in runs, or of low rank.
 #[derive(Debug, Clone)]
 pub(crate) enum Preconditioner {
-    /// `V = G^-1 g A^-1`.
+    /// `V = G^-1 g A^-1`; those of low rank are [`LowRank::inverse`].
     Factors { inv_a: Tensor, inv_g: Tensor },
     /// `V = Kg [(Kg^T g Ka) * scale] Ka^T`; `K` are eigenvectors, orthogonal or of a generalized problem, and 1 where a factor is
     /// diagonal. The scale has the rows and columns that fill up runs, too.
     Basis { basis_a: Tensor, basis_g: Tensor, scale: Tensor },
+    /// The same where one of the factors or both are of low rank: its eigenvectors are `[groups, k, d]`, a vector a row, and the scale has a
+    /// last row or column for all directions that they leave.
+    Split { basis_a: Tensor, basis_g: Tensor, scale: Tensor },
 }
 
 impl Preconditioner {
@@ -41,6 +46,7 @@ impl Preconditioner {
                 let inside = Self::inside(basis_a, basis_g, scale, gradient)?;
                 Self::outside(basis_a, basis_g, &(inside * scale)?, gradient)
             }
+            Self::Split { basis_a, basis_g, scale } => scaled(basis_g, gradient, basis_a, scale),
         }
     }
 
@@ -63,6 +69,9 @@ impl Preconditioner {
             Self::Basis { basis_a, basis_g, scale } => {
                 Self::Basis { basis_a: change(basis_a)?, basis_g: change(basis_g)?, scale: change(scale)? }
             }
+            Self::Split { basis_a, basis_g, scale } => {
+                Self::Split { basis_a: change(basis_a)?, basis_g: change(basis_g)?, scale: change(scale)? }
+            }
         })
     }
 
@@ -70,7 +79,7 @@ impl Preconditioner {
     pub fn parts(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Self::Factors { inv_a, inv_g } => vec![("inv_a", inv_a), ("inv_g", inv_g)],
-            Self::Basis { basis_a, basis_g, scale } => {
+            Self::Basis { basis_a, basis_g, scale } | Self::Split { basis_a, basis_g, scale } => {
                 vec![("basis_a", basis_a), ("basis_g", basis_g), ("scale", scale)]
             }
         }
@@ -114,35 +123,37 @@ pub(crate) fn damped_inverses(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>>
 }
 
 fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
-    let damped: Vec<Result<(Tensor, Tensor)>> = tasks
+    let damped: Vec<Result<(Damped, Damped)>> = tasks
         .iter()
         .map(|task| match task.recipe.kind {
-            DampingKind::Eigenvalue => Ok((task.a.clone(), task.g.clone())),
+            DampingKind::Eigenvalue => Ok((Damped::plain(task.a), Damped::plain(task.g))),
             DampingKind::Pi => pi_damped(task.a, task.g, task.shape, task.recipe.damping, task.name),
         })
         .collect();
-    // The two factors of every block, one after the other; a diagonal one needs no method.
-    let of = |inverse: Inverse| {
-        let pairs = tasks.iter().zip(&damped).filter(move |(task, _)| task.recipe.method() == inverse);
-        pairs.filter_map(|(task, pair)| Some((task, pair.as_ref().ok()?)))
-    };
+    // The two factors of every block, one after the other; a diagonal one needs no method, and one of low rank has its own.
+    let pairs = || tasks.iter().zip(&damped).filter_map(|(task, pair)| Some((task, pair.as_ref().ok()?)));
+    let of = |inverse: Inverse| pairs().filter(move |(task, _)| task.recipe.method() == inverse);
     let diagonal = |task: &Task<'_>, m: &Tensor| is_diagonal(m, task.shape[0]);
+    let dense = |task: &Task<'_>, m: &Tensor| !diagonal(task, m) && !is_sketch(m);
     let named = |inverse| -> Vec<(&Tensor, &str)> {
-        let both = of(inverse).flat_map(|(task, (a, g))| [(task, a), (task, g)]);
-        both.filter(|(task, m)| !diagonal(task, m)).map(|(task, m)| (m, task.name)).collect()
+        let both = of(inverse).flat_map(|(task, (a, g))| [(task, &a.m), (task, &g.m)]);
+        both.filter(|(task, m)| dense(task, m)).map(|(task, m)| (m, task.name)).collect()
     };
     let starts = of(Inverse::Newton).flat_map(|(task, (a, g))| {
         let (last_a, last_g) = match task.last {
             Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
             _ => (None, None),
         };
-        let both = [(a, last_a), (g, last_g)].into_iter().filter(|(m, _)| !diagonal(task, m));
+        let both = [(&a.m, last_a), (&g.m, last_g)].into_iter().filter(|(m, _)| dense(task, m));
         both.map(|(m, start)| NewtonJob { m, start, name: task.name })
     });
     let starts: Vec<_> = starts.collect();
+    let sketches = pairs().flat_map(|(task, (a, g))| [(&a.m, task.name), (&g.m, task.name)]);
+    let sketches: Vec<_> = sketches.filter(|(m, _)| is_sketch(m)).collect();
     let mut eigen = eigh_all(&named(Inverse::Eigen)).into_iter();
     let mut inverses = inverse_spd_all(&named(Inverse::Cholesky)).into_iter();
     let mut newton = newton_all(&starts).into_iter().map(|found| Ok(found?.inverse));
+    let mut low = low_rank_all(&sketches).into_iter();
     let found = tasks.iter().zip(&damped).map(|(task, pair)| {
         let (a, g) = match pair {
             Ok((a, g)) => (a, g),
@@ -154,20 +165,31 @@ fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
             false => next(&mut eigen),
         };
         if kind == DampingKind::Eigenvalue {
-            let (a, g) = (eigen(a), eigen(g));
-            let (Eigh { values: da, vectors: basis_a }, Eigh { values: dg, vectors: basis_g }) = (a?, g?);
-            let spectra = (&joined(&da, task.shape)?, &joined(&dg, task.shape)?);
-            let scale = inverse_spectrum(spectra, floor, 1.0, damping)?;
-            return Ok(Preconditioner::Basis { basis_a, basis_g, scale });
+            let mut spectrum = |m: &Tensor| -> Result<(Tensor, Tensor)> {
+                if is_sketch(m) {
+                    let found: LowRank = next(&mut low)?;
+                    return Ok((found.spectrum()?, found.vectors));
+                }
+                let Eigh { values, vectors } = eigen(m)?;
+                Ok((joined(&values, task.shape)?, vectors))
+            };
+            let (found_a, found_g) = (spectrum(&a.m), spectrum(&g.m));
+            let ((da, basis_a), (dg, basis_g)) = (found_a?, found_g?);
+            let scale = inverse_spectrum((&da, &dg), floor, 1.0, damping)?;
+            return Ok(match is_sketch(&a.m) || is_sketch(&g.m) {
+                true => Preconditioner::Split { basis_a, basis_g, scale },
+                false => Preconditioner::Basis { basis_a, basis_g, scale },
+            });
         }
-        let mut inverse = |m: &Tensor| match task.recipe.method() {
+        let mut inverse = |Damped { m, shift }: &Damped| match (task.recipe.method(), shift) {
+            (_, Some(shift)) => next(&mut low)?.inverse(shift),
             _ if diagonal(task, m) => m.recip(),
-            Inverse::Eigen => {
+            (Inverse::Eigen, None) => {
                 let Eigh { values, vectors } = eigen(m)?;
                 product(&vectors.broadcast_mul(&values.recip()?.unsqueeze(1)?)?, &vectors.t()?)
             }
-            Inverse::Cholesky => next(&mut inverses),
-            Inverse::Newton => next(&mut newton),
+            (Inverse::Cholesky, None) => next(&mut inverses),
+            (Inverse::Newton, None) => next(&mut newton),
         };
         let (inv_a, inv_g) = (inverse(a), inverse(g));
         Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
@@ -195,12 +217,17 @@ pub(crate) fn damped_product(
     name: &str,
 ) -> Result<Tensor> {
     match kind {
-        DampingKind::Eigenvalue => mix(&sandwich(g, x, a)?, 1.0, x, damping),
+        DampingKind::Eigenvalue => mix(&factor_product(a, g, x, name)?, 1.0, x, damping),
         DampingKind::Pi => {
             let (a, g) = pi_damped(a, g, x.dims3()?.into(), damping, name)?;
-            sandwich(&g, x, &a)
+            curved(&g, x, &a, name)
         }
     }
+}
+
+/// `(A (x) G) x` for `x` of shape `[groups, out, in]`: what the factors stand for, without damping.
+pub(crate) fn factor_product(a: &Tensor, g: &Tensor, x: &Tensor, name: &str) -> Result<Tensor> {
+    curved(&Damped::plain(g), x, &Damped::plain(a), name)
 }
 
 /// `(A_bar (x) G_bar + lr A (x) G)^-1` with pi-damped averages: the exact solve of the quadratic wake. Two generalized
@@ -213,7 +240,7 @@ pub(crate) fn sum_inverse(
     damping: f64,
     name: &str,
 ) -> Result<Preconditioner> {
-    let (bar_a, bar_g) = pi_damped(bar.0, bar.1, shape, damping, name)?;
+    let (Damped { m: bar_a, .. }, Damped { m: bar_g, .. }) = pi_damped(bar.0, bar.1, shape, damping, name)?;
     let groups = shape[0];
     let diagonal = [is_diagonal(&bar_a, groups), is_diagonal(&bar_g, groups)];
     let one = |bar: &Tensor, current: &Tensor, diagonal: bool| match diagonal {

@@ -6,6 +6,7 @@ mod ekfac;
 mod gradient;
 mod inverse;
 mod runs;
+mod split;
 mod sums;
 
 pub use collect::{Collect, Factors};
@@ -16,6 +17,6 @@ pub use sums::Sharing;
 
 pub(crate) use ekfac::{moments, turned as turned_moments};
 pub(crate) use gradient::{average_product, gradient_factors};
-pub(crate) use inverse::{Preconditioner, Recipe, Task, damped_inverses, damped_product, sum_inverse};
-pub(crate) use runs::{Runs, sandwich};
+pub(crate) use inverse::{Preconditioner, Recipe, Task, damped_inverses, damped_product, factor_product, sum_inverse};
+pub(crate) use runs::Runs;
 pub(crate) use sums::{FactorSums, LayerFactors, Want, WantWeight, wide, wide_dtype};

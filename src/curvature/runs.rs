@@ -1,12 +1,14 @@
-//! Factors with too many rows to be full: in equal runs of rows, without what couples one run to another.
+//! Factors with too many rows to be full: in equal runs of rows, without what couples one run to another, or of low rank.
 //!
 //! A factor of `d` rows in `n` runs of `r` is a tensor `[groups n, r, r]`, a full one `[groups, d, d]`. Where runs do not divide the
-//! rows, the last run is filled up with rows of zeros: an eigenvalue 0 of its own, which takes no part in anything.
+//! rows, the last run is filled up with rows of zeros: an eigenvalue 0 of its own, which takes no part in anything. Of a factor of low
+//! rank `k` its sketch is kept, `[groups, k + 1, d]` (see [`crate::linalg::sketch`]), which is no square.
 
 use crate::linalg::kron;
+use crate::linalg::sketch::{diagonal_of, inverse_left, inverse_right, is_sketch, low_rank, sketch_into};
 use crate::ops::dense::{mix, product};
 use crate::ops::factor::second_moment_into;
-use candle_core::{D, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::wide;
 
@@ -18,6 +20,19 @@ pub enum Beyond {
     BlockDiagonal,
     /// Its diagonal.
     Diagonal,
+    /// The products with `rank` random vectors that never change, and the diagonal: what the factor does in about as many directions, and
+    /// in all others the mean of what is left, so that its trace is kept. See [`crate::linalg::sketch`].
+    ///
+    /// Takes `(rank + 1) d` numbers, `2 rank d` multiplications for each row of a batch, `4 rank^2 d + 18 rank^3` for a decomposition and
+    /// `2 rank` for each element of a gradient. A rank of `d - 1` or more is the full factor. It is exact where the factor has no more than
+    /// `rank` eigenvalues other than 0, and good where the others are small: choose it well above the number of eigenvalues that exceed the
+    /// damping, 128 or 256. Works with every optimizer, damping and inverse, but neither with
+    /// [`Params::ekfac`](crate::optim::Params::ekfac) nor with [`QSolve::Exact`](crate::optim::QSolve). What takes factors undamped (Q, QE, `Carry::Literal`,
+    /// adaptive damping) decomposes them once more wherever it does so.
+    LowRank {
+        /// Random vectors, 1 or more.
+        rank: usize,
+    },
 }
 
 /// The size above which a Kronecker factor is not full, and what is kept of it then: the rest is never computed.
@@ -48,38 +63,49 @@ impl FactorLimit {
         if self.rows == 0 {
             bail!("factor limit: expected at least one row, got 0")
         }
+        if self.beyond == (Beyond::LowRank { rank: 0 }) {
+            bail!("factor limit: expected a rank of at least one, got 0")
+        }
         Ok(())
     }
 }
 
-/// How the rows of a factor are divided.
+/// How the rows of a factor are divided, or its rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Runs {
     /// Rows of the factor.
     pub dim: usize,
-    /// Rows of a run; all of them where the factor is full.
+    /// Rows of a run; all of them where the factor is full or of low rank.
     pub run: usize,
+    /// The rank, where that is low.
+    pub rank: Option<usize>,
 }
 
 impl Runs {
+    pub fn of(dim: usize, run: usize) -> Self {
+        Self { dim, run, rank: None }
+    }
+
     pub fn full(dim: usize) -> Self {
-        Self { dim, run: dim }
+        Self::of(dim, dim)
     }
 
     pub fn diagonal(dim: usize) -> Self {
-        Self { dim, run: 1 }
+        Self::of(dim, 1)
     }
 
     pub fn limited(dim: usize, limit: FactorLimit) -> Self {
         match limit.beyond {
             _ if dim <= limit.rows => Self::full(dim),
-            Beyond::BlockDiagonal => Self { dim, run: dim.div_ceil(dim.div_ceil(limit.rows.max(1))) },
+            Beyond::BlockDiagonal => Self::of(dim, dim.div_ceil(dim.div_ceil(limit.rows.max(1)))),
             Beyond::Diagonal => Self::diagonal(dim),
+            Beyond::LowRank { rank } if rank.saturating_add(1) >= dim => Self::full(dim),
+            Beyond::LowRank { rank } => Self { rank: Some(rank), ..Self::full(dim) },
         }
     }
 
     pub fn is_full(&self) -> bool {
-        self.run == self.dim
+        self.run == self.dim && self.rank.is_none()
     }
 
     pub fn count(&self) -> usize {
@@ -93,7 +119,42 @@ impl Runs {
 
     /// The factor's shape.
     pub fn dims(&self, groups: usize) -> [usize; 3] {
-        [groups * self.count(), self.run, self.run]
+        match self.rank {
+            Some(rank) => [groups, rank + 1, self.dim],
+            None => [groups * self.count(), self.run, self.run],
+        }
+    }
+
+    /// The shape of its eigenvectors.
+    pub fn basis(&self, groups: usize) -> [usize; 3] {
+        match self.rank {
+            Some(rank) => [groups, rank, self.dim],
+            None => self.dims(groups),
+        }
+    }
+
+    /// Multiplications of a decomposition, to leading order: a symmetric one into eigenvectors takes about `9 d^3`, a Cholesky inverse
+    /// `d^3`.
+    pub fn decomposing(&self, eigen: bool) -> usize {
+        match self.rank {
+            Some(rank) => 4 * self.dim * rank.pow(2) + 18 * rank.pow(3),
+            None => self.dim * self.run.pow(2) * if eigen { 9 } else { 1 },
+        }
+    }
+
+    /// Multiplications for each element of a gradient, times the inverse.
+    pub fn multiplying(&self, eigen: bool) -> usize {
+        self.rank.map_or(self.run * if eigen { 2 } else { 1 }, |rank| 2 * rank)
+    }
+
+    /// Bytes of a number in a decomposition, where those of the factor have `element`: sketches are decomposed in f64.
+    pub fn working(&self, element: usize) -> usize {
+        if self.rank.is_some() { DType::F64.size_in_bytes() } else { element }
+    }
+
+    /// Its eigenvalues, those that fill up the last run included; of low rank, with the one of all directions that are left.
+    pub fn values(&self) -> usize {
+        self.rank.map_or(self.padded(), |rank| rank + 1)
     }
 
     /// The factor's numbers.
@@ -101,7 +162,7 @@ impl Runs {
         self.dims(groups).iter().product()
     }
 
-    /// `last + weight sum_n sum_t x x^T` within each run; `x` is `[n, t, features of all groups]`, followed by a 1 with `append_one`.
+    /// `last + weight sum_n sum_t x x^T` within each run, or its sketch; `x` is `[n, t, features of all groups]`, followed by a 1 with `append_one`.
     pub fn moment(
         &self,
         last: Option<&Tensor>,
@@ -113,6 +174,9 @@ impl Runs {
     ) -> Result<Tensor> {
         if self.is_full() {
             return second_moment_into(last, x, groups, append_one, 1.0, weight, name);
+        }
+        if let Some(rank) = self.rank {
+            return sketch_into(last, &wide(x)?.detach(), (groups, append_one), rank, weight);
         }
         let x = self.arranged(x, groups, append_one)?;
         if self.run > 1 {
@@ -140,7 +204,7 @@ impl Runs {
     }
 }
 
-/// `g x a` for a matrix `x` `[groups, rows, columns]` and factors of its rows and columns, full or in runs.
+/// `g x a` for a matrix `x` `[groups, rows, columns]` and matrices of its rows and columns, full, in runs, or inverses of low rank.
 pub(crate) fn sandwich(g: &Tensor, x: &Tensor, a: &Tensor) -> Result<Tensor> {
     from_right(&from_left(g, x)?, a)
 }
@@ -157,7 +221,10 @@ pub(crate) fn is_diagonal(m: &Tensor, groups: usize) -> bool {
     matches!(m.dims(), &[runs, 1, 1] if runs > groups)
 }
 
-fn from_left(g: &Tensor, x: &Tensor) -> Result<Tensor> {
+pub(super) fn from_left(g: &Tensor, x: &Tensor) -> Result<Tensor> {
+    if is_sketch(g) {
+        return inverse_left(g, x);
+    }
     let (groups, rows, columns) = x.dims3()?;
     let (runs, run, _) = g.dims3()?;
     if runs == groups {
@@ -173,7 +240,10 @@ fn from_left(g: &Tensor, x: &Tensor) -> Result<Tensor> {
     cut(&y, (rows, columns))
 }
 
-fn from_right(x: &Tensor, a: &Tensor) -> Result<Tensor> {
+pub(super) fn from_right(x: &Tensor, a: &Tensor) -> Result<Tensor> {
+    if is_sketch(a) {
+        return inverse_right(x, a);
+    }
     let (groups, rows, columns) = x.dims3()?;
     let (runs, run, _) = a.dims3()?;
     if runs == groups {
@@ -213,6 +283,43 @@ pub(crate) fn cut(x: &Tensor, (rows, columns): (usize, usize)) -> Result<Tensor>
     x.narrow(1, 0, rows)?.narrow(2, 0, columns)?.contiguous()
 }
 
+/// A factor with its damping.
+#[derive(Debug, Clone)]
+pub(crate) struct Damped {
+    /// The damped factor, or a sketch without damping.
+    pub m: Tensor,
+    /// What is to be added to the eigenvalues of a sketch's matrix, `[groups]`.
+    pub shift: Option<Tensor>,
+}
+
+impl Damped {
+    /// A factor as it is.
+    pub fn plain(m: &Tensor) -> Self {
+        Self { m: m.clone(), shift: None }
+    }
+
+    /// The damped factor times `x`.
+    fn left(&self, x: &Tensor, name: &str) -> Result<Tensor> {
+        match is_sketch(&self.m) {
+            true => low_rank(&self.m, name)?.left(x, self.shift.as_ref()),
+            false => from_left(&self.m, x),
+        }
+    }
+
+    /// `x` times the damped factor.
+    fn right(&self, x: &Tensor, name: &str) -> Result<Tensor> {
+        match is_sketch(&self.m) {
+            true => low_rank(&self.m, name)?.right(x, self.shift.as_ref()),
+            false => from_right(x, &self.m),
+        }
+    }
+}
+
+/// `g x a` for factors `a` and `g`, full, in runs or sketches.
+pub(crate) fn curved(g: &Damped, x: &Tensor, a: &Damped, name: &str) -> Result<Tensor> {
+    a.right(&g.left(x, name)?, name)
+}
+
 /// [`kron::pi_damped`] of factors of a matrix of shape `[groups, rows, columns]`: the traces are those of all runs of a group.
 pub(crate) fn pi_damped(
     a: &Tensor,
@@ -220,16 +327,22 @@ pub(crate) fn pi_damped(
     [groups, rows, columns]: [usize; 3],
     damping: f64,
     name: &str,
-) -> Result<(Tensor, Tensor)> {
-    if a.dim(0)? == groups && g.dim(0)? == groups {
-        return kron::pi_damped(a, g, damping, name);
+) -> Result<(Damped, Damped)> {
+    let full = |m: &Tensor| Ok::<_, candle_core::Error>(m.dim(0)? == groups && !is_sketch(m));
+    if full(a)? && full(g)? {
+        let (a, g) = kron::pi_damped(a, g, damping, name)?;
+        return Ok((Damped { m: a, shift: None }, Damped { m: g, shift: None }));
     }
-    let mean = |m: &Tensor, dim: usize| kron::diagonal(m)?.reshape((groups, ()))?.sum(1)? / dim as f64;
+    let mean = |m: &Tensor, dim: usize| diagonal_of(m)?.reshape((groups, ()))?.sum(1)? / dim as f64;
     let pi = kron::pi_of_means(&mean(a, columns)?, &mean(g, rows)?)?;
-    let shifted = |m: &Tensor, pi: Tensor| {
+    let shifted = |m: &Tensor, pi: Tensor| -> Result<Damped> {
+        let shift = (pi * damping.sqrt())?;
+        if is_sketch(m) {
+            return Ok(Damped { m: m.clone(), shift: Some(shift) });
+        }
         let runs = m.dim(0)? / groups.max(1);
-        let values = (pi * damping.sqrt())?.unsqueeze(1)?.broadcast_as((groups, runs))?;
-        kron::add_diagonal_each(m, &values.contiguous()?.flatten_all()?, name)
+        let values = shift.unsqueeze(1)?.broadcast_as((groups, runs))?.contiguous()?.flatten_all()?;
+        Ok(Damped { m: kron::add_diagonal_each(m, &values, name)?, shift: None })
     };
     Ok((shifted(a, pi.clone())?, shifted(g, pi.recip()?)?))
 }

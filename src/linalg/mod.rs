@@ -13,6 +13,7 @@ mod host;
 pub mod kron;
 pub mod newton;
 mod newton_run;
+pub mod sketch;
 mod solver;
 mod spd;
 pub(crate) mod traces;

@@ -1,12 +1,12 @@
 //! `tr F` and `tr F^2` of a Fisher matrix in Kronecker blocks.
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::kron::diagonal;
+use super::sketch::{diagonal_of, is_sketch, low_rank};
 use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 
 /// `(tr F^2, tr F)` of the matrix with the blocks `A (x) G` and their groups, factors `[groups, d, d]` of f32 or f64, or each group's in
-/// several runs: sums of `tr A^2 tr G^2` and of `tr A tr G` over blocks and groups. The host reads two numbers, and two more of a device
-/// if there are runs.
+/// several runs, or what sketches stand for: sums of `tr A^2 tr G^2` and of `tr A tr G` over blocks and groups. The host reads two numbers,
+/// and two more of a device if there are runs or sketches.
 ///
 /// # Errors
 /// If the factors of a block differ in groups, or those of a device in dtype.
@@ -15,7 +15,7 @@ pub(crate) fn traces(blocks: &[(&Tensor, &Tensor, usize)]) -> Result<(f64, f64)>
         return composed(blocks.iter().copied());
     };
     let full = |&(a, g, groups): &(&Tensor, &Tensor, usize)| {
-        [a, g].iter().all(|m| m.dims().first() == Some(&groups))
+        [a, g].iter().all(|m| m.dims().first() == Some(&groups) && !is_sketch(m))
     };
     let in_runs = composed(blocks.iter().copied().filter(|block| !full(block)))?;
     let full: Vec<_> = blocks.iter().filter(|block| full(block)).map(|&(a, g, _)| (a, g)).collect();
@@ -31,8 +31,11 @@ pub(crate) fn traces(blocks: &[(&Tensor, &Tensor, usize)]) -> Result<(f64, f64)>
 fn composed<'a>(blocks: impl Iterator<Item = (&'a Tensor, &'a Tensor, usize)>) -> Result<(f64, f64)> {
     let mut sums = Vec::new();
     for (a, g, groups) in blocks {
-        let squares = |m: &Tensor| m.sqr()?.sum((1, 2))?.reshape((groups, ()))?.sum(1);
-        let trace = |m: &Tensor| diagonal(m)?.sum(1)?.reshape((groups, ()))?.sum(1);
+        let squares = |m: &Tensor| match is_sketch(m) {
+            true => low_rank(m, "traces")?.squares(),
+            false => m.sqr()?.sum((1, 2))?.reshape((groups, ()))?.sum(1),
+        };
+        let trace = |m: &Tensor| diagonal_of(m)?.sum(1)?.reshape((groups, ()))?.sum(1);
         sums.push((squares(a)? * squares(g)?)?.sum_all()?.to_dtype(DType::F64)?);
         sums.push((trace(a)? * trace(g)?)?.sum_all()?.to_dtype(DType::F64)?);
     }

@@ -63,7 +63,7 @@ pub(crate) enum Part {
 /// the original only when all has gone well.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct BlockState {
-    /// Averages, `[groups, columns, columns]` and `[groups, rows, rows]`, or in runs.
+    /// Averages, `[groups, columns, columns]` and `[groups, rows, rows]`, or in runs, or of sketches.
     pub factor_a: Option<Tensor>,
     pub factor_g: Option<Tensor>,
     pub preconditioner: Option<Preconditioner>,
@@ -90,9 +90,9 @@ pub(crate) struct Block {
     pub layer: Option<usize>,
     pub part: Part,
     pub groups: usize,
-    /// Output features of one group, and the runs of their factor `G`.
+    /// Output features of one group, and the runs or rank of their factor `G`.
     pub rows: Runs,
-    /// Input features of one group, the homogeneous 1 included, and the runs of their factor `A`.
+    /// Input features of one group, the homogeneous 1 included, and the runs or rank of their factor `A`.
     pub columns: Runs,
     /// Indices of the params: the weight, the bias.
     pub params: Vec<usize>,
@@ -106,9 +106,15 @@ impl Block {
         [self.groups, self.rows.dim, self.columns.dim]
     }
 
-    /// The shape of its matrix in the coordinates of its eigenvectors, of which there are some more where runs are filled up.
+    /// The shape of its matrix in the coordinates of its eigenvectors, of which there are some more where runs are filled up, and few where
+    /// a factor is of low rank.
     pub fn inside(&self) -> [usize; 3] {
-        [self.groups, self.rows.padded(), self.columns.padded()]
+        [self.groups, self.rows.values(), self.columns.values()]
+    }
+
+    /// Whether a factor of it is of low rank.
+    pub fn is_low_rank(&self) -> bool {
+        self.rows.rank.is_some() || self.columns.rank.is_some()
     }
 
     /// The block's matrix of something that every param has: values, gradients, decays.

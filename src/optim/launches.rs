@@ -7,7 +7,7 @@ use super::length::StepRule;
 use super::natural::Natural;
 use super::params::{Decay, NonFinite};
 use super::rule::{Model, WakeRule};
-use crate::curvature::sandwich;
+use crate::curvature::factor_product;
 use crate::gpu::table::type_number;
 use crate::gpu::{Gpu, Operand};
 use crate::ops::update::{self, AdamItem, AdamOptions, CarryItem, RateArgs, UpdateItem};
@@ -204,7 +204,7 @@ impl<R: WakeRule> Natural<R> {
         for (index, block) in self.blocks.iter().enumerate() {
             let (Some(step), Some(model)) = (&steps[index], &device.scratch[index].model) else { continue };
             let (a, g) = &renewed[index].factors;
-            let curved = sandwich(g, step, a)?.contiguous()?;
+            let curved = factor_product(a, g, step, &block.name)?.contiguous()?;
             let (carry, mean) = looked_back_at(&mut held, &block.state, &block.name)?;
             items.push(CarryItem {
                 model: held.address(model, &block.name)?,

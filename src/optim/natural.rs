@@ -101,6 +101,7 @@ impl<R: WakeRule> Natural<R> {
         {
             bail!("{}: tape, groups, bias, limits, sharing and ekfac are fixed at construction", R::NAME)
         }
+        self.check_low_rank(&params)?;
         if !matches!((params.damping, old.damping), (Damping::Adaptive(_), Damping::Adaptive(_))) {
             self.damping = params.damping.initial();
         }
@@ -143,7 +144,8 @@ impl<R: WakeRule> Natural<R> {
 
     /// The averaged factors `A` `[groups, in, in]` and `G` `[groups, out, out]` of a block, once observed: `A` of the columns of its
     /// gradient's matrix, `G` of the rows. An embedding's table has a row for each of its own, so there `G` belongs to the inputs and
-    /// `A` to the outputs. A factor beyond its limit is `[groups n, r, r]`, `n` runs of `r` rows, the last one filled up with zeros.
+    /// `A` to the outputs. A factor beyond its limit is `[groups n, r, r]`, `n` runs of `r` rows, the last one filled up with zeros,
+    /// or its sketch `[groups, rank + 1, d]` (see [`crate::linalg::sketch`]).
     pub fn factors(&self, block: &str) -> Option<(Tensor, Tensor)> {
         let state = &self.blocks.iter().find(|b| b.name == block)?.state;
         Some((state.factor_a.clone()?, state.factor_g.clone()?))

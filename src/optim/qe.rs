@@ -3,7 +3,7 @@
 use super::natural::{Natural, scalar};
 use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake};
 use super::step::{Proposal, sum};
-use crate::curvature::{Damping, sandwich};
+use crate::curvature::{Damping, factor_product};
 use crate::ops::dense::{dot, mix};
 use crate::tape::{Fisher, Likelihood};
 use candle_core::{Result, Tensor, bail};
@@ -180,7 +180,7 @@ impl Natural<Qe> {
             let grads = self.gradients(&store)?;
             for (index, (block, proposed)) in self.blocks.iter().zip(&proposal.blocks).enumerate() {
                 let (a, g) = &proposed.factors;
-                let model = (&proposed.gradient + sandwich(g, &steps[index], a)?)?;
+                let model = (&proposed.gradient + factor_product(a, g, &steps[index], &block.name)?)?;
                 let direction = (block.matrix(|i| Ok(grads[i].clone()))? + model)?;
                 let direction = match &proposed.state.preconditioner {
                     Some(preconditioner) if inner.preconditioned => preconditioner.apply(&direction)?,
@@ -216,9 +216,9 @@ impl Natural<Qe> {
     /// `<g, s> + 1/2 s^T B s`, summed over blocks.
     fn modelled(&self, proposal: &Proposal, steps: &[Tensor]) -> Result<f64> {
         let mut total = 0.0;
-        for (block, step) in proposal.blocks.iter().zip(steps) {
-            let (a, g) = &block.factors;
-            let slope = mix(&block.gradient, 1.0, &sandwich(g, step, a)?, 0.5)?;
+        for ((block, proposed), step) in self.blocks.iter().zip(&proposal.blocks).zip(steps) {
+            let (a, g) = &proposed.factors;
+            let slope = mix(&proposed.gradient, 1.0, &factor_product(a, g, step, &block.name)?, 0.5)?;
             total += dot(&slope, step)?;
         }
         Ok(total)

@@ -13,6 +13,7 @@ use super::rule::WakeRule;
 use super::step::sum;
 use crate::checkpoint::Checkpoint;
 use crate::curvature::{Preconditioner, wide_dtype};
+use crate::linalg::sketch::diagonal_of;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -326,18 +327,20 @@ impl Wanted<'_> {
     fn block(&mut self, block: &Block, dtype: DType, started: bool, needs: Needs) -> BlockState {
         let name = |part: &str| slot(&block.name, part);
         let (square_a, square_g) = (block.columns.dims(block.groups), block.rows.dims(block.groups));
+        let (basis_a, basis_g) = (block.columns.basis(block.groups), block.rows.basis(block.groups));
         let (matrix, inside) = (block.shape(), block.inside());
         let mut get = |part: &str, dims: &[usize], needed| self.tensor(&name(part), dims, dtype, needed);
         let factor_a = get("factor_a", &square_a, started);
         let factor_g = get("factor_g", &square_g, started);
         let inverse = get("inv_a", &square_a, false).zip(get("inv_g", &square_g, false));
-        let basis = get("basis_a", &square_a, false).zip(get("basis_g", &square_g, false));
+        let basis = get("basis_a", &basis_a, false).zip(get("basis_g", &basis_g, false));
         let scale = get("scale", &inside, false);
         let preconditioner = match (inverse, basis.zip(scale)) {
             (Some((inv_a, inv_g)), None) => Some(Preconditioner::Factors { inv_a, inv_g }),
-            (None, Some(((basis_a, basis_g), scale))) => {
-                Some(Preconditioner::Basis { basis_a, basis_g, scale })
-            }
+            (None, Some(((basis_a, basis_g), scale))) => Some(match block.is_low_rank() {
+                true => Preconditioner::Split { basis_a, basis_g, scale },
+                false => Preconditioner::Basis { basis_a, basis_g, scale },
+            }),
             _ => None,
         };
         let state = BlockState {
@@ -376,10 +379,7 @@ impl Wanted<'_> {
 /// A sum of outer products has no negative diagonal element.
 fn non_negative_diagonal(factor: &Tensor) -> bool {
     let smallest = || -> Result<f64> {
-        let (groups, d, _) = factor.dims3()?;
-        let eye = Tensor::eye(d, factor.dtype(), factor.device())?;
-        let diagonal = factor.broadcast_mul(&eye)?.sum(2)?.reshape(groups * d)?;
-        diagonal.min(0)?.to_dtype(DType::F64)?.to_scalar()
+        diagonal_of(factor)?.flatten_all()?.min(0)?.to_dtype(DType::F64)?.to_scalar()
     };
     smallest().is_ok_and(|smallest| smallest >= 0.0)
 }

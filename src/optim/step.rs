@@ -8,7 +8,7 @@ use super::natural::{Natural, Predicted};
 use super::params::{Decay, NonFinite};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
-use crate::curvature::{LayerFactors, damped_product, sandwich, wide};
+use crate::curvature::{LayerFactors, damped_product, factor_product, wide};
 use crate::ops::dense::{dot, mix};
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -223,7 +223,7 @@ impl<R: WakeRule> Natural<R> {
         let mut change = 0.0;
         for (described, block) in self.blocks.iter().zip(&proposal.blocks) {
             let (Some(a), Some(g)) = (&block.state.factor_a, &block.state.factor_g) else { continue };
-            let curved = sandwich(g, &block.step, a)?;
+            let curved = factor_product(a, g, &block.step, &described.name)?;
             let damping = self.damping_of(described, proposal.damping);
             let quadratic = dot(&block.step, &mix(&curved, 1.0, &block.step, damping)?)?;
             change += dot(&block.gradient, &block.step)? + 0.5 * quadratic;
@@ -248,7 +248,7 @@ impl<R: WakeRule> Natural<R> {
                 Model::Linear => proposed.model_gradient.clone(),
                 Model::Quadratic(_) => {
                     let (a, g) = &proposed.factors;
-                    mix(&proposed.model_gradient, 1.0, &sandwich(g, step, a)?, 1.0)?
+                    mix(&proposed.model_gradient, 1.0, &factor_product(a, g, step, &block.name)?, 1.0)?
                 }
             };
             let rate = proposal.rate * block.lr_scale;

@@ -4,7 +4,7 @@ use super::block::{Block, Part};
 use super::length::StepRule;
 use super::natural::Natural;
 use super::rule::{Carry, Model, WakeRule};
-use crate::curvature::{DampingKind, Inverse, wide_dtype};
+use crate::curvature::{DampingKind, Inverse, Runs, wide_dtype};
 use crate::gpu::Gpu;
 use crate::linalg::device::BATCH;
 use candle_core::{Result, bail};
@@ -30,6 +30,8 @@ pub struct SummaryBlock {
     pub dims: [usize; 3],
     /// Rows of its factors' runs, `G`'s and `A`'s: `dims[1]` and `dims[2]` of full factors, 1 of diagonal ones.
     pub runs: [usize; 2],
+    /// Ranks of its factors, `G`'s and `A`'s, where they are low.
+    pub ranks: [Option<usize>; 2],
     /// Whether its factors come from its gradient alone.
     pub gradient_only: bool,
     /// Bytes of its averaged factors.
@@ -149,12 +151,14 @@ impl<R: WakeRule> Natural<R> {
 
     fn summary_block(&self, block: &Block) -> SummaryBlock {
         let [groups, out, columns] = block.shape();
-        let (rows_run, columns_run) = (block.rows.run, block.columns.run);
         let element = wide_dtype(self.vars[block.params[0]].var.dtype()).size_in_bytes();
         let eigen = self.params.inverse == Inverse::Eigen
             && self.params.damping.kind() == DampingKind::Eigenvalue
             || matches!(self.params.wake.model(), Model::Quadratic(super::QSolve::Exact));
-        let squares = block.rows.elements(groups) + block.columns.elements(groups);
+        let sides = [block.rows, block.columns];
+        let of = |what: &dyn Fn(&Runs) -> usize| sides.iter().map(what).sum::<usize>();
+        let squares = of(&|side| side.elements(groups));
+        let bases = of(&|side| side.basis(groups).iter().product());
         let (matrix, inside) = (groups * out * columns, block.inside().iter().product::<usize>());
         let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
         let averaged = self.params.wake.model_decay() > 0.0;
@@ -165,23 +169,23 @@ impl<R: WakeRule> Natural<R> {
         let matrices: usize = kept.into_iter().map(usize::from).sum();
         let moments = if self.params.ekfac && block.part != Part::Table { inside } else { 0 };
         let quadratic = averaged && self.params.wake.model() != Model::Linear;
-        let products = matrix * (rows_run + columns_run);
         let gradient_only = block.part == Part::Gradient;
         SummaryBlock {
             name: block.name.clone(),
             dims: [groups, out, columns],
-            runs: [rows_run, columns_run],
+            runs: sides.map(|side| side.run),
+            ranks: sides.map(|side| side.rank),
             gradient_only,
             factor_bytes: squares * element,
-            inverse_bytes: (squares + if eigen { inside } else { 0 }) * element,
+            inverse_bytes: if eigen { bases + inside } else { squares } * element,
             other_bytes: (matrices * matrix + moments + usize::from(quadratic) * squares) * element,
-            workspace_bytes: WORKSPACE * squares * element,
-            factor_cost: if gradient_only { products / 2 } else { squares / 2 },
-            // A symmetric eigendecomposition with vectors takes about 9 d^3 multiplications, a Cholesky inverse d^3 / 2.
-            inverse_cost: groups
-                * (out * rows_run.pow(2) + columns * columns_run.pow(2))
-                * if eigen { 9 } else { 1 },
-            step_cost: products * if eigen { 2 } else { 1 },
+            workspace_bytes: of(&|side| WORKSPACE * side.elements(groups) * side.working(element)),
+            factor_cost: match gradient_only {
+                true => of(&|side| matrix * side.rank.map_or(side.run, |rank| 4 * rank) / 2),
+                false => of(&|side| side.rank.map_or(side.elements(groups) / 2, |rank| 2 * groups * rank * side.dim)),
+            },
+            inverse_cost: groups * of(&|side| side.decomposing(eigen)),
+            step_cost: of(&|side| matrix * side.multiplying(eigen)),
         }
     }
 }
@@ -228,13 +232,14 @@ impl fmt::Display for Summary {
         )?;
         for b in &self.blocks {
             let [groups, out, columns] = b.dims;
-            let of = |dim: usize, run: usize| match run {
+            let of = |dim: usize, run: usize, rank: Option<usize>| match (rank, run) {
+                (Some(rank), _) => format!("{dim} rank {rank}"),
                 _ if run == dim => dim.to_string(),
-                1 => format!("{dim} diag"),
-                _ => format!("{dim}/{run}"),
+                (None, 1) => format!("{dim} diag"),
+                (None, _) => format!("{dim}/{run}"),
             };
             let by = if b.gradient_only { "grad: " } else { "" };
-            let dims = format!("{by}{groups} x {} x {}", of(out, b.runs[0]), of(columns, b.runs[1]));
+            let dims = format!("{by}{groups} x {} x {}", of(out, b.runs[0], b.ranks[0]), of(columns, b.runs[1], b.ranks[1]));
             writeln!(
                 f,
                 "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",
