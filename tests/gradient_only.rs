@@ -69,6 +69,8 @@ fn closed_form() -> Result<()> {
             FactorLimit::NONE,
             FactorLimit { rows: 2, beyond: Beyond::BlockDiagonal },
             FactorLimit { rows: 3, beyond: Beyond::Diagonal },
+            FactorLimit { rows: 2, beyond: Beyond::LowRank { rank: 1 } },
+            FactorLimit { rows: 3, beyond: Beyond::LowRank { rank: 2 } },
         ] {
             for damping in [Damping::Eigenvalue(DAMPING), Damping::Pi(DAMPING)] {
                 let mut net = Linear::new(
@@ -82,7 +84,7 @@ fn closed_form() -> Result<()> {
                     let (old, new) = if k == 0 { (0.0, 1.0) } else { (DECAY, 1.0 - DECAY) };
                     l = l * old + &m * m.transpose() * (new * terms as f64);
                     r = r * old + m.transpose() * &m * (new * terms as f64);
-                    let (g, a) = (in_runs(&l, limit), in_runs(&r, limit) * (1.0 / trace(&l)));
+                    let (g, a) = (kept(&l, limit), kept(&r, limit) * (1.0 / trace(&l)));
                     let damped = match damping {
                         Damping::Pi(la) => {
                             let pi = (trace(&a) / 4.0 / (trace(&g) / 3.0)).sqrt();

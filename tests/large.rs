@@ -186,15 +186,17 @@ fn bytes_are_those_of_the_tensors() -> Result<()> {
         FactorLimit::NONE,
         FactorLimit { rows: 4, beyond: Beyond::BlockDiagonal },
         FactorLimit { rows: 3, beyond: Beyond::Diagonal },
+        FactorLimit { rows: 3, beyond: Beyond::LowRank { rank: 2 } },
     ] {
+        let low = matches!(factor_limit.beyond, Beyond::LowRank { .. });
         let pi = Damping::Pi(0.01);
         check_bytes("kfac", KFacRule, |p| Params { factor_limit, momentum: 0.5, ..p })?;
         check_bytes("so, split", So::default(), |p| Params { factor_limit, bias: Bias::Split, ..p })?;
-        check_bytes("so, ekfac", So::default(), |p| Params { factor_limit, ekfac: true, ..p })?;
+        check_bytes("so, ekfac", So::default(), |p| Params { factor_limit, ekfac: !low, ..p })?;
         for inverse in [Inverse::Cholesky, Inverse::Newton] {
             check_bytes("so, pi", So::default(), |p| Params { factor_limit, damping: pi, inverse, ..p })?;
         }
-        let q = Q { solve: QSolve::Exact, ..Q::default() };
+        let q = Q { solve: if low { QSolve::Factor } else { QSolve::Exact }, ..Q::default() };
         check_bytes("q", q, |p| Params { factor_limit, damping: pi, ..p })?;
         check_bytes("kld-wrm", TwoRate::default(), |p| Params { factor_limit, ..p })?;
         check_bytes("literal", TwoRate::default(), |p| Params { factor_limit, carry: Carry::Literal, ..p })?;
@@ -206,24 +208,26 @@ fn bytes_are_those_of_the_tensors() -> Result<()> {
 #[test]
 fn never_forms_what_is_left_out() -> Result<()> {
     let (wide, f32) = (400_000, DType::F32);
-    for (inverse, damping) in
-        [(Inverse::Eigen, Damping::Eigenvalue(0.1)), (Inverse::Cholesky, Damping::Pi(0.1))]
-    {
+    let (eigen, pi) = ((Inverse::Eigen, Damping::Eigenvalue(0.1)), (Inverse::Cholesky, Damping::Pi(0.1)));
+    let low = Beyond::LowRank { rank: 4 };
+    for ((inverse, damping), beyond, shown) in [
+        (eigen, Beyond::Diagonal, "400001 diag"),
+        (pi, Beyond::Diagonal, "400001 diag"),
+        (eigen, low, "400001 rank 4"),
+        (pi, low, "400001 rank 4"),
+    ] {
         let net = Net::of(f32, 1, |vb| {
             let layer = nn::linear(wide, 2, vb.pp("fc"))?;
             Ok(Box::new(move |x| layer.forward(x)))
         })?;
-        let limit = Group {
-            factor_limit: Some(FactorLimit { rows: 64, beyond: Beyond::Diagonal }),
-            ..Group::named("fc.*")
-        };
+        let limit = Group { factor_limit: Some(FactorLimit { rows: 64, beyond }), ..Group::named("fc.*") };
         let options =
             ParamsKFac { damping, inverse, groups: Groups(vec![limit]), ..ParamsKFac::on(&net.tape) };
         let mut opt = KFac::from_varmap(&net.varmap, options)?;
         let z = (net.forward)(&Tensor::ones((2, wide), f32, &Device::Cpu)?)?;
         opt.observe(&z, Likelihood::Categorical)?;
         opt.backward_step(&mean_loss(Likelihood::Categorical, &z, &labels(1, 2, 2)?)?)?;
-        assert!(opt.summary().to_string().contains("400001 diag"), "{}", opt.summary());
+        assert!(opt.summary().to_string().contains(shown), "{}", opt.summary());
     }
     Ok(())
 }

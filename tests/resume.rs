@@ -163,6 +163,14 @@ fn bit_for_bit() -> Result<()> {
             check("kld-wrm, runs", f32, plain, TwoRate::default(), iterated)?;
         }
     }
+    let factor_limit = FactorLimit { rows: 3, beyond: Beyond::LowRank { rank: 2 } };
+    for dtype in [DType::F64, f32, DType::BF16] {
+        check("so, low rank", dtype, plain, So::default(), |p| Params { factor_limit, ..p })?;
+        let literal =
+            |p| Params { factor_limit, damping: pi, inverse: Inverse::Newton, carry: Carry::Literal, ..p };
+        check("kld-wrm, low rank", dtype, plain, TwoRate::default(), literal)?;
+        check("q, low rank", dtype, plain, q(QSolve::Factor), |p| Params { factor_limit, ..p })?;
+    }
     check("so, groups", DType::BF16, plain, So::default(), |p| Params {
         groups: groups(),
         momentum: 0.5,

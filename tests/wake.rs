@@ -66,12 +66,28 @@ fn damped((a, g): &Factors, damping: Damping) -> Mat<f64> {
     }
 }
 
+/// What factors under a limit stand for.
+fn both_kept((a, g): &Factors, limit: FactorLimit) -> Factors {
+    (kept(a, limit), kept(g, limit))
+}
+
 /// The matrix that a rule solves with at rate `lr`.
-fn solved(model: Model, bar: &Factors, now: &Factors, lr: f64, damping: Damping) -> Mat<f64> {
+fn solved(
+    model: Model,
+    bar: &Factors,
+    now: &Factors,
+    lr: f64,
+    (damping, limit): (Damping, FactorLimit),
+) -> Mat<f64> {
+    let damped = |factors: &Factors| damped(&both_kept(factors, limit), damping);
+    let curvature = |factors: &Factors| {
+        let (a, g) = both_kept(factors, limit);
+        kron(&a, &g)
+    };
     match model {
-        Model::Linear => damped(bar, damping),
-        Model::Quadratic(QSolve::Exact) => damped(bar, damping) + kron(&now.0, &now.1) * lr,
-        Model::Quadratic(QSolve::Factor) => damped(&(&bar.0 + &now.0 * lr, &bar.1 + &now.1 * lr), damping),
+        Model::Linear => damped(bar),
+        Model::Quadratic(QSolve::Exact) => damped(bar) + curvature(now) * lr,
+        Model::Quadratic(QSolve::Factor) => damped(&(&bar.0 + &now.0 * lr, &bar.1 + &now.1 * lr)),
     }
 }
 
@@ -159,7 +175,7 @@ fn check_literal<R: WakeRule>(
                 Some((_, last)) => (&curvature - last * model_decay) * (1.0 / (1.0 - model_decay)),
             };
             let rate = lr * scale;
-            let mean = solved(model, &bar, &factors, rate, damping) - &curvature * rate;
+            let mean = solved(model, &bar, &factors, rate, (damping, FactorLimit::NONE)) - &curvature * rate;
             let f = match (metric, &means[i]) {
                 (Metric::Own, _) => damped(&now[i], damping),
                 (Metric::Implied, None) => mean.clone(),
@@ -243,6 +259,7 @@ fn check_recursion<R: WakeRule>(
     for block in opt.summary().blocks {
         let [_, out, columns] = block.dims;
         assert_eq!(block.runs, [run_of(out, limit), run_of(columns, limit)]);
+        assert_eq!(block.ranks, [rank_of(out, limit), rank_of(columns, limit)]);
     }
     for k in 0..8 {
         let lr = 0.3 / (1.0 + k as f64);
@@ -252,7 +269,6 @@ fn check_recursion<R: WakeRule>(
         let loss = mean_loss(likelihood, &z, &labels(30 + k as u64, 7, 2)?)?;
         let grads = loss.backward()?;
         let now = current(&net, &z, likelihood, bias)?;
-        let now: Vec<_> = now.iter().map(|(a, g)| (in_runs(a, limit), in_runs(g, limit))).collect();
         let before: Vec<_> = elements.iter().map(|e| values_at(e)).collect();
         opt.observe(&z, likelihood)?;
         opt.backward_step(&loss)?;
@@ -263,7 +279,7 @@ fn check_recursion<R: WakeRule>(
             let now = if fresh { &now[i] } else { &bar };
             let phase = k % every.inverses;
             if phase == 0 || (phase == 1 && model != Model::Linear) {
-                matrices[i] = solved(model, &bar, now, lr, damping);
+                matrices[i] = solved(model, &bar, now, lr, (damping, limit));
             }
             let g = column(elements, |var| grads.get(var).unwrap().clone());
             let wake_gradient = match &carries[i] {
@@ -273,7 +289,8 @@ fn check_recursion<R: WakeRule>(
             let step = solve(&matrices[i], &wake_gradient) * -lr;
             let what = format!("{model:?}, {damping:?}, {every:?}, {limit:?}, block {}, step {k}", blocks[i]);
             assert_same(&(values_at(elements) - &before[i]), &step, 1e-10, &what);
-            carries[i] = Some(if model == Model::Linear { g } else { g + kron(&now.0, &now.1) * step });
+            let (a, f) = both_kept(now, limit);
+            carries[i] = Some(if model == Model::Linear { g } else { g + kron(&a, &f) * step });
             bars[i] = Some(bar);
         }
         last_lr = lr;
@@ -295,12 +312,16 @@ fn documented_recursion() -> Result<()> {
                 (None, FactorLimit { rows: 2, beyond: Beyond::BlockDiagonal }),
                 (None, FactorLimit { rows: 4, beyond: Beyond::Diagonal }),
                 (None, FactorLimit::DIAGONAL),
+                (None, FactorLimit { rows: 3, beyond: Beyond::LowRank { rank: 2 } }),
+                (None, FactorLimit { rows: 2, beyond: Beyond::LowRank { rank: 1 } }),
             ] {
                 let how = (bias, limit);
                 check_recursion(So { wake_decay }, eigenvalue, every, how)?;
                 check_recursion(So { wake_decay }, pi, every, how)?;
                 check_recursion(Q { wake_decay, solve: QSolve::Factor }, eigenvalue, every, how)?;
-                check_recursion(Q { wake_decay, solve: QSolve::Exact }, pi, every, how)?;
+                if !matches!(limit.beyond, Beyond::LowRank { .. }) {
+                    check_recursion(Q { wake_decay, solve: QSolve::Exact }, pi, every, how)?;
+                }
             }
         }
     }
@@ -382,7 +403,13 @@ fn check_inner(likelihood: Likelihood, inner: Inner, steps: usize) -> Result<()>
         let model = Model::Quadratic(QSolve::Factor);
         let matrix = block_diagonal(["a", "b"].iter().zip(&now).map(|(block, now)| {
             let (a, g) = opt.factors(block).unwrap();
-            solved(model, &(of_group(&a, 0), of_group(&g, 0)), now, lr, Damping::Eigenvalue(DAMPING))
+            solved(
+                model,
+                &(of_group(&a, 0), of_group(&g, 0)),
+                now,
+                lr,
+                (Damping::Eigenvalue(DAMPING), FactorLimit::NONE),
+            )
         }));
 
         let wake = &models[models.len() - inner.models..];

@@ -60,8 +60,7 @@ mod tests {
     fn a_product_is_found_exactly() -> Result<()> {
         let (u, v) = (random(0, &[5, 3])?, random(1, &[4, 2])?);
         let terms = 7;
-        for (rows, columns) in [(Runs::full(3), Runs::full(2)), (Runs::of(3, 2), Runs::diagonal(2))]
-        {
+        for (rows, columns) in [(Runs::full(3), Runs::full(2)), (Runs::of(3, 2), Runs::diagonal(2))] {
             let mut average: Option<(Tensor, Tensor)> = None;
             for k in 0..20 {
                 let m = u.get(k / 4)?.unsqueeze(1)?.matmul(&v.get(k % 4)?.unsqueeze(0)?)?.unsqueeze(0)?;

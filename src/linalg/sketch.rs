@@ -114,7 +114,8 @@ pub(crate) struct LowRank {
 pub(crate) fn low_rank_all(sketches: &[(&Tensor, &str)]) -> Vec<Result<LowRank>> {
     let ranges: Vec<Result<Range>> = sketches.iter().map(|(sketch, _)| Range::new(sketch)).collect();
     let names = || sketches.iter().map(|(_, name)| *name);
-    let cores = ranges.iter().zip(names()).filter_map(|(range, name)| Some((&range.as_ref().ok()?.core, name)));
+    let cores =
+        ranges.iter().zip(names()).filter_map(|(range, name)| Some((&range.as_ref().ok()?.core, name)));
     let mut cores = eigh_all(&cores.collect::<Vec<_>>()).into_iter();
     let halves = ranges.into_iter().map(|range| range?.half(next(&mut cores)?));
     let halves: Vec<Result<Half>> = halves.collect();
@@ -186,10 +187,15 @@ impl Half {
         let others = dropped.broadcast_sub(&dropped.narrow(1, rank, 1)?)?;
         let directions: Vec<f64> = (dim - rank..=dim).map(|left| left as f64).collect();
         let directions = Tensor::from_vec(directions, (1, rank + 1), half.device())?;
-        let rest = others.broadcast_add(&trace)?.broadcast_div(&directions)?.min_keepdim(D::Minus1)?.relu()?;
+        let rest =
+            others.broadcast_add(&trace)?.broadcast_div(&directions)?.min_keepdim(D::Minus1)?.relu()?;
         let rests = rest.broadcast_as((groups, rank))?;
         let values = roots.gt(0.0)?.where_cond(&values, &rests.contiguous()?)?.maximum(&rests)?;
-        Ok(LowRank { vectors: vectors.to_dtype(dtype)?, values: values.to_dtype(dtype)?, rest: rest.to_dtype(dtype)? })
+        Ok(LowRank {
+            vectors: vectors.to_dtype(dtype)?,
+            values: values.to_dtype(dtype)?,
+            rest: rest.to_dtype(dtype)?,
+        })
     }
 }
 
@@ -293,9 +299,13 @@ mod tests {
         let found = test_matrix(dim, rank, DType::F64, &Device::Cpu)?;
         let word = |e: usize| bits(0, dim as u64, (e / 4) as u64)[e % 4] >> 9;
         let half = f64::from(1 << 23);
-        let expected: Vec<f64> = (0..dim * rank).map(|e| (2.0 * f64::from(word(e)) + 1.0 - half) / half).collect();
+        let expected: Vec<f64> =
+            (0..dim * rank).map(|e| (2.0 * f64::from(word(e)) + 1.0 - half) / half).collect();
         assert_eq!(values(&found)?, expected);
-        assert_eq!(values(&test_matrix(dim, rank, DType::F32, &Device::Cpu)?.to_dtype(DType::F64)?)?, expected);
+        assert_eq!(
+            values(&test_matrix(dim, rank, DType::F32, &Device::Cpu)?.to_dtype(DType::F64)?)?,
+            expected
+        );
         // Elements of one sign, or columns alike, would see nothing.
         let gram = (found.matmul(&found.t()?)? / dim as f64)?;
         assert_close(&gram, &[1. / 3., 0., 0., 0., 1. / 3., 0., 0., 0., 1. / 3.], 0.05);
@@ -333,7 +343,10 @@ mod tests {
                     let m = x.t()?.contiguous()?.matmul(&x)?;
                     let found = low_rank(&sketch_of(&m, rank)?, "m")?;
                     let size = max_abs(&m)?.max(f64::MIN_POSITIVE);
-                    assert!(max_abs(&(found.left(&eye(2, dim)?, None)? - &m)?)? < 1e-10 * size, "{dim} {rank}");
+                    assert!(
+                        max_abs(&(found.left(&eye(2, dim)?, None)? - &m)?)? < 1e-10 * size,
+                        "{dim} {rank}"
+                    );
                     assert!(max_abs(&found.rest)? < 1e-10 * size);
                 }
             }
@@ -350,13 +363,22 @@ mod tests {
                     let found = low_rank(&sketch_of(&m, rank)?.to_dtype(dtype)?, "m")?;
                     let eye = eye(2, dim)?.to_dtype(dtype)?;
                     let near = |found: &Tensor, expected: &Tensor| -> Result<bool> {
-                        Ok(max_abs(&(found.to_dtype(DType::F64)? - expected.to_dtype(DType::F64)?)?)? < tolerance)
+                        Ok(max_abs(&(found.to_dtype(DType::F64)? - expected.to_dtype(DType::F64)?)?)?
+                            < tolerance)
                     };
                     let dense = found.left(&eye, None)?;
                     assert!(near(&found.right(&eye, None)?, &dense)? && near(&dense.t()?, &dense)?);
                     // The trace is kept, and nothing is below the rest.
                     assert!(near(&diagonal(&dense)?.sum(1)?, &diagonal(&m)?.sum(1)?)?);
-                    assert!(found.values.broadcast_sub(&found.rest)?.min_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? >= 0.0);
+                    assert!(
+                        found
+                            .values
+                            .broadcast_sub(&found.rest)?
+                            .min_all()?
+                            .to_dtype(DType::F64)?
+                            .to_scalar::<f64>()?
+                            >= 0.0
+                    );
                     assert!(near(&found.squares()?, &dense.sqr()?.sum((1, 2))?)?);
                     assert_eq!(found.spectrum()?.dims(), &[2, rank + 1]);
                     let shift = Tensor::new(&[0.1, 0.3], &Device::Cpu)?.to_dtype(dtype)?;

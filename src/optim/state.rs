@@ -378,8 +378,7 @@ impl Wanted<'_> {
 
 /// A sum of outer products has no negative diagonal element.
 fn non_negative_diagonal(factor: &Tensor) -> bool {
-    let smallest = || -> Result<f64> {
-        diagonal_of(factor)?.flatten_all()?.min(0)?.to_dtype(DType::F64)?.to_scalar()
-    };
+    let smallest =
+        || -> Result<f64> { diagonal_of(factor)?.flatten_all()?.min(0)?.to_dtype(DType::F64)?.to_scalar() };
     smallest().is_ok_and(|smallest| smallest >= 0.0)
 }

@@ -182,7 +182,9 @@ impl<R: WakeRule> Natural<R> {
             workspace_bytes: of(&|side| WORKSPACE * side.elements(groups) * side.working(element)),
             factor_cost: match gradient_only {
                 true => of(&|side| matrix * side.rank.map_or(side.run, |rank| 4 * rank) / 2),
-                false => of(&|side| side.rank.map_or(side.elements(groups) / 2, |rank| 2 * groups * rank * side.dim)),
+                false => of(&|side| {
+                    side.rank.map_or(side.elements(groups) / 2, |rank| 2 * groups * rank * side.dim)
+                }),
             },
             inverse_cost: groups * of(&|side| side.decomposing(eigen)),
             step_cost: of(&|side| matrix * side.multiplying(eigen)),
@@ -239,7 +241,11 @@ impl fmt::Display for Summary {
                 (None, _) => format!("{dim}/{run}"),
             };
             let by = if b.gradient_only { "grad: " } else { "" };
-            let dims = format!("{by}{groups} x {} x {}", of(out, b.runs[0], b.ranks[0]), of(columns, b.runs[1], b.ranks[1]));
+            let dims = format!(
+                "{by}{groups} x {} x {}",
+                of(out, b.runs[0], b.ranks[0]),
+                of(columns, b.runs[1], b.ranks[1])
+            );
             writeln!(
                 f,
                 "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",

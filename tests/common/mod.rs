@@ -204,14 +204,65 @@ pub fn run_of(dim: usize, limit: FactorLimit) -> usize {
     match limit.beyond {
         _ if dim <= limit.rows => dim,
         Beyond::Diagonal => 1,
+        Beyond::LowRank { .. } => dim,
         Beyond::BlockDiagonal => (1..=dim).find(|run| run * dim.div_ceil(limit.rows) >= dim).unwrap(),
     }
 }
 
-/// `m` without what couples one run to another.
-pub fn in_runs(m: &Mat<f64>, limit: FactorLimit) -> Mat<f64> {
+/// The rank of a factor of `dim` rows under a limit, where that is low.
+pub fn rank_of(dim: usize, limit: FactorLimit) -> Option<usize> {
+    match limit.beyond {
+        Beyond::LowRank { rank } if dim > limit.rows && rank + 1 < dim => Some(rank),
+        _ => None,
+    }
+}
+
+/// What a factor `m` under a limit stands for: `m` without what couples one run to another, or of low rank.
+pub fn kept(m: &Mat<f64>, limit: FactorLimit) -> Mat<f64> {
+    if let Some(rank) = rank_of(m.nrows(), limit) {
+        return low_rank(m, rank);
+    }
     let run = run_of(m.nrows(), limit);
     Mat::from_fn(m.nrows(), m.ncols(), |i, j| if i / run == j / run { m[(i, j)] } else { 0.0 })
+}
+
+/// `Omega` `[dim, rank]`.
+pub fn omega(dim: usize, rank: usize) -> Mat<f64> {
+    let omega = kronwake::linalg::sketch::test_matrix(dim, rank, DType::F64, &Device::Cpu).unwrap();
+    matrix(&omega).transpose().to_owned()
+}
+
+/// Nystroem's approximation of `m` with [`omega`], and the trace that it leaves out as a multiple of the identity on what the leading
+/// eigenvectors leave: as many as make that multiple the smallest.
+pub fn low_rank(m: &Mat<f64>, rank: usize) -> Mat<f64> {
+    let dim = m.nrows();
+    let omega = omega(dim, rank);
+    let y = m * &omega;
+    let core = omega.transpose() * &y;
+    let eigen = core.self_adjoint_eigen(faer::Side::Lower).unwrap();
+    let (values, vectors) = (eigen.S().column_vector(), eigen.U());
+    let mut nystroem = Mat::zeros(dim, dim);
+    for k in (0..rank).filter(|&k| values[k] > 1e-12 * values[rank - 1]) {
+        let column = &y * vectors.subcols(k, 1);
+        nystroem += &column * column.transpose() * (1.0 / values[k]);
+    }
+    let eigen = nystroem.self_adjoint_eigen(faer::Side::Lower).unwrap();
+    let (values, vectors) = (eigen.S().column_vector(), eigen.U());
+    let trace = m.diagonal().column_vector().sum();
+    let mut best = (f64::INFINITY, Mat::zeros(dim, dim));
+    for count in 0..=rank {
+        let of = dim - count..dim;
+        let rest = (trace - of.clone().map(|k| values[k]).sum::<f64>()).max(0.0) / (dim - count) as f64;
+        if rest < best.0 {
+            let mut found = eye(dim) * rest;
+            for k in of {
+                let u = vectors.subcols(k, 1);
+                found += u * u.transpose() * (values[k] - rest);
+            }
+            best = (rest, found);
+        }
+    }
+    best.1
 }
 
 /// Group `group` of factors of `dim` rows in runs, `[groups n, r, r]`, as a dense matrix.

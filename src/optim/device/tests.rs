@@ -119,6 +119,12 @@ fn steps_as_the_general_path_does() -> Result<()> {
         (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
         p.factor_limit = runs(Beyond::BlockDiagonal);
     })?;
+    let low = runs(Beyond::LowRank { rank: 2 });
+    agree::<So>("so, low rank", |p| p.factor_limit = low)?;
+    agree::<So>("so, low rank, pi, rms clip", |p| {
+        (p.factor_limit, p.damping, p.rms_clip) = (low, Damping::Pi(0.01), Some(0.02))
+    })?;
+    agree::<Q>("q, low rank", |p| p.factor_limit = low)?;
     agree::<Q>("q", |_| ())?;
     agree::<Q>("q, exact", |p| {
         (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
@@ -132,6 +138,8 @@ fn steps_as_the_general_path_does() -> Result<()> {
 fn steps_with_two_rates_as_the_general_path_does() -> Result<()> {
     agree::<TwoRate>("kld-wrm", |_| ())?;
     agree::<TwoRate>("kld-wrm, diagonal", |p| p.factor_limit = FactorLimit::DIAGONAL)?;
+    let low = FactorLimit { rows: 4, beyond: Beyond::LowRank { rank: 2 } };
+    agree::<TwoRate>("kld-wrm, low rank", |p| p.factor_limit = low)?;
     agree::<TwoRate>("kld-wrm, quadratic", |p| {
         p.wake.model = Model::Quadratic(QSolve::Factor);
         (p.step_rule, p.lr, p.damping) = (StepRule::LearningRate, 0.1, Damping::Eigenvalue(0.01));
