@@ -88,6 +88,10 @@ fn report(name: &str, model: &Model) -> Result<()> {
         ("SO, no limit", limited(FactorLimit::NONE)?),
         ("SO, runs of 1024", limited(runs(1024))?),
         ("SO, runs of 256", limited(runs(256))?),
+        (
+            "SO, rank 128 beyond 256",
+            limited(FactorLimit { rows: 256, beyond: Beyond::LowRank { rank: 128 } })?,
+        ),
         ("SO, diagonal", limited(FactorLimit::DIAGONAL)?),
         (
             "SO, pi damping, Cholesky",

@@ -7,8 +7,9 @@ use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
 use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh, generalized_eigh_two};
 use crate::linalg::kron::inverse_spectrum;
+use crate::linalg::low_rank::{LowRank, low_rank_all};
 use crate::linalg::newton::{NewtonJob, newton_all};
-use crate::linalg::sketch::{LowRank, is_sketch, low_rank_all};
+use crate::linalg::sketch::is_sketch;
 use crate::ops::dense::{mix, product};
 use candle_core::{Result, Tensor, bail};
 

@@ -5,7 +5,8 @@
 //! rank `k` its sketch is kept, `[groups, k + 1, d]` (see [`crate::linalg::sketch`]), which is no square.
 
 use crate::linalg::kron;
-use crate::linalg::sketch::{diagonal_of, inverse_left, inverse_right, is_sketch, low_rank, sketch_into};
+use crate::linalg::low_rank::{inverse_left, inverse_right, low_rank};
+use crate::linalg::sketch::{diagonal_of, is_sketch, sketch_into};
 use crate::ops::dense::{mix, product};
 use crate::ops::factor::second_moment_into;
 use candle_core::{D, DType, Result, Tensor, bail};
@@ -20,15 +21,16 @@ pub enum Beyond {
     BlockDiagonal,
     /// Its diagonal.
     Diagonal,
-    /// The products with `rank` random vectors that never change, and the diagonal: what the factor does in about as many directions, and
-    /// in all others the mean of what is left, so that its trace is kept. See [`crate::linalg::sketch`].
+    /// Its products with `rank` random vectors that never change, and its diagonal: of these are made its leading eigenvectors, `rank` at
+    /// most, and one eigenvalue for all other directions, which keeps the trace. See [`crate::linalg::sketch`].
     ///
     /// Takes `(rank + 1) d` numbers, `2 rank d` multiplications for each row of a batch, `4 rank^2 d + 18 rank^3` for a decomposition and
-    /// `2 rank` for each element of a gradient. A rank of `d - 1` or more is the full factor. It is exact where the factor has no more than
-    /// `rank` eigenvalues other than 0, and good where the others are small: choose it well above the number of eigenvalues that exceed the
-    /// damping, 128 or 256. Works with every optimizer, damping and inverse, but neither with
-    /// [`Params::ekfac`](crate::optim::Params::ekfac) nor with [`QSolve::Exact`](crate::optim::QSolve). What takes factors undamped (Q, QE, `Carry::Literal`,
-    /// adaptive damping) decomposes them once more wherever it does so.
+    /// `2 rank` for each element of a gradient. Exact where no more than `rank` eigenvalues differ from 0, and close where the others are
+    /// small beside the damping: 64 to 256 are common choices. From a rank of `d - 1` on, the factor is full.
+    ///
+    /// Works with every optimizer, damping and inverse, but neither with [`Params::ekfac`](crate::optim::Params::ekfac) nor with
+    /// [`QSolve::Exact`](crate::optim::QSolve). Q, QE, [`Carry::Literal`](crate::optim::Carry), and adaptive or relative damping decompose
+    /// sketches once more wherever they take undamped factors: in each step, but for the dampings.
     LowRank {
         /// Random vectors, 1 or more.
         rank: usize,

@@ -11,6 +11,7 @@ pub(crate) mod device;
 pub mod eigh;
 mod host;
 pub mod kron;
+pub(crate) mod low_rank;
 pub mod newton;
 mod newton_run;
 pub mod sketch;

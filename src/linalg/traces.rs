@@ -1,7 +1,8 @@
 //! `tr F` and `tr F^2` of a Fisher matrix in Kronecker blocks.
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::sketch::{diagonal_of, is_sketch, low_rank};
+use super::low_rank::low_rank;
+use super::sketch::{diagonal_of, is_sketch};
 use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 
 /// `(tr F^2, tr F)` of the matrix with the blocks `A (x) G` and their groups, factors `[groups, d, d]` of f32 or f64, or each group's in
