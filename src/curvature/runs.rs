@@ -164,7 +164,8 @@ impl Runs {
         self.dims(groups).iter().product()
     }
 
-    /// `last + weight sum_n sum_t x x^T` within each run, or its sketch; `x` is `[n, t, features of all groups]`, followed by a 1 with `append_one`.
+    /// `last + weight sum_n sum_t x x^T` within each run, or its sketch; `x` is `[n, t, features of all groups]`, followed by a 1 with
+    /// `append_one`.
     pub fn moment(
         &self,
         last: Option<&Tensor>,

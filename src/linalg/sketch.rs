@@ -9,13 +9,14 @@
 //! `tr F - sum lambda`, which is spread evenly over all other directions:
 //!
 //! ```text
-//! F ~ U diag(lambda) U^T + tau (I - U U^T),   tau = (tr F - sum lambda) / (d - k)
+//! F ~ U diag(lambda) U^T + tau (I - U U^T),   tau = (tr F - sum lambda) / (d - r),   r the columns of U
 //! ```
 //!
 //! It has the trace of `F`, and any function of it costs products with `U` alone. Eigenvalues below `tau` are badly known (a sketch sees
-//! the last ones too small) and count among the rest: of the ranks up to `k`, the one with the smallest `tau` is taken.
+//! the last ones too small) and count among the rest: of the leading `r <= k`, as many are taken as make `tau` the smallest, and none is
+//! below it then.
 //!
-//! Sources: Halko, Martinsson & Tropp 2011, sections 5.5 and 8; Tropp, Yurtsever, Udell & Cevher 2017, section 2 (a pseudo-inverse of `B`
+//! Sources: Halko, Martinsson & Tropp 2011, algorithm 5.5; Tropp, Yurtsever, Udell & Cevher 2017, algorithm 3 (a pseudo-inverse of `B`
 //! stands for their shift, since eigenvectors of `B` are at hand on any device); for K-FAC, Puiu 2022, "Randomized K-FACs".
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
@@ -43,7 +44,7 @@ pub fn test_matrix(dim: usize, rank: usize, dtype: DType, device: &Device) -> Re
     Tensor::from_vec(elements, (rank, dim), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)
 }
 
-/// Whether a tensor of three dimensions is a sketch and not a square matrix: `[groups, k + 1, d]` with `k + 1 < d`.
+/// Whether a tensor of three dimensions is a sketch, or made of one, and not a square matrix: `[groups, k + 1, d]` with `k + 1 < d`.
 pub(crate) fn is_sketch(m: &Tensor) -> bool {
     matches!(m.dims(), &[_, rows, columns] if rows < columns)
 }
