@@ -165,11 +165,15 @@ struct Run {
 
 impl Run {
     fn new(non_finite: NonFinite) -> Result<Self> {
+        Self::limited(non_finite, FactorLimit::default())
+    }
+
+    fn limited(non_finite: NonFinite, factor_limit: FactorLimit) -> Result<Self> {
         let (tape, vars) = (Tape::new(), VarMap::new());
         let forward = Box::new(model(&tape, &vars, DType::F64)?);
         let named = named(&vars, DType::F64)?;
         let every = Every { factors: 4, inverses: 4 };
-        let params = Params { every, non_finite, ..Params::on(&tape) };
+        let params = Params { every, non_finite, factor_limit, ..Params::on(&tape) };
         Ok(Self { vars: named, optimizer: Natural::from_varmap(&vars, params)?, forward })
     }
 
@@ -259,8 +263,14 @@ fn tempfile() -> Result<std::path::PathBuf> {
 
 #[test]
 fn replayed_steps_are_the_steps() -> Result<()> {
+    let low = FactorLimit { rows: 4, beyond: Beyond::LowRank { rank: 2 } };
+    [FactorLimit::default(), low].into_iter().try_for_each(check_replay)
+}
+
+fn check_replay(limit: FactorLimit) -> Result<()> {
     emulate(|| -> Result<()> {
-        let (mut run, mut plain) = (Run::new(NonFinite::Error)?, Run::new(NonFinite::Error)?);
+        let new = || Run::limited(NonFinite::Error, limit);
+        let (mut run, mut plain) = (new()?, new()?);
         let x = crate::ops::testing::random(90, &[6, 5])?;
         let labels = Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?;
         let mut replay = Replay::new();
