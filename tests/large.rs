@@ -166,7 +166,7 @@ fn check_bytes<R: WakeRule>(what: &str, wake: R, change: impl Fn(Params<R>) -> P
             };
             let what = format!("{what}, {dtype:?}, block {}", block.name);
             assert_eq!(block.factor_bytes, slot(&["factor_a", "factor_g"]), "{what}");
-            let inverse = ["inv_a", "inv_g", "basis_a", "basis_g", "scale"];
+            let inverse = ["inv_a", "inv_g", "basis_a", "basis_g", "scale", "root_a", "root_g"];
             assert_eq!(block.inverse_bytes, slot(&inverse), "{what}");
             let other = ["moments", "carry", "mean", "model_a", "model_g", "step", "velocity"];
             // A mean that is the carry is saved twice.
@@ -196,7 +196,7 @@ fn bytes_are_those_of_the_tensors() -> Result<()> {
         for inverse in [Inverse::Cholesky, Inverse::Newton] {
             check_bytes("so, pi", So::default(), |p| Params { factor_limit, damping: pi, inverse, ..p })?;
         }
-        let q = Q { solve: if low { QSolve::Factor } else { QSolve::Exact }, ..Q::default() };
+        let q = Q { solve: QSolve::Exact, ..Q::default() };
         check_bytes("q", q, |p| Params { factor_limit, damping: pi, ..p })?;
         check_bytes("kld-wrm", TwoRate::default(), |p| Params { factor_limit, ..p })?;
         check_bytes("literal", TwoRate::default(), |p| Params { factor_limit, carry: Carry::Literal, ..p })?;

@@ -170,6 +170,11 @@ fn bit_for_bit() -> Result<()> {
             |p| Params { factor_limit, damping: pi, inverse: Inverse::Newton, carry: Carry::Literal, ..p };
         check("kld-wrm, low rank", dtype, plain, TwoRate::default(), literal)?;
         check("q, low rank", dtype, plain, q(QSolve::Factor), |p| Params { factor_limit, ..p })?;
+        for rank in [1, 2] {
+            let factor_limit = FactorLimit { rows: 3, beyond: Beyond::LowRank { rank } };
+            let exact = |p| Params { factor_limit, damping: pi, ..p };
+            check("q, low rank, exact", dtype, plain, q(QSolve::Exact), exact)?;
+        }
     }
     check("so, groups", DType::BF16, plain, So::default(), |p| Params {
         groups: groups(),

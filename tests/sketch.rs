@@ -7,8 +7,8 @@ use common::*;
 use kronwake::curvature::{Adaptive, Beyond, Damping, DampingKind, FactorLimit, Inverse, Relative, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Bias, Carry, Every, Group, Groups, KFac, KFacRule, Natural, Optimizer, Params, ParamsKFac, ParamsQKldWrm,
-    Q, QKldWrm, QSolve, Qe, Rule, So, TwoRate, WakeRule,
+    Bias, Carry, Every, Group, Groups, KFac, KFacRule, Natural, Optimizer, Params, ParamsKFac, Q, QSolve, Qe,
+    Rule, So, TwoRate, WakeRule,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -104,6 +104,9 @@ fn factors_of_as_low_a_rank_are_exact() -> Result<()> {
     }
     let groups = Groups(vec![Group { rule: Some(Rule::GradientFactors), ..Group::named("fc.weight") }]);
     check("k-fac, gradient-only", KFacRule, |p| Params { groups: groups.clone(), ..p })?;
+    let exact = Q { solve: QSolve::Exact, ..Q::default() };
+    check("q, exact", exact.clone(), |p| Params { damping: pi, ..p })?;
+    check("q, exact, split", exact, |p| Params { damping: pi, bias: Bias::Split, ..p })?;
     let quadratic = TwoRate { model_decay: 0.7, ..TwoRate::q(0.3, QSolve::Factor) };
     check("kld-wrm, quadratic", quadratic, |p| p)
 }
@@ -216,16 +219,5 @@ fn refusals() -> Result<()> {
         }),
         &["factor limit: expected a rank of at least one, got 0"],
     );
-    let net = Net::of(DType::F64, 1, wide)?;
-    let pi = |solve| ParamsQKldWrm {
-        factor_limit: LOW,
-        damping: Damping::Pi(0.1),
-        wake: Q { solve, ..Q::default() },
-        ..ParamsQKldWrm::on(&net.tape)
-    };
-    let parts = &["q-kld-wrm: QSolve::Exact needs", "weight has factors of low rank"];
-    assert_says(QKldWrm::from_varmap(&net.varmap, pi(QSolve::Exact)), parts);
-    let mut built = QKldWrm::from_varmap(&net.varmap, pi(QSolve::Factor))?;
-    assert_says(built.set_params(pi(QSolve::Exact)), parts);
     Ok(())
 }

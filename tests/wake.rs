@@ -319,9 +319,7 @@ fn documented_recursion() -> Result<()> {
                 check_recursion(So { wake_decay }, eigenvalue, every, how)?;
                 check_recursion(So { wake_decay }, pi, every, how)?;
                 check_recursion(Q { wake_decay, solve: QSolve::Factor }, eigenvalue, every, how)?;
-                if !matches!(limit.beyond, Beyond::LowRank { .. }) {
-                    check_recursion(Q { wake_decay, solve: QSolve::Exact }, pi, every, how)?;
-                }
+                check_recursion(Q { wake_decay, solve: QSolve::Exact }, pi, every, how)?;
             }
         }
     }

@@ -1,11 +1,13 @@
 //! Damped inverses of Kronecker products, in the form in which they multiply a gradient.
 
 use super::damping::DampingKind;
-use super::runs::{Damped, curved, cut, fitted, is_diagonal, pi_damped, rotated, sandwich};
+use super::runs::{
+    Damped, curved, cut, fitted, from_left, from_right, is_diagonal, pi_damped, rotated, sandwich,
+};
 use super::split::scaled;
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
-use crate::linalg::eigh::{Eigh, eigh_all, generalized_eigh, generalized_eigh_two};
+use crate::linalg::eigh::{Eigh, eigh_all};
 use crate::linalg::kron::inverse_spectrum;
 use crate::linalg::low_rank::{LowRank, low_rank_all};
 use crate::linalg::newton::{NewtonJob, newton_all};
@@ -34,8 +36,9 @@ pub(crate) enum Preconditioner {
     /// diagonal. The scale has the rows and columns that fill up runs, too.
     Basis { basis_a: Tensor, basis_g: Tensor, scale: Tensor },
     /// The same where one of the factors or both are of low rank: its eigenvectors are `[groups, k, d]`, a vector a row, and the scale has a
-    /// last row or column for all directions that they leave.
-    Split { basis_a: Tensor, basis_g: Tensor, scale: Tensor },
+    /// last row or column for all directions that they leave. Before and after that, the exact solve of the quadratic wake multiplies with a
+    /// root of such a factor's inverse.
+    Split { basis_a: Tensor, basis_g: Tensor, scale: Tensor, root_a: Option<Tensor>, root_g: Option<Tensor> },
 }
 
 impl Preconditioner {
@@ -47,7 +50,13 @@ impl Preconditioner {
                 let inside = Self::inside(basis_a, basis_g, scale, gradient)?;
                 Self::outside(basis_a, basis_g, &(inside * scale)?, gradient)
             }
-            Self::Split { basis_a, basis_g, scale } => scaled(basis_g, gradient, basis_a, scale),
+            Self::Split { basis_a, basis_g, scale, root_a, root_g } => {
+                let rooted = |x: &Tensor| -> Result<Tensor> {
+                    let x = root_g.as_ref().map_or(Ok(x.clone()), |root| from_left(root, x))?;
+                    root_a.as_ref().map_or(Ok(x.clone()), |root| from_right(&x, root))
+                };
+                rooted(&scaled(basis_g, &rooted(gradient)?, basis_a, scale)?)
+            }
         }
     }
 
@@ -70,9 +79,13 @@ impl Preconditioner {
             Self::Basis { basis_a, basis_g, scale } => {
                 Self::Basis { basis_a: change(basis_a)?, basis_g: change(basis_g)?, scale: change(scale)? }
             }
-            Self::Split { basis_a, basis_g, scale } => {
-                Self::Split { basis_a: change(basis_a)?, basis_g: change(basis_g)?, scale: change(scale)? }
-            }
+            Self::Split { basis_a, basis_g, scale, root_a, root_g } => Self::Split {
+                basis_a: change(basis_a)?,
+                basis_g: change(basis_g)?,
+                scale: change(scale)?,
+                root_a: root_a.as_ref().map(&mut change).transpose()?,
+                root_g: root_g.as_ref().map(&mut change).transpose()?,
+            },
         })
     }
 
@@ -80,8 +93,16 @@ impl Preconditioner {
     pub fn parts(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
             Self::Factors { inv_a, inv_g } => vec![("inv_a", inv_a), ("inv_g", inv_g)],
-            Self::Basis { basis_a, basis_g, scale } | Self::Split { basis_a, basis_g, scale } => {
+            Self::Basis { basis_a, basis_g, scale } => {
                 vec![("basis_a", basis_a), ("basis_g", basis_g), ("scale", scale)]
+            }
+            Self::Split { basis_a, basis_g, scale, root_a, root_g } => {
+                let roots = [("root_a", root_a), ("root_g", root_g)];
+                let roots = roots.into_iter().filter_map(|(name, root)| Some((name, root.as_ref()?)));
+                [("basis_a", basis_a), ("basis_g", basis_g), ("scale", scale)]
+                    .into_iter()
+                    .chain(roots)
+                    .collect()
             }
         }
     }
@@ -178,7 +199,7 @@ fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
             let ((da, basis_a), (dg, basis_g)) = (found_a?, found_g?);
             let scale = inverse_spectrum((&da, &dg), floor, 1.0, damping)?;
             return Ok(match is_sketch(&a.m) || is_sketch(&g.m) {
-                true => Preconditioner::Split { basis_a, basis_g, scale },
+                true => Preconditioner::Split { basis_a, basis_g, scale, root_a: None, root_g: None },
                 false => Preconditioner::Basis { basis_a, basis_g, scale },
             });
         }
@@ -204,7 +225,7 @@ fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
 }
 
 /// The eigenvalues of all runs of a group, one behind the other.
-fn joined(values: &Tensor, [groups, ..]: [usize; 3]) -> Result<Tensor> {
+pub(super) fn joined(values: &Tensor, [groups, ..]: [usize; 3]) -> Result<Tensor> {
     values.reshape((groups, ()))
 }
 
@@ -229,40 +250,6 @@ pub(crate) fn damped_product(
 /// `(A (x) G) x` for `x` of shape `[groups, out, in]`: what the factors stand for, without damping.
 pub(crate) fn factor_product(a: &Tensor, g: &Tensor, x: &Tensor, name: &str) -> Result<Tensor> {
     curved(&Damped::plain(g), x, &Damped::plain(a), name)
-}
-
-/// `(A_bar (x) G_bar + lr A (x) G)^-1` with pi-damped averages: the exact solve of the quadratic wake. Two generalized
-/// eigenproblems make both terms diagonal at once.
-pub(crate) fn sum_inverse(
-    bar: (&Tensor, &Tensor),
-    current: (&Tensor, &Tensor),
-    shape: [usize; 3],
-    lr: f64,
-    damping: f64,
-    name: &str,
-) -> Result<Preconditioner> {
-    let (Damped { m: bar_a, .. }, Damped { m: bar_g, .. }) = pi_damped(bar.0, bar.1, shape, damping, name)?;
-    let groups = shape[0];
-    let diagonal = [is_diagonal(&bar_a, groups), is_diagonal(&bar_g, groups)];
-    let one = |bar: &Tensor, current: &Tensor, diagonal: bool| match diagonal {
-        // The eigenvectors are numbers, which enter the scale below.
-        true => Ok(Eigh { values: (current / bar)?, vectors: bar.ones_like()? }),
-        false => generalized_eigh(bar, current, name),
-    };
-    let [a, g] = match diagonal {
-        [false, false] => generalized_eigh_two([(&bar_a, current.0), (&bar_g, current.1)], name),
-        [a, g] => [one(&bar_a, current.0, a), one(&bar_g, current.1, g)],
-    };
-    let Eigh { values: da, vectors: basis_a } = a?;
-    let Eigh { values: dg, vectors: basis_g } = g?;
-    let mut scale = inverse_spectrum((&joined(&da, shape)?, &joined(&dg, shape)?), 0.0, lr, 1.0)?;
-    if diagonal[0] {
-        scale = scale.broadcast_div(&bar_a.reshape((groups, 1, ()))?)?;
-    }
-    if diagonal[1] {
-        scale = scale.broadcast_div(&bar_g.reshape((groups, (), 1))?)?;
-    }
-    Ok(Preconditioner::Basis { basis_a, basis_g, scale })
 }
 
 #[cfg(test)]

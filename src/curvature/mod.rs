@@ -3,6 +3,7 @@
 mod collect;
 mod damping;
 mod ekfac;
+mod exact;
 mod gradient;
 mod inverse;
 mod runs;
@@ -16,9 +17,8 @@ pub use runs::{Beyond, FactorLimit};
 pub use sums::Sharing;
 
 pub(crate) use ekfac::{moments, turned as turned_moments};
+pub(crate) use exact::sum_inverse;
 pub(crate) use gradient::{average_product, gradient_factors};
-pub(crate) use inverse::{
-    Preconditioner, Recipe, Task, damped_inverses, damped_product, factor_product, sum_inverse,
-};
+pub(crate) use inverse::{Preconditioner, Recipe, Task, damped_inverses, damped_product, factor_product};
 pub(crate) use runs::Runs;
 pub(crate) use sums::{FactorSums, LayerFactors, Want, WantWeight, wide, wide_dtype};

@@ -11,6 +11,7 @@ use crate::ops::dense::{mix, product};
 use crate::ops::factor::second_moment_into;
 use candle_core::{D, DType, Result, Tensor, bail};
 
+use super::exact::joint_vectors;
 use super::wide;
 
 /// What is kept of a factor that is larger than its limit.
@@ -28,9 +29,13 @@ pub enum Beyond {
     /// `2 rank` for each element of a gradient. Exact where no more than `rank` eigenvalues differ from 0, and close where the others are
     /// small beside the damping: 64 to 256 are common choices. From a rank of `d - 1` on, the factor is full.
     ///
-    /// Works with every optimizer, damping and inverse, but neither with [`Params::ekfac`](crate::optim::Params::ekfac) nor with
-    /// [`QSolve::Exact`](crate::optim::QSolve). Q, QE, [`Carry::Literal`](crate::optim::Carry), and adaptive or relative damping decompose
-    /// sketches once more wherever they take undamped factors: in each step, but for the dampings.
+    /// Nearest to full factors of all that is smaller. An MLP 784-4096-10 on MNIST (K-FAC, pi damping, 60 steps of 512 images) comes to a loss
+    /// of 0.145 with full factors and inverses of 261 MiB, 0.147 with a rank of 128 and 9 MiB, 0.173 with blocks of 512 rows and 33 MiB, and
+    /// 0.352 with diagonals.
+    ///
+    /// Works with every optimizer, damping and inverse, but not with [`Params::ekfac`](crate::optim::Params::ekfac). Q, QE,
+    /// [`Carry::Literal`](crate::optim::Carry), and adaptive or relative damping decompose sketches once more wherever they take undamped
+    /// factors: in each step, but for the dampings. [`QSolve::Exact`](crate::optim::QSolve) takes the eigenvectors of two factors at once.
     LowRank {
         /// Random vectors, 1 or more.
         rank: usize,
@@ -127,12 +132,18 @@ impl Runs {
         }
     }
 
-    /// The shape of its eigenvectors.
-    pub fn basis(&self, groups: usize) -> [usize; 3] {
+    /// The shape of its eigenvectors; of those of two such factors where the solve is exact.
+    pub fn basis(&self, groups: usize, exact: bool) -> [usize; 3] {
         match self.rank {
+            Some(rank) if exact => [groups, joint_vectors(rank, self.dim), self.dim],
             Some(rank) => [groups, rank, self.dim],
             None => self.dims(groups),
         }
+    }
+
+    /// Whether an exact solve has a root of it.
+    pub fn has_root(&self) -> bool {
+        self.rank.is_some_and(|rank| joint_vectors(rank, self.dim) < self.dim)
     }
 
     /// Multiplications of a decomposition, to leading order: a symmetric one into eigenvectors takes about `9 d^3`, a Cholesky inverse
@@ -154,9 +165,13 @@ impl Runs {
         if self.rank.is_some() { DType::F64.size_in_bytes() } else { element }
     }
 
-    /// Its eigenvalues, those that fill up the last run included; of low rank, with the one of all directions that are left.
-    pub fn values(&self) -> usize {
-        self.rank.map_or(self.padded(), |rank| rank + 1)
+    /// The eigenvalues of [`Runs::basis`], those that fill up the last run included; of low rank, with the one of all directions that are
+    /// left.
+    pub fn values(&self, exact: bool) -> usize {
+        match (self.rank, self.basis(1, exact)) {
+            (None, _) => self.padded(),
+            (_, [_, vectors, dim]) => vectors + usize::from(vectors < dim),
+        }
     }
 
     /// The factor's numbers.

@@ -1,7 +1,7 @@
 //! What a sketch stands for, in eigenvectors: see [`super::sketch`].
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
-use super::eigh::{Eigh, eigh_all};
+use super::eigh::{Eigh, eigh, eigh_all};
 use super::sketch::{diagonal_of, each, test_matrix};
 use crate::gpu::Gpu;
 use crate::ops::dense::product;
@@ -41,6 +41,12 @@ fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
     results.next().unwrap_or_else(|| bail!("sketch: a decomposition is missing"))
 }
 
+/// A tensor in f64, and on the host, unless its device has that.
+fn working(t: &Tensor) -> Result<Tensor> {
+    let near = if Gpu::of(t.device()).is_some() { t.detach() } else { t.detach().to_device(&Device::Cpu)? };
+    near.to_dtype(DType::F64)
+}
+
 /// `Y^T` and `B` of a sketch, in f64.
 struct Range {
     y: Tensor,
@@ -52,13 +58,7 @@ struct Range {
 impl Range {
     fn new(sketch: &Tensor) -> Result<Self> {
         let (groups, rows, dim) = sketch.dims3()?;
-        // On the host, unless the device has f64.
-        let near = if Gpu::of(sketch.device()).is_some() {
-            sketch.detach()
-        } else {
-            sketch.to_device(&Device::Cpu)?
-        };
-        let (rank, wide) = (rows - 1, near.to_dtype(DType::F64)?);
+        let (rank, wide) = (rows - 1, working(sketch)?);
         let y = wide.narrow(1, 0, rank)?.contiguous()?;
         let trace = diagonal_of(&wide)?.sum_keepdim(1)?;
         let omega = each(&test_matrix(dim, rank, DType::F64, y.device())?, groups)?;
@@ -157,10 +157,45 @@ impl LowRank {
     /// `(M + shift)^-1`, as `c I - W W^T`: the tensor `[groups, k + 1, d]` of the rows of `W^T` and one that is `c` throughout. `shift` is
     /// `[groups]`.
     pub fn inverse(&self, shift: &Tensor) -> Result<Tensor> {
+        self.falling(shift, Tensor::recip)
+    }
+
+    /// `R = (M + shift)^(-1/2)`, in the form of [`LowRank::inverse`], and `R N R` for another such matrix `N`. With the eigenvectors of both
+    /// it has `2 k` of its own.
+    pub fn whitened(&self, shift: &Tensor, other: &LowRank, name: &str) -> Result<(Tensor, LowRank)> {
+        let root = self.falling(shift, |values| values.sqrt()?.recip())?;
         let shift = shift.unsqueeze(1)?;
-        let (groups, _, dim) = self.vectors.dims3()?;
         let outside = (&self.rest + &shift)?.recip()?;
         let inside = self.values.broadcast_add(&shift)?.recip()?;
+        // R N R = rest + Z^T diag(weights) Z, with the eigenvectors of M and R times those of N, of about unit length, in the rows of Z.
+        let rest = (&outside * &other.rest)?;
+        let own = inside.broadcast_sub(&outside)?.broadcast_mul(&other.rest)?;
+        let theirs = other.values.broadcast_sub(&other.rest)?.broadcast_mul(&outside)?;
+        let weights = Tensor::cat(&[&own, &theirs], 1)?;
+        let turned = inverse_right(&other.vectors, &root)?;
+        let turned = turned.broadcast_mul(&outside.sqrt()?.recip()?.unsqueeze(2)?)?;
+        let rows = Tensor::cat(&[&self.vectors, &turned], 1)?;
+        let alike = |t: Tensor| t.to_dtype(root.dtype())?.to_device(root.device());
+        let (rows, weights) = (working(&rows)?, working(&weights)?);
+        let gram = product(&rows, &rows.t()?)?;
+        let Eigh { values, vectors } = eigh(&((&gram + gram.t()?)? * 0.5)?, name)?;
+        let roots = inverse_roots(&values, 10.0 * f64::EPSILON * values.dim(1)? as f64)?;
+        // Z = turn^T basis with an orthonormal basis.
+        let basis = product(&vectors.t()?, &rows)?.broadcast_mul(&roots.unsqueeze(2)?)?;
+        let turn = vectors.t()?.broadcast_mul(&(&values * &roots)?.unsqueeze(2)?)?;
+        let small = product(&turn.broadcast_mul(&weights.unsqueeze(1)?)?, &turn.t()?)?;
+        let Eigh { values, vectors } = eigh(&((&small + small.t()?)? * 0.5)?, name)?;
+        let vectors = alike(product(&vectors.t()?, &basis)?)?;
+        let values = alike(values)?.broadcast_add(&rest)?.relu()?;
+        Ok((root, LowRank { vectors, values, rest }))
+    }
+
+    /// A falling function of `M + shift`.
+    fn falling(&self, shift: &Tensor, function: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+        let shift = shift.unsqueeze(1)?;
+        let (groups, _, dim) = self.vectors.dims3()?;
+        let outside = function(&(&self.rest + &shift)?)?;
+        let inside = function(&self.values.broadcast_add(&shift)?)?;
         let lengths = outside.broadcast_sub(&inside)?.relu()?.sqrt()?;
         let rows = self.vectors.broadcast_mul(&lengths.unsqueeze(2)?)?;
         Tensor::cat(&[&rows, &outside.unsqueeze(2)?.broadcast_as((groups, 1, dim))?.contiguous()?], 1)
@@ -253,6 +288,32 @@ mod tests {
                     if condition == 1.0 {
                         assert!(near(&dense, &eye)?, "of the identity, the rest is 1");
                     }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Two matrices of their own, twice the same, and one of few eigenvalues: some directions are in both.
+    #[test]
+    fn whitened_matrices() -> Result<()> {
+        here_and_on_a_device(|| {
+            let (dim, rank) = (40, 7);
+            let shift = Tensor::new(&[1e-4, 0.3], &Device::Cpu)?;
+            let few = random(1, &[2, 3, dim])?;
+            let all = [spd(2, dim, 1e4, 3)?, spd(2, dim, 10.0, 4)?, few.t()?.contiguous()?.matmul(&few)?];
+            for (m, other) in [(0, 1), (1, 0), (0, 0), (0, 2), (2, 0), (2, 2)] {
+                for (dtype, tolerance) in [(DType::F64, 1e-9), (DType::F32, 1e-3)] {
+                    let of = |m: &Tensor| low_rank(&sketch_of(m, rank)?.to_dtype(dtype)?, "m");
+                    let (m, other) = (of(&all[m])?, of(&all[other])?);
+                    let (shift, eye) = (shift.to_dtype(dtype)?, eye(2, dim)?.to_dtype(dtype)?);
+                    let (root, found) = m.whitened(&shift, &other, "m")?;
+                    let dense = inverse_left(&root, &eye)?;
+                    let one = dense.matmul(&m.left(&dense, Some(&shift))?)?;
+                    let expected = dense.matmul(&other.left(&dense, None)?)?;
+                    let off = max_abs(&(found.left(&eye, None)? - &expected)?)? / max_abs(&expected)?;
+                    assert!(off < tolerance && max_abs(&(one - &eye)?)? < tolerance, "{dtype:?} {off}");
+                    assert_eq!(found.vectors.dims(), &[2, 2 * rank, dim]);
                 }
             }
             Ok(())

@@ -106,10 +106,14 @@ impl Block {
         [self.groups, self.rows.dim, self.columns.dim]
     }
 
-    /// The shape of its matrix in the coordinates of its eigenvectors, of which there are some more where runs are filled up, and few where
-    /// a factor is of low rank.
+    /// The shape of its matrix in the coordinates of its eigenvectors, of which there are some more where runs are filled up.
     pub fn inside(&self) -> [usize; 3] {
-        [self.groups, self.rows.values(), self.columns.values()]
+        [self.groups, self.rows.padded(), self.columns.padded()]
+    }
+
+    /// The shape of the scaling of its eigenvectors; of those of two factors where the solve is exact.
+    pub fn scale(&self, exact: bool) -> [usize; 3] {
+        [self.groups, self.rows.values(exact), self.columns.values(exact)]
     }
 
     /// Whether a factor of it is of low rank.

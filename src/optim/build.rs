@@ -6,7 +6,7 @@ use super::length::Slopes;
 use super::natural::Natural;
 use super::params::Params;
 use super::rest::Adam;
-use super::rule::{Model, QSolve, WakeRule};
+use super::rule::WakeRule;
 use crate::curvature::{Beyond, FactorLimit, Runs, Want, WantWeight};
 use crate::tape::{Kind, Layer};
 use candle_core::{Result, Tensor, Var, bail};
@@ -154,25 +154,21 @@ impl<R: WakeRule> Natural<R> {
             moves: 0,
             closure_checked: false,
         };
-        built.check_low_rank(&built.params)?;
+        built.check_low_rank()?;
         built.check_memory()?;
         Ok(built)
     }
 }
 
 impl<R: WakeRule> Natural<R> {
-    /// Refuses options that need eigenvectors which a factor of low rank does not have.
-    pub(super) fn check_low_rank(&self, params: &Params<R>) -> Result<()> {
-        let exact = params.wake.model() == Model::Quadratic(QSolve::Exact);
-        for block in self.blocks.iter().filter(|block| block.is_low_rank()) {
-            let needs = match (exact, params.ekfac && block.part != Part::Table) {
-                (true, _) => "QSolve::Exact needs the eigenvectors of two factors at once",
-                (_, true) => "ekfac needs all eigenvectors",
-                _ => continue,
-            };
+    /// Refuses an EKFAC correction of eigenvectors that a factor of low rank does not have.
+    fn check_low_rank(&self) -> Result<()> {
+        let corrected = |block: &&Block| self.params.ekfac && block.part != Part::Table;
+        if let Some(block) = self.blocks.iter().filter(corrected).find(|block| block.is_low_rank()) {
             let name = block.params.first().map_or(&block.name, |&index| &self.vars[index].name);
             bail!(
-                "{}: {needs}, and {name} has factors of low rank; Beyond::BlockDiagonal and Beyond::Diagonal have them",
+                "{}: ekfac needs all eigenvectors, and {name} has factors of low rank; Beyond::BlockDiagonal and \
+                 Beyond::Diagonal have them",
                 R::NAME
             )
         }

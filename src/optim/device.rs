@@ -5,7 +5,7 @@
 //! nothing: its kernels that write see that it is not to be taken. Where that is an error, the steps after it are not taken either,
 //! until the host asks (`settle`), which it does by itself whenever curvature is renewed.
 
-use super::block::{Block, BlockState, Param};
+use super::block::{BlockState, Param};
 use super::length::{Slopes, StepRule};
 use super::natural::Natural;
 use super::params::NonFinite;
@@ -340,8 +340,7 @@ impl<R: WakeRule> Natural<R> {
         let all = chunks_of(&mut self.vars.iter().map(param_len));
         let tapped = self.blocks.iter().flat_map(|b| &b.params).map(|&i| self.vars[i].var.elem_count());
         let tapped = chunks_of(&mut tapped.collect::<Vec<_>>().into_iter());
-        let size = |b: &Block| b.shape().iter().product::<usize>().max(b.inside().iter().product());
-        let matrices = chunks_of(&mut self.blocks.iter().map(size));
+        let matrices = chunks_of(&mut self.blocks.iter().map(|b| b.inside().iter().product()));
         let zeros = |len: usize| Tensor::zeros(len, DType::F64, &device);
         let mut numbers = [0.0; update::NUMBERS];
         numbers[update::PREVIOUS] = self.previous_rate.unwrap_or(-1.0);

@@ -101,7 +101,6 @@ impl<R: WakeRule> Natural<R> {
         {
             bail!("{}: tape, groups, bias, limits, sharing and ekfac are fixed at construction", R::NAME)
         }
-        self.check_low_rank(&params)?;
         if !matches!((params.damping, old.damping), (Damping::Adaptive(_), Damping::Adaptive(_))) {
             self.damping = params.damping.initial();
         }

@@ -12,7 +12,7 @@ use super::natural::{Natural, Predicted};
 use super::rule::WakeRule;
 use super::step::sum;
 use crate::checkpoint::Checkpoint;
-use crate::curvature::{Preconditioner, wide_dtype};
+use crate::curvature::{Preconditioner, Runs, wide_dtype};
 use crate::linalg::sketch::diagonal_of;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::collections::{BTreeMap, BTreeSet};
@@ -327,18 +327,26 @@ impl Wanted<'_> {
     fn block(&mut self, block: &Block, dtype: DType, started: bool, needs: Needs) -> BlockState {
         let name = |part: &str| slot(&block.name, part);
         let (square_a, square_g) = (block.columns.dims(block.groups), block.rows.dims(block.groups));
-        let (basis_a, basis_g) = (block.columns.basis(block.groups), block.rows.basis(block.groups));
         let (matrix, inside) = (block.shape(), block.inside());
+        // Of low rank, an exact solve has other vectors, and its next inverse may be of another kind.
+        let scale = self.file.tensors.get(&name("scale")).map(Tensor::dims);
+        let exact = block.is_low_rank() && scale == Some(&block.scale(true));
+        let bases = [block.columns, block.rows].map(|side| side.basis(block.groups, exact));
         let mut get = |part: &str, dims: &[usize], needed| self.tensor(&name(part), dims, dtype, needed);
         let factor_a = get("factor_a", &square_a, started);
         let factor_g = get("factor_g", &square_g, started);
         let inverse = get("inv_a", &square_a, false).zip(get("inv_g", &square_g, false));
-        let basis = get("basis_a", &basis_a, false).zip(get("basis_g", &basis_g, false));
-        let scale = get("scale", &inside, false);
+        let basis = get("basis_a", &bases[0], false).zip(get("basis_g", &bases[1], false));
+        let scale = get("scale", &block.scale(exact), false);
+        let mut root = |part, side: Runs| match exact && side.has_root() {
+            true => get(part, &side.dims(block.groups), true),
+            false => None,
+        };
+        let (root_a, root_g) = (root("root_a", block.columns), root("root_g", block.rows));
         let preconditioner = match (inverse, basis.zip(scale)) {
             (Some((inv_a, inv_g)), None) => Some(Preconditioner::Factors { inv_a, inv_g }),
             (None, Some(((basis_a, basis_g), scale))) => Some(match block.is_low_rank() {
-                true => Preconditioner::Split { basis_a, basis_g, scale },
+                true => Preconditioner::Split { basis_a, basis_g, scale, root_a, root_g },
                 false => Preconditioner::Basis { basis_a, basis_g, scale },
             }),
             _ => None,

@@ -152,13 +152,18 @@ impl<R: WakeRule> Natural<R> {
     fn summary_block(&self, block: &Block) -> SummaryBlock {
         let [groups, out, columns] = block.shape();
         let element = wide_dtype(self.vars[block.params[0]].var.dtype()).size_in_bytes();
+        let exact = self.params.wake.model() == Model::Quadratic(super::QSolve::Exact);
         let eigen = self.params.inverse == Inverse::Eigen
             && self.params.damping.kind() == DampingKind::Eigenvalue
-            || matches!(self.params.wake.model(), Model::Quadratic(super::QSolve::Exact));
+            || exact;
         let sides = [block.rows, block.columns];
         let of = |what: &dyn Fn(&Runs) -> usize| sides.iter().map(what).sum::<usize>();
         let squares = of(&|side| side.elements(groups));
-        let bases = of(&|side| side.basis(groups).iter().product());
+        let bases = of(&|side| {
+            let root = if exact && side.has_root() { side.elements(groups) } else { 0 };
+            root + side.basis(groups, exact).iter().product::<usize>()
+        });
+        let scale: usize = block.scale(exact).iter().product();
         let (matrix, inside) = (groups * out * columns, block.inside().iter().product::<usize>());
         let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
         let averaged = self.params.wake.model_decay() > 0.0;
@@ -177,7 +182,7 @@ impl<R: WakeRule> Natural<R> {
             ranks: sides.map(|side| side.rank),
             gradient_only,
             factor_bytes: squares * element,
-            inverse_bytes: if eigen { bases + inside } else { squares } * element,
+            inverse_bytes: if eigen { bases + scale } else { squares } * element,
             other_bytes: (matrices * matrix + moments + usize::from(quadratic) * squares) * element,
             workspace_bytes: of(&|side| WORKSPACE * side.elements(groups) * side.working(element)),
             factor_cost: match gradient_only {

@@ -125,6 +125,10 @@ fn steps_as_the_general_path_does() -> Result<()> {
         (p.factor_limit, p.damping, p.rms_clip) = (low, Damping::Pi(0.01), Some(0.02))
     })?;
     agree::<Q>("q, low rank", |p| p.factor_limit = low)?;
+    agree::<Q>("q, low rank, exact", |p| {
+        (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
+        p.factor_limit = runs(Beyond::LowRank { rank: 1 });
+    })?;
     agree::<Q>("q", |_| ())?;
     agree::<Q>("q, exact", |p| {
         (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
