@@ -193,6 +193,24 @@ fn averages_are_sketches_of_averages() -> Result<()> {
     Ok(())
 }
 
+/// Chosen by name, and full where a sketch would be no smaller.
+#[test]
+fn ranks_and_names() -> Result<()> {
+    let net = Net::of(DType::F64, 1, wide)?;
+    let low = |name: &str, rank| {
+        let limit = FactorLimit { rows: 4, beyond: Beyond::LowRank { rank } };
+        Group { factor_limit: Some(limit), ..Group::named(name) }
+    };
+    let groups = Groups(vec![low("fc.*", 23), low("last.*", 3)]);
+    let opt = KFac::from_varmap(&net.varmap, ParamsKFac { groups, ..ParamsKFac::on(&net.tape) })?;
+    let ranks =
+        |name: &str| opt.summary().blocks.into_iter().find(|b| b.name == name).map(|b| (b.runs, b.ranks));
+    assert_eq!(ranks("fc"), Some(([24, 41], [None, Some(23)])));
+    assert_eq!(ranks("last"), Some(([3, 25], [None, Some(3)])));
+    assert_eq!(ranks("conv"), Some(([20, 21], [None, None])));
+    Ok(())
+}
+
 #[test]
 fn refusals() -> Result<()> {
     let low = |p| ParamsKFac { factor_limit: LOW, ..p };
