@@ -43,6 +43,7 @@ struct ValueArgs {
     double kappa;
     double gamma;
     double empty; // the value where all weights are zero
+    double factor;
 };
 
 struct GradientArgs {
@@ -56,6 +57,7 @@ struct GradientArgs {
     u64 k;
     double kappa;
     double gamma;
+    double factor;
     u64 exact;
 };
 
@@ -155,13 +157,13 @@ template <class A> DEVICE void value(const ValueArgs &p) {
     p.numbers[2] = most > 0 && share > FLOOR ? entropy : 0;
     p.numbers[3] = squares;
     const double value = 2 * log(sum) + 2 * p.gamma * log_share(share) - log(squares);
-    *static_cast<A *>(p.value) = (A)(empty ? p.empty : value);
+    *static_cast<A *>(p.value) = (A)(p.factor * (empty ? p.empty : value));
 }
 
 template <class T> DEVICE void gradient(const GradientArgs &p) {
     using A = Acc<T>;
     const T *w = static_cast<const T *>(p.w);
-    const double scale = p.scale == nullptr ? 1. : (double)*static_cast<const A *>(p.scale);
+    const double scale = p.factor * (p.scale == nullptr ? 1. : (double)*static_cast<const A *>(p.scale));
     const double log_sum = p.numbers[0], two_over_sum = p.numbers[1], entropy = p.numbers[2], squares = p.numbers[3];
     const u64 width = p.n * p.k, count = p.m * width, stride = (u64)gridDim.x * THREADS;
     const double log_floor = log(FLOOR), shrink = p.exact && two_over_sum > 0 ? 2 / squares : 0;

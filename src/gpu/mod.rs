@@ -237,7 +237,8 @@ impl Gpu {
     }
 }
 
-fn tensor_of(storage: Storage, shape: Shape) -> Tensor {
+/// A tensor of a storage, without a history.
+pub(crate) fn tensor_of(storage: Storage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(storage, shape, candle_core::op::BackpropOp::none(), false)
 }
 

@@ -22,6 +22,8 @@ pub(crate) trait Real: Element<Acc = Self> {
     fn abs(self) -> Self;
     fn sqrt(self) -> Self;
     fn max(self, other: Self) -> Self;
+    /// The numbers of a storage of this type.
+    fn from_storage(storage: CpuStorage) -> Option<Vec<Self>>;
 }
 
 /// A floating-point element of a tensor, computed with in `Acc`: f32 for f16, bf16 and f32, f64 for f64.
@@ -38,7 +40,7 @@ pub(crate) trait Element: WithDType {
 }
 
 macro_rules! real {
-    ($t:ident, $lanes:ident, $ln:expr) => {
+    ($t:ident, $lanes:ident, $ln:expr, $storage:ident) => {
         impl Real for $t {
             type Lanes = $lanes;
             const ZERO: Self = 0.;
@@ -67,6 +69,9 @@ macro_rules! real {
             fn max(self, other: Self) -> Self {
                 $t::max(self, other)
             }
+            fn from_storage(storage: CpuStorage) -> Option<Vec<Self>> {
+                if let CpuStorage::$storage(data) = storage { Some(data) } else { None }
+            }
         }
 
         impl Element for $t {
@@ -92,8 +97,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32, F32s, ln_f32);
-real!(f64, F64s, f64::ln);
+real!(f32, F32s, ln_f32, F32);
+real!(f64, F64s, f64::ln, F64);
 
 /// `e ln 2 + ln m`, `x = 2^e m` with `m` from `sqrt(1/2)` to `sqrt(2)`, by the series of `ln m = 2 atanh s`, `s = (m - 1) / (m + 1)`: as
 /// `s^2 < 0.0295`, what is left out is below `2e-9 ln m`.

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Result, Shape, Storage, Tensor, WithDType, bail
 
 use super::element::{Host, float_dispatch};
 use super::{group_host, known};
-use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
+use crate::gpu::{Gpu, Grid, Module, Operand, args, tensor_of, typed};
 
 /// Blocks of `rows` x `columns` elements of an `m` x `n` matrix, smaller at its right and lower edge. A group is one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +77,14 @@ pub(crate) enum Map<'a> {
     },
 }
 
+/// Refuses what is no factor of a penalty.
+pub(crate) fn check_factor(name: &str, factor: f64) -> Result<()> {
+    if !(0. ..f64::INFINITY).contains(&factor) {
+        bail!("{name}: a factor of {factor}, expected a finite number of at least 0")
+    }
+    Ok(())
+}
+
 /// The dtype of a penalty's value.
 pub(crate) fn value_dtype(dtype: DType) -> DType {
     if dtype == DType::F64 { dtype } else { DType::F32 }
@@ -96,6 +104,17 @@ impl Norms {
         known::of_one(self.name, w, value, move |grad| {
             self.map(&weights, tiles, Some((&sums, 0)), Map::Gradient(Some(grad)))
         })
+    }
+
+    /// The penalty and its gradient, times `factor`.
+    pub fn value_and_gradient(self, w: &Tensor, tiles: Tiles, factor: f64) -> Result<(Tensor, Tensor)> {
+        check_factor(self.name, factor)?;
+        let norms =
+            Self { l1: factor * self.l1, l2: factor * self.l2, group: factor * self.group, ..self };
+        let w = w.detach().contiguous()?;
+        let sums = norms.sums(&w, tiles, 0.)?;
+        let value = norms.value_of(&sums, tiles, 0, w.dtype())?;
+        Ok((tensor_of(value, ()), norms.map(&w, tiles, Some((&sums, 0)), Map::Gradient(None))?))
     }
 
     pub fn gradient(&self, w: &Tensor, tiles: Tiles) -> Result<Tensor> {
@@ -172,7 +191,8 @@ impl Norms {
         }))
     }
 
-    /// The gradient or the proximal step of contiguous weights, of their groups' sums where the penalty has a norm of groups.
+    /// The gradient or the proximal step of contiguous weights, of their groups' sums where they are known, as they are to be where the
+    /// penalty has a norm of groups. Without sums the weights are checked.
     pub fn map(
         &self,
         w: &Tensor,
@@ -187,6 +207,7 @@ impl Norms {
             Map::Gradient(Some(scale)) => scale.to_dtype(DType::F64)?.to_scalar()?,
             _ => 1.,
         };
+        let checked = sums.is_some();
         let factors = match sums.filter(|_| self.group > 0.) {
             Some((sums, extra)) => {
                 let host = Host::of(sums);
@@ -207,7 +228,7 @@ impl Norms {
         float_dispatch!(self.name, w.dtype(), T => {
             let host = Host::of(w);
             let values = host.values::<T>()?;
-            if factors.is_none() {
+            if !checked {
                 group_host::check(self.name, w.dims(), &values)?;
             }
             let factors = factors.as_deref();

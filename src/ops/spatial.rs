@@ -11,17 +11,17 @@
 //! logarithms, as is `p_ij` in that of `T_ij`.
 //!
 //! One pass takes the sums of rows and columns, `sum a ln a` and `sum W^2`, from which `H(p) = ln S - (sum a ln a) / S`; a second
-//! makes the gradient. The sums are in f64, where nothing overflows or vanishes for weights between 1e-150 and 1e150, as if all
+//! makes the gradient, on the CPU of the logarithms of the first, which are kept where the gradient will be. The sums are in f64, where nothing overflows or vanishes for weights between 1e-150 and 1e150, as if all
 //! were divided by the largest first.
 
-use candle_core::{DType, Device, Result, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, float_dispatch};
 use super::group::value_dtype;
 use super::memory::keep_freed_blocks;
 use super::{group_host, known};
-use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
+use crate::gpu::{Gpu, Grid, Module, Operand, args, tensor_of, typed};
 
 const NAME: &str = "spatial";
 const FLOOR: f64 = 1e-9;
@@ -31,6 +31,8 @@ const LOG_FLOOR: f64 = -20.723_265_836_946_41;
 /// The penalty of one layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Entropy {
+    /// What value and gradient are times.
+    pub factor: f64,
     pub kappa: f64,
     pub gamma: f64,
     pub exact: bool,
@@ -58,6 +60,30 @@ impl Shape {
     }
 }
 
+/// What the first pass over contiguous weights found.
+pub(crate) struct Pass {
+    entropy: Entropy,
+    weights: Tensor,
+    /// `R`.
+    value: Storage,
+    seen: Seen,
+    /// `ln a`, 0 of zero, in the accumulator's type; where the gradient is to be made at once, on the CPU.
+    logs: Option<CpuStorage>,
+}
+
+impl Pass {
+    /// The value with the gradient, times a scalar of the value's dtype.
+    pub fn finish(self, scale: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+        let gradient = self.entropy.slope(&self.weights, &self.seen, self.logs, scale)?;
+        Ok((tensor_of(self.value, ()), gradient))
+    }
+
+    /// The value.
+    pub fn value(&self) -> Result<Tensor> {
+        Ok(tensor_of(self.value.try_clone(&Layout::contiguous(()))?, ()))
+    }
+}
+
 /// What the gradient needs of the first pass.
 struct Seen {
     /// `ln r` and `ln c`, `[m + n]` in f64.
@@ -80,32 +106,35 @@ fn log_share(share: f64) -> f64 {
 impl Entropy {
     /// `R` as a differentiable scalar.
     pub fn value(self, w: &Tensor) -> Result<Tensor> {
+        let Pass { weights, value, seen, .. } = self.pass(w, false)?;
+        known::of_one(NAME, w, value, move |grad| self.slope(&weights, &seen, None, Some(grad)))
+    }
+
+    /// The first pass, for a gradient that is to be made at once.
+    pub fn start(&self, w: &Tensor) -> Result<Pass> {
+        self.pass(w, true)
+    }
+
+    fn pass(&self, w: &Tensor, keep: bool) -> Result<Pass> {
         let weights = w.detach().contiguous()?;
-        let (value, seen) = self.pass(&weights)?;
-        known::of_one(NAME, w, value, move |grad| self.slope(&weights, &seen, Some(grad)))
-    }
-
-    pub fn gradient(&self, w: &Tensor) -> Result<Tensor> {
-        let w = w.detach().contiguous()?;
-        let (_, seen) = self.pass(&w)?;
-        self.slope(&w, &seen, None)
-    }
-
-    /// The value, and what the gradient needs, of contiguous weights.
-    fn pass(&self, w: &Tensor) -> Result<(Storage, Seen)> {
-        let shape = Shape::of(w);
+        let (shape, mut logs) = (Shape::of(w), None);
         let mut sums = if w.elem_count() == 0 {
             Sums { marginals: vec![0.; shape.m + shape.n], logs: 0., squares: 0. }
         } else if let Some(gpu) = Gpu::of(w.device()) {
-            return self.gpu_pass(&gpu, w, shape);
+            let (value, seen) = self.gpu_pass(&gpu, &weights, shape)?;
+            return Ok(Pass { entropy: *self, weights, value, seen, logs });
         } else {
             float_dispatch!(NAME, w.dtype(), T => {
-                let host = Host::of(w);
+                type A = <T as Element>::Acc;
+                keep_freed_blocks();
+                let host = Host::of(&weights);
                 let values = host.values::<T>()?;
-                let sums = sums(&values, shape);
+                let mut kept = if keep { vec![A::ZERO; values.len()] } else { vec![] };
+                let sums = sums(&values, shape, &mut kept);
                 if !sums.squares.is_finite() {
                     group_host::check(NAME, w.dims(), &values)?;
                 }
+                logs = keep.then(|| A::to_cpu_storage_owned(kept));
                 sums
             })
         };
@@ -132,13 +161,19 @@ impl Entropy {
             marginals: Tensor::from_vec(sums.marginals, shape.m + shape.n, device)?,
             numbers: Tensor::new(&numbers, device)?,
         };
-        let value = Tensor::new(value, device)?.to_dtype(value_dtype(w.dtype()))?;
+        let value = Tensor::new(self.factor * value, device)?.to_dtype(value_dtype(w.dtype()))?;
         let (storage, layout) = value.storage_and_layout();
-        Ok((storage.try_clone(layout)?, seen))
+        Ok(Pass { entropy: *self, weights, value: storage.try_clone(layout)?, seen, logs })
     }
 
-    /// The gradient, times a scalar.
-    fn slope(&self, w: &Tensor, seen: &Seen, scale: Option<&Tensor>) -> Result<Tensor> {
+    /// The gradient, times a scalar, of the logarithms of the weights' sizes where they are known.
+    fn slope(
+        &self,
+        w: &Tensor,
+        seen: &Seen,
+        logs: Option<CpuStorage>,
+        scale: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let shape = Shape::of(w);
         if w.elem_count() == 0 {
             return w.zeros_like();
@@ -146,7 +181,7 @@ impl Entropy {
         if let Some(gpu) = Gpu::of(w.device()) {
             return self.gpu_slope(&gpu, w, seen, scale);
         }
-        let scale = scale.map_or(Ok(1.), |scale| scale.to_dtype(DType::F64)?.to_scalar())?;
+        let scale = self.factor * scale.map_or(Ok(1.), |scale| scale.to_dtype(DType::F64)?.to_scalar())?;
         let (marginals, numbers) = (Host::of(&seen.marginals), Host::of(&seen.numbers));
         let (marginals, numbers) = (marginals.values::<f64>()?, numbers.values::<f64>()?);
         let (rows, columns) = marginals.split_at(shape.m);
@@ -160,27 +195,30 @@ impl Entropy {
         let own_factor = -unit * slope * (1. - self.kappa);
         // In two factors, which are in f32's range where the weights are.
         let one_over_norm = if self.exact && two_over_sum > 0. { 1. / squares.sqrt() } else { 0. };
-        keep_freed_blocks();
         float_dispatch!(NAME, w.dtype(), T => {
             type A = <T as Element>::Acc;
             let host = Host::of(w);
             let values = host.values::<T>()?;
             let columns: Vec<A> = columns.map(A::rounded).collect();
             let constants = [log_sum, LOG_FLOOR, own_factor, one_over_norm, 2. * scale * one_over_norm].map(A::rounded);
-            let mut out = vec![<T as WithDType>::from_f64(0.); values.len()];
+            let logs = logs.and_then(A::from_storage).filter(|logs| logs.len() == values.len());
+            let known = logs.is_some();
+            let mut out = logs.unwrap_or_else(|| vec![A::ZERO; values.len()]);
             let lines = out.par_chunks_mut(shape.width()).zip(values.par_chunks(shape.width())).zip(rows.par_iter());
             lines.with_min_len((SHARE / shape.width()).max(1)).for_each(|((out, w), row)| {
+                if !known {
+                    line_logs(w, out);
+                }
                 let [log_sum, floor, own_factor, one_over_norm, shrink] = constants;
                 let row = A::rounded(row_part(*row));
                 for ((out, w), column) in out.iter_mut().zip(w).zip(&columns) {
                     let w = w.widen();
-                    let own = (w.abs().ln_positive() - log_sum).max(floor);
-                    let pull = row + *column + own_factor * own;
+                    let pull = row + *column + own_factor * (*out - log_sum).max(floor);
                     let slope = if w < A::ZERO { A::ZERO - pull } else { pull } - shrink * (one_over_norm * w);
-                    *out = T::narrow(if w == A::ZERO { A::ZERO } else { slope });
+                    *out = if w == A::ZERO { A::ZERO } else { slope };
                 }
             });
-            Tensor::from_vec(out, w.shape(), &Device::Cpu)
+            Tensor::from_vec(T::narrow_vec(out), w.shape(), &Device::Cpu)
         })
     }
 }
@@ -216,24 +254,34 @@ fn line_sums<T: Element>(w: &[T], logs: &[T::Acc], columns: &mut [f64]) -> [f64;
     sums
 }
 
-/// The sums of at least one weight.
-fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
+/// The logarithms of the sizes of a line of weights, 0 of zero. In a loop of their own: they leave no registers for sums.
+#[inline(always)]
+fn line_logs<T: Element>(w: &[T], logs: &mut [T::Acc]) {
+    for (log, w) in logs.iter_mut().zip(w) {
+        let size = w.widen().abs();
+        *log = if size > T::Acc::ZERO { size.ln_positive() } else { T::Acc::ZERO };
+    }
+}
+
+/// The sums of at least one weight. The logarithms of their sizes are left in `kept`, which is empty or as long as `w`.
+fn sums<T: Element>(w: &[T], shape: Shape, kept: &mut [T::Acc]) -> Sums {
     let Shape { m, n, k } = shape;
     // The rows are cut by their number alone, so that the sums do not depend on the number of threads.
     let band = (SHARE / shape.width()).max(m.div_ceil(64)).max(1);
+    let width = shape.width();
+    let mut kept: Vec<_> = kept.chunks_mut(band * width).collect();
+    kept.resize_with(m.div_ceil(band), Default::default);
     let parts: Vec<_> = w
-        .par_chunks(band * shape.width())
-        .map(|w| {
-            let (mut rows, mut columns) = (Vec::with_capacity(band), vec![0.; shape.width()]);
-            let mut logs = vec![T::Acc::ZERO; shape.width()];
+        .par_chunks(band * width)
+        .zip(kept)
+        .map(|(w, kept)| {
+            let (mut rows, mut columns) = (Vec::with_capacity(band), vec![0.; width]);
+            let mut passing = vec![T::Acc::ZERO; width];
             let mut totals = [0.; 2];
-            for line in w.chunks_exact(shape.width()) {
-                // In a loop of their own: they leave no registers for sums.
-                for (log, w) in logs.iter_mut().zip(line) {
-                    let size = w.widen().abs();
-                    *log = if size > T::Acc::ZERO { size.ln_positive() } else { T::Acc::ZERO };
-                }
-                let [row, of_logs, squares] = line_sums(line, &logs, &mut columns);
+            for (i, line) in w.chunks_exact(width).enumerate() {
+                let logs = kept.get_mut(i * width..(i + 1) * width).unwrap_or(&mut passing);
+                line_logs(line, logs);
+                let [row, of_logs, squares] = line_sums(line, logs, &mut columns);
                 rows.push(row);
                 totals[0] += of_logs;
                 totals[1] += squares;
@@ -242,7 +290,7 @@ fn sums<T: Element>(w: &[T], shape: Shape) -> Sums {
         })
         .collect();
     let mut sums = Sums { marginals: Vec::with_capacity(m + n), logs: 0., squares: 0. };
-    let mut columns = vec![0.; shape.width()];
+    let mut columns = vec![0.; width];
     for (rows, part, [logs, squares]) in parts {
         sums.marginals.extend(rows);
         columns.iter_mut().zip(part).for_each(|(column, part)| *column += part);
@@ -269,14 +317,14 @@ args! {
 args! {
     struct ValueArgs {
         totals: u64, marginals: u64, numbers: u64, value: u64, m: u64, n: u64, k: u64, parts: u64,
-        kappa: f64, gamma: f64, empty: f64
+        kappa: f64, gamma: f64, empty: f64, factor: f64
     }
 }
 
 args! {
     struct GradientArgs {
         w: u64, marginals: u64, numbers: u64, scale: u64, out: u64, m: u64, n: u64, k: u64,
-        kappa: f64, gamma: f64, exact: u64
+        kappa: f64, gamma: f64, factor: f64, exact: u64
     }
 }
 
@@ -340,6 +388,7 @@ impl Entropy {
             kappa: self.kappa,
             gamma: self.gamma,
             empty: self.empty,
+            factor: self.factor,
         };
         let kernel = typed("spatial_value", of_value.dtype)?;
         gpu.launch(Module::Spatial, &kernel, Grid::line(1, THREADS)?, &args)?;
@@ -366,6 +415,7 @@ impl Entropy {
             k: shape.k as u64,
             kappa: self.kappa,
             gamma: self.gamma,
+            factor: self.factor,
             exact: u64::from(self.exact),
         };
         let grid = Grid::line(of_w.len.div_ceil(THREADS as usize * EACH), THREADS)?;

@@ -57,6 +57,10 @@ impl Penalty for GroupLasso {
         self.norms().gradient(w, self.grouping.tiles(w.dims())?)
     }
 
+    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
+        self.norms().value_and_gradient(w, self.grouping.tiles(w.dims())?, factor)
+    }
+
     /// Each group shorter by `step sqrt(n_g)`, or zero where it is not that long.
     fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor> {
         self.norms().prox(w, self.grouping.tiles(w.dims())?, step)
@@ -121,6 +125,10 @@ impl Penalty for SparseGroupLasso {
 
     fn gradient(&self, w: &Tensor) -> Result<Tensor> {
         self.norms().gradient(w, self.grouping.tiles(w.dims())?)
+    }
+
+    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
+        self.norms().value_and_gradient(w, self.grouping.tiles(w.dims())?, factor)
     }
 
     /// The proximal step of L1, then that of the group lasso.

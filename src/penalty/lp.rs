@@ -75,6 +75,10 @@ impl Penalty for Lp {
         self.norms().gradient(w, Grouping::Whole.tiles(w.dims())?)
     }
 
+    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
+        self.norms().value_and_gradient(w, Grouping::Whole.tiles(w.dims())?, factor)
+    }
+
     /// The weights softly thresholded at `step l1`, divided by `1 + 2 step l2`.
     fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor> {
         self.norms().prox(w, Grouping::Whole.tiles(w.dims())?, step)

@@ -67,6 +67,11 @@ pub trait Penalty: std::fmt::Debug + Send + Sync {
     fn value(&self, w: &Tensor) -> Result<Tensor>;
     /// A (sub)gradient in w's shape and dtype; zero at exact zeros.
     fn gradient(&self, w: &Tensor) -> Result<Tensor>;
+    /// Both times `factor`, outside of candle's graph. The penalties here make them of one evaluation, which costs little more than the
+    /// gradient; they refuse a factor that is negative or not finite.
+    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
+        Ok(((self.value(w)?.detach() * factor)?, (self.gradient(w)? * factor)?))
+    }
     /// `argmin_x 1/2 ||x - w||^2 + step penalty(x)`; an error where there is no closed form.
     fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor>;
 }

@@ -1,9 +1,10 @@
 //! The spatial entropy of weights.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::Penalty;
-use crate::ops::spatial::Entropy;
+use crate::ops::group::check_factor;
+use crate::ops::spatial::{Entropy, Pass};
 
 /// A penalty of where a layer's large weights lie: low where few rows and columns hold them.
 ///
@@ -64,8 +65,8 @@ impl Spatial {
         Self { exact: true, ..self }
     }
 
-    fn entropy(&self, empty: f64) -> Entropy {
-        Entropy { kappa: self.kappa, gamma: self.gamma, exact: self.exact, empty }
+    fn entropy(&self, factor: f64, empty: f64) -> Entropy {
+        Entropy { factor, kappa: self.kappa, gamma: self.gamma, exact: self.exact, empty }
     }
 
     /// `ln sum_l exp(R_l)` over named layers on one device, as a scalar in f32 (f64 where all are), differentiable: the gradient of
@@ -85,24 +86,56 @@ impl Spatial {
     /// # Errors
     /// If there are no layers, or, naming the layer, where [`Penalty::value`] fails.
     pub fn total(&self, layers: &[(&str, Tensor)]) -> Result<Tensor> {
-        /// `R` of a layer of zeros: its exponential is 0 whatever the others are, and no difference of two is NaN.
-        const NONE: f64 = -1e30;
-        if layers.is_empty() {
-            bail!("spatial: no layers, expected at least one")
-        }
-        let value = |(name, w): &(&str, Tensor)| -> Result<Tensor> {
-            self.entropy(NONE).value(w).map_err(|error| error.context(format!("layer {name}")))
-        };
-        let values = layers.iter().map(value).collect::<Result<Vec<_>>>()?;
-        let all_wide = values.iter().all(|value| value.dtype() == candle_core::DType::F64);
-        let dtype = if all_wide { candle_core::DType::F64 } else { candle_core::DType::F32 };
-        let values = values.iter().map(|value| value.to_dtype(dtype)).collect::<Result<Vec<_>>>()?;
-        let values = Tensor::stack(&values, 0)?;
-        let largest = values.detach().max(0)?;
-        let total = (values.broadcast_sub(&largest)?.exp()?.sum_all()?.log()? + &largest)?;
-        let none = largest.le(0.5 * NONE)?;
-        none.where_cond(&total.zeros_like()?, &total)
+        let entropy = self.entropy(1., NONE);
+        log_sum_exp(&each(layers, |w| entropy.value(w))?)
     }
+
+    /// `factor` times [`Spatial::total`] and its gradients of the layers, of one evaluation and outside of candle's graph.
+    ///
+    /// # Errors
+    /// As for [`Spatial::total`], and for a factor that is negative or not finite.
+    pub fn total_and_gradients(
+        &self,
+        layers: &[(&str, Tensor)],
+        factor: f64,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        check_factor("spatial", factor)?;
+        let entropy = self.entropy(1., NONE);
+        let passes = each(layers, |w| entropy.start(w))?;
+        let values = passes.iter().map(|pass| pass.value()).collect::<Result<Vec<_>>>()?;
+        let total = log_sum_exp(&values)?;
+        let gradient = |(pass, value): (Pass, &Tensor)| {
+            let share = (value - total.to_dtype(value.dtype())?)?.exp()?;
+            Ok(pass.finish(Some(&(share * factor)?))?.1)
+        };
+        let gradients = passes.into_iter().zip(&values).map(gradient).collect::<Result<Vec<_>>>()?;
+        Ok(((total * factor)?, gradients))
+    }
+}
+
+/// `R` of a layer of zeros: its exponential is 0 whatever the others are, and no difference of two is NaN.
+const NONE: f64 = -1e30;
+
+/// What is made of each of at least one layer; an error names the layer.
+fn each<R>(layers: &[(&str, Tensor)], f: impl Fn(&Tensor) -> Result<R>) -> Result<Vec<R>> {
+    if layers.is_empty() {
+        bail!("spatial: no layers, expected at least one")
+    }
+    let named =
+        |(name, w): &(&str, Tensor)| f(w).map_err(|error| error.context(format!("layer {name}")));
+    layers.iter().map(named).collect()
+}
+
+/// `ln sum exp(R)` in f32 (f64 where all are), 0 of layers of zeros alone.
+fn log_sum_exp(values: &[Tensor]) -> Result<Tensor> {
+    let all_wide = values.iter().all(|value| value.dtype() == DType::F64);
+    let dtype = if all_wide { DType::F64 } else { DType::F32 };
+    let values = values.iter().map(|value| value.to_dtype(dtype)).collect::<Result<Vec<_>>>()?;
+    let values = Tensor::stack(&values, 0)?;
+    let largest = values.detach().max(0)?;
+    let total = (values.broadcast_sub(&largest)?.exp()?.sum_all()?.log()? + &largest)?;
+    let none = largest.le(0.5 * NONE)?;
+    none.where_cond(&total.zeros_like()?, &total)
 }
 
 impl Penalty for Spatial {
@@ -112,11 +145,16 @@ impl Penalty for Spatial {
     }
 
     fn value(&self, w: &Tensor) -> Result<Tensor> {
-        self.entropy(0.).value(w)
+        self.entropy(1., 0.).value(w)
     }
 
     fn gradient(&self, w: &Tensor) -> Result<Tensor> {
-        self.entropy(0.).gradient(w)
+        Ok(self.value_and_gradient(w, 1.)?.1)
+    }
+
+    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
+        check_factor("spatial", factor)?;
+        self.entropy(factor, 0.).start(w)?.finish(None)
     }
 
     fn prox(&self, _: &Tensor, _: f64) -> Result<Tensor> {
@@ -126,7 +164,7 @@ impl Penalty for Spatial {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device, Var};
+    use candle_core::{Device, Var};
 
     use super::*;
     use crate::gpu::emulate::emulate;
@@ -166,6 +204,10 @@ mod tests {
                 if dims[0] < 100 {
                     check_gradients(std::slice::from_ref(&w), |a| spatial.exact().value(&a[0]));
                 }
+                let (value, gradient) = spatial.value_and_gradient(&w, 0.3)?;
+                assert_close(&value, &values(&(spatial.value(&w)? * 0.3)?)?, 1e-15);
+                let backward = (spatial.value(&w)? * 0.3)?.backward()?;
+                assert_close(&gradient, &values(backward.get(&w).unwrap())?, 1e-14);
                 // The default gradient has the norm as a constant: it shrinks the weights.
                 let (exact, default) = (spatial.exact().gradient(&w)?, spatial.gradient(&w)?);
                 let norm = w.sqr()?.sum_all()?.to_scalar::<f64>()?;
@@ -270,6 +312,15 @@ mod tests {
                 let expected = (spatial.gradient(w)? * (r.exp() / sum))?;
                 assert_close(grads.get(w).unwrap_or(&zero), &values(&expected)?, 1e-12);
             }
+            let mut named = vec![("zero", zero.clone())];
+            named.extend(tensors.iter().map(|w| ("w", w.clone())));
+            let (value, gradients) = spatial.total_and_gradients(&named, 0.7)?;
+            assert_close(&value, &[0.7 * sum.ln()], 1e-12);
+            assert_eq!(values(&gradients[0])?, [0.; 4]);
+            for (w, gradient) in layers.iter().zip(&gradients[1..]) {
+                let expected = (grads.get(w).unwrap() * 0.7)?;
+                assert_close(gradient, &values(&expected)?, 1e-13);
+            }
             if spatial.exact {
                 check_gradients(&layers, all);
             }
@@ -279,6 +330,8 @@ mod tests {
             Spatial::default().total(&[("a", none.as_tensor().clone()), ("b", none.as_tensor().clone())])?;
         assert_eq!(values(&total)?, [0.]);
         assert_eq!(total.backward()?.get(&none).map(values).transpose()?, Some(vec![0.; 4]));
+        let (total, gradients) = Spatial::default().total_and_gradients(&[("a", none.as_tensor().clone())], 1.)?;
+        assert_eq!((values(&total)?, values(&gradients[0])?), (vec![0.], vec![0.; 4]));
         assert!(Spatial::default().total(&[]).is_err());
         Ok(())
     }
@@ -287,6 +340,11 @@ mod tests {
     fn refusals() -> Result<()> {
         for bad in [f64::NAN, -1., 2.] {
             assert!(Spatial::new(bad, 6.).is_err());
+        }
+        let w = random(0, &[2, 3])?;
+        for bad in [f64::NAN, -1., f64::INFINITY] {
+            assert!(Spatial::default().value_and_gradient(&w, bad).is_err());
+            assert!(Spatial::default().total_and_gradients(&[("w", w.clone())], bad).is_err());
         }
         assert!(Spatial::new(0.5, f64::NAN).is_err() && Spatial::new(0.5, -1.).is_err());
         let broken = Tensor::new(&[[1f32, f32::NAN], [f32::INFINITY, 0.]], &Device::Cpu)?;
@@ -313,10 +371,14 @@ mod tests {
                     let run = || -> Result<Vec<Tensor>> {
                         let value = (spatial.value(&w.transpose(0, 1)?)? * 3.)?;
                         let grad = value.backward()?.get(&w).cloned();
-                        Ok([value, spatial.gradient(&w)?].into_iter().chain(grad).collect())
+                        let (one, gradient) = spatial.value_and_gradient(&w, 0.3)?;
+                        let layers = [("a", w.as_tensor().clone()), ("b", w.t()?)];
+                        let (total, mut gradients) = spatial.total_and_gradients(&layers, 0.7)?;
+                        gradients.extend([value, one, gradient, total, spatial.gradient(&w)?]);
+                        Ok(gradients.into_iter().chain(grad).collect())
                     };
                     let (found, expected) = (emulate(run)?, run()?);
-                    assert_eq!((found.len(), expected.len()), (3, 3));
+                    assert_eq!((found.len(), expected.len()), (8, 8));
                     for (found, expected) in found.iter().zip(&expected) {
                         assert_eq!(found.dtype(), expected.dtype());
                         assert_close(found, &values(expected)?, tolerance);

@@ -78,6 +78,9 @@ fn values_and_gradients() -> Result<()> {
                 check_gradients(std::slice::from_ref(&w), |a| penalty.value(&a[0]));
                 let grads = penalty.value(&w)?.backward()?;
                 assert_close(&penalty.gradient(&w)?, &values(grads.get(&w).unwrap())?, 1e-14);
+                let (value, gradient) = penalty.value_and_gradient(&w, 0.3)?;
+                assert_close(&value, &[0.3 * expected], 1e-13);
+                assert_close(&gradient, &values(&(grads.get(&w).unwrap() * 0.3)?)?, 1e-14);
             }
         }
     }
@@ -178,13 +181,16 @@ fn refusals() -> Result<()> {
         let broken = Tensor::new(&[[1., 2., 3.], [4., bad, 6.]], &Device::Cpu)?;
         for penalty in all(Grouping::Rows)? {
             for broken in [broken.clone(), broken.to_dtype(DType::F16)?] {
-                let results = [penalty.value(&broken), penalty.gradient(&broken), penalty.prox(&broken, 1e9)];
+                let both = penalty.value_and_gradient(&broken, 1.).map(|both| both.0);
+                let results =
+                    [penalty.value(&broken), penalty.gradient(&broken), penalty.prox(&broken, 1e9), both];
                 for result in results {
                     let message = result.err().map(|e| e.to_string()).unwrap_or_default();
                     assert!(message.contains("weight 4 of [2, 3] is "), "{}: {message}", penalty.name());
                 }
             }
             assert!([-1., f64::NAN, f64::INFINITY].iter().all(|step| penalty.prox(&w, *step).is_err()));
+            assert!([-1., f64::NAN, f64::INFINITY].iter().all(|f| penalty.value_and_gradient(&w, *f).is_err()));
         }
     }
     let blocks = Grouping::Blocks { rows: 0, columns: 1 };
@@ -252,7 +258,8 @@ fn kernels_agree_with_the_cpu() -> Result<()> {
                     let run = || -> Result<Vec<Tensor>> {
                         let value = (penalty.value(&w)? * 3.)?;
                         let grad = value.backward()?.get(&w).unwrap().clone();
-                        Ok(vec![value, grad, penalty.gradient(&w)?, penalty.prox(&w, 0.3)?])
+                        let (both, of_both) = penalty.value_and_gradient(&w, 0.3)?;
+                        Ok(vec![value, grad, both, of_both, penalty.gradient(&w)?, penalty.prox(&w, 0.3)?])
                     };
                     for (found, expected) in emulate(run)?.iter().zip(&run()?) {
                         assert_eq!(found.dtype(), expected.dtype());
