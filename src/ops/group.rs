@@ -6,11 +6,13 @@
 //! `x = shrink (1 - step c_g / ||s_g||)_+ s`, where `s` is `w` softly thresholded at `step l1` and
 //! `shrink = 1 / (1 + 2 step l2)`.
 
-use candle_core::{DType, Device, Result, Shape, Storage, Tensor, WithDType, bail};
+use candle_core::{DType, Device, Result, Storage, Tensor, WithDType, bail};
 
 use super::element::{Host, float_dispatch};
 use super::{group_host, known};
-use crate::gpu::{Gpu, Grid, Module, Operand, args, tensor_of, typed};
+use crate::gpu::{Gpu, tensor_of};
+
+mod device;
 
 /// Blocks of `rows` x `columns` elements of an `m` x `n` matrix, smaller at its right and lower edge. A group is one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +101,7 @@ impl Norms {
     /// The penalty as a differentiable scalar.
     pub fn value(self, w: &Tensor, tiles: Tiles) -> Result<Tensor> {
         let weights = w.detach().contiguous()?;
-        let sums = self.sums(&weights, tiles, 0.)?;
+        let sums = sums(self.name, &weights, tiles, 0.)?;
         let value = self.value_of(&sums, tiles, 0, w.dtype())?;
         known::of_one(self.name, w, value, move |grad| {
             self.map(&weights, tiles, Some((&sums, 0)), Map::Gradient(Some(grad)))
@@ -109,24 +111,23 @@ impl Norms {
     /// The penalty and its gradient, times `factor`.
     pub fn value_and_gradient(self, w: &Tensor, tiles: Tiles, factor: f64) -> Result<(Tensor, Tensor)> {
         check_factor(self.name, factor)?;
-        let norms =
-            Self { l1: factor * self.l1, l2: factor * self.l2, group: factor * self.group, ..self };
+        let norms = Self { l1: factor * self.l1, l2: factor * self.l2, group: factor * self.group, ..self };
         let w = w.detach().contiguous()?;
-        let sums = norms.sums(&w, tiles, 0.)?;
+        let sums = sums(norms.name, &w, tiles, 0.)?;
         let value = norms.value_of(&sums, tiles, 0, w.dtype())?;
         Ok((tensor_of(value, ()), norms.map(&w, tiles, Some((&sums, 0)), Map::Gradient(None))?))
     }
 
     pub fn gradient(&self, w: &Tensor, tiles: Tiles) -> Result<Tensor> {
         let w = w.detach().contiguous()?;
-        let sums = if self.group > 0. { Some(self.sums(&w, tiles, 0.)?) } else { None };
+        let sums = if self.group > 0. { Some(sums(self.name, &w, tiles, 0.)?) } else { None };
         self.map(&w, tiles, sums.as_ref().map(|sums| (sums, 0)), Map::Gradient(None))
     }
 
     pub fn prox(&self, w: &Tensor, tiles: Tiles, step: f64) -> Result<Tensor> {
         self.check_step(step)?;
         let w = w.detach().contiguous()?;
-        let sums = if self.group > 0. { Some(self.sums(&w, tiles, step * self.l1)?) } else { None };
+        let sums = if self.group > 0. { Some(sums(self.name, &w, tiles, step * self.l1)?) } else { None };
         self.map(&w, tiles, sums.as_ref().map(|sums| (sums, 0)), Map::Prox { step })
     }
 
@@ -137,46 +138,10 @@ impl Norms {
         Ok(())
     }
 
-    /// `(sum s^2, sum |s|)` of each group, `[groups, 2]` in f64, where `s` is `w` softly thresholded; `w` is contiguous.
-    ///
-    /// # Errors
-    /// On the CPU, if a weight is NaN or infinite.
-    pub fn sums(&self, w: &Tensor, tiles: Tiles, threshold: f64) -> Result<Tensor> {
-        if let Some(gpu) = Gpu::of(w.device()) {
-            return gpu_sums(&gpu, w, tiles, threshold);
-        }
-        let sums = float_dispatch!(self.name, w.dtype(), T => {
-            let host = Host::of(w);
-            let values = host.values::<T>()?;
-            let sums = group_host::sums(&values, tiles, threshold);
-            // A square in f64 is finite where a weight of f32 is, so that this costs no pass of its own.
-            if !sums.iter().flatten().sum::<f64>().is_finite() {
-                group_host::check(self.name, w.dims(), &values)?;
-            }
-            sums
-        });
-        let flat = sums.into_iter().flatten().collect::<Vec<_>>();
-        Tensor::from_vec(flat, (tiles.count(), 2), &Device::Cpu)
-    }
-
     /// The value, of groups that have `extra` more weights than `tiles` says.
     pub fn value_of(&self, sums: &Tensor, tiles: Tiles, extra: usize, dtype: DType) -> Result<Storage> {
         if let Some(gpu) = Gpu::of(sums.device()) {
-            let out = gpu.storage((), value_dtype(dtype))?;
-            let to = gpu.of_storage(&out, 1, self.name)?;
-            let sums = gpu.operand(sums, self.name)?;
-            let args = ValueArgs {
-                sums: sums.address(),
-                out: to.address(),
-                tiles: tiles.into(),
-                extra: extra as u64,
-                l1: self.l1,
-                l2: self.l2,
-                group: self.group,
-                sized: u64::from(self.sized),
-            };
-            gpu.launch(Module::Group, &typed("group_value", to.dtype)?, Grid::line(1, THREADS)?, &args)?;
-            return Ok(out);
+            return device::value(self, &gpu, sums, tiles, extra, dtype);
         }
         let host = Host::of(sums);
         let values = host.values::<f64>()?;
@@ -201,7 +166,7 @@ impl Norms {
         map: Map<'_>,
     ) -> Result<Tensor> {
         if let Some(gpu) = Gpu::of(w.device()) {
-            return self.gpu_map(&gpu, w, tiles, sums, map);
+            return device::map(self, &gpu, w, tiles, sums, map);
         }
         let scale = match map {
             Map::Gradient(Some(scale)) => scale.to_dtype(DType::F64)?.to_scalar()?,
@@ -250,186 +215,44 @@ impl Norms {
             Tensor::from_vec(out, w.shape(), &Device::Cpu)
         })
     }
-
-    fn gpu_map(
-        &self,
-        gpu: &Gpu,
-        w: &Tensor,
-        tiles: Tiles,
-        sums: Option<(&Tensor, usize)>,
-        map: Map<'_>,
-    ) -> Result<Tensor> {
-        let (scale, step, prox) = match map {
-            Map::Gradient(scale) => (scale.map(Tensor::contiguous).transpose()?, 0., 0),
-            Map::Prox { step } => (None, step, 1),
-        };
-        let factors = match sums.filter(|_| self.group > 0.) {
-            Some((sums, extra)) => {
-                let factors = gpu.tensor(tiles.count(), DType::F64)?;
-                let (from, to) = (gpu.operand(sums, self.name)?, gpu.operand(&factors, self.name)?);
-                let args = FactorArgs {
-                    sums: from.address(),
-                    factors: to.address(),
-                    tiles: tiles.into(),
-                    extra: extra as u64,
-                    group: self.group,
-                    step,
-                    sized: u64::from(self.sized),
-                    prox,
-                };
-                let grid = Grid::line(tiles.count().div_ceil(THREADS as usize), THREADS)?;
-                gpu.launch(Module::Group, "group_factors", grid, &args)?;
-                Some(factors)
-            }
-            None => None,
-        };
-        let scale = scale.as_ref().map(|scale| gpu.operand(scale, self.name)).transpose()?;
-        let args = MapArgs {
-            scale: scale.as_ref().map_or(0, Operand::address),
-            threshold: step * self.l1,
-            shrink: 1. / (1. + 2. * step * self.l2),
-            l1: self.l1,
-            l2: 2. * self.l2,
-            prox,
-            ..MapArgs::of(tiles)
-        };
-        gpu_mapped(gpu, self.name, w, factors.as_ref(), args)
-    }
 }
 
-/// Contiguous weights by `group_map`, with factors of their groups or without.
-fn gpu_mapped(gpu: &Gpu, name: &str, w: &Tensor, factors: Option<&Tensor>, args: MapArgs) -> Result<Tensor> {
-    /// Elements of a thread.
-    const EACH: usize = 4;
-    let out = gpu.tensor(w.shape(), w.dtype())?;
-    let [from, to] = [gpu.operand(w, name)?, gpu.operand(&out, name)?];
-    let factors = factors.map(|factors| gpu.operand(factors, name)).transpose()?;
-    let args = MapArgs {
-        w: from.address(),
-        out: to.address(),
-        factors: factors.as_ref().map_or(0, Operand::address),
-        ..args
-    };
-    let grid = Grid::line(w.elem_count().div_ceil(THREADS as usize * EACH), THREADS)?;
-    gpu.launch(Module::Group, &typed("group_map", w.dtype())?, grid, &args)?;
-    Ok(out)
-}
-
-/// Weights of which each is softly thresholded and then times the factor of its group.
-pub(crate) fn scaled(w: &Tensor, tiles: Tiles, threshold: f64, factors: &[f64]) -> Result<Tensor> {
+/// Contiguous weights, each softly thresholded and then times its group's of the `factors`, `[groups]` in f64.
+pub(crate) fn scaled(w: &Tensor, tiles: Tiles, threshold: f64, factors: &Tensor) -> Result<Tensor> {
     const NAME: &str = "group_map";
-    let w = w.detach().contiguous()?;
     if w.elem_count() == 0 {
-        return Ok(w);
+        return Ok(w.clone());
     }
     if let Some(gpu) = Gpu::of(w.device()) {
-        let factors = Tensor::from_slice(factors, factors.len(), w.device())?;
-        return gpu_mapped(
-            &gpu,
-            NAME,
-            &w,
-            Some(&factors),
-            MapArgs { threshold, prox: 1, ..MapArgs::of(tiles) },
-        );
+        return device::scaled(&gpu, NAME, w, tiles, threshold, factors);
     }
+    let factors = Host::of(factors);
+    let factors = factors.values::<f64>()?;
     float_dispatch!(NAME, w.dtype(), T => {
-        let host = Host::of(&w);
-        let out = group_host::map(&host.values::<T>()?, tiles, factors, 1., move |w, factor| group_host::soft(w, threshold) * factor);
+        let host = Host::of(w);
+        let out = group_host::map(&host.values::<T>()?, tiles, &factors, 1., move |w, factor| group_host::soft(w, threshold) * factor);
         Tensor::from_vec(out, w.shape(), &Device::Cpu)
     })
 }
 
-/// Threads of a block, as in `group.cu`.
-const THREADS: u32 = 256;
-
-args! {
-    struct TileArgs { m: u64, n: u64, rows: u64, columns: u64, across: u64, run: u64 }
-}
-
-impl From<Tiles> for TileArgs {
-    fn from(t: Tiles) -> Self {
-        let [m, n, rows, columns, across, run] =
-            [t.m, t.n, t.rows, t.columns, t.across(), t.run()].map(|v| v as u64);
-        Self { m, n, rows, columns, across, run }
+/// `(sum s^2, sum |s|)` of each group, `[groups, 2]` in f64, where `s` is `w` softly thresholded; `w` is contiguous.
+///
+/// # Errors
+/// On the CPU, if a weight is NaN or infinite.
+pub(crate) fn sums(name: &str, w: &Tensor, tiles: Tiles, threshold: f64) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(w.device()) {
+        return device::sums(&gpu, w, tiles, threshold);
     }
-}
-
-args! {
-    /// The argument of `group_sums` and `group_column_sums`.
-    struct SumArgs { w: u64, partial: u64, tiles: TileArgs, groups: u64, parts: u64, part: u64, threshold: f64, block: u64 }
-}
-
-args! {
-    struct FinishArgs { partial: u64, sums: u64, tiles: TileArgs, groups: u64, parts: u64, by_column: u64 }
-}
-
-args! {
-    struct ValueArgs { sums: u64, out: u64, tiles: TileArgs, extra: u64, l1: f64, l2: f64, group: f64, sized: u64 }
-}
-
-args! {
-    struct FactorArgs { sums: u64, factors: u64, tiles: TileArgs, extra: u64, group: f64, step: f64, sized: u64, prox: u64 }
-}
-
-args! {
-    struct MapArgs {
-        w: u64, out: u64, factors: u64, scale: u64, tiles: TileArgs, threshold: f64, shrink: f64, l1: f64, l2: f64, prox: u64
-    }
-}
-
-impl MapArgs {
-    /// The proximal step of no penalty.
-    fn of(tiles: Tiles) -> Self {
-        let (shrink, tiles) = (1., tiles.into());
-        Self { w: 0, out: 0, factors: 0, scale: 0, tiles, threshold: 0., shrink, l1: 0., l2: 0., prox: 0 }
-    }
-}
-
-fn gpu_sums(gpu: &Gpu, w: &Tensor, tiles: Tiles, threshold: f64) -> Result<Tensor> {
-    const NAME: &str = "group_sums";
-    /// Elements of a block's part of a group, and rows of its part of a column.
-    const PART: usize = 16_384;
-    const ROWS: usize = 128;
-    /// Elements of a group that a block is worth starting for, rather than a warp.
-    const BLOCK: usize = 512;
-    const WARPS: usize = 8;
-    let groups = tiles.count();
-    // Narrow and high blocks are summed column by column, so that neighbouring threads read neighbouring weights.
-    let by_column = tiles.run() < 32 && tiles.rows >= 32;
-    let size = tiles.rows * tiles.columns;
-    let parts = if by_column { tiles.rows.div_ceil(ROWS) } else { size.div_ceil(PART) };
-    let (partials, blocks) = if by_column {
-        let above = tiles.m.div_ceil(tiles.rows);
-        (above * parts * tiles.n, above * parts * tiles.n.div_ceil(32))
-    } else if size > BLOCK {
-        (groups * parts, groups * parts)
-    } else {
-        (groups * parts, (groups * parts).div_ceil(WARPS))
-    };
-    let partial = gpu.tensor(Shape::from((partials, 2)), DType::F64)?;
-    let sums = gpu.tensor((groups, 2), DType::F64)?;
-    let [weights, between, to] = [w, &partial, &sums].map(|t| gpu.operand(t, NAME));
-    let (weights, between, to) = (weights?, between?, to?);
-    let args = SumArgs {
-        w: weights.address(),
-        partial: between.address(),
-        tiles: tiles.into(),
-        groups: groups as u64,
-        parts: parts as u64,
-        part: if by_column { ROWS } else { PART } as u64,
-        threshold,
-        block: u64::from(size > BLOCK),
-    };
-    let kernel = if by_column { "group_column_sums" } else { NAME };
-    gpu.launch(Module::Group, &typed(kernel, w.dtype())?, Grid::line(blocks, THREADS)?, &args)?;
-    let args = FinishArgs {
-        partial: between.address(),
-        sums: to.address(),
-        tiles: tiles.into(),
-        groups: groups as u64,
-        parts: parts as u64,
-        by_column: u64::from(by_column),
-    };
-    gpu.launch(Module::Group, "group_finish", Grid::line(groups.div_ceil(WARPS), THREADS)?, &args)?;
-    Ok(sums)
+    let sums = float_dispatch!(name, w.dtype(), T => {
+        let host = Host::of(w);
+        let values = host.values::<T>()?;
+        let sums = group_host::sums(&values, tiles, threshold);
+        // A square in f64 is finite where a weight of f32 is, so that this costs no pass of its own.
+        if !sums.iter().flatten().sum::<f64>().is_finite() {
+            group_host::check(name, w.dims(), &values)?;
+        }
+        sums
+    });
+    let flat = sums.into_iter().flatten().collect::<Vec<_>>();
+    Tensor::from_vec(flat, (tiles.count(), 2), &Device::Cpu)
 }

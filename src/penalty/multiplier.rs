@@ -3,10 +3,11 @@
 use super::ball::finite;
 use super::cells::Cells;
 use super::groups::Grouping;
+use crate::gpu::{Gpu, tensor_of};
 use crate::ops::element::{Element, Host, float_dispatch};
-use crate::ops::group::value_dtype;
+use crate::ops::group::{scaled, sums, value_dtype};
 use crate::ops::known;
-use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
+use candle_core::{DType, Device, Layout, Result, Storage, Tensor, bail};
 
 /// In messages.
 const NAME: &str = "multiplier";
@@ -69,6 +70,9 @@ impl Dual {
 /// Courville, *Deep Learning*, section 7.2; Gallego-Posada et al. 2025). Add [`Multiplier::term`] to the loss, and call
 /// [`Multiplier::update`] after each step of the optimizer. At the solution `alpha` is the factor with which a plain penalty has the
 /// same optimum.
+///
+/// The multipliers of weights on a GPU are there too, and no step of theirs waits for it. What would be an error, weights that are NaN or
+/// infinite, makes the term NaN then; and the weights' squares are to be within f64.
 #[derive(Debug, Clone)]
 pub struct Multiplier {
     omega: Omega,
@@ -76,10 +80,11 @@ pub struct Multiplier {
     dual: Dual,
     dims: Vec<usize>,
     cells: Cells,
-    alpha: Vec<f64>,
-    integral: Vec<f64>,
-    /// Empty before the first update.
-    average: Vec<f64>,
+    /// `[groups]` in f64, where the weights were last.
+    alpha: Tensor,
+    integral: Tensor,
+    /// None before the first update.
+    average: Option<Tensor>,
 }
 
 /// Multipliers and constraints at some weights, one number a group.
@@ -130,50 +135,54 @@ impl Multiplier {
         }
         let (Omega::Norm(grouping) | Omega::SquaredNorm(grouping) | Omega::L1(grouping)) = omega;
         let cells = Cells::of(grouping, dims)?;
-        let zeros = vec![0.0; cells.count()];
+        let zeros = Tensor::zeros(cells.count(), DType::F64, &Device::Cpu)?;
         let dims = dims.to_vec();
-        Ok(Self { omega, bound, dual, dims, cells, alpha: zeros.clone(), integral: zeros, average: vec![] })
+        Ok(Self { omega, bound, dual, dims, cells, alpha: zeros.clone(), integral: zeros, average: None })
     }
 
-    /// The multipliers, one a group.
-    pub fn alpha(&self) -> &[f64] {
-        &self.alpha
+    /// The multipliers, one a group, read from the weights' device.
+    pub fn alpha(&self) -> Result<Vec<f64>> {
+        self.alpha.to_vec1()
     }
 
     /// `sum_g alpha_g e_g + c/2 [e_g]_+^2`, `e = Omega(w) - k`: a scalar in f32 (f64 for f64), differentiable once with respect to
-    /// `w`, which is to be what it was until the backward pass. Weights on a GPU are read by the host.
+    /// `w`, which is to be what it was until the backward pass.
     ///
     /// # Errors
-    /// If `w` has other dimensions, is not a floating point tensor, or holds NaN or an infinity.
+    /// If `w` has other dimensions, is not a floating point tensor, or, on the CPU, holds NaN or an infinity.
     pub fn term(&self, w: &Tensor) -> Result<Tensor> {
-        let weights = w.detach().to_device(&Device::Cpu)?.contiguous()?;
+        let (value, slope) = self.evaluate(w)?;
+        known::of_one(NAME, w, value, move |grad| slope.times(Some(grad)))
+    }
+
+    /// [`Multiplier::term`] and its gradient, outside of candle's graph.
+    ///
+    /// # Errors
+    /// As for [`Multiplier::term`].
+    pub fn term_and_gradient(&self, w: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (value, slope) = self.evaluate(w)?;
+        Ok((tensor_of(value, ()), slope.times(None)?))
+    }
+
+    fn evaluate(&self, w: &Tensor) -> Result<(Storage, Slope)> {
+        /// The gradient of a norm below it is shorter than 1, which also is a subgradient at zero.
+        const LEAST: f64 = 1e-290;
+        let weights = w.detach().contiguous()?;
         let values = self.omegas(&weights)?;
-        let (omega, cells, c) = (self.omega, self.cells, self.dual.augmented);
-        let (mut total, mut factors) = (0.0, Vec::with_capacity(values.len()));
-        for (alpha, value) in self.alpha.iter().zip(&values) {
-            let excess = value - self.bound;
-            let over = excess.max(0.0);
-            total += alpha * excess + 0.5 * c * over * over;
-            factors.push(alpha + c * over);
-        }
-        let value = Tensor::new(total, w.device())?.to_dtype(value_dtype(w.dtype()))?;
-        let (storage, layout) = value.storage_and_layout();
-        known::of_one(NAME, w, storage.try_clone(layout)?, move |grad| {
-            let scale: f64 = grad.to_dtype(DType::F64)?.to_scalar()?;
-            let gradient = float_dispatch!(NAME, weights.dtype(), T => {
-                let host = Host::of(&weights);
-                let x = host.values::<T>()?;
-                let mut gradient = vec![<T as WithDType>::from_f64(0.0); x.len()];
-                cells.each(|group, run| {
-                    let (factor, value) = (scale * factors[group], values[group]);
-                    for (out, v) in gradient[run.clone()].iter_mut().zip(&x[run]) {
-                        *out = T::rounded(factor * omega.slope(v.to_f64(), value));
-                    }
-                });
-                Tensor::from_vec(gradient, weights.shape(), &Device::Cpu)?
-            });
-            gradient.to_device(grad.device())
-        })
+        let excess = (&values - self.bound)?;
+        let (alpha, over) = (self.alpha.to_device(w.device())?, excess.relu()?);
+        let value = ((&alpha * &excess)? + (over.sqr()? * (0.5 * self.dual.augmented))?)?.sum_all()?;
+        let factors = (alpha + (over * self.dual.augmented)?)?;
+        let (weights, factors) = match self.omega {
+            Omega::Norm(_) => {
+                (weights, (factors / values.broadcast_maximum(&Tensor::new(LEAST, w.device())?)?)?)
+            }
+            Omega::SquaredNorm(_) => (weights, (factors * 2.0)?),
+            Omega::L1(_) => (weights.sign()?, factors),
+        };
+        let value = value.to_dtype(value_dtype(w.dtype()))?;
+        let (storage, _) = value.storage_and_layout();
+        Ok((storage.try_clone(&Layout::contiguous(()))?, Slope { weights, factors, cells: self.cells }))
     }
 
     /// One step of the multipliers at the weights `w`, which the optimizer has stepped.
@@ -182,16 +191,14 @@ impl Multiplier {
     /// As for [`Multiplier::term`]; nothing has changed then.
     pub fn update(&mut self, w: &Tensor) -> Result<()> {
         let Dual { kappa_p, kappa_i, nu, .. } = self.dual;
-        let excess = self.excess(w)?;
-        if self.average.is_empty() {
-            self.average.clone_from(&excess);
-        }
-        for (group, e) in excess.into_iter().enumerate() {
-            let (average, integral) = (&mut self.average[group], &mut self.integral[group]);
-            *average = nu * *average + (1.0 - nu) * e;
-            *integral = (*integral + kappa_i * e).max(0.0);
-            self.alpha[group] = (kappa_p * *average + *integral).max(0.0);
-        }
+        let excess = (self.omegas(w)? - self.bound)?;
+        let average = match &self.average {
+            Some(average) => ((average.to_device(w.device())? * nu)? + (&excess * (1.0 - nu))?)?,
+            None => excess.clone(),
+        };
+        let integral = (self.integral.to_device(w.device())? + (excess * kappa_i)?)?.relu()?;
+        self.alpha = ((&average * kappa_p)? + &integral)?.relu()?;
+        (self.integral, self.average) = (integral, Some(average));
         Ok(())
     }
 
@@ -200,9 +207,10 @@ impl Multiplier {
     /// # Errors
     /// As for [`Multiplier::term`].
     pub fn report(&self, w: &Tensor) -> Result<Report> {
-        let excess = self.excess(w)?;
-        let slackness = self.alpha.iter().zip(&excess).map(|(a, e)| a * e).collect();
-        Ok(Report { alpha: self.alpha.clone(), excess, slackness })
+        let excess = (self.omegas(w)? - self.bound)?.to_vec1::<f64>()?;
+        let alpha = self.alpha()?;
+        let slackness = alpha.iter().zip(&excess).map(|(a, e)| a * e).collect();
+        Ok(Report { alpha, excess, slackness })
     }
 
     /// What is missing to a solution at `w`, where `gradient` is that of the loss without [`Multiplier::term`].
@@ -215,19 +223,27 @@ impl Multiplier {
         }
         let report = self.report(w)?;
         let stationarity = float_dispatch!(NAME, w.dtype(), T => {
-            self.read(w, |x: &[T]| self.read(gradient, |g: &[T]| self.stationarity(x, g)))
+            self.read(w, |x: &[T]| self.read(gradient, |g: &[T]| self.stationarity(&report.alpha, x, g)))
         })?;
         let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
         let slack: Vec<f64> = report.slackness.iter().map(|s| s.abs()).collect();
         Ok(Kkt { stationarity, violation: largest(&report.excess), complementarity: largest(&slack) })
     }
 
-    fn excess(&self, w: &Tensor) -> Result<Vec<f64>> {
-        Ok(self.omegas(w)?.into_iter().map(|v| v - self.bound).collect())
-    }
-
-    fn omegas(&self, w: &Tensor) -> Result<Vec<f64>> {
-        float_dispatch!(NAME, w.dtype(), T => self.read(w, |x: &[T]| self.values(x)))
+    /// `Omega_g`, `[groups]` in f64 on the device of `w`.
+    fn omegas(&self, w: &Tensor) -> Result<Tensor> {
+        self.check(w)?;
+        if Gpu::of(w.device()).is_none() || w.elem_count() == 0 {
+            let values = float_dispatch!(NAME, w.dtype(), T => self.read(w, |x: &[T]| self.values(x)))?;
+            return Tensor::from_vec(values, self.cells.count(), w.device());
+        }
+        let sums = sums(NAME, &w.detach().contiguous()?, self.cells.tiles(), 0.0)?;
+        let column = |at: usize| sums.narrow(1, at, 1)?.contiguous()?.flatten_all();
+        match self.omega {
+            Omega::Norm(_) => column(0)?.sqrt(),
+            Omega::SquaredNorm(_) => column(0),
+            Omega::L1(_) => column(1),
+        }
     }
 
     /// What is bounded, for comparison with a file's.
@@ -235,24 +251,31 @@ impl Multiplier {
         format!("{:?} <= {}", self.omega, self.bound)
     }
 
-    /// All that a step changes; the average is empty before the first.
-    pub(super) fn state(&self) -> [(&'static str, &[f64]); 3] {
-        [("alpha", &self.alpha), ("integral", &self.integral), ("average", &self.average)]
+    /// The number of groups.
+    pub(super) fn count(&self) -> usize {
+        self.cells.count()
     }
 
-    /// Takes over the values of [`Multiplier::state`], in its order.
-    pub(super) fn set_state(&mut self, values: Vec<Vec<f64>>) {
-        for (slot, values) in [&mut self.alpha, &mut self.integral, &mut self.average].into_iter().zip(values)
-        {
-            *slot = values;
+    /// All that a step changes; no average before the first.
+    pub(super) fn state(&self) -> [(&'static str, Option<&Tensor>); 3] {
+        [("alpha", Some(&self.alpha)), ("integral", Some(&self.integral)), ("average", self.average.as_ref())]
+    }
+
+    /// Takes over the tensors of [`Multiplier::state`].
+    pub(super) fn set_state(&mut self, alpha: Tensor, integral: Tensor, average: Option<Tensor>) {
+        (self.alpha, self.integral, self.average) = (alpha, integral, average);
+    }
+
+    fn check(&self, w: &Tensor) -> Result<()> {
+        if w.dims() != self.dims {
+            bail!("multiplier: expected dimensions {:?}, got {:?}", self.dims, w.dims())
         }
+        Ok(())
     }
 
     /// Gives `f` the elements of a tensor that has passed the checks.
     fn read<T: Element, R>(&self, w: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
-        if w.dims() != self.dims {
-            bail!("multiplier: expected dimensions {:?}, got {:?}", self.dims, w.dims())
-        }
+        self.check(w)?;
         let w = w.detach().to_device(&Device::Cpu)?;
         let host = Host::of(&w);
         let x = host.values::<T>()?;
@@ -275,11 +298,11 @@ impl Multiplier {
 
     /// The norm of the least subgradient of the Lagrangian: where `Omega_g` has a kink, that part of the loss's gradient `g` which
     /// `alpha_g` times a subgradient (a ball for norms, an interval for L1) cannot cancel.
-    fn stationarity<T: Element>(&self, x: &[T], g: &[T]) -> Result<f64> {
+    fn stationarity<T: Element>(&self, alpha: &[f64], x: &[T], g: &[T]) -> Result<f64> {
         let (values, slopes) = (self.values(x)?, self.cells.norms(g));
         let mut square = 0.0;
         self.cells.each(|group, run| {
-            let alpha = self.alpha[group];
+            let alpha = alpha[group];
             for (v, g) in x[run.clone()].iter().zip(&g[run]) {
                 let (v, g) = (v.to_f64(), g.to_f64());
                 let rest = match self.omega {
@@ -297,5 +320,80 @@ impl Multiplier {
             }
         });
         Ok(square.sqrt())
+    }
+}
+
+/// The gradient of a [`Multiplier::term`]: each weight, or its sign, times the factor of its group.
+struct Slope {
+    weights: Tensor,
+    factors: Tensor,
+    cells: Cells,
+}
+
+impl Slope {
+    fn times(&self, scale: Option<&Tensor>) -> Result<Tensor> {
+        let factors = match scale {
+            Some(scale) => self.factors.broadcast_mul(&scale.to_dtype(DType::F64)?)?,
+            None => self.factors.clone(),
+        };
+        scaled(&self.weights, self.cells.tiles(), 0.0, &factors)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::emulate::emulate;
+    use crate::ops::testing::{assert_close, random, values};
+    use candle_core::Var;
+
+    /// Steps of weights and multipliers, and all that is seen of them.
+    fn steps(omega: Omega, start: &Tensor) -> Result<Vec<Tensor>> {
+        let dual = Dual { augmented: 0.7, ..Dual::nu_pi(0.5, 0.3, 0.4) };
+        let mut multiplier = Multiplier::new(omega, 0.9, dual, start.dims())?;
+        let (mut w, mut seen) = (start.clone(), vec![]);
+        for _ in 0..4 {
+            multiplier.update(&w)?;
+            let var = Var::from_tensor(&w)?;
+            let term = (multiplier.term(&var)? * 3.0)?;
+            let (value, gradient) = multiplier.term_and_gradient(&w)?;
+            seen.extend(term.backward()?.get(&var).cloned());
+            seen.push((&w - (&gradient * 1e-4)?)?);
+            w = seen[seen.len() - 1].clone();
+            seen.extend([term, value, gradient, Tensor::new(multiplier.report(&w)?.slackness, w.device())?]);
+        }
+        Ok(seen)
+    }
+
+    #[test]
+    fn on_the_device_as_on_the_host() -> Result<()> {
+        for (dims, grouping) in [
+            (vec![5, 7], Grouping::Rows),
+            (vec![5, 7], Grouping::Columns),
+            (vec![3, 4, 3, 3], Grouping::InputChannels),
+            (vec![6, 5], Grouping::Blocks { rows: 1, columns: 1 }),
+            (vec![40, 30], Grouping::Whole),
+            (vec![0, 3], Grouping::Rows),
+        ] {
+            for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-5), (DType::BF16, 3e-2)] {
+                let mut start = values(&random(0, &dims)?)?;
+                start.iter_mut().step_by(4).for_each(|w| *w = 0.0);
+                let start = Tensor::from_vec(start, &dims[..], &Device::Cpu)?.to_dtype(dtype)?;
+                for omega in [Omega::Norm(grouping), Omega::SquaredNorm(grouping), Omega::L1(grouping)] {
+                    let (found, expected) = (emulate(|| steps(omega, &start))?, steps(omega, &start)?);
+                    assert_eq!((found.len(), expected.len()), (24, 24));
+                    for (found, expected) in found.iter().zip(&expected) {
+                        assert_eq!(found.dtype(), expected.dtype());
+                        assert_close(found, &values(expected)?, tolerance);
+                    }
+                    // Of one evaluation, and with the factor of the backward pass.
+                    for seen in expected.chunks(6) {
+                        assert_close(&(&seen[4] * 3.0)?, &values(&seen[0])?, tolerance);
+                        assert_close(&(&seen[3] * 3.0)?, &values(&seen[2])?, 1e-6);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -121,8 +121,7 @@ fn each<R>(layers: &[(&str, Tensor)], f: impl Fn(&Tensor) -> Result<R>) -> Resul
     if layers.is_empty() {
         bail!("spatial: no layers, expected at least one")
     }
-    let named =
-        |(name, w): &(&str, Tensor)| f(w).map_err(|error| error.context(format!("layer {name}")));
+    let named = |(name, w): &(&str, Tensor)| f(w).map_err(|error| error.context(format!("layer {name}")));
     layers.iter().map(named).collect()
 }
 
@@ -330,7 +329,8 @@ mod tests {
             Spatial::default().total(&[("a", none.as_tensor().clone()), ("b", none.as_tensor().clone())])?;
         assert_eq!(values(&total)?, [0.]);
         assert_eq!(total.backward()?.get(&none).map(values).transpose()?, Some(vec![0.; 4]));
-        let (total, gradients) = Spatial::default().total_and_gradients(&[("a", none.as_tensor().clone())], 1.)?;
+        let (total, gradients) =
+            Spatial::default().total_and_gradients(&[("a", none.as_tensor().clone())], 1.)?;
         assert_eq!((values(&total)?, values(&gradients[0])?), (vec![0.], vec![0.; 4]));
         assert!(Spatial::default().total(&[]).is_err());
         Ok(())

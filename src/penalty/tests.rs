@@ -190,7 +190,9 @@ fn refusals() -> Result<()> {
                 }
             }
             assert!([-1., f64::NAN, f64::INFINITY].iter().all(|step| penalty.prox(&w, *step).is_err()));
-            assert!([-1., f64::NAN, f64::INFINITY].iter().all(|f| penalty.value_and_gradient(&w, *f).is_err()));
+            assert!(
+                [-1., f64::NAN, f64::INFINITY].iter().all(|f| penalty.value_and_gradient(&w, *f).is_err())
+            );
         }
     }
     let blocks = Grouping::Blocks { rows: 0, columns: 1 };

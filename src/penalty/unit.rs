@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use crate::ops::group::{Map, Norms, Tiles};
+use crate::ops::group::{Map, Norms, Tiles, sums};
 use crate::ops::known;
 
 /// The group lasso of hidden units: a group is what leads into a unit, a row of `inward (units, ..)`, together with what leads
@@ -72,7 +72,7 @@ impl Pair {
 
     /// The sums of both layers.
     fn sums(&self, norms: &Norms) -> Result<Tensor> {
-        let [inward, outward] = [0, 1].map(|i| norms.sums(&self.weights[i], self.tiles[i], 0.));
+        let [inward, outward] = [0, 1].map(|i| sums(norms.name, &self.weights[i], self.tiles[i], 0.));
         inward? + outward?
     }
 

@@ -2,11 +2,11 @@
 
 use super::{Set, at_most, below, slack, within};
 use crate::ops::element::float_dispatch;
-use crate::ops::group::{Norms, Tiles, scaled};
+use crate::ops::group::{Tiles, scaled, sums};
 use candle_core::{DType, Result, Tensor};
 
-/// The norms' sums alone are of use here.
-const NORMS: Norms = Norms { name: "project", l1: 1., l2: 0., group: 1., sized: false };
+/// In messages.
+const NAME: &str = "project";
 
 /// An L1 ball's radius may be smaller than the weights' sum by this: what f64 keeps of a threshold beside them.
 const FAR: f64 = 1e6;
@@ -43,7 +43,7 @@ pub(super) fn moved(set: &Set, w: &Tensor) -> Result<Option<Option<Tensor>>> {
         Set::Sphere { .. } if seen.norms.contains(&0.0) => None,
         Set::Sphere { radius, .. } => {
             let factors: Vec<f64> = seen.norms.iter().map(|norm| radius / norm).collect();
-            Some(scaled(&seen.w, seen.tiles, 0.0, &factors)?)
+            Some(seen.scaled(0.0, &factors)?)
         }
         Set::Simplex { .. } => None,
     };
@@ -71,7 +71,7 @@ impl Seen {
             return Ok(None);
         }
         let w = w.detach().contiguous()?;
-        let sums = NORMS.sums(&w, tiles, 0.0)?.to_vec2::<f64>()?;
+        let sums = sums(NAME, &w, tiles, 0.0)?.to_vec2::<f64>()?;
         let plain = |sum: &Vec<f64>| matches!(sum[..], [squares, size] if squares.is_finite() && (squares > 1e-290 || size == 0.0));
         if !sums.iter().all(plain) {
             return Ok(None);
@@ -88,6 +88,11 @@ impl Seen {
         })
     }
 
+    fn scaled(&self, threshold: f64, factors: &[f64]) -> Result<Tensor> {
+        let factors = Tensor::from_slice(factors, factors.len(), self.w.device())?;
+        scaled(&self.w, self.tiles, threshold, &factors)
+    }
+
     /// As on the host: every group that is longer than its `length` scaled to it, and rounded so that it is not longer.
     fn shrink(&self, lengths: &[f64]) -> Result<Tensor> {
         // A group that is short enough after an attempt keeps its factor.
@@ -98,7 +103,7 @@ impl Seen {
             for (group, factor) in factors.iter_mut().enumerate().filter(|(group, _)| long[*group]) {
                 *factor = lengths[group] * keep / self.norms[group];
             }
-            let out = scaled(&self.w, self.tiles, 0.0, &factors)?;
+            let out = self.scaled(0.0, &factors)?;
             let now = norms(&out, self.tiles)?;
             long.iter_mut()
                 .zip(now.iter().zip(lengths))
@@ -131,7 +136,7 @@ impl Seen {
             sum = self.sum_of(&self.w, threshold)?;
         }
         let attempt = |keep: f64| -> Result<Option<Tensor>> {
-            let out = scaled(&self.w, self.tiles, threshold, &[keep])?;
+            let out = self.scaled(threshold, &[keep])?;
             Ok((self.sum_of(&out, 0.0)? <= radius).then_some(out))
         };
         within(self.w.dtype(), |keep| attempt(keep).transpose()).map(Some)
@@ -139,7 +144,7 @@ impl Seen {
 
     /// The sum of what sizes have beyond a threshold.
     fn sum_of(&self, w: &Tensor, threshold: f64) -> Result<f64> {
-        let sums = NORMS.sums(w, self.tiles, threshold)?;
+        let sums = sums(NAME, w, self.tiles, threshold)?;
         sums.narrow(1, 1, 1)?.sum_all()?.to_scalar()
     }
 }
@@ -147,7 +152,7 @@ impl Seen {
 /// The norms of the groups.
 fn norms(w: &Tensor, tiles: Tiles) -> Result<Vec<f64>> {
     let squares =
-        NORMS.sums(w, tiles, 0.0)?.narrow(1, 0, 1)?.contiguous()?.flatten_all()?.to_vec1::<f64>()?;
+        sums(NAME, w, tiles, 0.0)?.narrow(1, 0, 1)?.contiguous()?.flatten_all()?.to_vec1::<f64>()?;
     Ok(squares.into_iter().map(f64::sqrt).collect())
 }
 

@@ -38,9 +38,8 @@ impl Constraints {
         for (name, multiplier) in self.multipliers() {
             lines.push_str(&format!("{name} = {}\n", multiplier.kind()));
             for (slot, values) in multiplier.state() {
-                if !values.is_empty() {
-                    let values = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
-                    file.tensors.insert(format!("{name}.{slot}"), values);
+                if let Some(values) = values {
+                    file.tensors.insert(format!("{name}.{slot}"), values.to_device(&Device::Cpu)?);
                 }
             }
         }
@@ -70,30 +69,33 @@ impl Constraints {
                 }
                 None => bail!("{}: {name} is missing", path.display()),
             }
-            let mut state = vec![];
-            for (slot, _) in multiplier.state() {
+            let groups = multiplier.count();
+            let mut read = |slot: &str| -> Result<Option<Tensor>> {
                 let key = format!("{name}.{slot}");
-                let groups = multiplier.alpha().len();
-                state.push(match file.tensors.remove(&key) {
-                    // Multipliers that have not stepped have no average.
-                    None if slot == "average" || groups == 0 => vec![],
-                    None => bail!("{}: {key} is missing", path.display()),
-                    Some(values) if values.dims() == [groups] => match values.to_vec1::<f64>() {
-                        Ok(values) if values.iter().all(|v| v.is_finite()) => values,
-                        _ => bail!("{}: {key}: expected finite numbers in f64", path.display()),
-                    },
-                    Some(values) => {
-                        bail!("{}: {key} is {:?}, expected [{groups}]", path.display(), values.dims())
-                    }
-                });
+                let Some(values) = file.tensors.remove(&key) else { return Ok(None) };
+                if values.dims() != [groups] {
+                    bail!("{}: {key} is {:?}, expected [{groups}]", path.display(), values.dims())
+                }
+                match values.to_vec1::<f64>() {
+                    Ok(numbers) if numbers.iter().all(|v| v.is_finite()) => Ok(Some(values)),
+                    _ => bail!("{}: {key}: expected finite numbers in f64", path.display()),
+                }
+            };
+            // Multipliers that have not stepped have no average.
+            let (alpha, integral, average) = (read("alpha")?, read("integral")?, read("average")?);
+            match (alpha, integral) {
+                (Some(alpha), Some(integral)) => states.push((alpha, integral, average)),
+                (None, _) => bail!("{}: {name}.alpha is missing", path.display()),
+                (_, None) => bail!("{}: {name}.integral is missing", path.display()),
             }
-            states.push(state);
         }
         if let Some((name, _)) = kinds.iter().find(|(name, _)| !self.multipliers().any(|(n, _)| n == *name)) {
             bail!("{}: {name} has no place here", path.display())
         }
         let multipliers = self.entries.iter_mut().flat_map(|entry| &mut entry.multipliers);
-        multipliers.zip(states).for_each(|(multiplier, state)| multiplier.set_state(state));
+        multipliers.zip(states).for_each(|(multiplier, (alpha, integral, average))| {
+            multiplier.set_state(alpha, integral, average)
+        });
         Ok(())
     }
 
@@ -180,6 +182,11 @@ mod tests {
             let reports = whole.constraints.report()?;
             assert!(reports.iter().any(|(_, report)| report.alpha.iter().any(|a| *a > 0.)));
         }
+        let mut empty = setup(0, 1., &["a"])?.constraints;
+        empty.after_step(0.1)?;
+        empty.save(&path)?;
+        empty.resume(&path)?;
+        setup(4, 1., &["a", "b"])?.constraints.save(&path)?;
         let file = path.display();
         for (rows, bound, names, message) in [
             (4, 2., &["a", "b"][..], "a.0 is of Norm(Rows) <= 1, expected Norm(Rows) <= 2"),
