@@ -1,10 +1,10 @@
 //! What holds for which weights: a table from names to penalties, projections and multipliers.
 
-use super::Penalty;
 use super::ball::Set;
 use super::multiplier::{Dual, Multiplier, Omega, Report};
+use super::{Penalty, Spatial};
 use crate::pattern::matches;
-use candle_core::{DType, Device, Error, Result, Tensor, Var, bail};
+use candle_core::{DType, Error, Result, Tensor, Var, bail};
 use candle_nn::VarMap;
 use std::sync::Arc;
 
@@ -17,6 +17,13 @@ pub enum Rule {
     Penalize {
         /// The penalty.
         penalty: Arc<dyn Penalty>,
+        /// Its factor, zero or more.
+        factor: f64,
+    },
+    /// Adds `factor` times [`Spatial::total`] of all the Vars together to the loss.
+    Arrange {
+        /// The penalty.
+        penalty: Spatial,
         /// Its factor, zero or more.
         factor: f64,
     },
@@ -51,7 +58,8 @@ pub enum Rule {
 /// Penalties, projections and multipliers for the Vars of a model, beside any [`candle_nn::Optimizer`].
 ///
 /// All rules whose pattern matches a name hold for it (`*` stands for any run of characters, `?` for one), in the order of the table.
-/// Add [`Constraints::loss`] to the loss, and call [`Constraints::after_step`] after the optimizer's step.
+/// Add [`Constraints::loss`] to the loss, or, for less work, its gradient to the loss's with [`Constraints::add_gradients`]; and call
+/// [`Constraints::after_step`] after the optimizer's step.
 ///
 /// Worked by hand: the least `1/2 [(x - 3)^2 + (y - 4)^2]` with `||(x, y)|| <= 1` lies on the way from the origin to `(3, 4)`, at
 /// `(0.6, 0.8)`. There the loss pulls outwards with `(2.4, 3.2)`, of norm 4; the norm's gradient is `(0.6, 0.8)`, so the multiplier
@@ -93,15 +101,25 @@ pub enum Rule {
 #[derive(Debug)]
 pub struct Constraints {
     entries: Vec<Entry>,
+    arranged: Vec<Arranged>,
 }
 
 #[derive(Debug)]
 struct Entry {
     name: String,
     var: Var,
-    /// All rules but those in `multipliers`.
+    /// All rules of this Var alone but those in `multipliers`.
     rules: Vec<Rule>,
     multipliers: Vec<Multiplier>,
+}
+
+/// The spatial penalty of several Vars.
+#[derive(Debug)]
+struct Arranged {
+    penalty: Spatial,
+    factor: f64,
+    /// Their places among the entries.
+    places: Vec<usize>,
 }
 
 /// What a step will change: entries' new values, and all their multipliers.
@@ -144,33 +162,18 @@ impl Constraints {
             }
             entries.push(entry);
         }
-        Ok(Self { entries })
-    }
-
-    /// What the rules add to the loss, a scalar: in f32, or in f64 if a Var with such a rule is.
-    ///
-    /// # Errors
-    /// If weights are NaN or infinite; the message names the Var.
-    pub fn loss(&self) -> Result<Tensor> {
-        let mut total: Option<Tensor> = None;
-        for entry in &self.entries {
-            for term in entry.terms().map_err(|e| named(&entry.name, e))? {
-                total = Some(match total {
-                    None => term,
-                    Some(total) if total.dtype() == term.dtype() => (total + term)?,
-                    Some(total) => (total.to_dtype(DType::F64)? + term.to_dtype(DType::F64)?)?,
-                });
+        let matching = |pattern: &str| {
+            let places = entries.iter().enumerate().filter(|(_, entry)| matches(pattern, &entry.name));
+            places.map(|(place, _)| place).collect()
+        };
+        let arranged = rules.iter().filter_map(|(pattern, rule)| match *rule {
+            Rule::Arrange { penalty, factor } => {
+                Some(Arranged { penalty, factor, places: matching(pattern) })
             }
-        }
-        match total {
-            Some(total) => Ok(total),
-            None => {
-                let vars = || self.entries.iter().map(|entry| &entry.var);
-                let dtype = if vars().any(|var| var.dtype() == DType::F64) { DType::F64 } else { DType::F32 };
-                let device = vars().next().map_or(&Device::Cpu, |var| var.device());
-                Tensor::zeros((), dtype, device)
-            }
-        }
+            _ => None,
+        });
+        let arranged = arranged.collect();
+        Ok(Self { entries, arranged })
     }
 
     /// Proximal steps and projections, in the order of the rules, then a step of the multipliers. `lr` is the learning rate of the
@@ -227,6 +230,28 @@ fn named(name: &str, error: Error) -> Error {
     error.context(format!("constraints: {name}"))
 }
 
+fn check_factor(penalty: &dyn Penalty, factor: f64) -> Result<()> {
+    if !(factor.is_finite() && factor >= 0.0) {
+        bail!("{}: expected a finite factor of zero or more, got {factor}", penalty.name())
+    }
+    Ok(())
+}
+
+/// Refuses what a penalty made of weights in another dtype or shape than theirs.
+fn check_like(penalty: &dyn Penalty, what: &str, made: &Tensor, weights: &Tensor) -> Result<()> {
+    if made.dims() != weights.dims() || made.dtype() != weights.dtype() {
+        bail!(
+            "{}: expected {what} in {:?} {:?}, got {:?} {:?}",
+            penalty.name(),
+            weights.dtype(),
+            weights.dims(),
+            made.dtype(),
+            made.dims()
+        )
+    }
+    Ok(())
+}
+
 impl Entry {
     fn add(&mut self, rule: &Rule) -> Result<()> {
         if !(self.var.dtype().is_float() || matches!(rule, Rule::Free)) {
@@ -234,10 +259,9 @@ impl Entry {
         }
         match rule {
             Rule::Free => {}
+            Rule::Arrange { penalty, factor } => check_factor(penalty, *factor)?,
             Rule::Penalize { penalty, factor } | Rule::Proximal { penalty, factor } => {
-                if !(factor.is_finite() && *factor >= 0.0) {
-                    bail!("{}: expected a finite factor of zero or more, got {factor}", penalty.name())
-                }
+                check_factor(penalty.as_ref(), *factor)?;
                 self.rules.push(rule.clone());
             }
             Rule::Project { set } => {
@@ -264,19 +288,6 @@ impl Entry {
         Ok(())
     }
 
-    fn terms(&self) -> Result<Vec<Tensor>> {
-        let mut terms = vec![];
-        for rule in &self.rules {
-            if let Rule::Penalize { penalty, factor } = rule {
-                terms.push((penalty.value(&self.var)? * *factor)?);
-            }
-        }
-        for multiplier in &self.multipliers {
-            terms.push(multiplier.term(&self.var)?);
-        }
-        Ok(terms)
-    }
-
     /// The value that the rules make of `value`, if another, and the multipliers there.
     fn next(&self, value: &Tensor, lr: f64) -> Result<(Option<Tensor>, Vec<Multiplier>)> {
         let mut moved: Option<Tensor> = None;
@@ -288,22 +299,13 @@ impl Entry {
                         bail!("expected a finite learning rate of zero or more, got {lr}")
                     }
                     let next = penalty.prox(now, lr * factor)?;
-                    if next.dims() != value.dims() || next.dtype() != value.dtype() {
-                        bail!(
-                            "{}: expected a proximal step in {:?} {:?}, got {:?} {:?}",
-                            penalty.name(),
-                            value.dtype(),
-                            value.dims(),
-                            next.dtype(),
-                            next.dims()
-                        )
-                    }
+                    check_like(penalty.as_ref(), "a proximal step", &next, value)?;
                     // A penalty may give back the weights themselves, which a Var does not take.
                     Some(next.copy()?)
                 }
                 Rule::Project { set } => set.moved(now)?,
                 Rule::Mask { mask } => Some((now * mask.to_dtype(now.dtype())?)?),
-                Rule::Free | Rule::Penalize { .. } | Rule::Multiply { .. } => None,
+                Rule::Free | Rule::Penalize { .. } | Rule::Arrange { .. } | Rule::Multiply { .. } => None,
             };
             moved = next.or(moved);
         }
@@ -316,5 +318,6 @@ impl Entry {
 }
 
 mod save;
+mod terms;
 #[cfg(test)]
 mod tests;

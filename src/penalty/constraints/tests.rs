@@ -1,5 +1,7 @@
-use super::super::Grouping;
+use super::super::{GroupLasso, Grouping, Lp, SparseGroupLasso};
 use super::*;
+use crate::ops::testing::{assert_close, random, values};
+use candle_core::Device;
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
 
 /// `sum |w|`.
@@ -97,6 +99,61 @@ fn the_loss_adds_up() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn gradients_are_those_of_the_loss() -> Result<()> {
+    let map = VarMap::new();
+    for (stream, (name, dims)) in
+        [("a.w", [4, 3]), ("b.w", [2, 4]), ("c", [3, 3]), ("d", [2, 2])].iter().enumerate()
+    {
+        let var = Var::from_tensor(&random(stream as u64, dims)?)?;
+        map.data().lock().unwrap().insert((*name).into(), var);
+    }
+    let penalize = |penalty: Arc<dyn Penalty>| Rule::Penalize { penalty, factor: 0.3 };
+    let sparse = SparseGroupLasso::new(0.4, Grouping::Columns, true)?;
+    let dual = Dual { augmented: 0.7, ..Dual::ascent(0.5) };
+    let rules = [
+        ("*", Rule::Free),
+        ("?", penalize(Arc::new(Lp::l1()))),
+        ("a.w", penalize(Arc::new(GroupLasso::default()))),
+        ("b.w", penalize(Arc::new(sparse))),
+        ("c", penalize(Arc::new(Spatial::default()))),
+        ("c", lasso(0.2)),
+        ("*.w", Rule::Arrange { penalty: Spatial::default(), factor: 0.1 }),
+        ("a.w", Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: 0.5, dual }),
+        ("d", Rule::Multiply { omega: Omega::L1(Grouping::Whole), bound: 9.0, dual }),
+    ];
+    let mut constraints = Constraints::new(&map, &rules)?;
+    constraints.after_step(0.1)?;
+    let vars: Vec<(String, Var)> = map.data().lock().unwrap().clone().into_iter().collect();
+    // `d` has no part in the loss.
+    let mut loss = Tensor::new(0f64, &Device::Cpu)?;
+    for (_, var) in vars.iter().filter(|(name, _)| name != "d") {
+        loss = (loss + var.as_tensor().powf(3.0)?.sum_all()?)?;
+    }
+    let expected = (&loss + constraints.loss()?)?.backward()?;
+    let mut grads = loss.backward()?;
+    let value = constraints.add_gradients(&mut grads)?;
+    assert_close(&value, &[constraints.loss()?.to_scalar()?], 1e-15);
+    for (name, var) in &vars {
+        let (found, expected) = (grads.get(var).unwrap(), expected.get(var).unwrap());
+        assert_close(found, &values(expected)?, 1e-14);
+        assert_eq!(found.dims(), var.dims(), "{name}");
+    }
+    // Nothing is added where something is wrong.
+    let broken = varmap(&[("a", &[1.0, 2.0]), ("b", &[1.0, f64::NAN])]);
+    let constraints = Constraints::new(&broken, &[("*", penalize(Arc::new(Lp::l2())))])?;
+    let a = broken.data().lock().unwrap()["a"].clone();
+    let mut grads = a.sum_all()?.backward()?;
+    let error = constraints.add_gradients(&mut grads).unwrap_err().to_string();
+    assert!(error.contains("constraints: b"), "{error}");
+    assert_eq!(grads.get(&a).unwrap().to_vec1::<f64>()?, [1.0, 1.0]);
+    assert_eq!(
+        Constraints::new(&broken, &[("*", Rule::Free)])?.add_gradients(&mut grads)?.to_scalar::<f64>()?,
+        0.0
+    );
+    Ok(())
+}
+
 /// Soft thresholds after each step reach the lasso's solution with its exact zeros, with any optimizer that descends.
 #[test]
 fn any_optimizer() -> Result<()> {
@@ -156,6 +213,7 @@ fn refusals_name_the_vars() {
     for rule in [
         lasso(-1.0),
         prox(f64::NAN),
+        Rule::Arrange { penalty: Spatial::default(), factor: -1.0 },
         ball(-1.0),
         Rule::Project {
             set: Set::MaxNorm { grouping: Grouping::Blocks { rows: 0, columns: 1 }, radius: 1.0 },
