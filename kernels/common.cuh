@@ -67,3 +67,14 @@ template <class T> DEVICE T block_sum(T x, T *slots) {
     __syncthreads();
     return total;
 }
+
+// The largest of numbers, as block_sum the sum.
+DEVICE double block_max(double x, double *slots) {
+    x = warp_max(x);
+    if (threadIdx.x % WARP == 0) slots[threadIdx.x / WARP] = x;
+    __syncthreads();
+    double most = slots[0];
+    for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) most = slots[warp] > most ? slots[warp] : most;
+    __syncthreads();
+    return most;
+}

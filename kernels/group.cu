@@ -5,6 +5,8 @@
 
 constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / WARP;
+// Of double.
+constexpr double EPSILON = 2.220446049250313e-16;
 
 // Blocks of `rows` x `columns` elements of an `m` x `n` matrix, `across` side by side; `run` adjacent elements are of one block.
 struct Tiles {
@@ -69,6 +71,18 @@ struct MapArgs {
     double l1;
     double l2;
     u64 prox;
+};
+
+struct ScaledArgs {
+    const double *w;
+    const double *diagonal;
+    double *out;
+    Tiles tiles;
+    double step;
+    double threshold;
+    double bend; // added to the diagonal
+    double group;
+    u64 sized;
 };
 
 // A division of 64 bits only where it takes one.
@@ -234,6 +248,75 @@ template <class T> DEVICE void map(const MapArgs &p) {
     }
 }
 
+// The proximal step in the metric of a diagonal (formulas in src/penalty/scaled.rs), of a group by a block.
+DEVICE void scaled_prox(const ScaledArgs &p) {
+    SHARED(double, slots, WARPS);
+    const Tiles &t = p.tiles;
+    const Extent e = extent(t, blockIdx.x);
+    const u64 count = e.height * e.width;
+    const double c = p.step * factor_of(t, blockIdx.x, 0, p.group, p.sized);
+    const auto place = [&](u64 i) {
+        const u64 row = quotient(i, e.width);
+        return (e.row + row) * t.n + e.column + (i - row * e.width);
+    };
+    const auto a = [&](u64 at) {
+        const double x = p.diagonal[at] * p.w[at];
+        return copysign(beyond(x, p.threshold), x);
+    };
+    double largest = 0, steepest = 0, flattest = -INFINITY, broken = 0;
+    for (u64 i = threadIdx.x; i < count; i += THREADS) {
+        const u64 at = place(i);
+        const double size = fabs(a(at)), b = p.diagonal[at] + p.bend;
+        if (!(p.diagonal[at] > 0 && isfinite(b) && isfinite(p.w[at]))) broken = 1;
+        largest = size > largest ? size : largest;
+        steepest = b > steepest ? b : steepest;
+        flattest = -b > flattest ? -b : flattest;
+    }
+    const bool ok = block_max(broken, slots) == 0;
+    // c / r of the radius r, where the norm of the group counts.
+    double pull = 0;
+    bool zero = false;
+    if (p.group > 0 && ok) {
+        const double unit = block_max(largest, slots);
+        const double most = block_max(steepest, slots), least = -block_max(flattest, slots);
+        double norm = 0;
+        if (unit > 0)
+            for (u64 i = threadIdx.x; i < count; i += THREADS) {
+                const double part = a(place(i)) / unit;
+                norm += part * part;
+            }
+        norm = sqrt(block_sum(norm, slots)) * unit;
+        zero = unit == 0 || norm <= c;
+        double low = (norm - c) / most, high = (norm - c) / least, r = low;
+        for (u32 step = 0; step < 200 && !zero; ++step) {
+            double sum = 0, slope = 0;
+            for (u64 i = threadIdx.x; i < count; i += THREADS) {
+                const u64 at = place(i);
+                const double b = p.diagonal[at] + p.bend, reach = b * r + c, part = a(at) / reach;
+                sum += part * part;
+                slope += part * part * b / reach;
+            }
+            sum = block_sum(sum, slots);
+            slope = block_sum(slope, slots);
+            if (sum > 1)
+                low = r > low ? r : low;
+            else
+                high = r < high ? r : high;
+            double next = r + (sqrt(sum) - 1) * sum / slope;
+            if (!(next >= low && next <= high)) next = 0.5 * (low + high);
+            const bool done = fabs(next - r) <= 2 * EPSILON * next;
+            r = next;
+            if (done) break;
+        }
+        pull = c / r;
+    }
+    for (u64 i = threadIdx.x; i < count; i += THREADS) {
+        const u64 at = place(i);
+        const double x = a(at) / (p.diagonal[at] + p.bend + pull);
+        p.out[at] = !ok ? (double)NAN : zero ? 0 : x;
+    }
+}
+
 #define GROUP_KERNELS(suffix, T)                                                                                       \
     KERNEL(group_sums_##suffix, THREADS, SumArgs, group_sums<T>)                                                       \
     KERNEL(group_column_sums_##suffix, THREADS, SumArgs, group_column_sums<T>)                                         \
@@ -245,5 +328,6 @@ GROUP_KERNELS(f16, __half)
 GROUP_KERNELS(bf16, __nv_bfloat16)
 KERNEL(group_finish, THREADS, FinishArgs, finish)
 KERNEL(group_factors, THREADS, FactorArgs, factors)
+KERNEL(group_scaled_prox, THREADS, ScaledArgs, scaled_prox)
 KERNEL(group_value_f32, THREADS, ValueArgs, value<float>)
 KERNEL(group_value_f64, THREADS, ValueArgs, value<double>)

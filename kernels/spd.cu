@@ -7,16 +7,6 @@ constexpr u32 THREADS = 256, WARPS = THREADS / WARP;
 // Position i of the vector of signs that decompositions are tried on (`probe` in src/linalg/host.rs).
 DEVICE double probe(u64 i) { return (i + 1) * 0x9e3779b97f4a7c15ull >> 63 ? -1. : 1.; }
 
-DEVICE double block_max(double x, double *slots) {
-    x = warp_max(x);
-    if (threadIdx.x % WARP == 0) slots[threadIdx.x / WARP] = x;
-    __syncthreads();
-    double most = slots[0];
-    for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) most = slots[warp] > most ? slots[warp] : most;
-    __syncthreads();
-    return most;
-}
-
 struct LargestArgs {
     const void *m;
     double *partial; // [groups, parts], infinite where a number is not finite

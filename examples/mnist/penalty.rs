@@ -2,7 +2,7 @@
 
 use super::optimizer::Train;
 use super::weights;
-use candle_core::{DType, Result, Shape, Tensor, Var, bail};
+use candle_core::{DType, Result, Shape, Tensor, bail};
 use kronwake::nn::VarMap;
 use kronwake::penalty::{
     Constraints, Factor, Family, GroupLasso, Grouping, Init, Lp, Penalty, Rule, SparseGroupLasso, Spatial,
@@ -77,19 +77,9 @@ impl Spec {
 /// `gamma` of the spatial penalty.
 const SPATIAL_GAMMA: f64 = 6.0;
 
-/// The spatial penalty of layers by name.
-struct Arrangement {
-    penalty: Spatial,
-    factor: f64,
-    layers: Vec<(String, Var)>,
-}
-
 /// What the penalty does in a training.
 pub struct Penalized {
-    /// Terms of single layers, and proximal steps.
     constraints: Constraints,
-    /// The spatial penalty is one of all layers together.
-    spatial: Option<Arrangement>,
     /// What was chosen, in words and figures.
     pub text: String,
 }
@@ -112,12 +102,13 @@ impl Penalized {
                     .map_err(candle_core::Error::wrap)?;
             }
         }
-        let (mut rules, mut spatial) = (vec![("*", Rule::Free)], None);
+        let mut rules = vec![("*", Rule::Free)];
         match spec {
+            // One penalty of all layers together.
             Spec::Spatial(kappa) => {
-                let factor = factors.first().copied().unwrap_or(0.0);
                 let penalty = Spatial::new(kappa, SPATIAL_GAMMA)?;
-                spatial = Some(Arrangement { penalty, factor, layers: layers.clone() });
+                let factor = factors.first().copied().unwrap_or(0.0);
+                rules.push(("*.weight", Rule::Arrange { penalty, factor }));
             }
             _ => rules.extend(shapes.iter().zip(factors).map(|((name, _), factor)| {
                 let penalty = penalty.clone();
@@ -129,20 +120,12 @@ impl Penalized {
                 (*name, rule)
             })),
         }
-        Ok(Self { constraints: Constraints::new(vars, &rules)?, spatial, text })
+        Ok(Self { constraints: Constraints::new(vars, &rules)?, text })
     }
 
     /// The loss with the penalty's term.
     pub fn add_to(&self, loss: &Tensor) -> Result<Tensor> {
-        let term = match &self.spatial {
-            Some(Arrangement { penalty, factor, layers }) => {
-                let layers: Vec<_> =
-                    layers.iter().map(|(name, var)| (name.as_str(), var.as_tensor().clone())).collect();
-                (penalty.total(&layers)? * *factor)?
-            }
-            None => self.constraints.loss()?,
-        };
-        loss + term.to_dtype(loss.dtype())?
+        loss + self.constraints.loss()?.to_dtype(loss.dtype())?
     }
 
     /// The proximal step after the optimizer's.
@@ -170,7 +153,7 @@ pub fn zeros(vars: &VarMap) -> Result<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
+    use candle_core::{Device, Var};
 
     #[test]
     fn specs() {

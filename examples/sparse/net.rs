@@ -225,7 +225,6 @@ impl Net {
             }
         }
         let mut constraints = Constraints::new(&self.vars, &rules)?;
-        let weights: Vec<Tensor> = self.layers.iter().map(|layer| layer.weight().clone()).collect();
         let images = images.pixels(&self.inputs)?;
         let mut adam = Adam::new(&self.vars)?;
         let steps = pace.epochs * images.len().div_ceil(pace.batch);
@@ -236,15 +235,14 @@ impl Net {
                 let batch = images.at(places)?;
                 dropout.set_step(step as u64);
                 let x = dropout.forward(&batch.x, pace.dropout > 0.0)?;
-                let mut loss = (cross_entropy(&self.forward(&x)?, &batch.y)? + constraints.loss()?)?;
-                if let Some(total) = choice.total(factor, &weights)? {
-                    loss = (loss + total)?;
-                }
+                let loss = cross_entropy(&self.forward(&x)?, &batch.y)?;
+                let mut grads = loss.backward()?;
+                let loss = (loss.detach() + constraints.add_gradients(&mut grads)?)?;
                 if !loss.to_scalar::<f32>()?.is_finite() {
                     bail!("the loss is not finite in epoch {}; lower the rate or --factor", epoch + 1)
                 }
                 let rate = 0.5 * pace.lr * (1.0 + (std::f64::consts::PI * step as f64 / steps as f64).cos());
-                adam.update(&loss.backward()?, rate)?;
+                adam.update(&grads, rate)?;
                 constraints.after_step(rate)?;
                 step += 1;
             }

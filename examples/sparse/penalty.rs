@@ -1,6 +1,6 @@
 //! The penalties that can be chosen.
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 use clap::ValueEnum;
 use kronwake::penalty::{GroupLasso, Grouping, Lp, Penalty, Rule, SparseGroupLasso, Spatial};
 use std::sync::Arc;
@@ -64,26 +64,18 @@ impl Choice {
         }
     }
 
-    /// What is added to the loss layer by layer.
+    /// What is added to the loss.
     pub fn rules(self, factor: f64) -> Result<Option<(&'static str, Rule)>> {
+        let arrange = |penalty| Ok(Some(("*.weight", Rule::Arrange { penalty, factor })));
         let penalty: Arc<dyn Penalty> = match self {
-            Self::None | Self::Spatial | Self::Spatial0 => return Ok(None),
+            Self::None => return Ok(None),
+            Self::Spatial => return arrange(Spatial::default()),
+            Self::Spatial0 => return arrange(Spatial::new(0.0, 6.0)?),
             Self::L2 => Arc::new(Lp::l2()),
             Self::L1 => Arc::new(Lp::l1()),
             Self::Group => Arc::new(GroupLasso { grouping: Grouping::Columns, size_weighted: true }),
             Self::SparseGroup => Arc::new(SparseGroupLasso::new(0.5, Grouping::Columns, true)?),
         };
         Ok(Some(("*.weight", Rule::Penalize { penalty, factor })))
-    }
-
-    /// What is added to the loss for all layers together.
-    pub fn total(self, factor: f64, weights: &[Tensor]) -> Result<Option<Tensor>> {
-        let spatial = match self {
-            Self::Spatial => Spatial::default(),
-            Self::Spatial0 => Spatial::new(0.0, 6.0)?,
-            _ => return Ok(None),
-        };
-        let named: Vec<(&str, Tensor)> = weights.iter().map(|w| ("weight", w.clone())).collect();
-        Ok(Some((spatial.total(&named)? * factor)?))
     }
 }

@@ -131,6 +131,18 @@ impl Norms {
         self.map(&w, tiles, sums.as_ref().map(|sums| (sums, 0)), Map::Prox { step })
     }
 
+    /// The proximal step in the metric of a diagonal, of contiguous weights in f64 on a GPU. NaN for a group with a weight or an element
+    /// of the diagonal that is none.
+    pub fn scaled_prox(
+        &self,
+        gpu: &Gpu,
+        tiles: Tiles,
+        [w, diagonal]: [&Tensor; 2],
+        step: f64,
+    ) -> Result<Tensor> {
+        device::scaled_prox(self, gpu, tiles, [w, diagonal], step)
+    }
+
     pub fn check_step(&self, step: f64) -> Result<()> {
         if !(0. ..f64::INFINITY).contains(&step) {
             bail!("{}: a proximal step of {step}, expected a finite number of at least 0", self.name)

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 
 use super::{GroupLasso, Grouping, Lp, SparseGroupLasso};
+use crate::gpu::Gpu;
 use crate::ops::element::{Host, float_dispatch};
 use crate::ops::group::{Norms, Tiles};
 use crate::ops::group_host::soft;
@@ -17,10 +18,11 @@ pub trait ScaledProx {
     ///
     /// L1 and L2 have a closed form. In a group with `a_i = soft(d_i w_i, step l1)` and `c = step c_g`, the minimum is 0 where
     /// `||a|| <= c`, and otherwise `x_i = a_i r / (d_i r + c)` with `r = ||x||` the root of `sum_i (a_i / (d_i r + c))^2 = 1`,
-    /// found by Newton's method to the accuracy of f64. The work is done on the CPU, whatever device the tensors are on.
+    /// found by Newton's method to the accuracy of f64.
     ///
     /// # Errors
-    /// If shapes differ, a number is NaN or infinite, an element of `diag` is not above 0, or `step` is negative.
+    /// If shapes differ, or `step` is negative; on the CPU also if a number is NaN or infinite or an element of `diag` is not above 0. On a
+    /// GPU, where nothing waits for the device, such a number's group becomes NaN.
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -59,8 +61,11 @@ fn run(norms: &Norms, tiles: Tiles, w: &Tensor, diag: &Tensor, step: f64) -> Res
     if w.dims() != diag.dims() {
         bail!("{name}: a diagonal {:?}, expected {:?} as the weights", diag.dims(), w.dims())
     }
-    let host = |t: &Tensor| t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)?.contiguous();
-    let (weights, diagonal) = (host(w)?, host(diag)?);
+    let wide = |t: &Tensor| t.detach().to_device(w.device())?.to_dtype(DType::F64)?.contiguous();
+    let (weights, diagonal) = (wide(w)?, wide(diag)?);
+    if let Some(gpu) = Gpu::of(w.device()).filter(|_| w.elem_count() > 0) {
+        return norms.scaled_prox(&gpu, tiles, [&weights, &diagonal], step)?.to_dtype(w.dtype());
+    }
     let (weights, diagonal) = (Host::of(&weights), Host::of(&diagonal));
     let (weights, diagonal) = (weights.values::<f64>()?, diagonal.values::<f64>()?);
     if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
@@ -92,7 +97,7 @@ fn run(norms: &Norms, tiles: Tiles, w: &Tensor, diag: &Tensor, step: f64) -> Res
     }
     float_dispatch!(name, w.dtype(), T => {
         let x: Vec<T> = x.into_iter().map(T::from_f64).collect();
-        Tensor::from_vec(x, w.shape(), &Device::Cpu)?.to_device(w.device())
+        Tensor::from_vec(x, w.shape(), &Device::Cpu)
     })
 }
 
@@ -141,6 +146,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::gpu::emulate::emulate;
     use crate::ops::testing::{assert_close, random, values};
     use crate::penalty::Penalty;
 
@@ -257,6 +263,43 @@ mod tests {
                         assert_close(&(far * (1. / scale))?, &values(&found)?, 1e-13);
                     }
                 }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn on_the_device_as_on_the_host() -> Result<()> {
+        for (stream, dims) in [vec![1, 1], vec![5, 7], vec![9, 31], vec![0, 3]].iter().enumerate() {
+            let mut w = values(&random(stream as u64, dims)?)?;
+            w.iter_mut().step_by(4).for_each(|w| *w = 0.);
+            let w = Tensor::from_vec(w, &dims[..], &Device::Cpu)?;
+            let diag = (random(9, dims)? * 3.)?.exp()?;
+            for grouping in GROUPINGS {
+                for (scaled, _) in all(grouping) {
+                    for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-6), (DType::BF16, 1e-2)] {
+                        if dtype != DType::F64 && grouping != Grouping::Rows {
+                            continue;
+                        }
+                        let run = || scaled.scaled_prox(&w.to_dtype(dtype)?, &diag.to_dtype(dtype)?, 0.3);
+                        let (found, expected) = (emulate(run)?, run()?);
+                        assert_eq!((found.dtype(), found.dims()), (dtype, &dims[..]));
+                        assert_close(&found, &values(&expected)?, tolerance);
+                    }
+                }
+            }
+        }
+        if !emulate(|| Gpu::emulated().is_some()) {
+            return Ok(());
+        }
+        let (w, diag) = (Tensor::new(&[[1f64, 2.], [3., 4.]], &Device::Cpu)?, random(1, &[2, 2])?.sqr()?);
+        for bad in [0., -1., f64::NAN, f64::INFINITY] {
+            let broken = Tensor::new(&[[1., 1.], [1., bad]], &Device::Cpu)?;
+            let x = values(&emulate(|| GroupLasso::default().scaled_prox(&w, &broken, 0.1))?)?;
+            assert!(x[..2].iter().all(|x| *x > 0.) && x[2..].iter().all(|x| x.is_nan()), "{bad}: {x:?}");
+            if !bad.is_finite() {
+                let x = values(&emulate(|| GroupLasso::default().scaled_prox(&broken, &diag, 0.1))?)?;
+                assert!(x[..2].iter().all(|x| *x > 0.) && x[2..].iter().all(|x| x.is_nan()), "{bad}: {x:?}");
             }
         }
         Ok(())

@@ -42,6 +42,12 @@ args! {
     }
 }
 
+args! {
+    struct ScaledArgs {
+        w: u64, diagonal: u64, out: u64, tiles: TileArgs, step: f64, threshold: f64, bend: f64, group: f64, sized: u64
+    }
+}
+
 impl MapArgs {
     /// The proximal step of no penalty.
     fn of(tiles: Tiles) -> Self {
@@ -199,5 +205,35 @@ fn mapped(gpu: &Gpu, name: &str, w: &Tensor, factors: Option<&Tensor>, args: Map
     };
     let grid = Grid::line(w.elem_count().div_ceil(THREADS as usize * EACH), THREADS)?;
     gpu.launch(Module::Group, &typed("group_map", w.dtype())?, grid, &args)?;
+    Ok(out)
+}
+
+/// [`Norms::scaled_prox`].
+pub(super) fn scaled_prox(
+    norms: &Norms,
+    gpu: &Gpu,
+    tiles: Tiles,
+    [w, diagonal]: [&Tensor; 2],
+    step: f64,
+) -> Result<Tensor> {
+    /// Elements of a block where there are no groups.
+    const PART: usize = 4096;
+    let count = w.elem_count();
+    let tiles = if norms.group > 0. { tiles } else { Tiles::new([1, count], [1, PART]) };
+    let out = gpu.tensor(w.shape(), DType::F64)?;
+    let [from, by, to] = [w, diagonal, &out].map(|t| gpu.operand(t, norms.name));
+    let (from, by, to) = (from?, by?, to?);
+    let args = ScaledArgs {
+        w: from.address(),
+        diagonal: by.address(),
+        out: to.address(),
+        tiles: tiles.into(),
+        step,
+        threshold: step * norms.l1,
+        bend: 2. * step * norms.l2,
+        group: norms.group,
+        sized: u64::from(norms.sized),
+    };
+    gpu.launch(Module::Group, "group_scaled_prox", Grid::line(tiles.count(), THREADS)?, &args)?;
     Ok(out)
 }
