@@ -1,15 +1,17 @@
-//! The cost of penalties for LeNet-300-100: a value with its gradient, and a proximal step, of all three weights, beside a step of
-//! candle's AdamW on the same net.
+//! The cost of penalties for LeNet-300-100: a value, its gradient, both of one evaluation, and a proximal step, of all three weights,
+//! beside a step of candle's AdamW on the same net.
 //!
-//! `cargo bench --bench penalty`; the figures to quote are ratios to `adamw` of the same run. candle stores a gradient that arrives
-//! at a Var, and the loss that a penalty is added to has one already: the addition of the two is timed as well.
+//! `cargo bench --bench penalty`; the figures to quote are ratios to `adamw` of the same run. The loss that a penalty is added to has
+//! gradients already: `add_gradients` has the addition to these, and `value, backward` candle's, to a gradient of zeros.
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main, measurement::WallTime};
 use kronwake::nn::{self, Module, Optimizer, VarBuilder, VarMap};
 use kronwake::ops::pool::relu;
-use kronwake::penalty::{GroupLasso, Grouping, Lp, Penalty, SparseGroupLasso, Spatial};
+use kronwake::penalty::{Constraints, GroupLasso, Grouping, Lp, Penalty, Rule, SparseGroupLasso, Spatial};
 use kronwake::tape::Tape;
+use std::sync::Arc;
 use std::time::Duration;
 
 const BATCH: usize = 256;
@@ -44,7 +46,7 @@ fn weights() -> Result<Vec<Var>> {
     WIDTHS.windows(2).map(weight).collect()
 }
 
-fn penalty(group: Group, name: &str, penalty: &dyn Penalty) -> Result<()> {
+fn penalty(group: Group, name: &str, penalty: &Arc<dyn Penalty>) -> Result<()> {
     let weights = weights()?;
     let each = |f: &dyn Fn(&Var) -> Result<Tensor>| weights.iter().for_each(|w| drop(f(w).unwrap()));
     let backward =
@@ -52,10 +54,29 @@ fn penalty(group: Group, name: &str, penalty: &dyn Penalty) -> Result<()> {
     group.bench_function(format!("{name}/value"), |b| b.iter(|| each(&|w| penalty.value(w))));
     group.bench_function(format!("{name}/gradient"), |b| b.iter(|| each(&|w| penalty.gradient(w))));
     group.bench_function(format!("{name}/value, backward"), |b| b.iter(|| each(&backward)));
+    let both = |w: &Var| penalty.value_and_gradient(w, 1e-4).map(|both| both.1);
+    group.bench_function(format!("{name}/value and gradient"), |b| b.iter(|| each(&both)));
+    let varmap = VarMap::new();
+    let names = weights.iter().enumerate().map(|(i, w)| (format!("fc{i}.weight"), w.clone()));
+    varmap.data().lock().unwrap().extend(names);
+    let rule = Rule::Penalize { penalty: penalty.clone(), factor: 1e-4 };
+    let constraints = Constraints::new(&varmap, &[("*", rule)])?;
+    let add = || -> Result<Tensor> {
+        let mut grads = GradStore::default();
+        for w in &weights {
+            grads.insert(w, w.as_detached_tensor());
+        }
+        constraints.add_gradients(&mut grads)
+    };
+    group.bench_function(format!("{name}/add_gradients"), |b| b.iter(|| add().unwrap()));
     if penalty.prox(&weights[0], 1e-6).is_ok() {
         group.bench_function(format!("{name}/prox"), |b| b.iter(|| each(&|w| penalty.prox(w, 1e-6))));
     }
     Ok(())
+}
+
+fn arc(penalty: impl Penalty + 'static) -> Arc<dyn Penalty> {
+    Arc::new(penalty)
 }
 
 fn all(group: Group) -> Result<()> {
@@ -63,15 +84,15 @@ fn all(group: Group) -> Result<()> {
     let _tape = Tape::new();
     adamw!(group, "adamw, candle_nn", candle_nn, Tensor::relu);
     adamw!(group, "adamw", nn, relu);
-    penalty(group, "L1", &Lp::l1())?;
-    penalty(group, "L2", &Lp::l2())?;
+    penalty(group, "L1", &arc(Lp::l1()))?;
+    penalty(group, "L2", &arc(Lp::l2()))?;
     for grouping in [Grouping::Rows, Grouping::Columns] {
         let lasso = GroupLasso { grouping, size_weighted: true };
-        penalty(group, &format!("group lasso, {grouping}"), &lasso)?;
+        penalty(group, &format!("group lasso, {grouping}"), &arc(lasso))?;
         let sparse = SparseGroupLasso::new(0.5, grouping, true)?;
-        penalty(group, &format!("sparse group lasso, {grouping}"), &sparse)?;
+        penalty(group, &format!("sparse group lasso, {grouping}"), &arc(sparse))?;
     }
-    penalty(group, "spatial", &Spatial::default())
+    penalty(group, "spatial", &arc(Spatial::default()))
 }
 
 fn penalties(c: &mut Criterion) {
