@@ -213,7 +213,7 @@ impl Norms {
                 Map::Gradient(_) => {
                     let (l1, l2) = (self.l1, 2. * self.l2);
                     group_host::map(&values, tiles, factors.unwrap_or(&[]), 0., move |w, factor| {
-                        let sign = f64::from(u8::from(w > 0.)) - f64::from(u8::from(w < 0.));
+                        let sign = if w == 0. { w } else { 1f64.copysign(w) };
                         scale * (l1 * sign + (l2 + factor) * w)
                     })
                 }

@@ -1,14 +1,15 @@
 //! Norms of groups of weights.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 
-use super::{Grouping, Penalty};
+use super::Grouping;
 use crate::ops::group::Norms;
 
 /// `sum_g sqrt(n_g) ||w_g||`: the norm of each group of weights, times the root of the group's size. Makes whole groups zero.
 /// (Yuan, Lin, "Model selection and estimation in regression with grouped variables", 2006.)
 ///
-/// The gradient of a group that is zero is zero.
+/// The gradient of a group that is zero is zero. A proximal step makes each group shorter by `step sqrt(n_g)`, or zero where it is not
+/// that long.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -42,33 +43,17 @@ impl GroupLasso {
     pub(super) fn norms(&self) -> Norms {
         Norms { name: "group lasso", l1: 0., l2: 0., group: 1., sized: self.size_weighted }
     }
-}
+    pub(super) fn grouping(&self) -> Grouping {
+        self.grouping
+    }
 
-impl Penalty for GroupLasso {
-    fn name(&self) -> String {
+    pub(super) fn title(&self) -> String {
         format!("group lasso ({})", self.grouping)
-    }
-
-    fn value(&self, w: &Tensor) -> Result<Tensor> {
-        self.norms().value(w, self.grouping.tiles(w.dims())?)
-    }
-
-    fn gradient(&self, w: &Tensor) -> Result<Tensor> {
-        self.norms().gradient(w, self.grouping.tiles(w.dims())?)
-    }
-
-    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
-        self.norms().value_and_gradient(w, self.grouping.tiles(w.dims())?, factor)
-    }
-
-    /// Each group shorter by `step sqrt(n_g)`, or zero where it is not that long.
-    fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor> {
-        self.norms().prox(w, self.grouping.tiles(w.dims())?, step)
     }
 }
 
 /// `alpha sum |w| + (1 - alpha) sum_g sqrt(n_g) ||w_g||`: zero groups, and zeros within the others.
-/// (Simon, Friedman, Hastie, Tibshirani, "A sparse-group lasso", 2013.)
+/// (Simon, Friedman, Hastie, Tibshirani, "A sparse-group lasso", 2013.) A proximal step is that of L1, then that of the group lasso.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -112,27 +97,7 @@ impl SparseGroupLasso {
             sized: self.size_weighted,
         }
     }
-}
-
-impl Penalty for SparseGroupLasso {
-    fn name(&self) -> String {
+    pub(super) fn title(&self) -> String {
         format!("sparse group lasso (alpha {}, {})", self.alpha, self.grouping)
-    }
-
-    fn value(&self, w: &Tensor) -> Result<Tensor> {
-        self.norms().value(w, self.grouping.tiles(w.dims())?)
-    }
-
-    fn gradient(&self, w: &Tensor) -> Result<Tensor> {
-        self.norms().gradient(w, self.grouping.tiles(w.dims())?)
-    }
-
-    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
-        self.norms().value_and_gradient(w, self.grouping.tiles(w.dims())?, factor)
-    }
-
-    /// The proximal step of L1, then that of the group lasso.
-    fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor> {
-        self.norms().prox(w, self.grouping.tiles(w.dims())?, step)
     }
 }

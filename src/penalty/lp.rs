@@ -1,14 +1,14 @@
 //! Norms of single weights.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 
-use super::{Grouping, Penalty};
+use super::Grouping;
 use crate::ops::group::Norms;
 
 /// `l1 sum |w| + l2 sum w^2`: L1, L2, or the elastic net of both.
 ///
 /// L2 is the sum of squares, not half of it: with factor `b` it is a Gaussian prior of precision `2 b`. The gradient of `|w|`
-/// at 0 is 0.
+/// at 0 is 0. A proximal step softly thresholds the weights at `step l1` and divides them by `1 + 2 step l2`.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -59,28 +59,12 @@ impl Lp {
         };
         Norms { name, l1: self.l1, l2: self.l2, group: 0., sized: false }
     }
-}
+    pub(super) fn grouping(&self) -> Grouping {
+        Grouping::Whole
+    }
 
-impl Penalty for Lp {
-    fn name(&self) -> String {
+    pub(super) fn title(&self) -> String {
         let name = self.norms().name;
         if self.l1 > 0. && self.l2 > 0. { format!("{name} (alpha {})", self.l1) } else { name.into() }
-    }
-
-    fn value(&self, w: &Tensor) -> Result<Tensor> {
-        self.norms().value(w, Grouping::Whole.tiles(w.dims())?)
-    }
-
-    fn gradient(&self, w: &Tensor) -> Result<Tensor> {
-        self.norms().gradient(w, Grouping::Whole.tiles(w.dims())?)
-    }
-
-    fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
-        self.norms().value_and_gradient(w, Grouping::Whole.tiles(w.dims())?, factor)
-    }
-
-    /// The weights softly thresholded at `step l1`, divided by `1 + 2 step l2`.
-    fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor> {
-        self.norms().prox(w, Grouping::Whole.tiles(w.dims())?, step)
     }
 }

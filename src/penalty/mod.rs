@@ -21,6 +21,7 @@
 
 mod admissible;
 mod ball;
+mod by_norms;
 mod cells;
 mod constraints;
 mod factor;

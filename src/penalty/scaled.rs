@@ -2,7 +2,6 @@
 
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 
-use super::{GroupLasso, Grouping, Lp, SparseGroupLasso};
 use crate::gpu::Gpu;
 use crate::ops::element::{Host, float_dispatch};
 use crate::ops::group::{Norms, Tiles};
@@ -37,25 +36,8 @@ pub trait ScaledProx {
     fn scaled_prox(&self, w: &Tensor, diag: &Tensor, step: f64) -> Result<Tensor>;
 }
 
-impl ScaledProx for Lp {
-    fn scaled_prox(&self, w: &Tensor, diag: &Tensor, step: f64) -> Result<Tensor> {
-        run(&self.norms(), Grouping::Whole.tiles(w.dims())?, w, diag, step)
-    }
-}
-
-impl ScaledProx for GroupLasso {
-    fn scaled_prox(&self, w: &Tensor, diag: &Tensor, step: f64) -> Result<Tensor> {
-        run(&self.norms(), self.grouping.tiles(w.dims())?, w, diag, step)
-    }
-}
-
-impl ScaledProx for SparseGroupLasso {
-    fn scaled_prox(&self, w: &Tensor, diag: &Tensor, step: f64) -> Result<Tensor> {
-        run(&self.norms(), self.grouping().tiles(w.dims())?, w, diag, step)
-    }
-}
-
-fn run(norms: &Norms, tiles: Tiles, w: &Tensor, diag: &Tensor, step: f64) -> Result<Tensor> {
+/// [`ScaledProx::scaled_prox`] of a penalty made of norms.
+pub(super) fn run(norms: &Norms, tiles: Tiles, w: &Tensor, diag: &Tensor, step: f64) -> Result<Tensor> {
     let name = norms.name;
     norms.check_step(step)?;
     if w.dims() != diag.dims() {
@@ -145,6 +127,7 @@ fn radius<I: Iterator<Item = (f64, f64)>>(group: impl Fn() -> I, c: f64) -> Opti
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::{GroupLasso, Grouping, Lp, SparseGroupLasso};
     use super::*;
     use crate::gpu::emulate::emulate;
     use crate::ops::testing::{assert_close, random, values};
