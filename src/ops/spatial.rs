@@ -206,16 +206,18 @@ impl Entropy {
             let mut out = logs.unwrap_or_else(|| vec![A::ZERO; values.len()]);
             let lines = out.par_chunks_mut(shape.width()).zip(values.par_chunks(shape.width())).zip(rows.par_iter());
             lines.with_min_len((SHARE / shape.width()).max(1)).for_each(|((out, w), row)| {
-                if !known {
-                    line_logs(w, out);
-                }
                 let [log_sum, floor, own_factor, one_over_norm, shrink] = constants;
                 let row = A::rounded(row_part(*row));
-                for ((out, w), column) in out.iter_mut().zip(w).zip(&columns) {
-                    let w = w.widen();
-                    let pull = row + *column + own_factor * (*out - log_sum).max(floor);
+                let slope = |log: A, w: A, column: A| {
+                    let pull = row + column + own_factor * (log - log_sum).max(floor);
                     let slope = if w < A::ZERO { A::ZERO - pull } else { pull } - shrink * (one_over_norm * w);
-                    *out = if w == A::ZERO { A::ZERO } else { slope };
+                    if w == A::ZERO { A::ZERO } else { slope }
+                };
+                let line = out.iter_mut().zip(w).zip(&columns);
+                if known {
+                    line.for_each(|((out, w), column)| *out = slope(*out, w.widen(), *column));
+                } else {
+                    line.for_each(|((out, w), column)| *out = slope(w.widen().abs().ln_positive(), w.widen(), *column));
                 }
             });
             Tensor::from_vec(T::narrow_vec(out), w.shape(), &Device::Cpu)
@@ -255,7 +257,7 @@ fn line_sums<T: Element>(w: &[T], logs: &[T::Acc], columns: &mut [f64]) -> [f64;
 }
 
 /// The logarithms of the sizes of a line of weights, 0 of zero. In a loop of their own: they leave no registers for sums.
-#[inline(always)]
+#[inline(never)]
 fn line_logs<T: Element>(w: &[T], logs: &mut [T::Acc]) {
     for (log, w) in logs.iter_mut().zip(w) {
         let size = w.widen().abs();
