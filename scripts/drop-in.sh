@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds candle-transformers' own model files on kronwake::nn: a copy of its source in which every file that names candle_nn has one more
 # line, `use kronwake::nn as candle_nn;`. Prints the modules that do not compile and why, and how many variables of some models get a
-# gradient (drop-in/gradients.rs). Fails if a gradient is missing.
+# gradient (drop-in/gradients.rs). Then trains two models by their gradients alone (drop-in/untapped.rs). Fails if a gradient is missing or a
+# loss does not fall.
 #
 #     scripts/drop-in.sh        # needs the crates of candle-transformers, from the registry or cargo's cache of it
 #
@@ -44,7 +45,7 @@ while IFS= read -r file; do
     fi
     changed=$((changed + 1))
 done < <(grep -rl --include='*.rs' candle_nn "$fresh")
-cp "$root/scripts/drop-in/gradients.rs" "$fresh/bin/gradients.rs"
+cp "$root"/scripts/drop-in/*.rs "$fresh/bin"
 
 cat >"$crate/Cargo.toml" <<TOML
 [package]
@@ -77,6 +78,9 @@ warnings = "allow"
 [profile.dev]
 opt-level = 1
 debug = false
+
+[profile.dev.package.kronwake]
+opt-level = 3
 TOML
 [[ -e $crate/Cargo.lock ]] || cp "$root/Cargo.lock" "$crate/Cargo.lock"
 
@@ -103,4 +107,4 @@ done
 echo "$changed files with one line changed; $((modules - ${#left_out[@]})) of $modules modules of models compile"
 [[ ${#left_out[@]} == 0 ]] || printf 'does not compile: %s\n' "${left_out[@]}"
 
-(cd "$crate" && cargo run --quiet --bin gradients)
+(cd "$crate" && cargo run --quiet --bin gradients && cargo run --quiet --bin untapped)

@@ -55,7 +55,9 @@ fn frozen_layers_stay_and_adapters_change_a_layer_by_their_rank() -> Result<()> 
         values(&read(&folder, "tuned-kfac.safetensors").tensors["fc1.weight"]),
         values(&base.tensors["fc1.weight"])
     );
-    let text = run(&folder, "--checkpoint base.safetensors --optimizer kldwrm --lora 1 --alpha 2 --clip 10");
+    let line =
+        "--checkpoint base.safetensors --optimizer kldwrm --lora 1 --alpha 2 --clip 10 --kl-target 0.005";
+    let text = run(&folder, line);
     // [1, 784] and [16, 1] of the adapters, [10, 16] and [10] of the new layer.
     assert!(text.contains("970 of 12730 parameters are trained, fc2.bias, fc2.weight new"), "{text}");
     let tuned = read(&folder, "tuned-kldwrm.safetensors");
@@ -129,6 +131,8 @@ fn wrong_lines_are_sentences() {
         ("--dtype f16 --clip 1", 1, "--clip does not go with --dtype f16"),
         ("--lora 17", 1, "rank 17 is too large for layer fc1 [16, 784]"),
         ("--lora 0", 2, "expected a whole number of at least 1"),
+        ("--kl-target 0", 2, "--kl-target"),
+        ("--kl-clip nan", 2, "--kl-clip"),
         ("--resume", 2, "--save-every"),
         ("--model vgg", 2, "expected cnn, lenet300"),
     ] {

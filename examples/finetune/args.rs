@@ -5,6 +5,7 @@ use super::values::{Place, count, dtype, not_negative, positive};
 use candle_core::DType;
 use candle_core::{Result, bail};
 use clap::{Parser, ValueEnum};
+use kronwake::optim::{AdaptiveKl, StepRule};
 use std::path::{Path, PathBuf};
 
 /// Fine-tune a model from a safetensors checkpoint with the optimizers of kronwake.
@@ -54,6 +55,12 @@ pub struct Args {
     /// with --lora 0.001]
     #[arg(long, value_parser = positive)]
     pub lr: Option<f64>,
+    /// Divergence of kldwrm's first step, in nats; later ones find theirs [default: 0.02, but for bert 0.002]
+    #[arg(long, value_name = "KL", value_parser = positive)]
+    pub kl_target: Option<f64>,
+    /// Bound on the squared length of so's and kfac's steps in the metric of the curvature [default: none, but for bert 0.001]
+    #[arg(long, value_name = "KL", value_parser = positive)]
+    pub kl_clip: Option<f64>,
     /// Weight decay, decoupled
     #[arg(long, default_value_t = 0.01, value_parser = not_negative)]
     pub weight_decay: f64,
@@ -125,6 +132,24 @@ impl Args {
             },
         };
         self.lr.unwrap_or(usual)
+    }
+
+    /// What `rule` has, with the divergence of the first step. Blocks take no account of each other, and the many layers of a pretrained
+    /// encoder all change the same few logits: a step goes further there than the blocks say.
+    pub fn step_rule(&self, rule: StepRule) -> StepRule {
+        let bert = (self.model == Net::Bert).then_some(0.002);
+        match (rule, self.kl_target.or(bert)) {
+            (StepRule::AdaptiveKl(rule), Some(initial)) => {
+                StepRule::AdaptiveKl(AdaptiveKl { initial, ..rule })
+            }
+            (rule, _) => rule,
+        }
+    }
+
+    /// The bound on steps of rules that have a learning rate.
+    pub fn kl_clip(&self, rule: StepRule) -> Option<f64> {
+        let bert = (self.model == Net::Bert).then_some(0.001);
+        self.kl_clip.or(bert).filter(|_| rule == StepRule::LearningRate)
     }
 
     /// The folder and the sentences of `--model bert`.

@@ -122,6 +122,8 @@ fn natural<R: WakeRule>(args: &Args, lr: f64, vars: &VarMap, tape: &Tape) -> Res
         weight_decay: args.weight_decay,
         decay: Decay::Decoupled,
         fisher,
+        step_rule: args.step_rule(default.step_rule),
+        kl_clip: args.kl_clip(default.step_rule).or(default.kl_clip),
         // Adapters start from zero: their curvature grows fast.
         early_refresh: default.early_refresh || args.lora.is_some(),
         // A scaled loss overflows now and then.
