@@ -11,8 +11,8 @@
 //! logarithms, as is `p_ij` in that of `T_ij`.
 //!
 //! One pass takes the sums of rows and columns, `sum a ln a` and `sum W^2`, from which `H(p) = ln S - (sum a ln a) / S`; a second
-//! makes the gradient, on the CPU of the logarithms of the first, which are kept where the gradient will be. The sums are in f64, where nothing overflows or vanishes for weights between 1e-150 and 1e150, as if all
-//! were divided by the largest first.
+//! makes the gradient, on the CPU of the logarithms of the first, which are kept where the gradient will be. The sums are in f64, where
+//! nothing overflows or vanishes for weights between 1e-150 and 1e150, as if all were divided by the largest first.
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor, WithDType};
 use rayon::prelude::*;
