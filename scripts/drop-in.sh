@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Builds candle-transformers' own model files on kronwake::nn: a copy of its source in which every file that names candle_nn has one more
 # line, `use kronwake::nn as candle_nn;`. Prints the modules that do not compile and why, and how many variables of some models get a
-# gradient (drop-in/gradients.rs). Then trains two models by their gradients alone (drop-in/untapped.rs). Fails if a gradient is missing or a
-# loss does not fall.
+# gradient (drop-in/gradients.rs). Then trains two models by their gradients alone (drop-in/untapped.rs). Fails if a gradient is missing.
 #
 #     scripts/drop-in.sh        # needs the crates of candle-transformers, from the registry or cargo's cache of it
 #
