@@ -134,11 +134,14 @@ impl Args {
         self.lr.unwrap_or(usual)
     }
 
+    fn for_bert(&self, default: f64) -> Option<f64> {
+        (self.model == Net::Bert).then_some(default)
+    }
+
     /// What `rule` has, with the divergence of the first step. Blocks take no account of each other, and the many layers of a pretrained
     /// encoder all change the same few logits: a step goes further there than the blocks say.
     pub fn step_rule(&self, rule: StepRule) -> StepRule {
-        let bert = (self.model == Net::Bert).then_some(0.002);
-        match (rule, self.kl_target.or(bert)) {
+        match (rule, self.kl_target.or(self.for_bert(0.002))) {
             (StepRule::AdaptiveKl(rule), Some(initial)) => {
                 StepRule::AdaptiveKl(AdaptiveKl { initial, ..rule })
             }
@@ -148,8 +151,7 @@ impl Args {
 
     /// The bound on steps of rules that have a learning rate.
     pub fn kl_clip(&self, rule: StepRule) -> Option<f64> {
-        let bert = (self.model == Net::Bert).then_some(0.001);
-        self.kl_clip.or(bert).filter(|_| rule == StepRule::LearningRate)
+        self.kl_clip.or(self.for_bert(0.001)).filter(|_| rule == StepRule::LearningRate)
     }
 
     /// The folder and the sentences of `--model bert`.

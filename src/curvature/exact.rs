@@ -4,8 +4,9 @@ use super::inverse::{Preconditioner, joined};
 use super::runs::{Damped, is_diagonal, pi_damped};
 use crate::linalg::eigh::{Eigh, generalized_eigh, generalized_eigh_two};
 use crate::linalg::kron::inverse_spectrum;
-use crate::linalg::low_rank::low_rank_all;
-use crate::linalg::sketch::is_sketch;
+use crate::linalg::low_rank::{LowRank, low_rank_all};
+use crate::linalg::next;
+use crate::linalg::sketch::{each, is_sketch};
 use candle_core::{Result, Tensor};
 
 /// What makes the factors of two Kronecker products diagonal at once: `root`, where there is one, and the vectors of `basis` turn the average's
@@ -33,12 +34,9 @@ impl Side {
         };
         let (groups, rows, dim) = bar.m.dims3()?;
         let mut found = low_rank_all(&[(&bar.m, name), (current, name)]).into_iter();
-        let (Some(bar), Some(current)) = (found.next().transpose()?, found.next().transpose()?) else {
-            candle_core::bail!("{name}: a decomposition is missing")
-        };
+        let (bar, current): (LowRank, LowRank) = (next(&mut found)?, next(&mut found)?);
         if joint_vectors(rows - 1, dim) == dim {
-            let eye = Tensor::eye(dim, shift.dtype(), shift.device())?;
-            let eye = eye.unsqueeze(0)?.broadcast_as((groups, dim, dim))?.contiguous()?;
+            let eye = each(&Tensor::eye(dim, shift.dtype(), shift.device())?, groups)?;
             let (bar, current) = (bar.left(&eye, Some(shift))?, current.left(&eye, None)?);
             return Self::dense(generalized_eigh(&bar, &current, name)?, shape);
         }

@@ -11,6 +11,7 @@ use crate::linalg::eigh::{Eigh, eigh_all};
 use crate::linalg::kron::inverse_spectrum;
 use crate::linalg::low_rank::{LowRank, low_rank_all};
 use crate::linalg::newton::{NewtonJob, newton_all};
+use crate::linalg::next;
 use crate::linalg::sketch::is_sketch;
 use crate::ops::dense::{mix, product};
 use candle_core::{Result, Tensor, bail};
@@ -217,11 +218,6 @@ fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
         Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
     });
     found.collect()
-}
-
-/// The next result of those that were asked for in the same order.
-fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
-    results.next().unwrap_or_else(|| bail!("inverse: a result is missing"))
 }
 
 /// The eigenvalues of all runs of a group, one behind the other.

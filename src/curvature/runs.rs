@@ -229,9 +229,15 @@ pub(crate) fn sandwich(g: &Tensor, x: &Tensor, a: &Tensor) -> Result<Tensor> {
 
 /// [`sandwich`] with bases, which are 1 where a factor is diagonal.
 pub(crate) fn rotated(g: &Tensor, x: &Tensor, a: &Tensor) -> Result<Tensor> {
-    let groups = x.dim(0)?;
-    let turned = if is_diagonal(g, groups) { x.clone() } else { from_left(g, x)? };
-    if is_diagonal(a, groups) { Ok(turned) } else { from_right(&turned, a) }
+    columns_rotated(&rows_rotated(g, x)?, a)
+}
+
+pub(super) fn rows_rotated(basis: &Tensor, x: &Tensor) -> Result<Tensor> {
+    if is_diagonal(basis, x.dim(0)?) { Ok(x.clone()) } else { from_left(basis, x) }
+}
+
+pub(super) fn columns_rotated(x: &Tensor, basis: &Tensor) -> Result<Tensor> {
+    if is_diagonal(basis, x.dim(0)?) { Ok(x.clone()) } else { from_right(x, basis) }
 }
 
 /// Whether a factor consists of several runs of one row.
@@ -349,7 +355,7 @@ pub(crate) fn pi_damped(
     let full = |m: &Tensor| Ok::<_, candle_core::Error>(m.dim(0)? == groups && !is_sketch(m));
     if full(a)? && full(g)? {
         let (a, g) = kron::pi_damped(a, g, damping, name)?;
-        return Ok((Damped { m: a, shift: None }, Damped { m: g, shift: None }));
+        return Ok((Damped::plain(&a), Damped::plain(&g)));
     }
     let mean = |m: &Tensor, dim: usize| diagonal_of(m)?.reshape((groups, ()))?.sum(1)? / dim as f64;
     let pi = kron::pi_of_means(&mean(a, columns)?, &mean(g, rows)?)?;
@@ -360,7 +366,7 @@ pub(crate) fn pi_damped(
         }
         let runs = m.dim(0)? / groups.max(1);
         let values = shift.unsqueeze(1)?.broadcast_as((groups, runs))?.contiguous()?.flatten_all()?;
-        Ok(Damped { m: kron::add_diagonal_each(m, &values, name)?, shift: None })
+        Ok(Damped::plain(&kron::add_diagonal_each(m, &values, name)?))
     };
     Ok((shifted(a, pi.clone())?, shifted(g, pi.recip()?)?))
 }

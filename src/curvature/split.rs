@@ -1,15 +1,10 @@
 //! Products with a function of a Kronecker product in the eigenvectors of its factors, of which at least one is of low rank: directions
-//! outside its eigenvectors share one eigenvalue, and are never formed.
+//! outside its eigenvectors share one eigenvalue, and are never formed. Its basis is `[groups, k, d]`, a vector a row, as a sketch is.
 
-use super::runs::{cut, fitted, from_left, from_right, is_diagonal};
+use super::runs::{columns_rotated, cut, fitted, rows_rotated};
 use crate::linalg::sketch::is_sketch;
 use crate::ops::dense::product;
 use candle_core::{Result, Tensor};
-
-/// Whether a basis has fewer vectors than dimensions: those of a factor of low rank, `[groups, k, d]`, a vector a row.
-fn is_low(basis: &Tensor) -> bool {
-    is_sketch(basis)
-}
 
 /// `x` `[groups, rows, columns]` with each part in the eigenvectors `i` of the rows and `j` of the columns times `scale[i, j]`, the part
 /// outside the eigenvectors of low rank by the last row or column of `scale`.
@@ -17,35 +12,27 @@ fn is_low(basis: &Tensor) -> bool {
 /// With `P = U U^T` of the rows' low rank and the scales `s` inside and `r` outside, `r x + P (s - r) x` needs the columns' turn twice, for
 /// all rows and for `k` of them.
 pub(super) fn scaled(basis_g: &Tensor, x: &Tensor, basis_a: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    let (groups, rows, columns) = x.dims3()?;
+    let (_, rows, columns) = x.dims3()?;
     let values = scale.dim(1)?;
-    if is_low(basis_g) {
+    if is_sketch(basis_g) {
         let (inside, outside) = (scale.narrow(1, 0, values - 1)?, scale.narrow(1, values - 1, 1)?);
         let by = inside.broadcast_sub(&outside)?;
         let turned = along_columns(&product(basis_g, x)?, basis_a, &by)?;
         return along_columns(x, basis_a, &outside)? + product(&basis_g.t()?, &turned)?;
     }
-    let turn = |m: &Tensor, x: &Tensor| match is_diagonal(basis_g, groups) {
-        true => Ok(x.clone()),
-        false => from_left(m, x),
-    };
-    let turned = turn(&basis_g.t()?, &fitted(x, (values, columns))?)?;
-    cut(&turn(basis_g, &along_columns(&turned, basis_a, scale)?)?, (rows, columns))
+    let turned = rows_rotated(&basis_g.t()?, &fitted(x, (values, columns))?)?;
+    cut(&rows_rotated(basis_g, &along_columns(&turned, basis_a, scale)?)?, (rows, columns))
 }
 
 /// [`scaled`] with rows as they are; `scale` has as many, or one.
 fn along_columns(x: &Tensor, basis: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    let (groups, rows, columns) = x.dims3()?;
+    let (_, rows, columns) = x.dims3()?;
     let values = scale.dim(2)?;
-    if is_low(basis) {
+    if is_sketch(basis) {
         let (inside, outside) = (scale.narrow(2, 0, values - 1)?, scale.narrow(2, values - 1, 1)?);
         let turned = product(x, &basis.t()?)?.broadcast_mul(&inside.broadcast_sub(&outside)?)?;
         return x.broadcast_mul(&outside)? + product(&turned, basis)?;
     }
-    let turn = |x: &Tensor, m: &Tensor| match is_diagonal(basis, groups) {
-        true => Ok(x.clone()),
-        false => from_right(x, m),
-    };
-    let turned = turn(&fitted(x, (rows, values))?, basis)?.broadcast_mul(scale)?;
-    cut(&turn(&turned, &basis.t()?)?, (rows, columns))
+    let turned = columns_rotated(&fitted(x, (rows, values))?, basis)?.broadcast_mul(scale)?;
+    cut(&columns_rotated(&turned, &basis.t()?)?, (rows, columns))
 }

@@ -1,5 +1,5 @@
 //! Eigendecompositions of symmetric matrices.
-use candle_core::{DType, Result, Tensor, WithDType, bail};
+use candle_core::{DType, Result, Tensor, WithDType};
 use faer::diag::DiagMut;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::evd::{
@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::cholesky::{lower_factor, no_pivot};
 use super::device::{self, Job, Queued, Verdict};
 use super::host::{Factorize, Real, by_group, distance, probe, square, times, transpose_times, transposed};
+use super::next;
 use super::solver::Solver;
 use super::spd::{Evidence, Spd};
 use crate::gpu::Gpu;
@@ -74,12 +75,9 @@ pub(crate) fn generalized_eigh_two(pairs: [(&Tensor, &Tensor); 2], name: &str) -
     };
     let jobs = pairs.map(|(bar, current)| Job { inputs: [bar, current], name });
     let mut found = device::by_group(&Generalized, &gpu, &jobs).into_iter();
-    pairs.map(|(bar, _)| match found.next() {
-        Some(found) => {
-            let [values, vectors] = found?;
-            Ok(Eigh { values, vectors: vectors.reshape(bar.shape())? })
-        }
-        None => bail!("{name}: a decomposition is missing"),
+    pairs.map(|(bar, _)| {
+        let [values, vectors] = next(&mut found)?;
+        Ok(Eigh { values, vectors: vectors.reshape(bar.shape())? })
     })
 }
 

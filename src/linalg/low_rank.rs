@@ -1,8 +1,10 @@
 //! What a sketch stands for, in eigenvectors: see [`super::sketch`].
-use candle_core::{D, DType, Device, Result, Tensor, bail};
+
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::eigh::{Eigh, eigh, eigh_all};
 use super::sketch::{diagonal_of, each, test_matrix};
+use super::{next, symmetric};
 use crate::gpu::Gpu;
 use crate::ops::dense::product;
 
@@ -36,11 +38,6 @@ pub(crate) fn low_rank(sketch: &Tensor, name: &str) -> Result<LowRank> {
     next(&mut low_rank_all(&[(sketch, name)]).into_iter())
 }
 
-/// The next of results that were asked for in the same order.
-fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
-    results.next().unwrap_or_else(|| bail!("sketch: a decomposition is missing"))
-}
-
 /// A tensor in f64, and on the host, unless its device has that.
 fn working(t: &Tensor) -> Result<Tensor> {
     let near = if Gpu::of(t.device()).is_some() { t.detach() } else { t.detach().to_device(&Device::Cpu)? };
@@ -62,8 +59,7 @@ impl Range {
         let y = wide.narrow(1, 0, rank)?.contiguous()?;
         let trace = diagonal_of(&wide)?.sum_keepdim(1)?;
         let omega = each(&test_matrix(dim, rank, DType::F64, y.device())?, groups)?;
-        let core = product(&y, &omega.t()?)?;
-        let core = ((&core + core.t()?)? * 0.5)?;
+        let core = symmetric(&product(&y, &omega.t()?)?)?;
         Ok(Self { y, core, trace, sketch: sketch.clone() })
     }
 
@@ -74,8 +70,7 @@ impl Range {
         let dim = y.dim(2)?;
         let roots = inverse_roots(&values, 10.0 * epsilon * (dim as f64).sqrt())?;
         let half = product(&vectors.t()?, &y)?.broadcast_mul(&roots.unsqueeze(2)?)?;
-        let gram = product(&half, &half.t()?)?;
-        let gram = ((&gram + gram.t()?)? * 0.5)?;
+        let gram = symmetric(&product(&half, &half.t()?)?)?;
         Ok(Half { half, gram, trace, sketch })
     }
 }
@@ -177,14 +172,13 @@ impl LowRank {
         let rows = Tensor::cat(&[&self.vectors, &turned], 1)?;
         let alike = |t: Tensor| t.to_dtype(root.dtype())?.to_device(root.device());
         let (rows, weights) = (working(&rows)?, working(&weights)?);
-        let gram = product(&rows, &rows.t()?)?;
-        let Eigh { values, vectors } = eigh(&((&gram + gram.t()?)? * 0.5)?, name)?;
+        let Eigh { values, vectors } = eigh(&symmetric(&product(&rows, &rows.t()?)?)?, name)?;
         let roots = inverse_roots(&values, 10.0 * f64::EPSILON * values.dim(1)? as f64)?;
         // Z = turn^T basis with an orthonormal basis.
         let basis = product(&vectors.t()?, &rows)?.broadcast_mul(&roots.unsqueeze(2)?)?;
         let turn = vectors.t()?.broadcast_mul(&(&values * &roots)?.unsqueeze(2)?)?;
         let small = product(&turn.broadcast_mul(&weights.unsqueeze(1)?)?, &turn.t()?)?;
-        let Eigh { values, vectors } = eigh(&((&small + small.t()?)? * 0.5)?, name)?;
+        let Eigh { values, vectors } = eigh(&symmetric(&small)?, name)?;
         let vectors = alike(product(&vectors.t()?, &basis)?)?;
         let values = alike(values)?.broadcast_add(&rest)?.relu()?;
         Ok((root, LowRank { vectors, values, rest }))

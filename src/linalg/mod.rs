@@ -19,6 +19,18 @@ mod solver;
 mod spd;
 pub(crate) mod traces;
 
+use candle_core::{Result, Tensor, bail};
+
+/// The next of results that were asked for in the same order.
+pub(crate) fn next<T>(results: &mut impl Iterator<Item = Result<T>>) -> Result<T> {
+    results.next().unwrap_or_else(|| bail!("linalg: a result is missing"))
+}
+
+/// `(m + m^T) / 2` of each matrix: what rounding made of a symmetric one.
+fn symmetric(m: &Tensor) -> Result<Tensor> {
+    (m + m.transpose(1, 2)?)? * 0.5
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     //! Random matrices for the tests of this folder.

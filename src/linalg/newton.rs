@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::device::{Kind, batches, joined, read};
 use super::host::square;
 use super::newton_run::{Report, Run, State};
+use super::symmetric;
 use crate::gpu::Gpu;
 
 /// When Newton's iteration stops.
@@ -255,7 +256,7 @@ fn on_host(job: &NewtonJob<'_>, options: NewtonOptions) -> Result<Newton> {
         }
         x = (&x + x.matmul(&r)?)?;
         if residual <= options.tolerance {
-            let inverse = ((&x + x.transpose(1, 2)?)? * 0.5)?;
+            let inverse = symmetric(&x)?;
             return Ok(Newton { inverse, iterations: done + 1, residual });
         }
     }

@@ -18,6 +18,7 @@
 //!
 //! Sources: Halko, Martinsson & Tropp 2011, algorithm 5.5; Tropp, Yurtsever, Udell & Cevher 2017, algorithm 3 (a pseudo-inverse of `B`
 //! stands for their shift, since eigenvectors of `B` are at hand on any device); for K-FAC, Puiu 2022, "Randomized K-FACs".
+
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
@@ -94,7 +95,7 @@ pub(crate) fn sketch_into(
 }
 
 /// The same matrix for every group.
-pub(super) fn each(m: &Tensor, groups: usize) -> Result<Tensor> {
+pub(crate) fn each(m: &Tensor, groups: usize) -> Result<Tensor> {
     let (rows, columns) = m.dims2()?;
     m.unsqueeze(0)?.broadcast_as((groups, rows, columns))?.contiguous()
 }

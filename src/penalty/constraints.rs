@@ -3,6 +3,7 @@
 use super::ball::Set;
 use super::multiplier::{Dual, Multiplier, Omega, Report};
 use super::{Penalty, Spatial};
+use crate::ops::group::check_factor;
 use crate::pattern::matches;
 use candle_core::{DType, Error, Result, Tensor, Var, bail};
 use candle_nn::VarMap;
@@ -230,13 +231,6 @@ fn named(name: &str, error: Error) -> Error {
     error.context(format!("constraints: {name}"))
 }
 
-fn check_factor(penalty: &dyn Penalty, factor: f64) -> Result<()> {
-    if !(factor.is_finite() && factor >= 0.0) {
-        bail!("{}: expected a finite factor of zero or more, got {factor}", penalty.name())
-    }
-    Ok(())
-}
-
 /// Refuses what a penalty made of weights in another dtype or shape than theirs.
 fn check_like(penalty: &dyn Penalty, what: &str, made: &Tensor, weights: &Tensor) -> Result<()> {
     if made.dims() != weights.dims() || made.dtype() != weights.dtype() {
@@ -259,9 +253,9 @@ impl Entry {
         }
         match rule {
             Rule::Free => {}
-            Rule::Arrange { penalty, factor } => check_factor(penalty, *factor)?,
+            Rule::Arrange { penalty, factor } => check_factor(&penalty.name(), *factor)?,
             Rule::Penalize { penalty, factor } | Rule::Proximal { penalty, factor } => {
-                check_factor(penalty.as_ref(), *factor)?;
+                check_factor(&penalty.name(), *factor)?;
                 self.rules.push(rule.clone());
             }
             Rule::Project { set } => {

@@ -43,6 +43,7 @@ impl GroupLasso {
     pub(super) fn norms(&self) -> Norms {
         Norms { name: "group lasso", l1: 0., l2: 0., group: 1., sized: self.size_weighted }
     }
+
     pub(super) fn grouping(&self) -> Grouping {
         self.grouping
     }
@@ -97,6 +98,7 @@ impl SparseGroupLasso {
             sized: self.size_weighted,
         }
     }
+
     pub(super) fn title(&self) -> String {
         format!("sparse group lasso (alpha {}, {})", self.alpha, self.grouping)
     }

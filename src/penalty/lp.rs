@@ -59,6 +59,7 @@ impl Lp {
         };
         Norms { name, l1: self.l1, l2: self.l2, group: 0., sized: false }
     }
+
     pub(super) fn grouping(&self) -> Grouping {
         Grouping::Whole
     }

@@ -56,7 +56,7 @@ impl MapArgs {
     }
 }
 
-/// [`Norms::sums`].
+/// [`super::sums`].
 pub(super) fn sums(gpu: &Gpu, w: &Tensor, tiles: Tiles, threshold: f64) -> Result<Tensor> {
     const NAME: &str = "group_sums";
     /// Elements of a block's part of a group, and rows of its part of a column.
