@@ -7,10 +7,16 @@ use candle_core::{Device, Result, Tensor};
 use folder::Folder;
 use kronwake::checkpoint::Checkpoint;
 
-const SMALL: &str = "--model mlp:784-16-10 --base-epochs 1 --epochs 1 --batch 100 --threads 1";
+const SMALL: &str = "--model mlp:784-16-10 --epochs 1 --batch 100 --threads 1";
+const BASE: &str = "--base-epochs 1";
+
+/// A line that starts from no checkpoint, with a short training of the base.
+fn with_base(line: &str) -> String {
+    if line.contains("--checkpoint") { line.into() } else { format!("{BASE} {line}") }
+}
 
 fn run(folder: &Folder, line: &str) -> String {
-    let output = folder.command_of("finetune", &format!("{SMALL} {line}")).output().unwrap();
+    let output = folder.command_of("finetune", &format!("{SMALL} {}", with_base(line))).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{line}\n{out}\n{err}");
     out.into_owned()
@@ -77,6 +83,23 @@ fn frozen_layers_stay_and_adapters_change_a_layer_by_their_rank() -> Result<()> 
     Ok(())
 }
 
+/// Steps of a divergence near 0 lead nowhere.
+#[test]
+fn divergences_bound_the_steps() {
+    let folder = Folder::new("finetune-kl");
+    run(&folder, "--optimizer adamw");
+    let base = values(&read(&folder, "base.safetensors").tensors["fc1.weight"]);
+    for (name, option) in [("kldwrm", "--kl-target"), ("so", "--kl-clip"), ("kfac", "--kl-clip")] {
+        let moved = |more: &str| -> f32 {
+            run(&folder, &format!("--checkpoint base.safetensors --optimizer {name} {more}"));
+            let tuned = values(&read(&folder, &format!("tuned-{name}.safetensors")).tensors["fc1.weight"]);
+            base.iter().zip(tuned).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+        };
+        let (usual, bounded) = (moved(""), moved(&format!("{option} 1e-12")));
+        assert!(usual > 1e-2 && bounded < 0.01 * usual, "{name}: {usual} {bounded}");
+    }
+}
+
 #[test]
 fn the_last_of_many_layers_is_new() {
     let folder = Folder::new("finetune-deep");
@@ -133,11 +156,14 @@ fn wrong_lines_are_sentences() {
         ("--lora 0", 2, "expected a whole number of at least 1"),
         ("--kl-target 0", 2, "--kl-target"),
         ("--kl-clip nan", 2, "--kl-clip"),
+        ("--optimizer so --kl-target 0.1", 1, "--kl-target is for kldwrm, and --optimizer is so"),
+        ("--optimizer adamw --kl-clip 0.1", 1, "--kl-clip is for so and kfac, and --optimizer is adamw"),
+        ("--checkpoint base.safetensors --base-epochs 2", 2, "cannot be used with"),
         ("--resume", 2, "--save-every"),
         ("--model vgg", 2, "expected cnn, lenet300"),
     ] {
-        let small = if line.starts_with("--model") { "--base-epochs 1" } else { SMALL };
-        let output = folder.command_of("finetune", &format!("{small} {line}")).output().unwrap();
+        let small = if line.starts_with("--model") { "" } else { SMALL };
+        let output = folder.command_of("finetune", &format!("{small} {}", with_base(line))).output().unwrap();
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{line}: {error}");
         assert!(error.contains(part), "{line}: {error}");

@@ -45,8 +45,8 @@ pub struct Args {
     /// Passes over the training set of the fine-tuning
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = count)]
     pub epochs: usize,
-    /// Passes over that of the base
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count)]
+    /// Passes over that of the base, where one is trained
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count, conflicts_with_all = ["checkpoint", "scratch"])]
     pub base_epochs: usize,
     /// Examples a step
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count)]
@@ -132,6 +132,21 @@ impl Args {
             },
         };
         self.lr.unwrap_or(usual)
+    }
+
+    /// Refuses options that nothing that is run would use.
+    pub fn check(&self) -> Result<()> {
+        let runs = |choices: &[Choice]| self.optimizer.each().iter().any(|choice| choices.contains(choice));
+        if self.data.is_some() && self.model != Net::Bert {
+            bail!("--data is for --model bert; the other models are trained on what is bundled")
+        }
+        if self.kl_target.is_some() && !runs(&[Choice::Kldwrm]) {
+            bail!("--kl-target is for kldwrm, and --optimizer is {}", self.optimizer.name())
+        }
+        if self.kl_clip.is_some() && !runs(&[Choice::So, Choice::Kfac]) {
+            bail!("--kl-clip is for so and kfac, and --optimizer is {}", self.optimizer.name())
+        }
+        Ok(())
     }
 
     fn for_bert(&self, default: f64) -> Option<f64> {

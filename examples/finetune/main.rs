@@ -50,11 +50,9 @@ fn main() -> ExitCode {
 }
 
 fn work(args: &Args) -> Result<()> {
+    args.check()?;
     if let Err(e) = std::fs::create_dir_all(&args.out) {
         bail!("--out {}: cannot be made ({e})", args.out.display())
-    }
-    if args.data.is_some() && args.model != Net::Bert {
-        bail!("--data is for --model bert; the other models are trained on what is bundled")
     }
     let device = args.device.open()?;
     let task: Box<dyn Task> = match &args.model {

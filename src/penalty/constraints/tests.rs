@@ -139,6 +139,14 @@ fn gradients_are_those_of_the_loss() -> Result<()> {
         assert_close(found, &values(expected)?, 1e-14);
         assert_eq!(found.dims(), var.dims(), "{name}");
     }
+    // The Vars of one pattern together, and no others.
+    let arrange = Rule::Arrange { penalty: Spatial::default(), factor: 0.1 };
+    let arranged = Constraints::new(&map, &[("*", Rule::Free), ("*.w", arrange)])?.loss()?;
+    let layer = |name: &str| {
+        let var = &vars.iter().find(|(n, _)| n == name).unwrap().1;
+        Spatial::default().value(var)?.to_scalar::<f64>()
+    };
+    assert_close(&arranged, &[0.1 * (layer("a.w")?.exp() + layer("b.w")?.exp()).ln()], 1e-14);
     // Nothing is added where something is wrong.
     let broken = varmap(&[("a", &[1.0, 2.0]), ("b", &[1.0, f64::NAN])]);
     let constraints = Constraints::new(&broken, &[("*", penalize(Arc::new(Lp::l2())))])?;
