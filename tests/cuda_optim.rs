@@ -185,6 +185,8 @@ fn kfac_trains_as_on_the_cpu() -> Result<()> {
     })?;
     for inverse in [Inverse::Eigen, Inverse::Cholesky, Inverse::Newton] {
         check::<KFacRule>(&format!("kfac, pi, {inverse:?}"), WIDE, plain, |p| pi(p, inverse))?;
+        let overlapped = |p| pi(Params { overlap: 3, ..p }, inverse);
+        check::<KFacRule>(&format!("kfac, pi, {inverse:?}, overlap"), WIDE, plain, overlapped)?;
     }
     check::<KFacRule>("kfac, adaptive damping", WIDE, plain, |p| Params {
         damping: Damping::Adaptive(Adaptive { every: 5, ..Adaptive::default() }),
@@ -205,7 +207,8 @@ fn the_wake_optimizers_train_as_on_the_cpu() -> Result<()> {
         wake: Qe { inner: inner.clone(), ..Qe::default() },
         ..p
     })?;
-    check::<TwoRate>("kld-wrm", ALL, plain, |p| p)
+    check::<TwoRate>("kld-wrm", ALL, plain, |p| p)?;
+    check::<TwoRate>("kld-wrm, overlap", ALL, plain, |p| Params { overlap: 2, ..p })
 }
 
 #[test]
@@ -287,6 +290,8 @@ fn state_moves_between_devices() -> Result<()> {
     moves::<KFacRule>("kfac", plain, |p| p)?;
     moves::<KFacRule>("kfac, Newton", plain, |p| pi(p, Inverse::Newton))?;
     moves::<So>("so", plain, |p| p)?;
+    // Saved with inverses on their way.
+    moves::<So>("so, overlap", plain, |p| Params { overlap: 3, ..p })?;
     moves::<Q>("q", plain, |p| p)?;
     moves::<Qe>("qe", with_closure, |p| p)?;
     moves::<TwoRate>("kld-wrm", plain, |p| p)
@@ -295,20 +300,27 @@ fn state_moves_between_devices() -> Result<()> {
 #[test]
 fn two_runs_on_a_device_are_the_same_to_the_last_bit() -> Result<()> {
     for device in devices() {
-        let run = || -> Result<Saved> {
-            let mut run = Run::<TwoRate>::new(&device, DType::F32, |p| p)?;
+        let run = |overlap| -> Result<Saved> {
+            let mut run = Run::<TwoRate>::new(&device, DType::F32, |p| Params { overlap, ..p })?;
             run.train(plain, 12)?;
             saved(&run.opt)
         };
-        assert_same_state(&run()?, &run()?, &[], &format!("{:?}", device.location()));
+        for overlap in [0, 1, 3] {
+            let what = format!("{:?}, overlap {overlap}", device.location());
+            assert_same_state(&run(overlap)?, &run(overlap)?, &[], &what);
+        }
     }
     Ok(())
 }
 
 /// The losses of 22 steps on tensors that stay where they are, and the state after them.
-fn on_fixed_tensors<R: WakeRule>(device: &Device, recorded: bool) -> Result<(Vec<f64>, Checkpoint)> {
+fn on_fixed_tensors<R: WakeRule>(
+    device: &Device,
+    recorded: bool,
+    overlap: usize,
+) -> Result<(Vec<f64>, Checkpoint)> {
     let every = Every { factors: 7, inverses: 7 };
-    let mut run = Run::<R>::new(device, DType::F64, |p| Params { every, ..p })?;
+    let mut run = Run::<R>::new(device, DType::F64, |p| Params { every, overlap, ..p })?;
     let (x, y) = batch(0, device, DType::F64)?;
     let (mut replay, mut losses) = (Replay::new(), vec![]);
     for step in 0..22 {
@@ -330,8 +342,9 @@ fn on_fixed_tensors<R: WakeRule>(device: &Device, recorded: bool) -> Result<(Vec
 
 #[test]
 fn recorded_steps_are_plain_ones() -> Result<()> {
-    fn check<R: WakeRule>(what: &str, device: &Device) -> Result<()> {
-        let (expected, found) = (on_fixed_tensors::<R>(device, false)?, on_fixed_tensors::<R>(device, true)?);
+    fn check<R: WakeRule>(what: &str, device: &Device, overlap: usize) -> Result<()> {
+        let run = |recorded| on_fixed_tensors::<R>(device, recorded, overlap);
+        let (expected, found) = (run(false)?, run(true)?);
         for (step, (found, expected)) in found.0.iter().zip(&expected.0).enumerate() {
             assert!((found - expected).abs() < 1e-9, "{what}, step {step}: loss {found}, plainly {expected}");
         }
@@ -339,10 +352,11 @@ fn recorded_steps_are_plain_ones() -> Result<()> {
         Ok(())
     }
     for device in devices() {
-        check::<KFacRule>("kfac", &device)?;
-        check::<So>("so", &device)?;
-        check::<TwoRate>("kld-wrm", &device)?;
-        check::<Q>("q", &device)?;
+        check::<KFacRule>("kfac", &device, 0)?;
+        check::<So>("so", &device, 0)?;
+        check::<So>("so, overlap", &device, 3)?;
+        check::<TwoRate>("kld-wrm", &device, 0)?;
+        check::<Q>("q", &device, 0)?;
     }
     Ok(())
 }

@@ -259,6 +259,14 @@ fn all(options: &Options, report: &mut Report, model: &Model, dtype: DType) -> R
     for &period in periods {
         let results = [
             natural::<So>(options, report, (model, dtype, &format!("SO, {period}")), adamw, period, |p| p),
+            natural::<So>(
+                options,
+                report,
+                (model, dtype, &format!("SO, overlap, {period}")),
+                adamw,
+                period,
+                |p| Params { overlap: usize::MAX, ..p },
+            ),
             natural::<KFacRule>(
                 options,
                 report,

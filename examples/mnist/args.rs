@@ -108,6 +108,9 @@ pub struct Args {
     /// Steps from one refresh of the inverses to the next
     #[arg(long, value_name = "N", value_parser = count, help_heading = CURVATURE)]
     pub inverse_every: Option<usize>,
+    /// Steps that an update of the inverses may take beside the training; 0 waits for each
+    #[arg(long, value_name = "N", help_heading = CURVATURE)]
+    pub overlap: Option<usize>,
     /// What decides how long a step is: the learning rate, a KL divergence between the models before and after, or one that
     /// follows the slopes before and after each step
     #[arg(long, value_enum, help_heading = CURVATURE)]
@@ -223,6 +226,7 @@ const ONLY: &[(&str, &[Choice])] = &[
     ("fisher", CURVED),
     ("wake_decay", &[So, Q, Qe, Kldwrm, Compare]),
     ("model_decay", &[Kldwrm]),
+    ("overlap", &[Kfac, So, Kldwrm]),
     ("q_solve", &[Q, Qe]),
     ("carry", &[So, Q, Qe, Kldwrm]),
     ("qe_steps", &[Qe]),

@@ -74,10 +74,11 @@ pub fn table() -> String {
     let common = Params::<Qe>::on(&Tape::new());
     let Inner { steps, lr, momentum, models, .. } = Inner::default();
     text.push_str(&format!(
-        "  --factor-every {}, --inverse-every {}, --bias {}, --q-solve {}, --qe-steps {steps}, --qe-lr {lr}, \
+        "  --factor-every {}, --inverse-every {}, --overlap {}, --bias {}, --q-solve {}, --qe-steps {steps}, --qe-lr {lr}, \
          --qe-momentum {momentum}, --qe-models {models}\n",
         common.every.factors,
         common.every.inverses,
+        common.overlap,
         format!("{:?}", common.bias).to_lowercase(),
         format!("{:?}", common.wake.solve).to_lowercase(),
     ));

@@ -183,6 +183,7 @@ fn params<R: WakeRule>(wake: R, args: &Args, tape: &Tape) -> Result<Params<R>> {
             None => default.carry,
         },
         early_refresh: args.early_refresh.unwrap_or(default.early_refresh),
+        overlap: args.overlap.unwrap_or(default.overlap),
         wake,
         ..default
     })

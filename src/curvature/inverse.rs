@@ -119,59 +119,60 @@ pub(crate) struct Recipe {
 }
 
 impl Recipe {
-    /// Eigenvalue damping has only one.
-    fn method(&self) -> Inverse {
+    /// The way to invert; eigenvalue damping has only one.
+    pub fn method(&self) -> Inverse {
         if self.kind == DampingKind::Eigenvalue { Inverse::Eigen } else { self.inverse }
     }
 }
 
 /// A block to invert.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Task<'a> {
-    pub a: &'a Tensor,
-    pub g: &'a Tensor,
+#[derive(Debug, Clone)]
+pub(crate) struct Task {
+    pub a: Tensor,
+    pub g: Tensor,
     /// Groups, rows and columns of its gradients.
     pub shape: [usize; 3],
     pub recipe: Recipe,
     /// The previous inverse of the same block, where Newton starts.
-    pub last: Option<&'a Preconditioner>,
-    pub name: &'a str,
+    pub last: Option<Preconditioner>,
+    pub name: String,
 }
 
 /// `(A (x) G + damping)^-1` for every block. On a CUDA device all of them are queued before the host asks how they went.
-pub(crate) fn damped_inverses(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
+pub(crate) fn damped_inverses(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
     // On the host one after the other takes less memory, and each uses all threads.
     let on_device = tasks.first().is_some_and(|task| Gpu::of(task.a.device()).is_some());
     tasks.chunks(if on_device { tasks.len() } else { 1 }).flat_map(together).collect()
 }
 
-fn together(tasks: &[Task<'_>]) -> Vec<Result<Preconditioner>> {
+fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
     let damped: Vec<Result<(Damped, Damped)>> = tasks
         .iter()
         .map(|task| match task.recipe.kind {
-            DampingKind::Eigenvalue => Ok((Damped::plain(task.a), Damped::plain(task.g))),
-            DampingKind::Pi => pi_damped(task.a, task.g, task.shape, task.recipe.damping, task.name),
+            DampingKind::Eigenvalue => Ok((Damped::plain(&task.a), Damped::plain(&task.g))),
+            DampingKind::Pi => pi_damped(&task.a, &task.g, task.shape, task.recipe.damping, &task.name),
         })
         .collect();
     // The two factors of every block, one after the other; a diagonal one needs no method, and one of low rank has its own.
     let pairs = || tasks.iter().zip(&damped).filter_map(|(task, pair)| Some((task, pair.as_ref().ok()?)));
     let of = |inverse: Inverse| pairs().filter(move |(task, _)| task.recipe.method() == inverse);
-    let diagonal = |task: &Task<'_>, m: &Tensor| is_diagonal(m, task.shape[0]);
-    let dense = |task: &Task<'_>, m: &Tensor| !diagonal(task, m) && !is_sketch(m);
+    let diagonal = |task: &Task, m: &Tensor| is_diagonal(m, task.shape[0]);
+    let dense = |task: &Task, m: &Tensor| !diagonal(task, m) && !is_sketch(m);
     let named = |inverse| -> Vec<(&Tensor, &str)> {
         let both = of(inverse).flat_map(|(task, (a, g))| [(task, &a.m), (task, &g.m)]);
-        both.filter(|(task, m)| dense(task, m)).map(|(task, m)| (m, task.name)).collect()
+        both.filter(|(task, m)| dense(task, m)).map(|(task, m)| (m, task.name.as_str())).collect()
     };
     let starts = of(Inverse::Newton).flat_map(|(task, (a, g))| {
-        let (last_a, last_g) = match task.last {
+        let (last_a, last_g) = match &task.last {
             Some(Preconditioner::Factors { inv_a, inv_g }) => (Some(inv_a), Some(inv_g)),
             _ => (None, None),
         };
         let both = [(&a.m, last_a), (&g.m, last_g)].into_iter().filter(|(m, _)| dense(task, m));
-        both.map(|(m, start)| NewtonJob { m, start, name: task.name })
+        both.map(|(m, start)| NewtonJob { m, start, name: &task.name })
     });
     let starts: Vec<_> = starts.collect();
-    let sketches = pairs().flat_map(|(task, (a, g))| [(&a.m, task.name), (&g.m, task.name)]);
+    let sketches =
+        pairs().flat_map(|(task, (a, g))| [(&a.m, task.name.as_str()), (&g.m, task.name.as_str())]);
     let sketches: Vec<_> = sketches.filter(|(m, _)| is_sketch(m)).collect();
     let mut eigen = eigh_all(&named(Inverse::Eigen)).into_iter();
     let mut inverses = inverse_spd_all(&named(Inverse::Cholesky)).into_iter();
@@ -280,12 +281,12 @@ mod tests {
                     let mut tasks = vec![];
                     for (i, (a, g, gradient)) in blocks.iter().enumerate() {
                         tasks.push(Task {
-                            a,
-                            g,
+                            a: a.clone(),
+                            g: g.clone(),
                             shape: gradient.dims3()?.into(),
                             recipe,
-                            last: last.get(i),
-                            name: "fc",
+                            last: last.get(i).cloned(),
+                            name: "fc".into(),
                         });
                     }
                     let found = damped_inverses(&tasks).into_iter().zip(&blocks);
@@ -328,7 +329,7 @@ mod tests {
                 let tasks = [(&good, "conv1"), (&bad, "conv2"), (&good, "fc")];
                 let tasks = tasks.map(|(a, name)| {
                     let shape = [1, 4, if a.dims() == large.dims() { 70 } else { 4 }];
-                    Task { a, g: &good, shape, recipe, last: None, name }
+                    Task { a: a.clone(), g: good.clone(), shape, recipe, last: None, name: name.into() }
                 });
                 for found in [damped_inverses(&tasks), emulate(|| damped_inverses(&tasks))] {
                     assert!(found[0].is_ok() && found[2].is_ok());

@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{
     CudaGraph, CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::{Args, Grid, Module, Operand};
 
@@ -82,6 +82,24 @@ pub(super) fn multiprocessors(device: &CudaDevice) -> Result<usize> {
     let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
     let count = device.cuda_stream().context().attribute(count).w()?;
     Ok(usize::try_from(count).unwrap_or(1).max(1))
+}
+
+/// A device on the same GPU with a stream and handles of its own.
+pub(super) fn beside(device: &CudaDevice) -> Result<CudaDevice> {
+    CudaDevice::new_with_stream(device.cuda_stream().context().ordinal())
+}
+
+/// Copies of tensors for another stream of the same GPU. The copies wait for what is queued on the first stream, and what the first
+/// stream queues from now on, which may give the originals' memory to somebody else, waits for the copies.
+pub(super) fn across(from: &CudaDevice, to: &CudaDevice, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+    // A view's copy would be that of all that it is a view of.
+    let whole = tensors.iter().map(Tensor::force_contiguous).collect::<Result<Vec<_>>>()?;
+    let (first, second) = (from.cuda_stream(), to.cuda_stream());
+    second.join(&first).w()?;
+    let device = Device::Cuda(to.clone());
+    let copies = whole.iter().map(|tensor| tensor.to_device(&device)).collect::<Result<Vec<_>>>()?;
+    first.join(&second).w()?;
+    Ok(copies)
 }
 
 pub(super) fn launch<A: Args>(

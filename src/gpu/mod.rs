@@ -9,6 +9,7 @@
 
 #![cfg_attr(not(any(test, feature = "cuda")), allow(dead_code, unused_variables))]
 
+pub(crate) mod beside;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(test)]

@@ -11,7 +11,7 @@ use crate::curvature::{Beyond, FactorLimit, Runs, Want, WantWeight};
 use crate::tape::{Kind, Layer};
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::VarMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 impl<R: WakeRule> Natural<R> {
     /// An optimizer of every float Var of `varmap`, which also gives their names. Prefer this to `new`: state is saved and
@@ -148,6 +148,8 @@ impl<R: WakeRule> Natural<R> {
             slopes: Slopes::default(),
             averages: vec![],
             models: vec![],
+            ahead: None,
+            beside: OnceLock::new(),
             device: None,
             captured: false,
             keep_inverses: false,

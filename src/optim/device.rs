@@ -8,6 +8,7 @@
 use super::block::{BlockState, Param};
 use super::length::{Slopes, StepRule};
 use super::natural::Natural;
+use super::overlap::Overlapped;
 use super::params::NonFinite;
 use super::rule::{Carry, Model, WakeRule};
 use super::stacks::Stack;
@@ -212,7 +213,8 @@ impl<R: WakeRule> Natural<R> {
         self.wake(device, &board, grads)?;
 
         let mut renewed = self.renew(refresh.as_ref(), grads)?;
-        let damping = self.damping_due(&renewed)?;
+        let due = self.damping_due(&renewed)?;
+        let Overlapped { ahead, damping, taken } = self.overlapped(&mut renewed, due)?;
         self.prepare(&self.blocks, &mut renewed, damping)?;
         let stacked: Vec<_> = device.stacks.iter().map(|stack| stack.inverse.clone()).collect();
         for stack in &mut device.stacks {
@@ -222,6 +224,7 @@ impl<R: WakeRule> Natural<R> {
         self.decide(device, &board)?;
         self.write(device, &board, &directions, &renewed, grads)?;
 
+        let last_ahead = std::mem::replace(&mut self.ahead, ahead);
         let before = (self.damping, self.blocks.iter().map(|block| block.state.clone()).collect::<Vec<_>>());
         let states: Vec<BlockState> = renewed.into_iter().map(|renewed| renewed.state).collect();
         for (block, state) in self.blocks.iter_mut().zip(states) {
@@ -231,23 +234,23 @@ impl<R: WakeRule> Natural<R> {
         if !self.captured {
             self.count();
         }
-        if !renewing {
+        if !(renewing || taken) {
             return Ok(false);
         }
-        if !device.gone()? {
+        if renewing && !device.gone()? {
             // The factors of a step that was not taken do not count either.
-            self.damping = before.0;
+            (self.damping, self.ahead) = (before.0, last_ahead);
             for (block, state) in self.blocks.iter_mut().zip(before.1) {
                 block.state = state;
             }
         } else if !(self.keep_inverses && self.settle_inverses(&before.1)?) {
             self.moves += 1;
-            return Ok(true);
+            return Ok(renewing);
         }
         for (stack, inverse) in device.stacks.iter_mut().zip(stacked) {
             stack.inverse = inverse;
         }
-        Ok(true)
+        Ok(renewing)
     }
 
     /// Puts down what the options say of the coming step.

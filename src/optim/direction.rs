@@ -37,6 +37,8 @@ pub(super) struct Renewed<'a> {
     pub factors: Factors,
     /// What was recorded for this step, with its number of loss terms.
     records: Option<(&'a LayerFactors, usize)>,
+    /// Whether this step is the first with the inverse.
+    pub fresh: bool,
 }
 
 impl<R: WakeRule> Natural<R> {
@@ -72,7 +74,7 @@ impl<R: WakeRule> Natural<R> {
         };
         let average = (a.clone(), g.clone());
         let factors = self.model_factors(block, &mut state, current.unwrap_or_else(|| average.clone()))?;
-        Ok(Renewed { state, average, factors, records })
+        Ok(Renewed { state, average, factors, records, fresh: false })
     }
 
     /// The damping of this step's inverses; the last one's where there are no new ones.
@@ -87,19 +89,20 @@ impl<R: WakeRule> Natural<R> {
         Ok(relative.of(squares, trace))
     }
 
-    /// The inverses of `blocks`, made anew where that is due, in the state of `renewed`. On a GPU the host waits for all of
-    /// them at once. `damping` is the one that all blocks share.
+    /// The inverses of `blocks`, made anew where they are due and not made beside the steps, in the state of `renewed`. On a GPU the
+    /// host waits for all of them at once. `damping` is the one that all blocks share.
     pub(super) fn prepare(
         &self,
         blocks: &[Block],
         renewed: &mut [Renewed<'_>],
         damping: f64,
     ) -> std::result::Result<(), Refusal> {
-        let due = self.inverses_due();
-        if due {
+        if self.inverses_due() && !self.overlaps() {
             let _span = tracing::info_span!("inverse").entered();
             let found = self.invert(blocks, renewed, damping);
-            for ((block, Renewed { state, .. }), found) in blocks.iter().zip(&mut *renewed).zip(found) {
+            for ((block, Renewed { state, fresh, .. }), found) in blocks.iter().zip(&mut *renewed).zip(found)
+            {
+                *fresh = true;
                 match found {
                     Ok(new) => state.preconditioner = Some(new),
                     Err(error) if state.preconditioner.is_some() => {
@@ -109,9 +112,9 @@ impl<R: WakeRule> Natural<R> {
                 }
             }
         }
-        for (block, Renewed { state, records, .. }) in blocks.iter().zip(renewed) {
+        for (block, Renewed { state, records, fresh, .. }) in blocks.iter().zip(renewed) {
             // A new inverse has the scaling of one Kronecker product, and new records change the moments.
-            if self.params.ekfac && (records.is_some() || due) {
+            if self.params.ekfac && (records.is_some() || *fresh) {
                 self.correct(block, state, *records, self.damping_of(block, damping))?;
             }
             if state.preconditioner.is_none() {
@@ -265,7 +268,9 @@ impl<R: WakeRule> Natural<R> {
             block.lr_scale * self.given_rate().or(self.previous_rate).unwrap_or(self.rate_scale())
         };
         let tasks = |factors: &mut dyn Iterator<Item = (&Tensor, &Tensor)>| -> Vec<_> {
-            let task = |(block, (a, g)): (_, (_, _))| self.task(block, a, g, damping);
+            let task = |(block, factors): (&Block, _)| {
+                self.task(block, factors, block.state.preconditioner.as_ref(), damping)
+            };
             damped_inverses(&blocks.iter().zip(factors).map(task).collect::<Vec<_>>())
         };
         match self.params.wake.model() {
@@ -292,7 +297,14 @@ impl<R: WakeRule> Natural<R> {
         }
     }
 
-    fn task<'a>(&self, block: &'a Block, a: &'a Tensor, g: &'a Tensor, damping: f64) -> Task<'a> {
+    /// The inverse of factors `A` and `G`; `last` is the one before it.
+    pub(super) fn task(
+        &self,
+        block: &Block,
+        (a, g): (&Tensor, &Tensor),
+        last: Option<&Preconditioner>,
+        damping: f64,
+    ) -> Task {
         let recipe = Recipe {
             kind: self.params.damping.kind(),
             damping: self.damping_of(block, damping),
@@ -305,12 +317,12 @@ impl<R: WakeRule> Natural<R> {
             floor: self.params.eigenvalue_floor,
         };
         Task {
-            a,
-            g,
+            a: a.clone(),
+            g: g.clone(),
             shape: block.shape(),
+            last: last.filter(|_| recipe.method() == Inverse::Newton).cloned(),
             recipe,
-            last: block.state.preconditioner.as_ref(),
-            name: &block.name,
+            name: block.name.clone(),
         }
     }
 

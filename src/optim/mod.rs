@@ -13,6 +13,7 @@ mod launches;
 mod length;
 mod natural;
 mod observe;
+mod overlap;
 mod params;
 mod preconditioned;
 mod q;
@@ -28,6 +29,7 @@ mod state;
 mod step;
 mod summary;
 mod two_rate;
+mod wanted;
 
 pub use average::Average;
 pub use candle_nn::{Optimizer, ParamsAdamW};

@@ -5,14 +5,16 @@ use super::block::{Block, Param};
 use super::device::DeviceStep;
 use super::length::Slopes;
 use super::observe::Observed;
+use super::overlap::Ahead;
 use super::params::{NonFinite, Params};
 use super::rest::Adam;
 use super::rule::WakeRule;
 use crate::curvature::{Adaptive, Damping, Want};
+use crate::gpu::beside::Beside;
 use crate::tape::Layer;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::Optimizer;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A curvature-aware optimizer with the wake rule `R`; see [`super::KFac`], [`super::SoKldWrm`], [`super::QKldWrm`],
 /// [`super::QeKldWrm`] and [`super::KldWrm`].
@@ -47,6 +49,10 @@ pub struct Natural<R> {
     pub(super) averages: Vec<Tensor>,
     /// QE's stored models, oldest first: a tensor for each of `vars`.
     pub(super) models: Vec<Vec<Tensor>>,
+    /// Inverses that are made beside the steps, or wait to be used, under [`Params::overlap`].
+    pub(super) ahead: Option<Ahead>,
+    /// Where they are made, once some were.
+    pub(super) beside: OnceLock<Beside>,
     /// The step's numbers and work space on a GPU, once a step was taken there.
     pub(super) device: Option<DeviceStep>,
     /// Whether the step under way is recorded or repeated by a [`super::Replay`], which counts it.

@@ -3,7 +3,7 @@
 use super::average::Average;
 use super::groups::Groups;
 use super::length::{AdaptiveKl, StepRule};
-use super::rule::{Carry, WakeRule};
+use super::rule::{Carry, Model, WakeRule};
 use crate::curvature::{Damping, DampingKind, FactorLimit, Inverse, Sharing};
 use crate::tape::{Fisher, Tape};
 use candle_core::{Result, bail};
@@ -78,6 +78,12 @@ pub struct Params<R> {
     /// Whether factors and inverses are also renewed at the steps 1, 2, 4, 8, .. until their periods take over. In its first
     /// steps a net's curvature grows many times over, and a step that trusts an old one is many times too long.
     pub early_refresh: bool,
+    /// Steps that an update of the inverses may take beside the training: on a thread of its own, on a GPU on a second stream. The inverses of
+    /// the factors of step `k` are used from step `k + overlap` on, or from where the next ones are due if that is sooner, so those that a
+    /// step uses are up to `every.inverses + overlap - 1` steps old. What is used when does not depend on how long they took: a step waits for
+    /// inverses that are not ready. With 0, the default, each update is waited for; so are the first ones always. Q and QE, whose
+    /// inverses hold the factors of the very step, take 0 alone.
+    pub overlap: usize,
     /// The labels of the Fisher matrix.
     pub fisher: Fisher,
     /// How positions that share a weight enter the factors.
@@ -130,6 +136,7 @@ impl<R: WakeRule> Params<R> {
             stat_decay: defaults.stat_decay,
             every: Every { factors: 10, inverses: 10 },
             early_refresh: defaults.early_refresh,
+            overlap: 0,
             fisher: defaults.fisher,
             sharing: Sharing::Expand,
             bias: Bias::Folded,
@@ -196,6 +203,13 @@ impl<R: WakeRule> Params<R> {
         }
         if self.every.factors == 0 || self.every.inverses == 0 {
             bail!("{optimizer}: expected periods of at least one step, got {:?}", self.every)
+        }
+        if self.overlap > 0 && matches!(self.wake.model(), Model::Quadratic(_)) {
+            bail!(
+                "{optimizer}: the inverses of a quadratic wake hold the factors of their own step and cannot be late; expected \
+                 overlap 0, got {}",
+                self.overlap
+            )
         }
         if let Fisher::Sampled { draws: 0, .. } = self.fisher {
             bail!("{optimizer}: expected at least one draw of the sampled Fisher, got 0")

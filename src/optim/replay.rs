@@ -119,9 +119,9 @@ impl<R: WakeRule> Natural<R> {
         self.gpu().filter(|_| self.params.wake.model() == Model::Linear)
     }
 
-    /// Whether the coming step makes new factors or inverses.
+    /// Whether the coming step makes new factors or inverses, or is the first to use some.
     fn renews(&self) -> bool {
-        self.curvature_due() || self.inverses_due()
+        self.curvature_due() || self.inverses_due() || self.takes()
     }
 
     /// Moves new inverses to where the old ones are, which recorded kernels read. Nothing, where they are of another kind.

@@ -9,21 +9,22 @@ use super::block::{Block, BlockState};
 use super::device::Seen;
 use super::length::{Slopes, StepRule};
 use super::natural::{Natural, Predicted};
+use super::overlap::Ahead;
 use super::rule::WakeRule;
-use super::step::sum;
+use super::wanted::{Needs, Numbers, Wanted};
 use crate::checkpoint::Checkpoint;
-use crate::curvature::{Preconditioner, Runs, wide_dtype};
-use crate::linalg::sketch::diagonal_of;
-use candle_core::{DType, Device, Result, Tensor, bail};
-use std::collections::{BTreeMap, BTreeSet};
+use crate::curvature::{Preconditioner, wide_dtype};
+use candle_core::{Device, Result, Tensor, bail};
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::str::FromStr;
 
 const FORMAT: u32 = 1;
-const KEY: &str = "kronwake";
+pub(super) const KEY: &str = "kronwake";
+/// What the names of inverses begin with that no step has used yet.
+const AHEAD: &str = "ahead_";
 const SLOPES: [&str; 4] = ["slope_after", "slope_before", "slope_last", "step_length"];
 
-fn slot(owner: &str, slot: &str) -> String {
+pub(super) fn slot(owner: &str, slot: &str) -> String {
     format!("{KEY}/{owner}/{slot}")
 }
 
@@ -80,6 +81,13 @@ impl<R: WakeRule> Natural<R> {
                 tensors.insert(slot(&block.name, name), tensor.contiguous()?);
             }
         }
+        if let Some(ahead) = &self.ahead {
+            for (block, made) in self.blocks.iter().zip(ahead.wait()?) {
+                for (name, tensor) in made.iter().flat_map(Preconditioner::parts) {
+                    tensors.insert(slot(&block.name, &format!("{AHEAD}{name}")), tensor.contiguous()?);
+                }
+            }
+        }
         for adam in &self.rest {
             let name = &self.vars[adam.param].name;
             if let Some((first, second)) = &adam.moments {
@@ -106,6 +114,10 @@ impl<R: WakeRule> Natural<R> {
         note("models", self.models.len().to_string());
         note("closure_checked", self.closure_checked.to_string());
         note("tensors", tensors.len().to_string());
+        if let Some(Ahead { from, damping, .. }) = &self.ahead {
+            note("ahead_from", from.to_string());
+            note("ahead_damping", damping.to_string());
+        }
         if let Some(previous_rate) = previous_rate {
             note("previous_rate", previous_rate.to_string());
         }
@@ -153,11 +165,13 @@ impl<R: WakeRule> Natural<R> {
             *value = numbers.needed(name)?;
         }
         let [after, before, last, length] = slopes;
+        let ahead: Option<(usize, f64)> =
+            numbers.optional("ahead_from")?.zip(numbers.optional("ahead_damping")?);
         let closure_checked = numbers.needed("closure_checked")?;
         let model_count: usize = numbers.needed("models")?;
         let predicted = numbers.optional("predicted_loss")?.zip(numbers.optional("predicted_change")?);
         let optimizer: String = numbers.needed("optimizer")?;
-        let mut wanted = Wanted { file: &file, wrong: vec![], used: BTreeSet::new() };
+        let mut wanted = Wanted::new(&file);
         if optimizer != R::NAME {
             wanted.wrong.push(format!("state of {optimizer}, expected {}", R::NAME));
         }
@@ -166,9 +180,9 @@ impl<R: WakeRule> Natural<R> {
         if count != found {
             wanted.wrong.push(format!("{found} tensors, expected {count}"));
         }
-        for (name, value) in
-            [("lr", lr), ("previous_rate", previous_rate.unwrap_or(lr)), ("damping", damping)]
-        {
+        let later = ahead.map_or(damping, |(_, later)| later);
+        let rates = [("lr", lr), ("previous_rate", previous_rate.unwrap_or(lr))];
+        for (name, value) in rates.into_iter().chain([("damping", damping), ("ahead_damping", later)]) {
             if !(value.is_finite() && value >= 0.0) {
                 wanted.wrong.push(format!("{name} is {value}, expected zero or more"));
             }
@@ -203,6 +217,19 @@ impl<R: WakeRule> Natural<R> {
                 wanted.block(block, dtype, started, Needs { wake, step })
             })
             .collect();
+        if let Some((from, _)) = ahead.filter(|(from, _)| *from > steps) {
+            wanted.wrong.push(format!("inverses of step {from}, expected one up to {steps}"));
+        }
+        let ahead = ahead.map(|(from, damping)| {
+            let inverse = |block: &Block| {
+                let dtype = wide_dtype(self.vars[block.params[0]].var.dtype());
+                // One that could not be made was not written.
+                wanted
+                    .inverse(block, dtype, AHEAD)
+                    .ok_or_else(|| format!("no inverse of step {from} in the file"))
+            };
+            Ahead::made(from, damping, self.blocks.iter().map(inverse).collect())
+        });
         let mut rest = self.rest.clone();
         for adam in &mut rest {
             let Some(param) = self.vars.get(adam.param) else { continue };
@@ -245,6 +272,7 @@ impl<R: WakeRule> Natural<R> {
         for (block, state) in self.blocks.iter_mut().zip(states) {
             block.state = state;
         }
+        self.ahead = ahead;
         self.rest = rest;
         self.models = models;
         self.averages = averages;
@@ -260,133 +288,4 @@ impl<R: WakeRule> Natural<R> {
         self.params.rest.lr = self.rest_ratio * lr;
         Ok(())
     }
-}
-
-/// Reads the numbers of a file's metadata.
-struct Numbers<'a> {
-    path: &'a Path,
-    values: BTreeMap<&'a str, &'a str>,
-}
-
-impl Numbers<'_> {
-    fn optional<T: FromStr>(&self, name: &str) -> Result<Option<T>> {
-        let Some(text) = self.values.get(name) else { return Ok(None) };
-        match text.parse() {
-            Ok(value) => Ok(Some(value)),
-            Err(_) => {
-                bail!("{}: metadata {KEY}: {name} is {text:?}, expected a number", self.path.display())
-            }
-        }
-    }
-
-    fn needed<T: FromStr>(&self, name: &str) -> Result<T> {
-        match self.optional(name)? {
-            Some(value) => Ok(value),
-            None => bail!("{}: metadata {KEY}: {name} is missing", self.path.display()),
-        }
-    }
-}
-
-/// What an optimizer cannot go on without, beside the factors.
-#[derive(Clone, Copy)]
-struct Needs {
-    wake: bool,
-    step: bool,
-}
-
-/// Looks tensors up and notes all that is wrong, to be said at once.
-struct Wanted<'a> {
-    file: &'a Checkpoint,
-    wrong: Vec<String>,
-    used: BTreeSet<String>,
-}
-
-impl Wanted<'_> {
-    fn tensor(&mut self, name: &str, dims: &[usize], dtype: DType, needed: bool) -> Option<Tensor> {
-        let Some(tensor) = self.file.tensors.get(name) else {
-            if needed {
-                self.wrong.push(format!("missing {name} {dims:?}"));
-            }
-            return None;
-        };
-        self.used.insert(name.to_string());
-        if tensor.dims() != dims || tensor.dtype() != dtype {
-            let (found, kind) = (tensor.dims(), tensor.dtype());
-            self.wrong.push(format!("{name} is {kind:?} {found:?}, expected {dtype:?} {dims:?}"));
-            return None;
-        }
-        match sum(tensor) {
-            Ok(total) if total.is_finite() => Some(tensor.clone()),
-            _ => {
-                self.wrong.push(format!("{name} has NaN or infinite elements"));
-                None
-            }
-        }
-    }
-
-    fn block(&mut self, block: &Block, dtype: DType, started: bool, needs: Needs) -> BlockState {
-        let name = |part: &str| slot(&block.name, part);
-        let (square_a, square_g) = (block.columns.dims(block.groups), block.rows.dims(block.groups));
-        let (matrix, inside) = (block.shape(), block.inside());
-        // Of low rank, an exact solve has other vectors, and its next inverse may be of another kind.
-        let scale = self.file.tensors.get(&name("scale")).map(Tensor::dims);
-        let exact = block.is_low_rank() && scale == Some(&block.scale(true));
-        let bases = [block.columns, block.rows].map(|side| side.basis(block.groups, exact));
-        let mut get = |part: &str, dims: &[usize], needed| self.tensor(&name(part), dims, dtype, needed);
-        let factor_a = get("factor_a", &square_a, started);
-        let factor_g = get("factor_g", &square_g, started);
-        let inverse = get("inv_a", &square_a, false).zip(get("inv_g", &square_g, false));
-        let basis = get("basis_a", &bases[0], false).zip(get("basis_g", &bases[1], false));
-        let scale = get("scale", &block.scale(exact), false);
-        let mut root = |part, side: Runs| match exact && side.has_root() {
-            true => get(part, &side.dims(block.groups), true),
-            false => None,
-        };
-        let (root_a, root_g) = (root("root_a", block.columns), root("root_g", block.rows));
-        let preconditioner = match (inverse, basis.zip(scale)) {
-            (Some((inv_a, inv_g)), None) => Some(Preconditioner::Factors { inv_a, inv_g }),
-            (None, Some(((basis_a, basis_g), scale))) => Some(match block.is_low_rank() {
-                true => Preconditioner::Split { basis_a, basis_g, scale, root_a, root_g },
-                false => Preconditioner::Basis { basis_a, basis_g, scale },
-            }),
-            _ => None,
-        };
-        let state = BlockState {
-            moments: get("moments", &inside, false),
-            carry: get("carry", &matrix, started && needs.wake),
-            mean: get("mean", &matrix, false),
-            model_a: get("model_a", &square_a, false),
-            model_g: get("model_g", &square_g, false),
-            step: get("step", &matrix, started && needs.step),
-            velocity: get("velocity", &matrix, false),
-            factor_a,
-            factor_g,
-            preconditioner,
-        };
-        if started && state.preconditioner.is_none() {
-            self.wrong.push(format!("missing the inverse of block {}", block.name));
-        }
-        for (part, factor) in [("factor_a", &state.factor_a), ("factor_g", &state.factor_g)] {
-            if factor.as_ref().is_some_and(|f| !non_negative_diagonal(f)) {
-                self.wrong.push(format!("{} has a negative diagonal element", name(part)));
-            }
-        }
-        state
-    }
-
-    fn finish(mut self, path: &Path) -> Result<()> {
-        let extra = self.file.tensors.keys().filter(|n| !self.used.contains(*n));
-        self.wrong.extend(extra.map(|n| format!("unexpected {n}")));
-        if self.wrong.is_empty() {
-            return Ok(());
-        }
-        bail!("{}: does not fit this optimizer and model: {}", path.display(), self.wrong.join("; "))
-    }
-}
-
-/// A sum of outer products has no negative diagonal element.
-fn non_negative_diagonal(factor: &Tensor) -> bool {
-    let smallest =
-        || -> Result<f64> { diagonal_of(factor)?.flatten_all()?.min(0)?.to_dtype(DType::F64)?.to_scalar() };
-    smallest().is_ok_and(|smallest| smallest >= 0.0)
 }

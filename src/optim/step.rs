@@ -5,6 +5,7 @@ use super::block::{Block, BlockState};
 use super::direction::Direction;
 use super::length::{Slopes, StepRule};
 use super::natural::{Natural, Predicted};
+use super::overlap::{Ahead, Overlapped};
 use super::params::{Decay, NonFinite};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
@@ -23,6 +24,8 @@ pub(super) struct Proposal {
     pub damping: f64,
     /// With the slope where the last step ended.
     pub slopes: Slopes,
+    /// Inverses that the step does not use yet.
+    pub ahead: Option<Ahead>,
 }
 
 /// What a step would do to one block.
@@ -147,8 +150,9 @@ impl<R: WakeRule> Natural<R> {
     }
 
     fn propose(&self, grads: &[Tensor], refresh: Option<Refresh>) -> std::result::Result<Proposal, Refusal> {
-        let renewed = self.renew(refresh.as_ref(), grads)?;
-        let damping = self.damping_due(&renewed)?;
+        let mut renewed = self.renew(refresh.as_ref(), grads)?;
+        let due = self.damping_due(&renewed)?;
+        let Overlapped { ahead, damping, .. } = self.overlapped(&mut renewed, due)?;
         let mut directions = Vec::with_capacity(self.blocks.len());
         for (block, renewed) in self.blocks.iter().zip(renewed) {
             directions.push(self.direction(block, renewed, grads, damping)?);
@@ -190,7 +194,7 @@ impl<R: WakeRule> Natural<R> {
             }
             blocks.push(BlockProposal { state, gradient, model_gradient, wake_gradient, factors, step });
         }
-        Ok(Proposal { blocks, rest, rate: overall, damping, slopes })
+        Ok(Proposal { blocks, rest, rate: overall, damping, slopes, ahead })
     }
 
     fn rest_steps(&self, grads: &[Tensor]) -> std::result::Result<Vec<(Adam, Tensor)>, Refusal> {
@@ -303,6 +307,7 @@ impl<R: WakeRule> Natural<R> {
         self.rest = proposal.rest.into_iter().map(|(adam, _)| adam).collect();
         self.previous_rate = Some(proposal.rate);
         self.damping = proposal.damping;
+        self.ahead = proposal.ahead;
         self.steps += 1;
         Ok(())
     }

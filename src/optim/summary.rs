@@ -64,7 +64,8 @@ pub struct Summary {
     /// Bytes of the Adam moments, single-precision masters, averaged parameters and stored models.
     pub other_bytes: usize,
     /// Bytes that a step needs beside the state, about: the new inverses until they replace the old ones, the matrices of a
-    /// step, and what decompositions work with at a time. Factors of a batch and records of layers are not counted.
+    /// step, what decompositions work with at a time, and what is kept for those beside the steps. Factors of a batch and records of
+    /// layers are not counted.
     pub workspace_bytes: usize,
 }
 
@@ -113,7 +114,10 @@ impl<R: WakeRule> Natural<R> {
         let models: usize = copies * (0..self.vars.len()).map(size).sum::<usize>();
         let blocks: Vec<_> = self.blocks.iter().map(|b| self.summary_block(b)).collect();
         let matrices: usize = self.blocks.iter().flat_map(|b| &b.params).map(|&i| MATRICES * size(i)).sum();
-        let workspace_bytes = matrices + self.decomposing(&blocks);
+        // Inverses that are made beside the steps have factors of their own: the averages go on, and a second stream has copies.
+        let factors: usize = blocks.iter().map(|b| b.factor_bytes).sum();
+        let beside = if self.params.overlap > 0 { factors } else { 0 };
+        let workspace_bytes = matrices + self.decomposing(&blocks) + beside;
         let other_bytes = masters + adam + models;
         Summary { optimizer: R::NAME, rows, blocks, other_bytes, workspace_bytes }
     }

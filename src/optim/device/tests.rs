@@ -129,6 +129,13 @@ fn steps_as_the_general_path_does() -> Result<()> {
         (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
         p.factor_limit = runs(Beyond::LowRank { rank: 1 });
     })?;
+    for overlap in [1, 2, 9] {
+        agree::<So>("so, overlap", |p| p.overlap = overlap)?;
+        agree::<KFacRule>("k-fac, overlap, newton", |p| {
+            (p.overlap, p.inverse, p.damping) =
+                (overlap, crate::curvature::Inverse::Newton, Damping::Pi(0.01));
+        })?;
+    }
     agree::<Q>("q", |_| ())?;
     agree::<Q>("q, exact", |p| {
         (p.wake.solve, p.damping) = (QSolve::Exact, Damping::Pi(0.01));
@@ -169,15 +176,15 @@ struct Run {
 
 impl Run {
     fn new(non_finite: NonFinite) -> Result<Self> {
-        Self::limited(non_finite, FactorLimit::default())
+        Self::with(non_finite, FactorLimit::default(), 0)
     }
 
-    fn limited(non_finite: NonFinite, factor_limit: FactorLimit) -> Result<Self> {
+    fn with(non_finite: NonFinite, factor_limit: FactorLimit, overlap: usize) -> Result<Self> {
         let (tape, vars) = (Tape::new(), VarMap::new());
         let forward = Box::new(model(&tape, &vars, DType::F64)?);
         let named = named(&vars, DType::F64)?;
         let every = Every { factors: 4, inverses: 4 };
-        let params = Params { every, non_finite, factor_limit, ..Params::on(&tape) };
+        let params = Params { every, non_finite, factor_limit, overlap, ..Params::on(&tape) };
         Ok(Self { vars: named, optimizer: Natural::from_varmap(&vars, params)?, forward })
     }
 
@@ -201,8 +208,13 @@ impl Run {
 
 #[test]
 fn a_step_that_is_not_finite_changes_nothing() -> Result<()> {
+    (0..3).try_for_each(check_not_finite)
+}
+
+fn check_not_finite(overlap: usize) -> Result<()> {
     emulate(|| -> Result<()> {
-        let (mut run, mut clean) = (Run::new(NonFinite::Error)?, Run::new(NonFinite::Error)?);
+        let new = || Run::with(NonFinite::Error, FactorLimit::default(), overlap);
+        let (mut run, mut clean) = (new()?, new()?);
         for _ in 0..2 {
             run.step(None)?;
             clean.step(None)?;
@@ -268,12 +280,14 @@ fn tempfile() -> Result<std::path::PathBuf> {
 #[test]
 fn replayed_steps_are_the_steps() -> Result<()> {
     let low = FactorLimit { rows: 4, beyond: Beyond::LowRank { rank: 2 } };
-    [FactorLimit::default(), low].into_iter().try_for_each(check_replay)
+    check_replay(FactorLimit::default(), 0)?;
+    check_replay(low, 0)?;
+    (1..4).try_for_each(|overlap| check_replay(FactorLimit::default(), overlap))
 }
 
-fn check_replay(limit: FactorLimit) -> Result<()> {
+fn check_replay(limit: FactorLimit, overlap: usize) -> Result<()> {
     emulate(|| -> Result<()> {
-        let new = || Run::limited(NonFinite::Error, limit);
+        let new = || Run::with(NonFinite::Error, limit, overlap);
         let (mut run, mut plain) = (new()?, new()?);
         let x = crate::ops::testing::random(90, &[6, 5])?;
         let labels = Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?;
