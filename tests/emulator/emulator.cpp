@@ -184,6 +184,10 @@ void meet(unsigned mask, const void *value, void *all, size_t size, bool memory,
     self.value = value;
     self.all = all;
     self.size = size;
+    if (++state.meeting[warp] < (unsigned)__builtin_popcount(mask)) {
+        give_way();
+        return;
+    }
     for (unsigned i = 0; i < LANES; ++i) {
         if (!(mask >> i & 1)) continue;
         Fiber &other = state.fibers[first + i];
@@ -204,6 +208,7 @@ void meet(unsigned mask, const void *value, void *all, size_t size, bool memory,
         other.wait = Wait::nothing;
         state.ready.push_back(first + i);
     }
+    state.meeting[warp] -= __builtin_popcount(mask);
     if (memory) meet_memory(warp, mask);
     give_way();
 }
@@ -270,6 +275,7 @@ static std::vector<Array> arrays;
 
 static void run_block() {
     for (unsigned i = 0; i < state.threads; ++i) prepare(i);
+    std::fill(std::begin(state.meeting), std::end(state.meeting), 0);
     begin_block();
     ready_all();
     for (;;) {

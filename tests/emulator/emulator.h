@@ -82,6 +82,8 @@ struct State {
     std::string error;
     dim3 grid, block_index;
     int combined = 0; // of the predicates at the last barrier
+    // How many lanes of each warp wait at warp operations.
+    unsigned meeting[MOST_THREADS / LANES] = {};
     // Fibers that can go on; `order` says which does.
     std::vector<unsigned> ready;
     size_t ready_head = 0;
