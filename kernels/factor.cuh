@@ -1,34 +1,58 @@
-// out = weight sum_rows x x^T + decay bar for each group of features, symmetric, in f32 (f64 for f64): Kronecker factors and
-// their exponential averages. With `one`, x is followed by a constant 1: the last row and column are the sums of the features
+// out = weight sum_rows x x^T + decay bar + keep last for each group of features, symmetric, in f32 (f64 for f64): Kronecker factors
+// and their exponential averages. With `one`, x is followed by a constant 1: the last row and column are the sums of the features
 // and the count.
 //
-// A block computes one tile of the lower triangle over a share of the rows, and writes it to both triangles. Where the tiles are
-// too few to occupy the GPU, the rows are divided too; then the blocks write their sums to `partial`, and a second kernel adds
-// them up in order.
+// One launch computes many of them. A block computes one tile of the lower triangle over a share of the rows, and writes it to both
+// triangles. Where the tiles of the launch are too few to occupy the GPU, the rows are divided too; then the blocks write their sums to
+// `partial`, and a second kernel adds them up in order.
 #pragma once
 #include "sums.cuh"
 
-struct FactorArgs {
+struct FactorJob {
     Rows rows;
-    const void *bar; // or null
+    const void *bar;  // or null
+    const void *last; // or null
     void *out;
     void *partial; // [splits][groups][pairs][TILE (+ 1)][TILE]
-    double decay, weight;
+    double decay, keep, weight;
     u64 split_rows; // a multiple of BK
     u32 splits;
     u32 groups;
     u32 tiles; // of one side
     u32 one;
+    // The first of the job's blocks, here and where sums are merged: none there, if its rows are not divided.
+    u32 first;
+    u32 first_merge;
 };
 
+constexpr u32 JOBS = 96;
+
+struct FactorArgs {
+    FactorJob jobs[JOBS];
+    u32 count;
+    u32 unused;
+};
+
+// The job that a block works for, by its first blocks, which ascend.
+template <u32 FactorJob::*FIRST> DEVICE const FactorJob &job_of(const FactorArgs &args, u32 block) {
+    u32 low = 0, high = args.count;
+    while (high - low > 1) {
+        u32 middle = (low + high) / 2;
+        if (args.jobs[middle].*FIRST <= block) low = middle;
+        else high = middle;
+    }
+    return args.jobs[low];
+}
+
 // Writes one sum, and its mirror image, to the factor of a group.
-template <class A> DEVICE void finish(const FactorArgs &p, u32 group, u32 i, u32 j, A sum) {
+template <class A> DEVICE void finish(const FactorJob &p, u32 group, u32 i, u32 j, A sum) {
     u64 size = p.rows.dim + p.one, at = group * size * size + i * size + j, mirror = group * size * size + j * size + i;
     A *out = static_cast<A *>(p.out);
-    const A *bar = static_cast<const A *>(p.bar);
-    A value = (A)p.weight * sum;
-    out[at] = bar ? value + (A)p.decay * bar[at] : value;
-    if (i != j) out[mirror] = bar ? value + (A)p.decay * bar[mirror] : value;
+    A value = (A)p.weight * sum, other = value;
+    if (const A *bar = static_cast<const A *>(p.bar)) value += (A)p.decay * bar[at], other += (A)p.decay * bar[mirror];
+    if (const A *last = static_cast<const A *>(p.last)) value += (A)p.keep * last[at], other += (A)p.keep * last[mirror];
+    out[at] = value;
+    if (i != j) out[mirror] = other;
 }
 
 // Row and column of the `pair`-th tile of the lower triangle.
@@ -39,7 +63,7 @@ DEVICE void tiles_of(u32 pair, u32 &i, u32 &j) {
     j = pair - i * (i + 1) / 2;
 }
 
-template <class C> DEVICE void factor(const FactorArgs &p) {
+template <class C> DEVICE void factor(const FactorArgs &args) {
     using T = typename C::T;
     using A = typename C::A;
     constexpr u32 TILE = C::TILE, BK = C::BK, SIDES = C::SINGLE ? 1 : 2;
@@ -49,12 +73,15 @@ template <class C> DEVICE void factor(const FactorArgs &p) {
     SHARED(Spot, spots, C::BY_ROWS ? 1 : 2 * BK);
     SHARED(A, feature_sums, C::THREADS);
 
+    const FactorJob &p = job_of<&FactorJob::first>(args, blockIdx.x);
     const Rows &rows = p.rows;
-    u32 pairs = p.tiles * (p.tiles + 1) / 2, group = blockIdx.x / pairs, pair = blockIdx.x % pairs, tile_i, tile_j;
+    const u32 block = blockIdx.x - p.first, pairs = p.tiles * (p.tiles + 1) / 2, split = block / (p.groups * pairs);
+    const u32 group = block / pairs - split * p.groups, pair = block % pairs;
+    u32 tile_i, tile_j;
     tiles_of(pair, tile_i, tile_j);
     const bool diagonal = C::SINGLE || tile_i == tile_j;
     const u32 i0 = tile_i * TILE, j0 = tile_j * TILE;
-    const u64 first = blockIdx.y * p.split_rows, end = min(first + p.split_rows, rows.count);
+    const u64 first = split * p.split_rows, end = min(first + p.split_rows, rows.count);
     const u32 count = first < end ? (u32)(end - first) : 0, chunks = (count + BK - 1) / BK;
     const T *from = static_cast<const T *>(rows.x) + (first * rows.step + (u64)group * rows.group_step);
     const u64 sample = C::BY_ROWS ? 0 : first / rows.positions.value;
@@ -101,7 +128,7 @@ template <class C> DEVICE void factor(const FactorArgs &p) {
     }
 
     const u32 slot = TILE * (TILE + p.one);
-    A *partial = static_cast<A *>(p.partial) + ((u64)blockIdx.y * gridDim.x + blockIdx.x) * slot;
+    A *partial = static_cast<A *>(p.partial) + (u64)block * slot;
     const bool whole = p.splits == 1;
     sums.each(tiles, [&](u32 i, u32 j, A sum) {
         if (i0 + i >= rows.dim || j0 + j > i0 + i) return;
@@ -121,11 +148,13 @@ template <class C> DEVICE void factor(const FactorArgs &p) {
 }
 
 // Adds up what the blocks of `factor` have left: 32 elements a block, each by as many threads as there are warps.
-template <class A, u32 TILE> DEVICE void merge(const FactorArgs &p) {
+template <class A, u32 TILE> DEVICE void merge(const FactorArgs &args) {
     constexpr u32 WARPS = 8;
     SHARED(A, shares, WARPS *WARP);
+    const FactorJob &p = job_of<&FactorJob::first_merge>(args, blockIdx.x);
+    const u32 block = blockIdx.x - p.first_merge;
     u32 pairs = p.tiles * (p.tiles + 1) / 2, slot = TILE * (TILE + p.one), lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    u64 total = (u64)p.groups * pairs * slot, at = (u64)blockIdx.x * WARP + lane;
+    u64 total = (u64)p.groups * pairs * slot, at = (u64)block * WARP + lane;
     u32 group = (u32)(at / ((u64)pairs * slot)), pair = (u32)(at / slot % pairs), element = (u32)(at % slot), tile_i, tile_j;
     tiles_of(pair, tile_i, tile_j);
     bool one = element >= TILE * TILE;
@@ -144,7 +173,7 @@ template <class A, u32 TILE> DEVICE void merge(const FactorArgs &p) {
         for (u32 other = 1; other < WARPS; ++other) sum += shares[other * WARP + lane];
         finish(p, group, i, j, sum);
     }
-    if (p.one && blockIdx.x == 0)
+    if (p.one && block == 0)
         for (u32 g = lane; g < p.groups; g += WARP) finish(p, g, p.rows.dim, p.rows.dim, (A)p.rows.count);
 }
 

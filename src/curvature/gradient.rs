@@ -15,6 +15,7 @@
 use super::Runs;
 use crate::linalg::sketch::diagonal_of;
 use crate::ops::factor::ema;
+use crate::ops::moments::{Average, Moments};
 use candle_core::{Result, Tensor};
 
 /// `A = N M^T M` and `G = M M^T / tr(M M^T)`, means over draws of gradients `[draws, rows, columns]`; a `G` of zeros where all are zero.
@@ -26,8 +27,10 @@ pub(crate) fn gradient_factors(
     name: &str,
 ) -> Result<(Tensor, Tensor)> {
     let weight = terms as f64 / gradient.dim(0)?.max(1) as f64;
-    let a = columns.moment(None, gradient, 1, false, weight, name)?;
-    let g = rows.moment(None, &gradient.transpose(1, 2)?, 1, false, 1.0, name)?;
+    let mut moments = Moments::default();
+    let a = columns.moment(&mut moments, Average::times(weight), gradient, 1, false, name)?;
+    let g = rows.moment(&mut moments, Average::times(1.0), &gradient.transpose(1, 2)?, 1, false, name)?;
+    moments.run()?;
     let trace = trace(&g)?.maximum(f64::from(f32::MIN_POSITIVE))?;
     Ok((a, g.broadcast_div(&trace)?))
 }

@@ -6,9 +6,9 @@
 
 use crate::linalg::kron;
 use crate::linalg::low_rank::{inverse_left, inverse_right, low_rank};
-use crate::linalg::sketch::{diagonal_of, is_sketch, sketch_into};
-use crate::ops::dense::{mix, product};
-use crate::ops::factor::second_moment_into;
+use crate::linalg::sketch::{diagonal_of, is_sketch, sketch};
+use crate::ops::dense::product;
+use crate::ops::moments::{Average, Moments};
 use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::exact::joint_vectors;
@@ -179,32 +179,28 @@ impl Runs {
         self.dims(groups).iter().product()
     }
 
-    /// `last + weight sum_n sum_t x x^T` within each run, or its sketch; `x` is `[n, t, features of all groups]`, followed by a 1 with
-    /// `append_one`.
+    /// The average with `sum_n sum_t x x^T` within each run, or its sketch, as [`Moments::of_rows`] gives it; `x` is
+    /// `[n, t, features of all groups]`, followed by a 1 with `append_one`.
     pub fn moment(
         &self,
-        last: Option<&Tensor>,
+        moments: &mut Moments,
+        average: Average,
         x: &Tensor,
         groups: usize,
         append_one: bool,
-        weight: f64,
         name: &str,
     ) -> Result<Tensor> {
         if self.is_full() {
-            return second_moment_into(last, x, groups, append_one, 1.0, weight, name);
+            return moments.of_rows(average, x, groups, append_one, name);
         }
         if let Some(rank) = self.rank {
-            return sketch_into(last, &wide(x)?.detach(), (groups, append_one), rank, weight);
+            return average.add(sketch(&wide(x)?.detach(), (groups, append_one), rank)?);
         }
         let x = self.arranged(x, groups, append_one)?;
         if self.run > 1 {
-            return second_moment_into(last, &x, groups * self.count(), false, 1.0, weight, name);
+            return moments.of_rows(average, &x, groups * self.count(), false, name);
         }
-        let squares = wide(&x)?.sqr()?.sum((0, 1))?.reshape(&self.dims(groups))?;
-        match last {
-            Some(last) => mix(last, 1.0, &squares, weight),
-            None => squares * weight,
-        }
+        average.add(wide(&x)?.sqr()?.sum((0, 1))?.reshape(&self.dims(groups))?)
     }
 
     /// `[n, t, features of all groups]` as `[n, t, groups count run]`, with the 1 and the zeros that belong to it.

@@ -14,6 +14,7 @@
 //! reduce after Eschenhagen et al. 2023. The uses of a layer that a forward pass uses several times count as positions.
 
 use super::Runs;
+use crate::ops::moments::{Average, Moments};
 use crate::tape::{Inputs, Kind, Layer, Record, Reduce};
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -63,10 +64,68 @@ pub(crate) struct LayerFactors {
     pub kept: Vec<(Tensor, Tensor)>,
 }
 
-/// A layer's running sums, and what the current pass has gathered of it.
+/// A factor of what has come so far: `decay last + (1 - decay) sum / count`, without the first term if there is no last average.
+struct Mean {
+    value: Tensor,
+    /// Loss terms, or rows.
+    count: f64,
+}
+
+/// What a mean has of the last average, of which it is to be the next: a share of `decay`.
+#[derive(Clone, Copy)]
+struct Last<'a> {
+    average: Option<&'a Tensor>,
+    decay: f64,
+}
+
+impl<'a> Last<'a> {
+    fn new(average: Option<&'a Tensor>, decay: f64) -> Self {
+        Self { average, decay: if average.is_some() { decay } else { 0.0 } }
+    }
+
+    /// What makes of a mean of which `before` of the rows have come, and of a moment, the mean of all.
+    fn average(&self, mean: Option<&'a Tensor>, before: f64, weight: f64) -> Average<'a> {
+        let keep = self.decay * (1.0 - before);
+        Average {
+            bar: mean.map(|mean| (mean, before)),
+            last: self.average.filter(|_| keep > 0.0).map(|last| (last, keep)),
+            weight: (1.0 - self.decay) * weight,
+        }
+    }
+
+    /// Adds to a mean the second moment that `moment` computes, times `weight`; then it is one of `count` rows.
+    fn add(
+        &self,
+        mean: &'a mut Option<Mean>,
+        count: f64,
+        weight: f64,
+        moment: impl FnOnce(Average) -> Result<Tensor>,
+    ) -> Result<()> {
+        let count = count.max(1.0);
+        let before = mean.as_ref().map_or(0.0, |mean| mean.count / count);
+        let value = moment(self.average(mean.as_ref().map(|mean| &mean.value), before, weight / count))?;
+        *mean = Some(Mean { value, count });
+        Ok(())
+    }
+
+    /// A mean of `count` rows, of which the last ones may have brought nothing.
+    fn finished(&self, mean: Option<Mean>, count: f64) -> Result<Option<Tensor>> {
+        let Some(Mean { value, count: counted }) = mean else { return Ok(None) };
+        if counted == count {
+            return Ok(Some(value));
+        }
+        let before = counted / count;
+        Average { weight: before, ..self.average(None, before, 0.0) }.add(value).map(Some)
+    }
+}
+
+/// The means of a layer, and what the current pass has gathered of it.
 #[derive(Default)]
 struct Sums {
-    totals: LayerFactors,
+    a: Option<Mean>,
+    g: Option<Mean>,
+    g_bias: Option<Mean>,
+    kept: Vec<(Tensor, Tensor)>,
     groups: usize,
     /// Rows that `a` counted; `g` counts the same ones in every pass.
     rows: usize,
@@ -84,6 +143,11 @@ pub(crate) struct FactorSums {
     wants: Vec<Option<Want>>,
     sharing: Sharing,
     sums: Vec<Sums>,
+    /// Of the current pass.
+    moments: Moments,
+    /// The averages that the factors join, and how much of these stays.
+    last: Vec<LayerFactors>,
+    decay: f64,
     terms: usize,
     scale: f64,
     with_inputs: bool,
@@ -93,7 +157,18 @@ impl FactorSums {
     /// `wants[i]` is for layer `i` of the tape.
     pub fn new(wants: Vec<Option<Want>>, sharing: Sharing) -> Self {
         let sums = wants.iter().map(|_| Sums::default()).collect();
-        Self { wants, sharing, sums, terms: 0, scale: 1.0, with_inputs: true }
+        let (moments, last) = (Moments::default(), vec![]);
+        Self { wants, sharing, sums, moments, last, decay: 0.0, terms: 0, scale: 1.0, with_inputs: true }
+    }
+
+    /// Makes the factors the next exponential averages: `decay last + (1 - decay) F` in place of `F`, where there is a last one.
+    pub fn averaging(self, last: Vec<LayerFactors>, decay: f64) -> Self {
+        Self { last, decay, ..self }
+    }
+
+    /// Whether its factors are averages.
+    pub fn averages(&self) -> bool {
+        !self.last.is_empty()
     }
 
     /// Loss terms so far, which is the number of the next micro-batch's first row.
@@ -116,22 +191,28 @@ impl FactorSums {
         self.scale /= factor;
     }
 
-    /// Closes the pass: sums over positions are complete only now.
+    /// Closes the pass: sums over positions are complete only now, and what a GPU is to compute of it is queued.
     pub fn end(&mut self) -> Result<()> {
-        for (sums, want) in self.sums.iter_mut().zip(&self.wants) {
+        let terms = self.terms as f64;
+        for (index, (sums, want)) in self.sums.iter_mut().zip(&self.wants).enumerate() {
             let Some(want) = want else { continue };
+            let last = self.last.get(index);
+            let moments = &mut self.moments;
             let (inputs, grads) = (sums.input_sum.take(), sums.grad_sum.take());
-            let moment = |runs: Runs, x: &Tensor, groups, folded, name| {
-                runs.moment(None, x, groups, folded, 1.0, name)
-            };
             if let Some(grads) = &grads {
                 if let Some(runs) = want.bias {
-                    add(&mut sums.totals.g_bias, moment(runs, grads, 1, false, "factor_g")?)?;
+                    let last = Last::new(last.and_then(|last| last.g_bias.as_ref()), self.decay);
+                    last.add(&mut sums.g_bias, terms, 1.0, |average| {
+                        runs.moment(moments, average, grads, 1, false, "factor_g")
+                    })?;
                 }
                 if let Some(weight) = want.weight
                     && self.sharing == Sharing::Reduce
                 {
-                    add(&mut sums.totals.g, moment(weight.g, grads, sums.groups, false, "factor_g")?)?;
+                    let last = Last::new(last.and_then(|last| last.g.as_ref()), self.decay);
+                    last.add(&mut sums.g, terms, 1.0, |average| {
+                        weight.g.moment(moments, average, grads, sums.groups, false, "factor_g")
+                    })?;
                 }
             }
             if let (Some(inputs), Some(weight)) = (inputs, want.weight) {
@@ -142,43 +223,48 @@ impl FactorSums {
                         inputs.broadcast_div(&counts)?
                     }
                 };
-                add(&mut sums.totals.a, moment(weight.a, &mean, sums.groups, weight.folded, "factor_a")?)?;
+                let last = Last::new(last.and_then(|last| last.a.as_ref()), self.decay);
+                last.add(&mut sums.a, terms, 1.0, |average| {
+                    weight.a.moment(moments, average, &mean, sums.groups, weight.folded, "factor_a")
+                })?;
             }
             sums.positions = 0;
             if !sums.inputs.is_empty() {
                 let pair = (Tensor::cat(&sums.inputs, 1)?, Tensor::cat(&sums.grads, 1)?);
-                sums.totals.kept.push(pair);
+                sums.kept.push(pair);
                 sums.inputs.clear();
                 sums.grads.clear();
             }
         }
-        Ok(())
+        self.moments.run()
     }
 }
 
 impl FactorSums {
-    /// The factors: sums divided by terms and rows. An error names the first layer that made no record.
+    /// The factors, means over terms and rows, or their averages. An error names the first layer that made no record.
     pub fn finish(self, layers: &[std::sync::Arc<Layer>]) -> Result<Vec<LayerFactors>> {
         let terms = self.terms.max(1) as f64;
         let mut finished = Vec::with_capacity(self.sums.len());
-        for ((sums, want), layer) in self.sums.into_iter().zip(&self.wants).zip(layers) {
-            let mut factors = sums.totals;
-            if let Some(want) = want {
-                if (want.weight.is_some() && (factors.a.is_none() || factors.g.is_none()))
-                    || (want.bias.is_some() && factors.g_bias.is_none())
-                {
-                    bail!(
-                        "curvature: layer {} made no record; every tapped layer must take part in the forward pass \
-                         that is observed, or have its Vars frozen",
-                        layer.name
-                    )
-                }
-                let rows = if sums.rows > 0 { sums.rows as f64 } else { terms };
-                factors.a = factors.a.map(|a| a / terms).transpose()?;
-                factors.g = factors.g.map(|g| g / rows).transpose()?;
-                factors.g_bias = factors.g_bias.map(|g| g / terms).transpose()?;
+        for (index, ((sums, want), layer)) in self.sums.into_iter().zip(&self.wants).zip(layers).enumerate() {
+            if let Some(want) = want
+                && ((want.weight.is_some() && (sums.a.is_none() || sums.g.is_none()))
+                    || (want.bias.is_some() && sums.g_bias.is_none()))
+            {
+                bail!(
+                    "curvature: layer {} made no record; every tapped layer must take part in the forward pass that is                      observed, or have its Vars frozen",
+                    layer.name
+                )
             }
-            finished.push(factors);
+            let last = self.last.get(index);
+            let of =
+                |average: fn(&LayerFactors) -> Option<&Tensor>| Last::new(last.and_then(average), self.decay);
+            let rows = if sums.rows > 0 { sums.rows as f64 } else { terms };
+            finished.push(LayerFactors {
+                a: of(|last| last.a.as_ref()).finished(sums.a, terms)?,
+                g: of(|last| last.g.as_ref()).finished(sums.g, rows)?,
+                g_bias: of(|last| last.g_bias.as_ref()).finished(sums.g_bias, terms)?,
+                kept: sums.kept,
+            });
         }
         Ok(finished)
     }
@@ -196,13 +282,18 @@ impl Reduce for FactorSums {
             && !reduce
         {
             let rows = record.of_live_rows()?;
+            let (moments, last) = (&mut self.moments, self.last.get(layer.index));
             if with_inputs {
-                add(&mut sums.totals.a, input_moment(layer, &rows, weight)?)?;
+                let last = Last::new(last.and_then(|last| last.a.as_ref()), self.decay);
+                last.add(&mut sums.a, self.terms as f64, 1.0, |average| {
+                    input_moment(moments, average, layer, &rows, weight)
+                })?;
                 sums.rows += rows.grads.dim(0)? * rows.grads.dim(1)?;
             }
-            let last = sums.totals.g.as_ref();
-            let g = weight.g.moment(last, &rows.grads, layer.groups, false, scale * scale, &layer.name)?;
-            sums.totals.g = Some(g);
+            let last = Last::new(last.and_then(|last| last.g.as_ref()), self.decay);
+            last.add(&mut sums.g, sums.rows as f64, scale * scale, |average| {
+                weight.g.moment(moments, average, &rows.grads, layer.groups, false, &layer.name)
+            })?;
         }
         let weight = want.weight.is_some();
         if want.bias.is_some() || (weight && reduce) {
@@ -224,18 +315,24 @@ impl Reduce for FactorSums {
     }
 }
 
-/// The second moment of a layer's inputs.
-fn input_moment(layer: &Layer, record: &Record, want: WantWeight) -> Result<Tensor> {
+/// The average with the second moment of a layer's inputs.
+fn input_moment(
+    moments: &mut Moments,
+    average: Average,
+    layer: &Layer,
+    record: &Record,
+    want: WantWeight,
+) -> Result<Tensor> {
     match &record.inputs {
         // Of a table, the rows are the inputs, and what is wanted of them is diagonal.
         Inputs::Picked(numbers) => {
             let picked = numbers.flatten_all()?;
             let ones = Tensor::ones(picked.dim(0)?, wide_dtype(record.grads.dtype()), picked.device())?;
             let none = Tensor::zeros(want.a.dim, ones.dtype(), picked.device())?;
-            none.index_add(&picked, &ones, 0)?.reshape(&want.a.dims(1))
+            average.add(none.index_add(&picked, &ones, 0)?.reshape(&want.a.dims(1))?)
         }
-        inputs if want.a.is_full() => inputs.second_moment(layer.groups, want.folded, &layer.name),
-        inputs => want.a.moment(None, &inputs.rows()?, layer.groups, want.folded, 1.0, &layer.name),
+        inputs if want.a.is_full() => inputs.moment(moments, average, layer.groups, want.folded, &layer.name),
+        inputs => want.a.moment(moments, average, &inputs.rows()?, layer.groups, want.folded, &layer.name),
     }
 }
 
@@ -249,26 +346,18 @@ pub(crate) fn wide_dtype(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
-fn add(total: &mut Option<Tensor>, part: Tensor) -> Result<()> {
-    *total = Some(match total.take() {
-        Some(total) => (total + part)?,
-        None => part,
-    });
-    Ok(())
-}
-
-/// [`add`] for the per-example sums of a layer that one forward pass uses several times.
+/// Adds the per-example sums of a use to those of a layer's other uses in a forward pass.
 fn add_uses(total: &mut Option<Tensor>, part: &Tensor, layer: &Layer) -> Result<()> {
-    if let Some(total) = total
-        && total.dims() != part.dims()
-    {
-        bail!(
+    *total = Some(match total.take() {
+        None => part.clone(),
+        Some(total) if total.dims() == part.dims() => (total + part)?,
+        Some(total) => bail!(
             "layer {}: its uses in one forward pass have batches of {:?} and {:?}; they must agree for a bias block of \
              its own and for Sharing::Reduce",
             layer.name,
             total.dims(),
             part.dims()
-        )
-    }
-    add(total, part.clone())
+        ),
+    });
+    Ok(())
 }

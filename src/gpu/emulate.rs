@@ -25,6 +25,8 @@ thread_local! {
     static FRESH: RefCell<Vec<((usize, usize), bool)>> = const { RefCell::new(Vec::new()) };
     /// Arrays that no operand stands for any more and that kernels have written in part.
     static UNFINISHED: RefCell<Vec<Unfinished>> = const { RefCell::new(Vec::new()) };
+    /// The kernels launched since somebody counts.
+    static LAUNCHED: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
 #[derive(Debug)]
@@ -61,6 +63,13 @@ pub(crate) fn emulate<T>(body: impl FnOnce() -> T) -> T {
         panic!("{}", first.what)
     }
     result
+}
+
+/// Runs `body` under emulation, with the names of the kernels that it launches, in order; none without a C++ compiler.
+pub(crate) fn launches<T>(body: impl FnOnce() -> T) -> (T, Vec<String>) {
+    LAUNCHED.set(Some(vec![]));
+    let result = emulate(body);
+    (result, LAUNCHED.take().unwrap_or_default())
 }
 
 /// Runs `body` without the kernels that it launches, as a recording does.
@@ -253,6 +262,7 @@ pub(super) fn launch<A: Args>(module: Module, kernel: &str, grid: Grid, args: &A
     if QUIET.get() {
         return Ok(());
     }
+    LAUNCHED.with_borrow_mut(|launched| launched.iter_mut().for_each(|names| names.push(kernel.to_owned())));
     let source = format!("kernels/{}.cu", module.stem());
     launch_of(&Path::new(env!("CARGO_MANIFEST_DIR")).join(source), kernel, grid, args)
 }

@@ -23,7 +23,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::kron::diagonal;
-use crate::ops::dense::{mix, product};
+use crate::ops::dense::product;
 use crate::ops::rng::bits;
 
 /// `Omega^T`, `[rank, dim]`: elements uniform in (-1, 1), which any floating point type of 24 bits or more holds exactly.
@@ -55,43 +55,31 @@ pub(crate) fn diagonal_of(m: &Tensor) -> Result<Tensor> {
     if is_sketch(m) { m.narrow(1, m.dim(1)? - 1, 1)?.squeeze(1) } else { diagonal(m) }
 }
 
-/// `last + weight S` for the sketch `S` `[groups, rank + 1, d]` of `sum_n sum_t x x^T`; `x` is `[n, t, groups d]` in f32 or f64, or
+/// The sketch `[groups, rank + 1, d]` of `sum_n sum_t x x^T`; `x` is `[n, t, groups d]` in f32 or f64, or
 /// `[n, t, groups (d - 1)]` and followed by a 1 with `append_one`.
-pub(crate) fn sketch_into(
-    last: Option<&Tensor>,
-    x: &Tensor,
-    (groups, append_one): (usize, bool),
-    rank: usize,
-    weight: f64,
-) -> Result<Tensor> {
+pub(crate) fn sketch(x: &Tensor, (groups, append_one): (usize, bool), rank: usize) -> Result<Tensor> {
     let (n, t, width) = x.dims3()?;
     let (rows, features) = (n * t, width / groups.max(1));
     let dim = features + usize::from(append_one);
-    let sketch = if rows == 0 {
-        Tensor::zeros((groups, rank + 1, dim), x.dtype(), x.device())?
-    } else {
-        let omega = test_matrix(dim, rank, x.dtype(), x.device())?;
-        let x = x.reshape((rows, groups, features))?.transpose(0, 1)?.contiguous()?;
-        // [rank, d] times [d, rows], in every group.
-        let weights = each(&omega.narrow(1, 0, features)?, groups)?;
-        let mut seen = product(&weights, &x.t()?)?;
-        let mut squares = x.sqr()?.sum_keepdim(1)?;
-        if append_one {
-            seen = seen.broadcast_add(&omega.narrow(1, features, 1)?.unsqueeze(0)?)?;
-        }
-        let mut sketch = product(&seen, &x)?;
-        if append_one {
-            sketch = Tensor::cat(&[&sketch, &seen.sum_keepdim(2)?], 2)?;
-            let count = Tensor::full(rows as f64, (groups, 1, 1), x.device())?.to_dtype(x.dtype())?;
-            squares = Tensor::cat(&[&squares, &count], 2)?;
-        }
-        Tensor::cat(&[&sketch, &squares], 1)?
-    };
-    match last {
-        Some(last) => mix(last, 1.0, &sketch, weight),
-        None if weight == 1.0 => Ok(sketch),
-        None => sketch * weight,
+    if rows == 0 {
+        return Tensor::zeros((groups, rank + 1, dim), x.dtype(), x.device());
     }
+    let omega = test_matrix(dim, rank, x.dtype(), x.device())?;
+    let x = x.reshape((rows, groups, features))?.transpose(0, 1)?.contiguous()?;
+    // [rank, d] times [d, rows], in every group.
+    let weights = each(&omega.narrow(1, 0, features)?, groups)?;
+    let mut seen = product(&weights, &x.t()?)?;
+    let mut squares = x.sqr()?.sum_keepdim(1)?;
+    if append_one {
+        seen = seen.broadcast_add(&omega.narrow(1, features, 1)?.unsqueeze(0)?)?;
+    }
+    let mut sketch = product(&seen, &x)?;
+    if append_one {
+        sketch = Tensor::cat(&[&sketch, &seen.sum_keepdim(2)?], 2)?;
+        let count = Tensor::full(rows as f64, (groups, 1, 1), x.device())?.to_dtype(x.dtype())?;
+        squares = Tensor::cat(&[&squares, &count], 2)?;
+    }
+    Tensor::cat(&[&sketch, &squares], 1)
 }
 
 /// The same matrix for every group.
@@ -140,15 +128,13 @@ pub(super) mod tests {
             let x = random(0, &[n, t, groups * features])?;
             let moment = second_moment(&x, groups, append_one, "x")?;
             let expected = sketch_of(&moment, 3)?;
-            let found = sketch_into(None, &x, (groups, append_one), 3, 1.0)?;
+            let found = sketch(&x, (groups, append_one), 3)?;
             assert!(is_sketch(&found) && !is_sketch(&moment));
             assert_close(&found, &values(&expected)?, 1e-12);
             assert_close(&diagonal_of(&found)?, &values(&diagonal_of(&moment)?)?, 1e-12);
-            let more = sketch_into(Some(&found), &x, (groups, append_one), 3, 0.5)?;
-            assert_close(&more, &values(&(expected * 1.5)?)?, 1e-12);
             // Transposed records, as of patches.
             let turned = x.transpose(1, 2)?.contiguous()?.transpose(1, 2)?;
-            assert_close(&sketch_into(None, &turned, (groups, append_one), 3, 1.0)?, &values(&found)?, 1e-12);
+            assert_close(&sketch(&turned, (groups, append_one), 3)?, &values(&found)?, 1e-12);
         }
         Ok(())
     }

@@ -4,7 +4,6 @@
 //! Records are `[n, t, features]`: examples, positions that share the weights (of a convolution or a sequence, else
 //! 1), and the features of all groups side by side. The moments are sums over the examples, not means; the caller
 //! divides. f16 and bf16 are summed in f32.
-use crate::gpu::Gpu;
 use candle_core::{DType, Result, Tensor, WithDType, bail};
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
@@ -14,10 +13,9 @@ use rayon::prelude::*;
 
 pub use super::cross::cross_square;
 use super::dense::mix;
-use super::factor_gpu::gpu_second_moment;
-use super::factor_tiles::Precision;
 use super::moment::moment_in_place;
 pub use super::moment::patch_moment;
+use super::moments::{Average, Moments};
 use super::record::{
     PARTS, Piece, Pieces, WORTH_A_THREAD, by_group, cpu_slice, in_place, record_shape, widen,
 };
@@ -36,72 +34,13 @@ const BLOCK: usize = 128;
 /// # Errors
 /// If `x` is not a floating point tensor of three dimensions, or `groups` does not divide the features.
 pub fn second_moment(x: &Tensor, groups: usize, append_one: bool, name: &str) -> Result<Tensor> {
-    second_moment_into(None, x, groups, append_one, 0.0, 1.0, name)
+    let mut moments = Moments::default();
+    let moment = moments.of_rows(Average::times(1.0), x, groups, append_one, name)?;
+    moments.run()?;
+    Ok(moment)
 }
 
-/// `decay bar + weight M` for the [`second_moment`] `M` of `x`, in one pass on a GPU; `weight M` without a `bar`.
-///
-/// # Errors
-/// As for [`second_moment`], and if `bar` has not the shape and dtype of `M`, or lies on another device.
-pub(crate) fn second_moment_into(
-    bar: Option<&Tensor>,
-    x: &Tensor,
-    groups: usize,
-    append_one: bool,
-    decay: f64,
-    weight: f64,
-    name: &str,
-) -> Result<Tensor> {
-    let (_, _, dim) = record_shape(x, groups, name)?;
-    let average = Average { bar, decay, weight };
-    average.check(x, groups, dim + usize::from(append_one), name)?;
-    if let Some(gpu) = Gpu::of(x.device()) {
-        return gpu_second_moment(&gpu, x, groups, append_one, average, Precision::chosen(), name);
-    }
-    average.add(host_second_moment(x, groups, append_one, name)?)
-}
-
-/// How a second moment `M` is added to what was: `decay bar + weight M`.
-#[derive(Clone, Copy)]
-pub(super) struct Average<'a> {
-    pub bar: Option<&'a Tensor>,
-    pub decay: f64,
-    pub weight: f64,
-}
-
-impl Average<'_> {
-    /// That the average is one of the second moments `[groups, size, size]` of `x`.
-    pub fn check(&self, x: &Tensor, groups: usize, size: usize, name: &str) -> Result<()> {
-        let dtype = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        match self.bar {
-            Some(bar)
-                if bar.dims() != [groups, size, size]
-                    || bar.dtype() != dtype
-                    || !bar.device().same_device(x.device()) =>
-            {
-                bail!(
-                    "{name}: expected an average {dtype:?} [{groups}, {size}, {size}] on {:?}, got {:?} {:?} on {:?}",
-                    x.device().location(),
-                    bar.dtype(),
-                    bar.dims(),
-                    bar.device().location()
-                )
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The average with a second moment that was computed apart.
-    pub fn add(&self, moment: Tensor) -> Result<Tensor> {
-        match self.bar {
-            Some(bar) => mix(bar, self.decay, &moment, self.weight),
-            None if self.weight == 1.0 => Ok(moment),
-            None => moment * self.weight,
-        }
-    }
-}
-
-fn host_second_moment(x: &Tensor, groups: usize, append_one: bool, name: &str) -> Result<Tensor> {
+pub(super) fn host_second_moment(x: &Tensor, groups: usize, append_one: bool, name: &str) -> Result<Tensor> {
     let (_, _, dim) = record_shape(x, groups, name)?;
     let x = widen(x)?;
     if !x.device().is_cpu() {

@@ -1,7 +1,6 @@
 //! Second moments of small features that lie sample by sample as `[features, t]`: the patches of a convolution, made one
 //! sample at a time and never stored, and the gradients of its outputs where they are.
 
-use crate::gpu::Gpu;
 use candle_core::{Device, Layout, Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -9,9 +8,8 @@ use std::ops::Range;
 use super::{
     conv_slices::add_parts,
     element::{Element, Host, Real, float_dispatch},
-    factor::{Average, mirror_upper, second_moment},
-    factor_gpu::gpu_patch_moment,
-    factor_tiles::Precision,
+    factor::{mirror_upper, second_moment},
+    moments::{Average, Moments},
     patches::{ConvShape, patches, unfold_plane},
     products::square_products,
 };
@@ -25,32 +23,13 @@ const SMALL: usize = 1 << 18;
 /// # Errors
 /// If `x` is not a floating point tensor of the dimensions that `shape` says.
 pub fn patch_moment(x: &Tensor, shape: &ConvShape, append_one: bool, name: &str) -> Result<Tensor> {
-    patch_moment_into(None, x, shape, append_one, 0.0, 1.0, name)
+    let mut moments = Moments::default();
+    let moment = moments.of_patches(Average::times(1.0), x, shape, append_one, name)?;
+    moments.run()?;
+    Ok(moment)
 }
 
-/// `decay bar + weight M` for the [`patch_moment`] `M` of `x`, in one pass on a GPU; `weight M` without a `bar`.
-///
-/// # Errors
-/// As for [`patch_moment`], and if `bar` has not the shape and dtype of `M`, or lies on another device.
-pub(crate) fn patch_moment_into(
-    bar: Option<&Tensor>,
-    x: &Tensor,
-    shape: &ConvShape,
-    append_one: bool,
-    decay: f64,
-    weight: f64,
-    name: &str,
-) -> Result<Tensor> {
-    let n = shape.input_batch(name, x.dims())?;
-    let average = Average { bar, decay, weight };
-    average.check(x, shape.groups, shape.group_features() + usize::from(append_one), name)?;
-    if let Some(gpu) = Gpu::of(x.device()) {
-        return gpu_patch_moment(&gpu, x, n, shape, append_one, average, Precision::chosen(), name);
-    }
-    average.add(host_patch_moment(x, n, shape, append_one, name)?)
-}
-
-fn host_patch_moment(
+pub(super) fn host_patch_moment(
     x: &Tensor,
     n: usize,
     shape: &ConvShape,

@@ -148,6 +148,16 @@ impl Block {
         Ok(parts)
     }
 
+    /// Tells its averages to those of its layer: what [`Block::refreshed`] takes from there.
+    pub fn last_factors(&self, layer: &mut LayerFactors) {
+        let (a, g) = (self.state.factor_a.clone(), self.state.factor_g.clone());
+        match self.part {
+            Part::Folded | Part::Weight | Part::Gradient => (layer.a, layer.g) = (a, g),
+            Part::Table => (layer.g, layer.a) = (a, g),
+            Part::Bias => layer.g_bias = g,
+        }
+    }
+
     /// The factors of one refresh; a bias of its own has `A = [[1]]`.
     pub fn refreshed(&self, layer: &LayerFactors) -> Result<(Tensor, Tensor)> {
         let (a, g) = match self.part {

@@ -29,11 +29,18 @@ pub(super) struct Direction {
 
 type Factors = (Tensor, Tensor);
 
+/// What a refresh brings a block.
+struct Current {
+    factors: Factors,
+    /// See [`Refresh::averaged`].
+    averaged: bool,
+}
+
 /// A block's curvature as a step sees it.
 pub(super) struct Renewed<'a> {
     pub state: BlockState,
     pub average: Factors,
-    /// The model's: those of this batch where there are any, else the averages.
+    /// A quadratic model's: those of this batch where there are any, else the averages.
     pub factors: Factors,
     /// What was recorded for this step, with its number of loss terms.
     records: Option<(&'a LayerFactors, usize)>,
@@ -61,19 +68,23 @@ impl<R: WakeRule> Natural<R> {
         &self,
         block: &Block,
         records: Option<(&'a LayerFactors, usize)>,
-        current: Option<Factors>,
+        current: Option<Current>,
     ) -> std::result::Result<Renewed<'a>, Refusal> {
         let mut state = block.state.clone();
-        if let Some(current) = &current {
+        if let Some(Current { factors, averaged }) = &current {
             let last = (state.factor_a.as_ref(), state.factor_g.as_ref());
-            let (a, g) = averaged(block, last, current, self.params.stat_decay)?;
+            let (a, g) = match averaged {
+                true => factors.clone(),
+                false => average_of(block, last, factors, self.params.stat_decay)?,
+            };
             (state.factor_a, state.factor_g) = (Some(a), Some(g));
         }
         let (Some(a), Some(g)) = (&state.factor_a, &state.factor_g) else {
             return Err(Refusal::Failed(missing::<R>(block, "curvature")));
         };
         let average = (a.clone(), g.clone());
-        let factors = self.model_factors(block, &mut state, current.unwrap_or_else(|| average.clone()))?;
+        let current = current.map_or_else(|| average.clone(), |current| current.factors);
+        let factors = self.model_factors(block, &mut state, current)?;
         Ok(Renewed { state, average, factors, records, fresh: false })
     }
 
@@ -169,12 +180,12 @@ impl<R: WakeRule> Natural<R> {
         Ok(Direction { state, gradient, model_gradient, wake_gradient, factors, direction, length })
     }
 
-    /// The factors of a batch, a pair a block.
+    /// The factors of a batch, a pair a block, or their averages.
     fn current_factors(
         &self,
-        Refresh { layers, terms, drawn }: &Refresh,
+        Refresh { layers, averaged, terms, drawn }: &Refresh,
         grads: &[Tensor],
-    ) -> std::result::Result<Vec<Factors>, Refusal> {
+    ) -> std::result::Result<Vec<Current>, Refusal> {
         let mut factors = Vec::with_capacity(self.blocks.len());
         let mut totals = Vec::with_capacity(2 * self.blocks.len());
         let mut without_layer = 0;
@@ -192,7 +203,7 @@ impl<R: WakeRule> Natural<R> {
                 }
             };
             totals.extend([a.sum_all()?, g.sum_all()?]);
-            factors.push((a, g));
+            factors.push(Current { factors: (a, g), averaged: *averaged && block.layer.is_some() });
         }
         // Decompositions of factors that are not finite would fail in their own ways.
         for (index, total) in numbers(&totals)?.into_iter().enumerate() {
@@ -213,7 +224,7 @@ impl<R: WakeRule> Natural<R> {
         if decay == 0.0 || self.params.wake.model() == Model::Linear {
             return Ok(current);
         }
-        let (a, g) = averaged(block, (state.model_a.as_ref(), state.model_g.as_ref()), &current, decay)?;
+        let (a, g) = average_of(block, (state.model_a.as_ref(), state.model_g.as_ref()), &current, decay)?;
         (state.model_a, state.model_g) = (Some(a.clone()), Some(g.clone()));
         Ok((a, g))
     }
@@ -362,7 +373,7 @@ impl<R: WakeRule> Natural<R> {
 }
 
 /// The exponential averages of a block's factors.
-fn averaged(
+fn average_of(
     block: &Block,
     (last_a, last_g): (Option<&Tensor>, Option<&Tensor>),
     (a, g): &Factors,

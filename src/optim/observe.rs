@@ -2,9 +2,9 @@
 
 use super::natural::Natural;
 use super::params::NonFinite;
-use super::rule::WakeRule;
+use super::rule::{Model, WakeRule};
 use super::step::{Refresh, Refusal, sum};
-use crate::curvature::{FactorSums, wide};
+use crate::curvature::{FactorSums, LayerFactors, wide};
 use crate::ops::sample::DrawKey;
 use crate::tape::{Cotangents, Fisher, Likelihood};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
@@ -78,7 +78,7 @@ impl<R: WakeRule> Natural<R> {
                 bail!("{}: observe was called twice before a backward pass", R::NAME)
             }
             Some(observed) => observed.sums.clone(),
-            None => Arc::new(Mutex::new(FactorSums::new(self.wants.clone(), self.params.sharing))),
+            None => Arc::new(Mutex::new(self.factor_sums())),
         };
         if !sum(&outputs.detach())?.is_finite() {
             let what = format!("the observed outputs {:?} have NaN or infinite elements", outputs.dims());
@@ -140,6 +140,22 @@ impl<R: WakeRule> Natural<R> {
         Ok(())
     }
 
+    /// Where nothing needs the factors of the batch alone, they join the averages as they are computed.
+    fn factor_sums(&self) -> FactorSums {
+        let sums = FactorSums::new(self.wants.clone(), self.params.sharing);
+        // A quadratic wake's model has the factors of the batch.
+        if self.params.wake.model() != Model::Linear {
+            return sums;
+        }
+        let mut last = vec![LayerFactors::default(); self.layers.len()];
+        for block in &self.blocks {
+            if let Some(layer) = block.layer {
+                block.last_factors(&mut last[layer]);
+            }
+        }
+        sums.averaging(last, self.params.stat_decay)
+    }
+
     /// Matrices of gradients, one for each block without a layer.
     fn of_blocks_without_a_layer(&self, grads: &GradStore) -> Result<Vec<Tensor>> {
         let gradient = |index: usize| match grads.get(&self.vars[index].var) {
@@ -193,8 +209,8 @@ impl<R: WakeRule> Natural<R> {
         else {
             return Err(failed("the observed curvature is still in use".into()));
         };
-        let terms = sums.terms();
-        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, terms, drawn: observed.drawn }))
+        let (terms, averaged) = (sums.terms(), sums.averages());
+        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, terms, drawn: observed.drawn }))
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) struct BlockProposal {
     pub model_gradient: Tensor,
     /// The model gradient less what the wake looks back at.
     pub wake_gradient: Tensor,
-    /// The models' curvature at this step: the factors of this batch where it refreshed them, else the averages.
+    /// A quadratic model's curvature at this step: the factors of this batch where it refreshed them, else the averages.
     pub factors: (Tensor, Tensor),
     /// The change of the parameters.
     pub step: Tensor,
@@ -72,6 +72,8 @@ impl From<candle_core::Error> for Refusal {
 pub(super) struct Refresh {
     /// A set of factors a layer.
     pub layers: Vec<LayerFactors>,
+    /// Whether they are the averages with the batch's in them, and not those of the batch alone.
+    pub averaged: bool,
     /// Loss terms.
     pub terms: usize,
     /// For each pass with labels of its own, the gradients of the summed loss of the blocks without a layer. Without such passes these

@@ -10,7 +10,7 @@
 //! * the gain of a norm: what it multiplies, and the gradients of the norm's outputs;
 //! * an embedding: the numbers of the rows, `[n, t]`, and the gradients of the rows.
 
-use crate::ops::factor::{patch_moment, second_moment};
+use crate::ops::moments::{Average, Moments};
 use crate::ops::patches::{ConvShape, patches};
 use candle_core::{Result, Tensor, TensorId, bail};
 use std::sync::Arc;
@@ -104,12 +104,19 @@ impl Inputs {
         }
     }
 
-    /// [`second_moment`] of the inputs.
-    pub(crate) fn second_moment(&self, groups: usize, append_one: bool, name: &str) -> Result<Tensor> {
+    /// The average with the second moments of the inputs, as [`Moments::of_rows`] gives it.
+    pub(crate) fn moment(
+        &self,
+        moments: &mut Moments,
+        average: Average,
+        groups: usize,
+        append_one: bool,
+        name: &str,
+    ) -> Result<Tensor> {
         match self {
             Inputs::Picked(_) => bail!("layer {name}: an embedding has no matrix of second moments"),
-            Inputs::Rows(rows) => second_moment(rows, groups, append_one, name),
-            Inputs::Patches { x, shape } => patch_moment(x, shape, append_one, name),
+            Inputs::Rows(rows) => moments.of_rows(average, rows, groups, append_one, name),
+            Inputs::Patches { x, shape } => moments.of_patches(average, x, shape, append_one, name),
         }
     }
 }
