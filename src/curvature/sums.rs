@@ -361,3 +361,6 @@ fn add_uses(total: &mut Option<Tensor>, part: &Tensor, layer: &Layer) -> Result<
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -29,13 +29,16 @@ args! {
     }
 }
 
-/// Jobs of one launch; as in `kernels/factor.cuh`. The table travels in the kernel's argument, which CUDA 12.1 and later let grow to 32 KiB.
+/// Jobs of one launch; as in `kernels/factor.cuh`. The table travels in the kernel's argument.
 const JOBS: usize = 96;
 
 args! {
     /// The argument of the kernels in `factor.cuh`.
     struct FactorArgs { jobs: [FactorJob; JOBS], count: u32, unused: u32 }
 }
+
+// What CUDA 12.1 and later take.
+const _: () = assert!(size_of::<FactorArgs>() <= 32_764);
 
 /// Queues jobs none of which reads what another one writes: a launch for those of one kernel, and one to merge the sums of divided rows.
 ///

@@ -10,6 +10,7 @@ use crate::curvature::{
     Damping, Inverse, LayerFactors, Preconditioner, Recipe, Task, average_product, damped_inverses,
     damped_product, gradient_factors, sum_inverse, wide,
 };
+use crate::gpu::Gpu;
 use crate::linalg::traces::traces;
 use crate::ops::dense::{dot, mix};
 use crate::ops::factor::ema;
@@ -187,7 +188,6 @@ impl<R: WakeRule> Natural<R> {
         grads: &[Tensor],
     ) -> std::result::Result<Vec<Current>, Refusal> {
         let mut factors = Vec::with_capacity(self.blocks.len());
-        let mut totals = Vec::with_capacity(2 * self.blocks.len());
         let mut without_layer = 0;
         for block in &self.blocks {
             let (a, g) = match block.layer {
@@ -202,20 +202,35 @@ impl<R: WakeRule> Natural<R> {
                     gradient_factors(&gradient, block.rows, block.columns, *terms, &block.name)?
                 }
             };
-            totals.extend([a.sum_all()?, g.sum_all()?]);
             factors.push(Current { factors: (a, g), averaged: *averaged && block.layer.is_some() });
         }
-        // Decompositions of factors that are not finite would fail in their own ways.
-        for (index, total) in numbers(&totals)?.into_iter().enumerate() {
+        self.check_finite(&factors)?;
+        Ok(factors)
+    }
+
+    /// Decompositions of factors that are not finite would fail in their own ways.
+    fn check_finite(&self, factors: &[Current]) -> std::result::Result<(), Refusal> {
+        let all = || self.blocks.iter().zip(factors).map(|(block, current)| (block, &current.factors));
+        let full = |block: &Block| block.rows.is_full() && block.columns.is_full();
+        // On a GPU, traces and squares of all full ones take a launch or two, and are finite where these are, short of an overflow.
+        let on_gpu = factors.first().is_some_and(|c| Gpu::of(c.factors.0.device()).is_some());
+        let blocks: Vec<_> = all().filter(|(block, _)| on_gpu && full(block)).collect();
+        let pairs: Vec<_> = blocks.iter().map(|(block, (a, g))| (a, g, block.groups)).collect();
+        let passed =
+            matches!(traces(&pairs), Ok((squares, trace)) if squares.is_finite() && trace.is_finite());
+        let mut totals = Vec::new();
+        let mut names = Vec::new();
+        for (block, (a, g)) in all().filter(|(block, _)| !(on_gpu && passed && full(block))) {
+            totals.extend([a.sum_all()?, g.sum_all()?]);
+            names.extend([("A", &block.name), ("G", &block.name)]);
+        }
+        for (total, (factor, block)) in numbers(&totals)?.into_iter().zip(names) {
             if !total.is_finite() {
-                let (block, name) = (&self.blocks[index / 2], ["A", "G"][index % 2]);
-                return Err(Refusal::NonFinite(format!(
-                    "factor {name} of block {} has NaN or infinite elements",
-                    block.name
-                )));
+                let what = format!("factor {factor} of block {block} has NaN or infinite elements");
+                return Err(Refusal::NonFinite(what));
             }
         }
-        Ok(factors)
+        Ok(())
     }
 
     /// The factors of the averaged quadratic models, the newest of which has the factors `current`.

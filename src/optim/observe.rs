@@ -41,8 +41,8 @@ impl<R: WakeRule> Natural<R> {
     /// Shows the optimizer the outputs of the forward pass whose step comes next. No work unless curvature is due.
     ///
     /// `outputs` are what the likelihood takes, `[.., classes]`, with their graph. With the empirical Fisher the
-    /// backward pass that follows is listened to; its loss must be the mean over loss terms. Otherwise the passes for
-    /// the curvature run here.
+    /// backward pass that follows is listened to; its loss must be the mean over loss terms, and on a GPU what its layers
+    /// saw must not be overwritten in place before the step. Otherwise the passes for the curvature run here.
     ///
     /// # Errors
     /// When the batch is empty, the outputs hold no graph to a tapped layer although one has a block, or are not finite.
