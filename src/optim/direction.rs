@@ -3,14 +3,14 @@
 use super::block::{Block, BlockState, Part};
 use super::length::StepRule;
 use super::natural::Natural;
+use super::observe::Current;
 use super::params::Decay;
 use super::rule::{Model, QSolve, WakeRule};
-use super::step::{Refresh, Refusal, numbers, sum};
+use super::step::{Refresh, Refusal, sum};
 use crate::curvature::{
     Damping, Inverse, LayerFactors, Preconditioner, Recipe, Task, average_product, damped_inverses,
-    damped_product, gradient_factors, sum_inverse, wide,
+    damped_product, sum_inverse,
 };
-use crate::gpu::Gpu;
 use crate::linalg::traces::traces;
 use crate::ops::dense::{dot, mix};
 use crate::ops::factor::ema;
@@ -28,14 +28,7 @@ pub(super) struct Direction {
     pub length: f64,
 }
 
-type Factors = (Tensor, Tensor);
-
-/// What a refresh brings a block.
-struct Current {
-    factors: Factors,
-    /// See [`Refresh::averaged`].
-    averaged: bool,
-}
+pub(super) type Factors = (Tensor, Tensor);
 
 /// A block's curvature as a step sees it.
 pub(super) struct Renewed<'a> {
@@ -179,58 +172,6 @@ impl<R: WakeRule> Natural<R> {
             return Err(Refusal::NonFinite(self.culprit(block, grads)?));
         }
         Ok(Direction { state, gradient, model_gradient, wake_gradient, factors, direction, length })
-    }
-
-    /// The factors of a batch, a pair a block, or their averages.
-    fn current_factors(
-        &self,
-        Refresh { layers, averaged, terms, drawn }: &Refresh,
-        grads: &[Tensor],
-    ) -> std::result::Result<Vec<Current>, Refusal> {
-        let mut factors = Vec::with_capacity(self.blocks.len());
-        let mut without_layer = 0;
-        for block in &self.blocks {
-            let (a, g) = match block.layer {
-                Some(layer) => block.refreshed(&layers[layer])?,
-                None => {
-                    let drawn: Vec<_> = drawn.iter().filter_map(|draw| draw.get(without_layer)).collect();
-                    without_layer += 1;
-                    let gradient = match drawn.is_empty() {
-                        true => block.matrix(|i| wide(&grads[i]))?,
-                        false => (Tensor::cat(&drawn, 0)? / *terms as f64)?,
-                    };
-                    gradient_factors(&gradient, block.rows, block.columns, *terms, &block.name)?
-                }
-            };
-            factors.push(Current { factors: (a, g), averaged: *averaged && block.layer.is_some() });
-        }
-        self.check_finite(&factors)?;
-        Ok(factors)
-    }
-
-    /// Decompositions of factors that are not finite would fail in their own ways.
-    fn check_finite(&self, factors: &[Current]) -> std::result::Result<(), Refusal> {
-        let all = || self.blocks.iter().zip(factors).map(|(block, current)| (block, &current.factors));
-        let full = |block: &Block| block.rows.is_full() && block.columns.is_full();
-        // On a GPU, traces and squares of all full ones take a launch or two, and are finite where these are, short of an overflow.
-        let on_gpu = factors.first().is_some_and(|c| Gpu::of(c.factors.0.device()).is_some());
-        let blocks: Vec<_> = all().filter(|(block, _)| on_gpu && full(block)).collect();
-        let pairs: Vec<_> = blocks.iter().map(|(block, (a, g))| (a, g, block.groups)).collect();
-        let passed =
-            matches!(traces(&pairs), Ok((squares, trace)) if squares.is_finite() && trace.is_finite());
-        let mut totals = Vec::new();
-        let mut names = Vec::new();
-        for (block, (a, g)) in all().filter(|(block, _)| !(on_gpu && passed && full(block))) {
-            totals.extend([a.sum_all()?, g.sum_all()?]);
-            names.extend([("A", &block.name), ("G", &block.name)]);
-        }
-        for (total, (factor, block)) in numbers(&totals)?.into_iter().zip(names) {
-            if !total.is_finite() {
-                let what = format!("factor {factor} of block {block} has NaN or infinite elements");
-                return Err(Refusal::NonFinite(what));
-            }
-        }
-        Ok(())
     }
 
     /// The factors of the averaged quadratic models, the newest of which has the factors `current`.

@@ -1,10 +1,14 @@
 //! The curvature of the coming step: from a model's outputs to the factors of a batch.
 
+use super::block::Block;
+use super::direction::Factors;
 use super::natural::Natural;
 use super::params::NonFinite;
 use super::rule::{Model, WakeRule};
-use super::step::{Refresh, Refusal, sum};
-use crate::curvature::{FactorSums, LayerFactors, wide};
+use super::step::{Refresh, Refusal, numbers, sum};
+use crate::curvature::{FactorSums, LayerFactors, gradient_factors, wide};
+use crate::gpu::Gpu;
+use crate::linalg::traces::traces;
 use crate::ops::sample::DrawKey;
 use crate::tape::{Cotangents, Fisher, Likelihood};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
@@ -25,6 +29,13 @@ impl std::fmt::Debug for Observed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Observed").field("armed", &self.armed).finish_non_exhaustive()
     }
+}
+
+/// What a refresh brings a block.
+pub(super) struct Current {
+    pub factors: Factors,
+    /// See [`Refresh::averaged`].
+    pub averaged: bool,
 }
 
 impl<R: WakeRule> Natural<R> {
@@ -212,8 +223,104 @@ impl<R: WakeRule> Natural<R> {
         let (terms, averaged) = (sums.terms(), sums.averages());
         Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, terms, drawn: observed.drawn }))
     }
+
+    /// The factors of a batch, a pair a block, or their averages.
+    pub(super) fn current_factors(
+        &self,
+        Refresh { layers, averaged, terms, drawn }: &Refresh,
+        grads: &[Tensor],
+    ) -> std::result::Result<Vec<Current>, Refusal> {
+        let mut factors = Vec::with_capacity(self.blocks.len());
+        let mut without_layer = 0;
+        for block in &self.blocks {
+            let (a, g) = match block.layer {
+                Some(layer) => block.refreshed(&layers[layer])?,
+                None => {
+                    let drawn: Vec<_> = drawn.iter().filter_map(|draw| draw.get(without_layer)).collect();
+                    without_layer += 1;
+                    let gradient = match drawn.is_empty() {
+                        true => block.matrix(|i| wide(&grads[i]))?,
+                        false => (Tensor::cat(&drawn, 0)? / *terms as f64)?,
+                    };
+                    gradient_factors(&gradient, block.rows, block.columns, *terms, &block.name)?
+                }
+            };
+            factors.push(Current { factors: (a, g), averaged: *averaged && block.layer.is_some() });
+        }
+        self.check_finite(&factors)?;
+        Ok(factors)
+    }
+
+    /// Decompositions of factors that are not finite would fail in their own ways.
+    fn check_finite(&self, factors: &[Current]) -> std::result::Result<(), Refusal> {
+        let all = || self.blocks.iter().zip(factors).map(|(block, current)| (block, &current.factors));
+        let full = |block: &Block| block.rows.is_full() && block.columns.is_full();
+        // On a GPU, traces and squares of all full ones take a launch or two, and are finite where these are, short of an overflow.
+        let on_gpu = factors.first().is_some_and(|c| Gpu::of(c.factors.0.device()).is_some());
+        let blocks: Vec<_> = all().filter(|(block, _)| on_gpu && full(block)).collect();
+        let pairs: Vec<_> = blocks.iter().map(|(block, (a, g))| (a, g, block.groups)).collect();
+        let passed =
+            matches!(traces(&pairs), Ok((squares, trace)) if squares.is_finite() && trace.is_finite());
+        let mut totals = Vec::new();
+        let mut names = Vec::new();
+        for (block, (a, g)) in all().filter(|(block, _)| !(on_gpu && passed && full(block))) {
+            totals.extend([a.sum_all()?, g.sum_all()?]);
+            names.extend([("A", &block.name), ("G", &block.name)]);
+        }
+        for (total, (factor, block)) in numbers(&totals)?.into_iter().zip(names) {
+            if !total.is_finite() {
+                let what = format!("factor {factor} of block {block} has NaN or infinite elements");
+                return Err(Refusal::NonFinite(what));
+            }
+        }
+        Ok(())
+    }
 }
 
 pub(super) fn lock(sums: &Mutex<FactorSums>) -> std::sync::MutexGuard<'_, FactorSums> {
     sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::curvature::FactorLimit;
+    use crate::gpu::emulate::emulate;
+    use crate::nn::{self, Module, VarBuilder, VarMap};
+    use crate::optim::{Every, KFac, Optimizer, Params};
+    use crate::tape::Tape;
+    use candle_core::{DType, Device};
+
+    /// What a step says of an infinite input that does not show in the outputs.
+    fn overflow(limit: FactorLimit) -> Result<String> {
+        let (tape, vars) = (Tape::new(), VarMap::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let (first, second) =
+            tape.build(|| Ok((nn::linear(1, 3, vb.pp("fc1"))?, nn::linear(3, 2, vb.pp("fc2"))?)))?;
+        let every = Every { factors: 1, inverses: 1 };
+        let params = Params { every, factor_limit: limit, ..Params::on(&tape) };
+        let mut kfac = KFac::from_varmap(&vars, params)?;
+        let y = Tensor::new(&[0u32, 1], &Device::Cpu)?;
+        let mut step = |input: f32| {
+            let x = Tensor::new(&[[1.], [input]], &Device::Cpu)?;
+            let outputs = second.forward(&first.forward(&x)?.tanh()?)?;
+            kfac.observe(&outputs, Likelihood::Categorical)?;
+            kfac.backward_step(&nn::loss::cross_entropy(&outputs, &y)?)?;
+            kfac.settle()
+        };
+        step(2.0)?;
+        let message = step(f32::INFINITY).expect_err("must fail").to_string();
+        step(2.0)?;
+        Ok(message)
+    }
+
+    #[test]
+    fn the_block_whose_factor_is_not_finite_is_named() -> Result<()> {
+        for limit in [FactorLimit::NONE, FactorLimit::DIAGONAL] {
+            for message in [overflow(limit)?, emulate(|| overflow(limit))?] {
+                assert!(message.contains("factor A of block fc1 has NaN or infinite elements"), "{message}");
+            }
+        }
+        Ok(())
+    }
 }
