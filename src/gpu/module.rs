@@ -40,6 +40,7 @@ modules! {
     FactorF64 "factor_f64"
     FactorTf32 "factor_tf32"
     Group "group"
+    Grouped "grouped"
     Kron "kron"
     Mix "mix"
     Newton "newton"

@@ -13,6 +13,10 @@ const CHUNK: usize = 4096;
 pub(crate) trait Item: Copy {
     /// Elements of the row's tensors.
     fn len(&self) -> u64;
+    /// Blocks of threads that it takes.
+    fn blocks(&self) -> usize {
+        blocks_of(self.len() as usize)
+    }
     /// Tells the row the first of its blocks of threads.
     fn set_first(&mut self, first: u32);
 }
@@ -40,7 +44,7 @@ pub(crate) fn parts<I: Item>(items: &[I]) -> Vec<Part<I>> {
         for (row, item) in table.iter_mut().zip(rows) {
             *row = *item;
             row.set_first(blocks as u32);
-            blocks += blocks_of(item.len() as usize);
+            blocks += item.blocks();
         }
         parts.push(Part { items: table, count: rows.len() as u32, blocks, before });
         before += blocks;

@@ -62,7 +62,7 @@ impl<T> Matrices<'_, T> {
 }
 
 /// `t` as it lies in memory, if its matrices do so densely by rows or columns.
-fn dense(t: &Tensor) -> Result<(Tensor, bool)> {
+pub(crate) fn dense(t: &Tensor) -> Result<(Tensor, bool)> {
     let swapped = t.transpose(t.rank() - 2, t.rank() - 1)?;
     if t.is_contiguous() {
         Ok((t.clone(), false))

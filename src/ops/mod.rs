@@ -19,6 +19,7 @@ mod factor_launch;
 mod factor_tiles;
 pub(crate) mod group;
 pub(crate) mod group_host;
+pub mod grouped;
 pub(crate) mod known;
 mod lanes;
 pub(crate) mod memory;

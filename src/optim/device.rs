@@ -13,6 +13,7 @@ use super::params::NonFinite;
 use super::rule::{Carry, Model, WakeRule};
 use super::stacks::Stack;
 use super::step::Refusal;
+use super::turns::room_of;
 use crate::curvature::{Damping, wide_dtype};
 use crate::gpu::Gpu;
 use crate::gpu::table::blocks_of;
@@ -343,7 +344,7 @@ impl<R: WakeRule> Natural<R> {
         let all = chunks_of(&mut self.vars.iter().map(param_len));
         let tapped = self.blocks.iter().flat_map(|b| &b.params).map(|&i| self.vars[i].var.elem_count());
         let tapped = chunks_of(&mut tapped.collect::<Vec<_>>().into_iter());
-        let matrices = chunks_of(&mut self.blocks.iter().map(|b| b.inside().iter().product()));
+        let matrices = self.blocks.iter().map(room_of).sum::<usize>().max(1);
         let zeros = |len: usize| Tensor::zeros(len, DType::F64, &device);
         let mut numbers = [0.0; update::NUMBERS];
         numbers[update::PREVIOUS] = self.previous_rate.unwrap_or(-1.0);

@@ -28,6 +28,7 @@ mod stacks;
 mod state;
 mod step;
 mod summary;
+mod turns;
 mod two_rate;
 mod wanted;
 

@@ -6,10 +6,11 @@ use super::launches::Held;
 use super::length::StepRule;
 use super::natural::Natural;
 use super::rule::{Model, WakeRule};
-use crate::curvature::{Preconditioner, damped_product};
+use super::turns::{Turn, apart, together};
+use crate::curvature::damped_product;
 use crate::gpu::Operand;
 use crate::gpu::table::blocks_of;
-use crate::ops::precondition::{DotItem, ScaleItem, TotalItem, dots, scales, totals};
+use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use candle_core::{Result, Tensor, bail};
 
 impl<R: WakeRule> Natural<R> {
@@ -30,9 +31,8 @@ impl<R: WakeRule> Natural<R> {
         let squares = gpu.operand(&device.squares, "squares")?;
         let mut sums = Vec::new();
 
-        let mut directions = Vec::with_capacity(self.blocks.len());
         let mut scaled = Parts::of(&products, 0);
-        let known = self.precondition(device, renewed, &mut directions, &mut scaled)?;
+        let (directions, known) = self.precondition(device, renewed, &mut scaled)?;
         let mut dotted = Parts::of(&products, scaled.next);
         let mut items = Vec::new();
         for (index, direction) in directions.iter().enumerate() {
@@ -79,61 +79,39 @@ impl<R: WakeRule> Natural<R> {
         Ok(directions)
     }
 
-    /// The blocks' directions from their wake gradients, and the partial sums of `<V, w>` where the scaling has made them on the
-    /// way.
+    /// The blocks' directions from their wake gradients, and the partial sums of `<V, w>` where they have been made on the way.
     fn precondition(
         &self,
         device: &DeviceStep,
         renewed: &[Renewed<'_>],
-        directions: &mut Vec<Tensor>,
-        scaled: &mut Parts<'_>,
-    ) -> Result<Vec<Option<(u64, u64)>>> {
-        let mut held = Held::new(&device.gpu);
-        let mut known = vec![None; self.blocks.len()];
-        let mut turned = Vec::with_capacity(device.stacks.len());
-        let mut items = Vec::new();
+        sums: &mut Parts<'_>,
+    ) -> Result<(Vec<Tensor>, Vec<Option<(u64, u64)>>)> {
+        let mut turns = Vec::with_capacity(device.stacks.len());
         for stack in &device.stacks {
-            let Some(Preconditioner::Basis { basis_a, basis_g, scale }) = &stack.inverse else {
-                turned.push(None);
+            if let Some(inverse) = &stack.inverse {
+                turns.push(Turn { inverse, wake: &stack.wake, blocks: &stack.blocks });
                 continue;
-            };
-            let together = Preconditioner::inside(basis_a, basis_g, scale, &stack.wake)?.contiguous()?;
-            let scale = scale.contiguous()?;
-            for (nth, &index) in stack.blocks.iter().enumerate() {
-                let (name, inside) = (&self.blocks[index].name, stack.part(&together, nth)?);
-                items.push(ScaleItem {
-                    inside: held.address(&inside, name)?,
-                    scale: held.address(&stack.part(&scale, nth)?, name)?,
-                    len: inside.elem_count() as u64,
-                    ..ScaleItem::default()
-                });
-                known[index] = Some(scaled.take(inside.elem_count()));
             }
-            turned.push(Some(together));
-        }
-        if !items.is_empty() {
-            scales(&device.gpu, device.dtype, &items, scaled.first())?;
-        }
-        directions.extend(device.scratch.iter().map(|scratch| scratch.wake.clone()));
-        for (stack, turned) in device.stacks.iter().zip(turned) {
-            let together = match (&stack.inverse, turned) {
-                (Some(Preconditioner::Basis { basis_a, basis_g, .. }), Some(turned)) => {
-                    Some(Preconditioner::outside(basis_a, basis_g, &turned, &stack.wake)?.contiguous()?)
-                }
-                (Some(inverse), _) => Some(inverse.apply(&stack.wake)?.contiguous()?),
-                (None, _) => None,
-            };
-            for (nth, &index) in stack.blocks.iter().enumerate() {
-                directions[index] = match (&together, &renewed[index].state.preconditioner) {
-                    (Some(together), _) => stack.part(together, nth)?,
-                    (None, Some(inverse)) => inverse.apply(&device.scratch[index].wake)?.contiguous()?,
-                    (None, None) => {
-                        bail!("{}: block {} has no inverse yet", R::NAME, self.blocks[index].name)
-                    }
+            for index in &stack.blocks {
+                let Some(inverse) = &renewed[*index].state.preconditioner else {
+                    bail!("{}: block {} has no inverse yet", R::NAME, self.blocks[*index].name)
                 };
+                let wake = &device.scratch[*index].wake;
+                turns.push(Turn { inverse, wake, blocks: std::slice::from_ref(index) });
             }
         }
-        Ok(known)
+        let (small, large): (Vec<_>, Vec<_>) = turns.into_iter().partition(Turn::is_small);
+        let mut turned = together(&device.gpu, device.dtype, &small, sums)?;
+        turned.extend(apart(&device.gpu, device.dtype, &large, sums)?);
+        let mut directions: Vec<Tensor> = device.scratch.iter().map(|scratch| scratch.wake.clone()).collect();
+        let mut known = vec![None; self.blocks.len()];
+        for (turn, turned) in small.iter().chain(&large).zip(&turned) {
+            for (nth, &index) in turn.blocks.iter().enumerate() {
+                directions[index] = turn.part(&turned.directions, nth)?;
+                known[index] = turned.known.get(nth).copied();
+            }
+        }
+        Ok((directions, known))
     }
 
     /// A direction times the damped average that measures its divergence.
@@ -151,14 +129,14 @@ impl<R: WakeRule> Natural<R> {
 }
 
 /// Partial sums of tensors, one behind the other in an array of f64.
-struct Parts<'a> {
+pub(super) struct Parts<'a> {
     array: &'a Operand,
     start: usize,
     next: usize,
 }
 
 impl<'a> Parts<'a> {
-    fn of(array: &'a Operand, start: usize) -> Self {
+    pub fn of(array: &'a Operand, start: usize) -> Self {
         Self { array, start, next: start }
     }
 
@@ -167,10 +145,26 @@ impl<'a> Parts<'a> {
         self.array.at(self.start)
     }
 
+    /// Where the sums of the next tensor will begin.
+    pub fn next(&self) -> u64 {
+        self.array.at(self.next)
+    }
+
     /// Where the sums of the next tensor, of `len` elements, begin, and how many there are.
-    fn take(&mut self, len: usize) -> (u64, u64) {
-        let (at, count) = (self.next, blocks_of(len));
+    pub fn take(&mut self, len: usize) -> (u64, u64) {
+        let count = blocks_of(len);
+        let at = self.reserve(count);
+        (self.at(at), count as u64)
+    }
+
+    /// The first of `count` places for the next sums.
+    pub fn reserve(&mut self, count: usize) -> usize {
+        let at = self.next;
         self.next += count;
-        (self.array.at(at), count as u64)
+        at
+    }
+
+    pub fn at(&self, place: usize) -> u64 {
+        self.array.at(place)
     }
 }

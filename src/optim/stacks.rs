@@ -10,8 +10,6 @@ use candle_core::{DType, Device, Result, Tensor};
 pub(super) struct Stack {
     /// Indices of the blocks.
     pub blocks: Vec<usize>,
-    /// Groups of one block.
-    groups: usize,
     /// `[blocks groups, rows, columns]`
     pub wake: Tensor,
     /// The inverses of all; none where they differ in kind, or before the first.
@@ -35,14 +33,14 @@ impl Stack {
         let stack = |kind: Vec<usize>| {
             let [groups, rows, columns] = blocks[kind[0]].shape();
             let wake = Tensor::zeros((kind.len() * groups, rows, columns), dtype, device)?;
-            Ok(Self { blocks: kind, groups, wake, inverse: None })
+            Ok(Self { blocks: kind, wake, inverse: None })
         };
         kinds.into_iter().map(stack).collect()
     }
 
     /// The part of a stacked tensor that belongs to the `nth` of the blocks.
     pub fn part(&self, of: &Tensor, nth: usize) -> Result<Tensor> {
-        if self.blocks.len() == 1 { Ok(of.clone()) } else { of.narrow(0, nth * self.groups, self.groups) }
+        part(of, nth, self.blocks.len())
     }
 
     /// Stacks the inverses of the blocks, where they are not those that are stacked already, and leaves each block its part.
@@ -68,6 +66,12 @@ impl Stack {
         }
         Ok(())
     }
+}
+
+/// The part of a stacked tensor that belongs to the `nth` of `count` blocks.
+pub(super) fn part(of: &Tensor, nth: usize, count: usize) -> Result<Tensor> {
+    let groups = of.dim(0)? / count.max(1);
+    if count == 1 { Ok(of.clone()) } else { of.narrow(0, nth * groups, groups) }
 }
 
 /// Inverses of one kind, one behind the other.

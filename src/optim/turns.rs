@@ -1,0 +1,320 @@
+//! Wake gradients times inverses on a GPU: small products of one stage in one launch, whatever their shapes.
+
+use super::block::Block;
+use super::preconditioned::Parts;
+use super::stacks;
+use crate::curvature::Preconditioner;
+use crate::gpu::Gpu;
+use crate::gpu::table::blocks_of;
+use crate::ops::grouped::{Product, Then, most_sums, multiply, sums_of};
+use crate::ops::precondition::{ScaleItem, scales};
+use candle_core::{DType, Result, Tensor};
+
+/// Multiplications in the larger product of a turn up to which it shares launches with others.
+///
+/// An H100 has 3.3e13 of them a second in f32, so that this many take 8 us and more; twice that with tiles of 64 x 64, which wait for
+/// shared memory half of the time. A library's larger tiles do better, but with one launch, and candle's way to it, for each product: below
+/// this the launches cost more than they gain. That is an estimate; the part `grouped products` of `benches/kernels` measures it.
+const SMALL: usize = 1 << 28;
+
+/// An inverse, and what it turns into directions.
+pub(super) struct Turn<'a> {
+    pub inverse: &'a Preconditioner,
+    /// `[blocks groups, rows, columns]`
+    pub wake: &'a Tensor,
+    /// Indices of the blocks.
+    pub blocks: &'a [usize],
+}
+
+/// What comes of it.
+pub(super) struct Turned {
+    /// `[blocks groups, rows, columns]`
+    pub directions: Tensor,
+    /// For each block, where partial sums of `<V, w>` lie and how many; none where nothing has made them on the way.
+    pub known: Vec<(u64, u64)>,
+}
+
+impl Turn<'_> {
+    /// The part of a tensor that belongs to the `nth` of the blocks.
+    pub fn part(&self, of: &Tensor, nth: usize) -> Result<Tensor> {
+        stacks::part(of, nth, self.blocks.len())
+    }
+
+    /// Whether it is a matter of [`together`]: of full factors, and small.
+    pub fn is_small(&self) -> bool {
+        let &[groups, rows, columns] = self.wake.dims() else { return false };
+        let square = |m: &Tensor, dim: usize| m.dims() == [groups, dim, dim];
+        let full = match self.inverse {
+            Preconditioner::Factors { inv_a, inv_g } => square(inv_a, columns) && square(inv_g, rows),
+            Preconditioner::Basis { basis_a, basis_g, scale } => {
+                let fits = scale.dims() == self.wake.dims() && scale.is_contiguous();
+                square(basis_a, columns) && square(basis_g, rows) && fits
+            }
+            Preconditioner::Split { .. } => false,
+        };
+        full && (groups * rows * columns).saturating_mul(rows.max(columns)) <= SMALL
+    }
+}
+
+/// The partial sums of a block's `<V, w>`, at most.
+pub(super) fn room_of(block: &Block) -> usize {
+    let [groups, rows, columns] = block.shape();
+    blocks_of(block.inside().iter().product()).max(groups * most_sums(rows, columns))
+}
+
+/// Small turns: two launches for those with inverse factors, two more for those with eigenvectors.
+pub(super) fn together(
+    gpu: &Gpu,
+    dtype: DType,
+    turns: &[Turn<'_>],
+    sums: &mut Parts<'_>,
+) -> Result<Vec<Turned>> {
+    if turns.is_empty() {
+        return Ok(vec![]);
+    }
+    // A stage reads the one and writes the other.
+    let (first, second) = (like_wakes(gpu, dtype, turns)?, like_wakes(gpu, dtype, turns)?);
+    let mut rooms = Vec::with_capacity(turns.len());
+    for turn in turns {
+        let (groups, rows, columns) = turn.wake.dims3()?;
+        rooms.push(sums.reserve(groups * most_sums(rows, columns)));
+    }
+    let mut side = 1;
+    for stage in 0..4 {
+        let mut products = Vec::with_capacity(turns.len());
+        for (nth, turn) in turns.iter().enumerate() {
+            let (wake, first, second, sums) = (turn.wake, &first[nth], &second[nth], sums.at(rooms[nth]));
+            let (a, b, out, then) = match (turn.inverse, stage) {
+                (Preconditioner::Factors { inv_g, .. }, 0) => {
+                    (inv_g.clone(), wake.clone(), first, Then::Nothing)
+                }
+                (Preconditioner::Factors { inv_a, .. }, 1) => {
+                    (first.clone(), inv_a.clone(), second, Then::Dot { with: wake, sums })
+                }
+                (Preconditioner::Basis { basis_g, .. }, 0) => {
+                    (basis_g.t()?, wake.clone(), first, Then::Nothing)
+                }
+                (Preconditioner::Basis { basis_a, scale, .. }, 1) => {
+                    (first.clone(), basis_a.clone(), second, Then::Scale { by: scale, sums })
+                }
+                (Preconditioner::Basis { basis_g, .. }, 2) => {
+                    (basis_g.clone(), second.clone(), first, Then::Nothing)
+                }
+                (Preconditioner::Basis { basis_a, .. }, 3) => {
+                    (first.clone(), basis_a.t()?, second, Then::Nothing)
+                }
+                _ => continue,
+            };
+            products.push(Product { a, b, out, then });
+        }
+        let tiles = multiply(gpu, dtype, &products)?;
+        if stage == 1 {
+            side = tiles;
+        }
+    }
+    let mut turned = Vec::with_capacity(turns.len());
+    for ((turn, directions), room) in turns.iter().zip(second).zip(rooms) {
+        let (groups, rows, columns) = turn.wake.dims3()?;
+        let count = groups / turn.blocks.len().max(1) * sums_of(rows, columns, side);
+        let known = (0..turn.blocks.len()).map(|nth| (sums.at(room + nth * count), count as u64)).collect();
+        turned.push(Turned { directions, known });
+    }
+    Ok(turned)
+}
+
+/// A tensor shaped as its wake gradients for each turn, in one piece of memory.
+fn like_wakes(gpu: &Gpu, dtype: DType, turns: &[Turn<'_>]) -> Result<Vec<Tensor>> {
+    let total = turns.iter().map(|turn| turn.wake.elem_count()).sum::<usize>();
+    let all = gpu.tensor(total, dtype)?;
+    let mut from = 0;
+    let mut parts = Vec::with_capacity(turns.len());
+    for turn in turns {
+        let len = turn.wake.elem_count();
+        parts.push(all.narrow(0, from, len)?.reshape(turn.wake.shape())?);
+        from += len;
+    }
+    Ok(parts)
+}
+
+/// Other turns, each with its own products, and one launch for all scalings between them.
+pub(super) fn apart(
+    gpu: &Gpu,
+    dtype: DType,
+    turns: &[Turn<'_>],
+    sums: &mut Parts<'_>,
+) -> Result<Vec<Turned>> {
+    let mut held = Vec::new();
+    let mut address = |t: &Tensor, name: &str| -> Result<u64> {
+        let operand = gpu.operand(t, name)?;
+        let address = operand.address();
+        held.push((t.clone(), operand));
+        Ok(address)
+    };
+    let (mut insides, mut items) = (Vec::with_capacity(turns.len()), Vec::new());
+    let start = sums.next();
+    for turn in turns {
+        let Preconditioner::Basis { basis_a, basis_g, scale } = turn.inverse else {
+            insides.push((None, vec![]));
+            continue;
+        };
+        let inside = Preconditioner::inside(basis_a, basis_g, scale, turn.wake)?.contiguous()?;
+        let scale = scale.contiguous()?;
+        let mut known = Vec::with_capacity(turn.blocks.len());
+        for nth in 0..turn.blocks.len() {
+            let part = turn.part(&inside, nth)?;
+            items.push(ScaleItem {
+                inside: address(&part, "a gradient in eigenvectors")?,
+                scale: address(&turn.part(&scale, nth)?, "the scale of eigenvectors")?,
+                len: part.elem_count() as u64,
+                ..ScaleItem::default()
+            });
+            known.push(sums.take(part.elem_count()));
+        }
+        insides.push((Some(inside), known));
+    }
+    scales(gpu, dtype, &items, start)?;
+    let turned = turns.iter().zip(insides).map(|(turn, (inside, known))| {
+        let directions = match (turn.inverse, inside) {
+            (Preconditioner::Basis { basis_a, basis_g, .. }, Some(inside)) => {
+                Preconditioner::outside(basis_a, basis_g, &inside, turn.wake)?
+            }
+            (inverse, _) => inverse.apply(turn.wake)?,
+        };
+        Ok(Turned { directions: directions.contiguous()?, known })
+    });
+    turned.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::curvature::{Damping, Inverse};
+    use crate::gpu::emulate::{emulate, launches};
+    use crate::nn::{self, Module, VarBuilder, VarMap};
+    use crate::ops::testing::{assert_close, random, values};
+    use crate::optim::{
+        AdaptiveKl, Average, Bias, Every, KFacRule, Natural, Optimizer, Params, So, StepRule, TwoRate,
+        WakeRule,
+    };
+    use crate::tape::{Likelihood, Tape};
+
+    /// Turns of several shapes, one with eigenvectors that lie transposed; the last is of two blocks with two groups each.
+    fn inverses(dtype: DType) -> Result<Vec<(Preconditioner, Tensor)>> {
+        let of = |seed, dims: &[usize]| random(seed, dims)?.to_dtype(dtype);
+        let mut found = vec![];
+        for (nth, [groups, rows, columns]) in
+            [[1, 7, 70], [1, 33, 5], [1, 1, 1], [4, 3, 34]].into_iter().enumerate()
+        {
+            let (a, g) = (of(1, &[groups, columns, columns])?, of(2, &[groups, rows, rows])?);
+            let (wake, scale) = (of(3, &[groups, rows, columns])?, of(4, &[groups, rows, columns])?);
+            let turned = a.t()?.contiguous()?.t()?;
+            let basis = if nth == 1 { turned } else { a.clone() };
+            found.push((Preconditioner::Basis { basis_a: basis, basis_g: g.clone(), scale }, wake.clone()));
+            found.push((Preconditioner::Factors { inv_a: a, inv_g: g }, wake));
+        }
+        Ok(found)
+    }
+
+    #[test]
+    fn turns_as_the_inverses_do() -> Result<()> {
+        for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
+            let all = inverses(dtype)?;
+            let sums = Tensor::zeros(100, DType::F64, &Device::Cpu)?;
+            // Each alone, then all at once.
+            for all in all.chunks(1).chain(std::iter::once(&all[..])) {
+                let blocks = [0, 1];
+                let turns: Vec<_> = all
+                    .iter()
+                    .map(|(inverse, wake)| {
+                        let count = if wake.dims()[0] > 1 { 2 } else { 1 };
+                        Turn { inverse, wake, blocks: &blocks[..count] }
+                    })
+                    .collect();
+                assert!(turns.iter().all(Turn::is_small));
+                let found = emulate(|| -> Result<Option<Vec<_>>> {
+                    let Some(gpu) = Gpu::emulated() else { return Ok(None) };
+                    let array = gpu.operand(&sums, "sums")?;
+                    let start = array.address();
+                    let turned = together(&gpu, dtype, &turns, &mut Parts::of(&array, 0))?;
+                    let place =
+                        |(at, count): (u64, u64)| ((at - start) as usize / size_of::<f64>(), count as usize);
+                    let with_places = turned.into_iter().map(|turned| {
+                        let places: Vec<_> = turned.known.iter().map(|&known| place(known)).collect();
+                        (turned.directions, places)
+                    });
+                    Ok(Some(with_places.collect()))
+                })?;
+                let Some(found) = found else { return Ok(()) };
+                for (turn, (directions, places)) in turns.iter().zip(found) {
+                    let expected = turn.inverse.apply(turn.wake)?;
+                    assert_close(&directions, &values(&expected)?, tolerance);
+                    assert_eq!(places.len(), turn.blocks.len());
+                    for (nth, (at, count)) in places.into_iter().enumerate() {
+                        let (v, w) = (turn.part(&expected, nth)?, turn.part(turn.wake, nth)?);
+                        let products: Vec<f64> =
+                            values(&v)?.iter().zip(values(&w)?).map(|(v, w)| v * w).collect();
+                        let (exact, size): (f64, f64) =
+                            (products.iter().sum(), products.iter().map(|x| x.abs()).sum());
+                        let sum: f64 = values(&sums)?[at..][..count].iter().sum();
+                        assert!((sum - exact).abs() <= tolerance * size, "{dtype:?} {sum} {exact}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Kernels of the step after the first, of an MLP with layers of these widths.
+    fn plain_step<R: WakeRule>(widths: &[usize], change: &dyn Fn(&mut Params<R>)) -> Result<usize> {
+        let (tape, vars) = (Tape::new(), VarMap::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let layer =
+            |(nth, pair): (usize, &[usize])| nn::linear(pair[0], pair[1], vb.pp(format!("layer{nth}")));
+        let layers = tape.build(|| widths.windows(2).enumerate().map(layer).collect::<Result<Vec<_>>>())?;
+        let mut params = Params::on(&tape);
+        params.every = Every { factors: 10, inverses: 10 };
+        params.early_refresh = false;
+        change(&mut params);
+        let mut optimizer = Natural::<R>::from_varmap(&vars, params)?;
+        let x = random(1, &[8, widths[0]])?.to_dtype(DType::F32)?;
+        let labels = Tensor::new(&[0u32, 1, 2, 2, 1, 0, 1, 2], &Device::Cpu)?;
+        let mut launched = 0;
+        for _ in 0..2 {
+            let outputs = layers.iter().try_fold(x.clone(), |x, layer| layer.forward(&x)?.tanh())?;
+            optimizer.observe(&outputs, Likelihood::Categorical)?;
+            let grads = nn::loss::cross_entropy(&outputs, &labels)?.backward()?;
+            let before = launches();
+            optimizer.step(&grads)?;
+            launched = launches() - before;
+        }
+        Ok(launched)
+    }
+
+    #[test]
+    fn launches_do_not_grow_with_the_layers() -> Result<()> {
+        fn check<R: WakeRule>(what: &str, expected: usize, change: impl Fn(&mut Params<R>)) -> Result<()> {
+            let count = |widths: &[usize]| emulate(|| plain_step::<R>(widths, &change));
+            let (few, many) = (count(&[4, 7, 5, 3])?, count(&[4, 9, 6, 8, 7, 5, 3])?);
+            // None at all without a compiler for the kernels.
+            assert!(few == many && [0, expected].contains(&few), "{what}: {few} launches, and {many}");
+            Ok(())
+        }
+        // Both ends of the wake, two or four stages, the sums, the rate; more where the options want more.
+        check::<KFacRule>("k-fac", 9, |_| ())?;
+        check::<KFacRule>("k-fac, pi, momentum", 7, |p| (p.damping, p.momentum) = (Damping::Pi(0.01), 0.9))?;
+        check::<KFacRule>("k-fac, biases apart", 9, |p| p.bias = Bias::Split)?;
+        check::<So>("so", 9, |_| ())?;
+        check::<So>("so, ekfac, rms clip", 10, |p| (p.ekfac, p.rms_clip) = (true, Some(0.1)))?;
+        check::<So>("so, pi, averaged", 7, |p| {
+            (p.damping, p.inverse, p.average) =
+                (Damping::Pi(0.01), Inverse::Cholesky, Some(Average::default()));
+        })?;
+        check::<So>("so, lengths by slopes", 9, |p| {
+            p.step_rule = StepRule::AdaptiveKl(AdaptiveKl::default());
+            p.kl_clip = None;
+        })?;
+        check::<TwoRate>("kld-wrm", 9, |_| ())
+    }
+}
