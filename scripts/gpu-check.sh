@@ -136,7 +136,7 @@ bench() { # part, name of the file, options
 
 run_kernels() {
     local only=()
-    for name in ceilings second_moment patch_moment mix softmax layer_norm max_pool2d penalty sample eigh inverse; do
+    for name in ceilings second_moment patch_moment 'grouped products' mix softmax layer_norm max_pool2d penalty sample eigh inverse; do
         only+=(--only "$name")
     done
     bench kernels kernels "${only[@]}"

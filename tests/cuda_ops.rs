@@ -8,7 +8,7 @@ use common::*;
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::ops::patches::{ConvShape, patches};
 use kronwake::ops::sample::{DrawKey, bernoulli, categorical, normal};
-use kronwake::ops::{conv, dense, factor, norm, pool, softmax};
+use kronwake::ops::{conv, dense, factor, grouped, norm, pool, softmax};
 use kronwake::penalty::{Grouping, Lp, Penalty, Set, SparseGroupLasso, Spatial, UnitLasso};
 use kronwake::tape::Keep;
 
@@ -164,6 +164,31 @@ const PLAIN: &[(&str, Plain)] = &[
         let (a, b) = (t(1, &[3, 17, 9])?, t(2, &[3, 9, 33])?);
         let turned = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
         Ok(vec![dense::product(&a, &b)?, dense::product(&turned(&a)?, &turned(&b)?)?])
+    }),
+    ("grouped products", |t| {
+        let turned = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        let (mut all, mut pairs) = (vec![], vec![]);
+        for [groups, m, k, n] in [
+            [1, 1, 1, 1],
+            [3, 7, 33, 65],
+            [1, 300, 785, 785],
+            [2, 130, 64, 33],
+            [1, 10, 101, 101],
+            [1, 5, 0, 9],
+        ] {
+            let (a, b) = (t(1, &[groups, m, k])?, t(2, &[groups, k, n])?);
+            let own = [
+                (a.clone(), b.clone()),
+                (turned(&a)?, b.clone()),
+                (a.clone(), turned(&b)?),
+                (turned(&a)?, turned(&b)?),
+            ];
+            // Small tiles for a few, large ones for all.
+            all.extend(grouped::products(&own[1..2])?);
+            pairs.extend(own);
+        }
+        all.extend(grouped::products(&pairs)?);
+        Ok(all)
     }),
     ("mix", |t| {
         let (a, b) = (t(1, &[7, 301])?, t(2, &[7, 301])?);

@@ -1,8 +1,8 @@
 //! Single operations, and the ceilings that they are held against.
 
-use super::Options;
 use super::report::{Report, Work};
 use super::timing::{Times, time};
+use super::{Options, grouped};
 use candle_core::{DType, Device, Result, Tensor, Var, bail, cuda};
 use kronwake::linalg::{
     cholesky::inverse_spd,
@@ -18,10 +18,11 @@ use kronwake::penalty::{GroupLasso, Grouping, Lp, Penalty, Spatial};
 /// Measures the operations that are asked for. What fails is reported, and the rest goes on.
 pub fn measure(options: &Options, report: &mut Report) -> Result<()> {
     type Part = fn(&Options, &mut Report) -> Result<()>;
-    let parts: [(&str, Part); 11] = [
+    let parts: [(&str, Part); 12] = [
         ("ceilings", ceilings),
         ("second_moment", second_moments),
         ("patch_moment", patch_moments),
+        ("grouped products", grouped::measure),
         ("mix", mixes),
         ("softmax", softmaxes),
         ("layer_norm", layer_norms),
@@ -43,7 +44,7 @@ pub fn measure(options: &Options, report: &mut Report) -> Result<()> {
 }
 
 /// Random numbers of a dtype, generated in f32: a device may lack the generator of the others.
-fn random(device: &Device, dtype: DType, dims: &[usize]) -> Result<Tensor> {
+pub fn random(device: &Device, dtype: DType, dims: &[usize]) -> Result<Tensor> {
     let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
     Tensor::zeros(dims, wide, device)?.randn_like(0.0, 1.0)?.to_dtype(dtype)
 }
@@ -52,12 +53,12 @@ fn run(options: &Options, mut f: impl FnMut() -> Result<Tensor>) -> Result<Times
     time(&options.device, options.quick, &mut || f().map(drop))
 }
 
-fn bytes(t: &Tensor) -> f64 {
+pub fn bytes(t: &Tensor) -> f64 {
     (t.elem_count() * t.dtype().size_in_bytes()) as f64
 }
 
 /// A dtype as it is reported.
-fn named(dtype: DType) -> &'static str {
+pub fn named(dtype: DType) -> &'static str {
     match dtype {
         DType::F64 => "f64",
         DType::F16 => "f16",
@@ -88,7 +89,7 @@ fn with_products(options: &Options, mut f: impl FnMut(&'static str, DType) -> Re
 }
 
 /// Sizes for a GPU, for a CPU, and to see that it runs.
-fn pick<T: Copy>(options: &Options, gpu: &[T], cpu: &[T], quick: &[T]) -> Vec<T> {
+pub fn pick<T: Copy>(options: &Options, gpu: &[T], cpu: &[T], quick: &[T]) -> Vec<T> {
     match (options.quick, options.device.is_cpu()) {
         (true, _) => quick.to_vec(),
         (_, true) => cpu.to_vec(),

@@ -233,12 +233,14 @@ mod tests {
         [1, 32, 129, 32],
     ];
 
+    type Pair = (Tensor, Tensor);
+
     fn turned(t: &Tensor) -> Result<Tensor> {
         t.transpose(1, 2)?.contiguous()?.transpose(1, 2)
     }
 
     /// Pairs of operands, transposed in memory or not in turn, and their products by the definition.
-    fn cases(shapes: &[[usize; 4]], dtype: DType) -> Result<(Vec<(Tensor, Tensor)>, Vec<Vec<f64>>)> {
+    fn cases(shapes: &[[usize; 4]], dtype: DType) -> Result<(Vec<Pair>, Vec<Vec<f64>>)> {
         let (mut pairs, mut expected) = (vec![], vec![]);
         for (nth, &[groups, m, k, n]) in shapes.iter().enumerate() {
             let of = |seed, dims: &[usize]| random(seed, dims)?.to_dtype(dtype);
@@ -270,7 +272,9 @@ mod tests {
                 assert_close(found, expected, tolerance);
             }
             for (pair, expected) in pairs.iter().zip(&expected).step_by(3) {
-                let [found] = &emulate(|| products(&[pair.clone()]))?[..] else { panic!("one product") };
+                let [found] = &emulate(|| products(std::slice::from_ref(pair)))?[..] else {
+                    panic!("one product")
+                };
                 assert_eq!(found.dtype(), dtype);
                 assert_close(found, expected, tolerance);
             }

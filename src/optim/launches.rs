@@ -7,7 +7,7 @@ use super::length::StepRule;
 use super::natural::Natural;
 use super::params::{Decay, NonFinite};
 use super::rule::{Model, WakeRule};
-use crate::curvature::factor_product;
+use super::turns::{Curved, factor_products};
 use crate::gpu::table::type_number;
 use crate::gpu::{Gpu, Operand};
 use crate::ops::update::{self, AdamItem, AdamOptions, CarryItem, RateArgs, UpdateItem};
@@ -201,14 +201,20 @@ impl<R: WakeRule> Natural<R> {
     ) -> Result<()> {
         let mut held = Held::new(&device.gpu);
         let mut items = Vec::with_capacity(self.blocks.len());
+        let (mut moved, mut products) = (Vec::new(), Vec::new());
         for (index, block) in self.blocks.iter().enumerate() {
-            let (Some(step), Some(model)) = (&steps[index], &device.scratch[index].model) else { continue };
-            let (a, g) = &renewed[index].factors;
-            let curved = factor_product(a, g, step, &block.name)?.contiguous()?;
+            if let (Some(step), Some(model)) = (&steps[index], &device.scratch[index].model) {
+                let (a, g) = &renewed[index].factors;
+                products.push(Curved { a, g, x: step, name: &block.name });
+                moved.push((block, model));
+            }
+        }
+        let curved = factor_products(&device.gpu, device.dtype, &products)?;
+        for ((block, model), curved) in moved.into_iter().zip(&curved) {
             let (carry, mean) = looked_back_at(&mut held, &block.state, &block.name)?;
             items.push(CarryItem {
                 model: held.address(model, &block.name)?,
-                curved: held.address(&curved, &block.name)?,
+                curved: held.address(curved, &block.name)?,
                 carry,
                 mean,
                 len: curved.elem_count() as u64,

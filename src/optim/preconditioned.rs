@@ -6,7 +6,7 @@ use super::launches::Held;
 use super::length::StepRule;
 use super::natural::Natural;
 use super::rule::{Model, WakeRule};
-use super::turns::{Turn, apart, together};
+use super::turns::{Sums, Turn, apart, together};
 use crate::curvature::damped_product;
 use crate::gpu::Operand;
 use crate::gpu::table::blocks_of;
@@ -85,7 +85,7 @@ impl<R: WakeRule> Natural<R> {
         device: &DeviceStep,
         renewed: &[Renewed<'_>],
         sums: &mut Parts<'_>,
-    ) -> Result<(Vec<Tensor>, Vec<Option<(u64, u64)>>)> {
+    ) -> Result<(Vec<Tensor>, Vec<Option<Sums>>)> {
         let mut turns = Vec::with_capacity(device.stacks.len());
         for stack in &device.stacks {
             if let Some(inverse) = &stack.inverse {
@@ -151,7 +151,7 @@ impl<'a> Parts<'a> {
     }
 
     /// Where the sums of the next tensor, of `len` elements, begin, and how many there are.
-    pub fn take(&mut self, len: usize) -> (u64, u64) {
+    pub fn take(&mut self, len: usize) -> Sums {
         let count = blocks_of(len);
         let at = self.reserve(count);
         (self.at(at), count as u64)
