@@ -1,4 +1,4 @@
-//! Products of matrices of different shapes at once: on a GPU in one launch, for small ones, of which each takes less than a launch does.
+//! Products of matrices of different shapes at once: on a GPU in one launch.
 
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -8,8 +8,8 @@ use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 
 /// `a b` for each pair of `[groups, m, k]` and `[groups, k, n]`: `[groups, m, n]`. Operands may be transposed views. Not differentiable.
 ///
-/// On a GPU f32 and f64 take one launch for every 96 pairs, with the full precision of the type; a product that occupies the GPU by itself is
-/// faster by [`product`]. All else is a [`product`] a pair.
+/// On a GPU f32 and f64 take one launch for every 96 pairs, with the full precision of the type: meant for products that would not occupy it
+/// by themselves. All else is a [`product`] a pair.
 ///
 /// # Errors
 /// If shapes, dtypes or devices do not fit.
@@ -18,12 +18,10 @@ pub fn products(pairs: &[(Tensor, Tensor)]) -> Result<Vec<Tensor>> {
     let (dtype, device) = (first.dtype(), first.device());
     let alike = |t: &Tensor| t.dtype() == dtype && t.device().same_device(device);
     let gpu = Gpu::of(device).filter(|_| pairs.iter().all(|(a, b)| alike(a) && alike(b)));
+    let dims = pairs.iter().map(|(a, b)| product_dims(a, b)).collect::<Result<Vec<_>>>()?;
     match gpu {
         Some(gpu) if dtype == DType::F32 || dtype == DType::F64 => {
-            let mut outs = Vec::with_capacity(pairs.len());
-            for (a, b) in pairs {
-                outs.push(gpu.tensor(&product_dims(a, b)?, dtype)?);
-            }
+            let outs = dims.iter().map(|dims| gpu.tensor(dims, dtype)).collect::<Result<Vec<_>>>()?;
             let all: Vec<_> = pairs
                 .iter()
                 .zip(&outs)

@@ -228,7 +228,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
-    use crate::curvature::{Damping, Inverse};
+    use crate::curvature::{Damping, FactorLimit, Inverse};
     use crate::gpu::emulate::{emulate, launches};
     use crate::nn::{self, Module, VarBuilder, VarMap};
     use crate::ops::testing::{assert_close, random, values};
@@ -344,6 +344,7 @@ mod tests {
         check::<KFacRule>("k-fac", 9, |_| ())?;
         check::<KFacRule>("k-fac, pi, momentum", 7, |p| (p.damping, p.momentum) = (Damping::Pi(0.01), 0.9))?;
         check::<KFacRule>("k-fac, biases apart", 9, |p| p.bias = Bias::Split)?;
+        check::<KFacRule>("k-fac, diagonal", 6, |p| p.factor_limit = FactorLimit::DIAGONAL)?;
         check::<So>("so", 9, |_| ())?;
         check::<So>("so, ekfac, rms clip", 10, |p| (p.ekfac, p.rms_clip) = (true, Some(0.1)))?;
         check::<So>("so, pi, averaged", 7, |p| {
