@@ -64,30 +64,32 @@ template <class T, u32 TILE> DEVICE void load(T *tile, const T *from, bool turne
     }
 }
 
-// A warp's sums: TILE x 16 of them, TILE / 8 x 4 a thread, over its part of k.
+// A warp's sums: TILE rows of WIDTH columns, M x 4 a thread, over its part of k. A thread of eight rows takes three reads for 32
+// multiplications, one of four rows two for 16; in f64 each is two.
 template <class T, u32 TILE> struct Sums {
-    static constexpr u32 V = Wide<T>::COUNT, M = TILE / 8, N = 4;
-    static constexpr u32 PARTS = WARPS / (TILE / 16), K = BK<T, TILE> / PARTS;
+    static constexpr u32 V = Wide<T>::COUNT, M = sizeof(T) == 4 ? 8 : 4, N = 4;
+    static constexpr u32 ROWS = TILE / M, COLUMNS = WARP / ROWS, WIDTH = COLUMNS * N;
+    static constexpr u32 PARTS = WARPS / (TILE / WIDTH), K = BK<T, TILE> / PARTS;
     T sums[M][N];
     u32 row, column, part;
     bool active;
 
     // `width` columns of the tile are wanted.
     DEVICE void start(u32 width) {
-        // Lanes that read the same of one operand or the other are 1, 2 or 4 apart.
-        const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        row = (lane / 8 * 2 + lane % 2) * V;
-        column = warp % (TILE / 16) * 16 + lane / 2 % 4 * V;
-        part = warp / (TILE / 16);
-        active = warp % (TILE / 16) * 16 < width;
+        // Of eight lanes in a row, two read different rows and four different columns.
+        const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, from = warp % (TILE / WIDTH) * WIDTH;
+        row = (lane / (2 * COLUMNS) * 2 + lane % 2) * V;
+        column = from + lane / 2 % COLUMNS * V;
+        part = warp / (TILE / WIDTH);
+        active = from < width;
 #pragma unroll
         for (u32 i = 0; i < M; ++i)
 #pragma unroll
             for (u32 j = 0; j < N; ++j) sums[i][j] = 0;
     }
 
-    static DEVICE constexpr u32 row_of(u32 i) { return i / V * 8 * V + i % V; }
-    static DEVICE constexpr u32 column_of(u32 j) { return j / V * 4 * V + j % V; }
+    static DEVICE constexpr u32 row_of(u32 i) { return i / V * ROWS * V + i % V; }
+    static DEVICE constexpr u32 column_of(u32 j) { return j / V * COLUMNS * V + j % V; }
 
     // With `count` rows of k.
     DEVICE void add(const T *a, const T *b, u32 count) {
