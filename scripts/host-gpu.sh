@@ -11,7 +11,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 
 [[ -n ${CUDA_HOME:-} ]] || { echo "host-gpu: CUDA_HOME is not set; scripts/install-cuda-toolkit.sh brings the headers" >&2; exit 1; }
 cxx=$(command -v c++ || command -v g++ || command -v clang++) || { echo "host-gpu: no C++ compiler" >&2; exit 1; }
-candle=$(cd "$root" && cargo metadata --format-version 1 --features cuda |
+host=$(rustc -vV | sed -n 's/^host: //p')
+candle=$(cd "$root" && cargo metadata --format-version 1 --features cuda --filter-platform "$host" |
     python3 -c 'import json, sys; print(next(p["manifest_path"] for p in json.load(sys.stdin)["packages"] if p["name"] == "candle-kernels"))')
 candle=$(dirname "$candle")/src
 out=${CARGO_TARGET_DIR:-$root/target}/host-gpu

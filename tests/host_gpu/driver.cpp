@@ -1,4 +1,5 @@
-// The CUDA driver's functions that a program with candle calls. Kernels run as C++ on the emulator's fibers.
+// The CUDA driver's functions that a program with candle calls. Kernels run as C++ on the emulator's fibers; which file has them is found
+// by the names in a module's PTX.
 #include "host_gpu.h"
 
 #include "emulator.h"
@@ -9,6 +10,8 @@
 #include <deque>
 #include <dirent.h>
 #include <dlfcn.h>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -208,21 +211,38 @@ struct Kernel {
     std::string name, classes;
     std::vector<size_t> sizes;
     unsigned most_threads = 1024;
+    bool meets = true;
 };
 struct Module {
     std::map<std::string, std::unique_ptr<Kernel>> kernels;
 };
 
-static std::vector<void *> load_kernels() {
+// Kernels for the host, and whether their threads wait for one another.
+struct File {
+    void *library;
+    bool meets;
+};
+
+static bool has_any(const std::string &text, std::initializer_list<const char *> words) {
+    for (const char *word : words)
+        if (text.find(word) != std::string::npos) return true;
+    return false;
+}
+
+static std::vector<File> load_kernels() {
     Dl_info info;
     if (!dladdr(reinterpret_cast<void *>(load_kernels), &info)) return {};
     std::string folder(info.dli_fname);
     folder = folder.substr(0, folder.rfind('/')) + "/kernels";
-    std::vector<void *> all;
+    std::vector<File> all;
     if (DIR *dir = opendir(folder.c_str())) {
         while (dirent *entry = readdir(dir)) {
             if (!std::strstr(entry->d_name, ".so")) continue;
-            if (void *library = dlopen((folder + "/" + entry->d_name).c_str(), RTLD_NOW | RTLD_LOCAL)) all.push_back(library);
+            std::string path = folder + "/" + entry->d_name;
+            std::ifstream file(path, std::ios::binary);
+            std::string content((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+            bool meets = has_any(content, {"host_gpu_barrier", "host_gpu_exchange", "emulator7barrier", "emulator4meet"});
+            if (void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) all.push_back({library, meets});
             else std::fprintf(stderr, "host GPU: %s\n", dlerror());
         }
         closedir(dir);
@@ -232,7 +252,7 @@ static std::vector<void *> load_kernels() {
 
 // The kernels of a PTX text, as the file of the same kernels for the host has them.
 static Module *load(const char *ptx) {
-    static const std::vector<void *> libraries = load_kernels();
+    static const std::vector<File> files = load_kernels();
     static const std::regex entry("\\.entry\\s+(\\w+)\\s*\\(([^)]*)\\)"), array("\\[(\\d+)\\]\\s*$"), type("\\.param\\s+(?:\\.align\\s+\\d+\\s+)?\\.([a-z]+)(\\d+)");
     auto module = std::make_unique<Module>();
     std::string text(ptx);
@@ -251,7 +271,7 @@ static Module *load(const char *ptx) {
         }
         module->kernels[kernel->name] = std::move(kernel);
     }
-    for (void *library : libraries) {
+    for (auto [library, meets] : files) {
         bool all = true;
         for (auto &[name, kernel] : module->kernels) {
             kernel->function = dlsym(library, name.c_str());
@@ -263,6 +283,7 @@ static Module *load(const char *ptx) {
             auto *size = static_cast<size_t *>(dlsym(library, (name + "_size").c_str()));
             auto *threads = static_cast<unsigned *>(dlsym(library, (name + "_threads").c_str()));
             if (threads) kernel->most_threads = *threads;
+            kernel->meets = meets;
             if (size && kernel->sizes != std::vector<size_t>{*size}) {
                 std::fprintf(stderr, "host GPU: kernel %s takes %zu bytes on the host\n", name.c_str(), *size);
                 return nullptr;
@@ -305,6 +326,19 @@ static void call(const void *args) {
     using Function = void (*)(U, U, U, U, U, U, MORE D, D, D, D, D, D, D, D, U, U, U, U, U, U, U, U, U, U, U, U);
     reinterpret_cast<Function>(launch.kernel->function)(i[0], i[1], i[2], i[3], i[4], i[5], GIVE_MORE f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7],
                                                         s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11]);
+}
+
+// Threads that never wait take turns without fibers.
+static void run_plain(const Launch &launch, dim3 grid, unsigned threads) {
+    auto &state = emulator::state;
+    state.grid = grid;
+    state.threads = threads;
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
+                state.block_index = {x, y, z};
+                for (state.current = 0; state.current < threads; ++state.current) call(&launch);
+            }
 }
 
 } // namespace host_gpu
@@ -563,6 +597,7 @@ SHOWN int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, 
     }
     queue(stream_of(handle), [=] {
         if (!failure.empty()) return;
+        if (!kernel->meets) return run_plain(*launch, {gx, gy, gz}, bx);
         unsigned grid[3] = {gx, gy, gz};
         if (const char *error = emulate(call, launch.get(), sizeof(Launch), grid, bx, nullptr, 0, 0))
             fail("kernel " + kernel->name + ": " + error);
