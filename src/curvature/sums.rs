@@ -251,7 +251,8 @@ impl FactorSums {
                     || (want.bias.is_some() && sums.g_bias.is_none()))
             {
                 bail!(
-                    "curvature: layer {} made no record; every tapped layer must take part in the forward pass that is                      observed, or have its Vars frozen",
+                    "curvature: layer {} made no record; every tapped layer must take part in the forward pass that is \
+                     observed, or have its Vars frozen",
                     layer.name
                 )
             }
