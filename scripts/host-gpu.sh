@@ -43,10 +43,14 @@ done
 library=$out/libhost_gpu.so
 if newer "$library"; then
     printf '%s\n' 'libcublas.so.13 { global: cublas*; };' 'libcusolver.so.12 { global: cusolver*; };' 'libcurand.so.10 { global: curand*; };' >"$out/versions"
-    files="$root/tests/host_gpu/driver.cpp $root/tests/host_gpu/libraries.cpp $root/tests/emulator/emulator.cpp"
+    files=$(ls "$root"/tests/host_gpu/*.cpp | grep -v /check.cpp | tr '\n' ' ')$root/tests/emulator/emulator.cpp
     build+=("$cxx ${flags[*]} -Wall -Wextra -Werror -shared -pthread -Wl,--version-script=$out/versions $files -ldl -o $library")
 fi
 [[ ${#build[@]} -eq 0 ]] || printf '%s\0' "${build[@]}" | xargs -0 -P "$(nproc)" -I{} bash -c '{}'
+if [[ ! $out/check -nt $library || ! $out/check -nt $root/tests/host_gpu/check.cpp ]]; then
+    "$cxx" -std=c++17 -Wall -Wextra -Werror "$root/tests/host_gpu/check.cpp" "$library" -Wl,-rpath,"$out" -o "$out/check"
+    KRONWAKE_HOST_GPU_ORDER=late "$out/check" >"$out/check.log" 2>&1 || { cat "$out/check.log" >&2; rm "$out/check"; exit 1; }
+fi
 for name in libcuda.so.1 libcublas.so.13 libcusolver.so.12 libcurand.so.10; do ln -sf libhost_gpu.so "$out/$name"; done
 
 LD_LIBRARY_PATH="$out:${LD_LIBRARY_PATH:-}" KRONWAKE_REQUIRE_CUDA=1 exec "$@"

@@ -3,27 +3,107 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
+#include <map>
+#include <memory>
 #include <mutex>
+#include <string>
+#include <vector>
+
+// What is seen from outside.
+#define SHOWN extern "C" __attribute__((visibility("default")))
 
 namespace host_gpu {
 
-struct Stream;
+enum Result {
+    OK = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NO_BINARY = 209,
+    NOT_FOUND = 500,
+    LAUNCH_FAILED = 719,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+};
 
 // One lock for everything: calls from several threads take turns, as does the work.
 extern std::recursive_mutex lock;
 #define LOCKED std::lock_guard<std::recursive_mutex> locked(host_gpu::lock)
 
+// What went wrong in work that was queued: every later call says so. `state` is LAUNCH_FAILED then.
+void fail(const std::string &what);
+int state();
+
+struct Stream;
+
+struct Work {
+    std::function<void()> run;
+    // What has to be done before: so much of another stream.
+    Stream *after = nullptr;
+    uint64_t until = 0;
+};
+
+struct Graph {
+    std::vector<Work> work;
+    // What it has allocated, and whether it is in use after the last launch.
+    std::map<uint64_t, bool> memory;
+};
+
+struct Stream {
+    std::deque<Work> queue;
+    uint64_t queued = 0, done = 0;
+    Graph *recording = nullptr;
+    bool broken = false;
+};
+
+struct Event {
+    Stream *stream = nullptr;
+    uint64_t until = 0;
+    Graph *recorded = nullptr;
+};
+
+// streams.cpp
+
+std::vector<Stream *> &streams();
+Stream *new_stream();
 // The stream of a handle, which may be that of the calling thread.
 Stream *stream_of(void *handle);
-
-// Queues work. Where the stream is recorded into a graph, `recordable` says whether that may be.
+// Queues work, or adds it to the graph that the stream is recorded into; there `recordable` says whether that may be.
 bool queue(Stream *stream, std::function<void()> work, bool recordable = true);
-
-// Does all that is queued on a stream, and what it waits for. False while the stream is recorded.
+// Lets what a stream queues from now on wait for so much of another.
+void queue_wait(Stream *stream, Stream *after, uint64_t until);
+// Does the first `until` of the work that was ever queued on a stream, and what it waits for.
+void advance(Stream *stream, uint64_t until);
+// Does all of it. False while the stream is recorded.
 bool finish(Stream *stream);
 
-} // namespace host_gpu
+// memory.cpp
 
-// What is seen from outside.
-#define SHOWN extern "C" __attribute__((visibility("default")))
+struct Memory {
+    size_t bytes;
+    Graph *graph = nullptr; // that has allocated it
+    bool freed = false;     // or will be, once the work queued before it is done
+};
+extern std::map<uint64_t, Memory> memory;
+// 0 where there is none left.
+uint64_t allocate(size_t bytes, Graph *graph);
+// Makes memory empty, and looks whether somebody wrote beyond it.
+void blank(uint64_t at, size_t bytes);
+void release(uint64_t at, size_t bytes);
+// Whether `bytes` from `at` on lie in an allocation; else a failure.
+bool inside(uint64_t at, size_t bytes, const char *what);
+
+// kernels.cpp
+
+struct Kernel;
+struct Module {
+    std::map<std::string, std::unique_ptr<Kernel>> kernels;
+    ~Module();
+};
+// The kernels of a PTX text, as the file of the same kernels for the host has them; null if there is none.
+Module *load(const char *ptx);
+// Queues a launch of `blocks` with `threads` each.
+int launch(Kernel *kernel, const unsigned (&blocks)[3], unsigned threads, void **params, Stream *stream);
+
+} // namespace host_gpu
