@@ -21,6 +21,7 @@ enum Result {
     INVALID_VALUE = 1,
     OUT_OF_MEMORY = 2,
     NO_BINARY = 209,
+    NEW_PTX = 222,
     NOT_FOUND = 500,
     LAUNCH_FAILED = 719,
     CAPTURE_UNSUPPORTED = 900,
@@ -86,6 +87,9 @@ struct Memory {
     bool freed = false;     // or will be, once the work queued before it is done
 };
 extern std::map<uint64_t, Memory> memory;
+// Bytes that are in use, and of which there are no more: KRONWAKE_HOST_GPU_MEMORY, 64 GiB unless it is set.
+extern size_t used;
+size_t all_memory();
 // 0 where there is none left.
 uint64_t allocate(size_t bytes, Graph *graph);
 // Makes memory empty, and looks whether somebody wrote beyond it.

@@ -13,12 +13,22 @@ std::map<uint64_t, Memory> memory;
 static std::deque<std::pair<void *, size_t>> kept;
 static size_t kept_bytes = 0;
 
+size_t used = 0;
+
+size_t all_memory() {
+    static const char *set = std::getenv("KRONWAKE_HOST_GPU_MEMORY");
+    static const size_t bytes = set ? std::strtoull(set, nullptr, 10) : size_t(64) << 30;
+    return bytes;
+}
+
 uint64_t allocate(size_t bytes, Graph *graph) {
+    if (bytes > all_memory() - used) return 0;
     void *at = std::aligned_alloc(512, (bytes + GUARD + 511) / 512 * 512);
     if (!at) return 0;
     std::memset(at, NOTHING, bytes);
     std::memset(static_cast<char *>(at) + bytes, FENCE, GUARD);
     memory[reinterpret_cast<uint64_t>(at)] = {bytes, graph};
+    used += bytes;
     return reinterpret_cast<uint64_t>(at);
 }
 
@@ -35,6 +45,7 @@ void blank(uint64_t at, size_t bytes) {
 void release(uint64_t at, size_t bytes) {
     blank(at, bytes);
     memory.erase(at);
+    used -= bytes;
     kept.push_back({reinterpret_cast<void *>(at), bytes});
     kept_bytes += bytes;
     while (kept_bytes > size_t(1) << 28) {
