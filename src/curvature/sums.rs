@@ -79,7 +79,9 @@ struct Last<'a> {
 }
 
 impl<'a> Last<'a> {
-    fn new(average: Option<&'a Tensor>, decay: f64) -> Self {
+    /// Of one of a layer's factors, if there are any yet.
+    fn new(layer: Option<&'a LayerFactors>, decay: f64, of: fn(&LayerFactors) -> Option<&Tensor>) -> Self {
+        let average = layer.and_then(of);
         Self { average, decay: if average.is_some() { decay } else { 0.0 } }
     }
 
@@ -201,7 +203,7 @@ impl FactorSums {
             let (inputs, grads) = (sums.input_sum.take(), sums.grad_sum.take());
             if let Some(grads) = &grads {
                 if let Some(runs) = want.bias {
-                    let last = Last::new(last.and_then(|last| last.g_bias.as_ref()), self.decay);
+                    let last = Last::new(last, self.decay, |last| last.g_bias.as_ref());
                     last.add(&mut sums.g_bias, terms, 1.0, |average| {
                         runs.moment(moments, average, grads, 1, false, "factor_g")
                     })?;
@@ -209,7 +211,7 @@ impl FactorSums {
                 if let Some(weight) = want.weight
                     && self.sharing == Sharing::Reduce
                 {
-                    let last = Last::new(last.and_then(|last| last.g.as_ref()), self.decay);
+                    let last = Last::new(last, self.decay, |last| last.g.as_ref());
                     last.add(&mut sums.g, terms, 1.0, |average| {
                         weight.g.moment(moments, average, grads, sums.groups, false, "factor_g")
                     })?;
@@ -223,7 +225,7 @@ impl FactorSums {
                         inputs.broadcast_div(&counts)?
                     }
                 };
-                let last = Last::new(last.and_then(|last| last.a.as_ref()), self.decay);
+                let last = Last::new(last, self.decay, |last| last.a.as_ref());
                 last.add(&mut sums.a, terms, 1.0, |average| {
                     weight.a.moment(moments, average, &mean, sums.groups, weight.folded, "factor_a")
                 })?;
@@ -257,8 +259,7 @@ impl FactorSums {
                 )
             }
             let last = self.last.get(index);
-            let of =
-                |average: fn(&LayerFactors) -> Option<&Tensor>| Last::new(last.and_then(average), self.decay);
+            let of = |factor: fn(&LayerFactors) -> Option<&Tensor>| Last::new(last, self.decay, factor);
             let rows = if sums.rows > 0 { sums.rows as f64 } else { terms };
             finished.push(LayerFactors {
                 a: of(|last| last.a.as_ref()).finished(sums.a, terms)?,
@@ -285,13 +286,13 @@ impl Reduce for FactorSums {
             let rows = record.of_live_rows()?;
             let (moments, last) = (&mut self.moments, self.last.get(layer.index));
             if with_inputs {
-                let last = Last::new(last.and_then(|last| last.a.as_ref()), self.decay);
+                let last = Last::new(last, self.decay, |last| last.a.as_ref());
                 last.add(&mut sums.a, self.terms as f64, 1.0, |average| {
                     input_moment(moments, average, layer, &rows, weight)
                 })?;
                 sums.rows += rows.grads.dim(0)? * rows.grads.dim(1)?;
             }
-            let last = Last::new(last.and_then(|last| last.g.as_ref()), self.decay);
+            let last = Last::new(last, self.decay, |last| last.g.as_ref());
             last.add(&mut sums.g, sums.rows as f64, scale * scale, |average| {
                 weight.g.moment(moments, average, &rows.grads, layer.groups, false, &layer.name)
             })?;

@@ -48,14 +48,6 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int = 32)
     std::memcpy(&other, all + (host_gpu_lane() ^ (unsigned)bits) * sizeof(T), sizeof(T));
     return other;
 }
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int = 32) {
-    alignas(16) unsigned char all[32 * sizeof(T)];
-    host_gpu_exchange(mask, &value, all, sizeof(T));
-    unsigned from = host_gpu_lane() + delta;
-    T other;
-    std::memcpy(&other, all + (from < 32 ? from : host_gpu_lane()) * sizeof(T), sizeof(T));
-    return other;
-}
 using std::signbit;
 using std::isnan;
 using std::isinf;
@@ -74,19 +66,11 @@ template <class T, class U> T atomicMax(T *at, U next) { T value = (T)next; T ol
     inline __half h##name(__half h) { float x = __half2float(h); return __float2half_rn(expression); }                 \
     inline __nv_bfloat16 h##name(__nv_bfloat16 h) { float x = __bfloat162float(h); return __float2bfloat16_rn(expression); }
 HALF_MATH(sqrt, std::sqrt(x))
-HALF_MATH(rsqrt, 1.f / std::sqrt(x))
-HALF_MATH(rcp, 1.f / x)
 HALF_MATH(cos, std::cos(x))
 HALF_MATH(sin, std::sin(x))
 HALF_MATH(log, std::log(x))
 HALF_MATH(exp, std::exp(x))
-HALF_MATH(ceil, std::ceil(x))
-HALF_MATH(floor, std::floor(x))
-HALF_MATH(rint, std::nearbyint(x))
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
-inline double rsqrt(double x) { return 1. / std::sqrt(x); }
 inline float normcdff(float x) { return 0.5f * std::erfc(-x * 0.70710678118654752f); }
 inline double normcdf(double x) { return 0.5 * std::erfc(-x * 0.70710678118654752); }
 template <class T> T atomicAdd(T *at, T value) { T old = *at; *at = old + value; return old; }
