@@ -9,6 +9,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
+(($# > 0)) || { echo "host-gpu: expected a command to run, got none" >&2; exit 2; }
 [[ -n ${CUDA_HOME:-} ]] || { echo "host-gpu: CUDA_HOME is not set; scripts/install-cuda-toolkit.sh brings the headers" >&2; exit 1; }
 cxx=$(command -v c++ || command -v g++ || command -v clang++) || { echo "host-gpu: no C++ compiler" >&2; exit 1; }
 host=$(rustc -vV | sed -n 's/^host: //p')

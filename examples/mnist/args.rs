@@ -109,7 +109,7 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = count, help_heading = CURVATURE)]
     pub inverse_every: Option<usize>,
     /// Steps that an update of the inverses may take beside the training; 0 waits for each
-    #[arg(long, value_name = "N", help_heading = CURVATURE)]
+    #[arg(long, value_name = "N", value_parser = count_or_none, allow_negative_numbers = true, help_heading = CURVATURE)]
     pub overlap: Option<usize>,
     /// What decides how long a step is: the learning rate, a KL divergence between the models before and after, or one that
     /// follows the slopes before and after each step
@@ -356,6 +356,8 @@ mod tests {
             ("--weight-decay=-1", "expected a number of at least 0"),
             ("--dropout 1", "expected a number of at least 0 and below 1"),
             ("--batch 0", "expected a whole number of at least 1"),
+            ("--overlap x", "expected a whole number of at least 0"),
+            ("--overlap -1", "expected a whole number of at least 0"),
             ("--dtype f8", "expected f32, f64, bf16 or f16"),
             ("--device tpu", "expected cpu, cuda or cuda:N"),
             ("--device cuda:x", "number of the GPU: invalid digit"),

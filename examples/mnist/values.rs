@@ -191,6 +191,10 @@ pub fn count(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".into())
 }
 
+pub fn count_or_none(text: &str) -> std::result::Result<usize, String> {
+    text.parse().map_err(|_| "expected a whole number of at least 0".into())
+}
+
 /// What `--factor` takes.
 pub fn factor(text: &str) -> std::result::Result<Factor, String> {
     text.parse().map_err(|error| sentence(&error))
