@@ -7,7 +7,7 @@ mod models;
 use candle_core::{DType, Device, Result};
 use kronwake::curvature::{Beyond, Damping, FactorLimit, Inverse};
 use kronwake::nn::{self, VarBuilder, VarMap};
-use kronwake::optim::{Group, Groups, KFacRule, Natural, Params, Rule, So, TwoRate, WakeRule};
+use kronwake::optim::{Group, Groups, NaturalGradient, Params, So, TwoRate, UpdateRule, Wake};
 use kronwake::tape::Tape;
 use models::{bert, llama};
 use serde_json::json;
@@ -29,8 +29,8 @@ impl Model {
     }
 
     /// Bytes of state and those of a step beside it.
-    fn bytes<R: WakeRule>(&self, change: impl Fn(Params<R>) -> Params<R>) -> Result<[usize; 2]> {
-        let summary = Natural::from_varmap(&self.vars, change(Params::on(&self.tape)))?.summary();
+    fn bytes(wake: impl Into<Wake> + Clone, &self, change: impl Fn(Params) -> Params) -> Result<[usize; 2]> {
+        let summary = NaturalGradient::from_varmap(&self.vars, change(Params::on(&self.tape)))?.summary();
         Ok([summary.bytes(), summary.workspace_bytes])
     }
 }
@@ -73,7 +73,7 @@ fn report(name: &str, model: &Model) -> Result<()> {
     let adamw = 2 * model.elements() * DType::F32.size_in_bytes();
     let runs = |rows| FactorLimit { rows, beyond: Beyond::BlockDiagonal };
     let limited = |factor_limit| model.bytes::<So>(move |p| Params { factor_limit, ..p });
-    let tables = Groups(vec![Group { rule: Some(Rule::Adam), ..Group::named("*embed*") }]);
+    let tables = Groups(vec![Group { rule: Some(UpdateRule::Adam), ..Group::named("*embed*") }]);
     let has_tables = tables.0.iter().any(|group| {
         model
             .vars
@@ -82,7 +82,7 @@ fn report(name: &str, model: &Model) -> Result<()> {
             .is_ok_and(|data| data.keys().any(|var| var.contains(group.pattern.trim_matches('*'))))
     });
     let mut rows = vec![
-        ("K-FAC", model.bytes::<KFacRule>(|p| p)?),
+        ("K-FAC", model.bytes::<Wake::KFac>(|p| p)?),
         ("SO", model.bytes::<So>(|p| p)?),
         ("KLD-WRM", model.bytes::<TwoRate>(|p| p)?),
         ("SO, no limit", limited(FactorLimit::NONE)?),

@@ -256,7 +256,7 @@ fn refusals() -> Result<()> {
 #[test]
 fn masters_are_projected() -> Result<()> {
     use kronwake::nn::{self, Module, Optimizer, VarBuilder, VarMap, loss};
-    use kronwake::optim::{KFac, ParamsKFac};
+    use kronwake::optim::{NaturalGradient, Params};
     use kronwake::penalty::{Constraints, Rule};
     use kronwake::tape::{Likelihood, Tape};
 
@@ -269,7 +269,7 @@ fn masters_are_projected() -> Result<()> {
         let start = Tensor::new(&[[0.1f32, 0.0, 0.05], [0.0, 0.1, -0.05]], &Device::Cpu)?.to_dtype(dtype)?;
         varmap.data().lock().unwrap()["fc.weight"].set(&start)?;
         varmap.data().lock().unwrap()["fc.bias"].set(&start.get(0)?.narrow(0, 0, 2)?)?;
-        let mut opt = KFac::from_varmap(&varmap, ParamsKFac { lr: 0.5, ..ParamsKFac::on(&tape) })?;
+        let mut opt = NaturalGradient::from_varmap(&varmap, Params { lr: 0.5, ..Params::k_fac(&tape) })?;
         let rules = [("*.weight", Rule::Project { set }), ("*.bias", Rule::Free)];
         let mut constraints = Constraints::new(&varmap, &rules)?;
         let x = Tensor::new(&[[1f32, 0., 1.], [0., 1., 1.], [1., 1., 0.]], &Device::Cpu)?.to_dtype(dtype)?;

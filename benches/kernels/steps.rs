@@ -8,7 +8,7 @@ use candle_nn::AdamW;
 use kronwake::curvature::{Damping, Inverse};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::relu;
-use kronwake::optim::{Every, KFacRule, Natural, Optimizer, Params, Replay, So, WakeRule};
+use kronwake::optim::{Every, NaturalGradient, Optimizer, Params, Replay, So, Wake};
 use kronwake::tape::{Likelihood, Tape};
 use serde_json::json;
 use std::time::Instant;
@@ -188,21 +188,21 @@ fn one(
     }
 }
 
-fn natural<R: WakeRule>(
+fn natural(
     options: &Options,
     report: &mut Report,
     (model, dtype, name): (&Model, DType, &str),
     adamw: Option<f64>,
     period: usize,
-    change: fn(Params<R>) -> Params<R>,
+    change: fn(Params) -> Params,
 ) -> Result<()> {
     let s = Setup::new(model, dtype, &options.device)?;
     let every = Every { factors: period, inverses: period };
     // A rate at which many steps on one batch do not leave the region where nothing special happens.
     let params = change(Params::on(&s.tape));
     let lr = params.lr * 1e-3;
-    let mut opt = Natural::from_varmap(&s.varmap, Params { lr, every, ..params })?;
-    let pass = |opt: &mut Natural<R>| {
+    let mut opt = NaturalGradient::from_varmap(&s.varmap, Params { lr, every, ..params })?;
+    let pass = |opt: &mut NaturalGradient| {
         let (z, loss) = s.loss()?;
         opt.observe(&z, Likelihood::Categorical)?;
         opt.backward_step(&loss)
@@ -218,11 +218,11 @@ fn natural<R: WakeRule>(
     Ok(())
 }
 
-fn cholesky<R>(params: Params<R>) -> Params<R> {
+fn cholesky<R>(params: Params) -> Params {
     Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..params }
 }
 
-fn newton<R>(params: Params<R>) -> Params<R> {
+fn newton<R>(params: Params) -> Params {
     Params { damping: Damping::Pi(0.003), inverse: Inverse::Newton, ..params }
 }
 
@@ -267,7 +267,7 @@ fn all(options: &Options, report: &mut Report, model: &Model, dtype: DType) -> R
                 period,
                 |p| Params { overlap: usize::MAX, ..p },
             ),
-            natural::<KFacRule>(
+            natural::<Wake::KFac>(
                 options,
                 report,
                 (model, dtype, &format!("K-FAC, {period}")),

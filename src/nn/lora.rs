@@ -52,7 +52,7 @@ impl Default for ParamsLora {
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use kronwake::nn::{self, Lora, Module, ParamsLora, VarBuilder, VarMap, loss};
-/// use kronwake::optim::{ParamsSoKldWrm, SoKldWrm};
+/// use kronwake::optim::{NaturalGradient, Params};
 /// use kronwake::tape::{Likelihood, Tape};
 ///
 /// # fn main() -> candle_core::Result<()> {
@@ -61,7 +61,7 @@ impl Default for ParamsLora {
 /// let lora = Lora::new(ParamsLora { rank: 2, layers: vec!["fc*".into()], ..Default::default() })?;
 /// let model = lora.build(|| tape.build(|| nn::linear(4, 3, vb.pp("fc1"))))?;
 /// // Checkpoint::read("base.safetensors", &Device::Cpu)?.load_into(&base)?;
-/// let mut optimizer = SoKldWrm::from_varmap(lora.varmap(), ParamsSoKldWrm::on(&tape))?;
+/// let mut optimizer = NaturalGradient::from_varmap(lora.varmap(), Params::so_kld_wrm(&tape))?;
 /// assert_eq!(optimizer.block_names(), ["fc1.lora_A", "fc1.lora_B"]);
 /// # let (x, y) = (Tensor::randn(0f32, 1., (6, 4), &Device::Cpu)?, Tensor::new(&[0u32, 1, 2, 0, 1, 2], &Device::Cpu)?);
 /// let logits = model.forward(&x)?;

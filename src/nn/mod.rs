@@ -29,13 +29,13 @@
 //!
 //! use candle_core::{DType, Device, Module, Tensor};
 //! use kronwake::nn::{Optimizer, VarBuilder, VarMap, loss::cross_entropy};
-//! use kronwake::optim::{KldWrm, ParamsKldWrm};
+//! use kronwake::optim::{NaturalGradient, Params};
 //! use kronwake::tape::{Likelihood, Tape};
 //!
 //! let (vars, tape) = (VarMap::new(), Tape::new());
 //! let model = tape.build(|| model::Classifier::new(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)))?;
 //! // Or a checkpoint's tensors: Checkpoint::read(folder, &Device::Cpu)?.load_into(&vars)?
-//! let mut opt = KldWrm::from_varmap(&vars, ParamsKldWrm::on(&tape))?;
+//! let mut opt = NaturalGradient::from_varmap(&vars, Params::kld_wrm(&tape))?;
 //! let (tokens, classes) = (Tensor::new(&[[3u32, 1], [4, 2]], &Device::Cpu)?, Tensor::new(&[0u32, 1], &Device::Cpu)?);
 //! for _ in 0..20 {
 //!     let logits = model.forward(&tokens)?;

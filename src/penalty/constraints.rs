@@ -98,7 +98,7 @@ pub enum Rule {
 ///
 /// **Half precision.** The optimizers of this crate keep an f32 master of each f16 or bf16 Var, from which the next step starts:
 /// [`Constraints::after_step`] changes the Var alone, and the next step would undo it. With those call
-/// [`Natural::constrain`](crate::optim::Natural::constrain) in its place, which projects the masters.
+/// [`NaturalGradient::constrain`](crate::optim::NaturalGradient::constrain) in its place, which projects the masters.
 #[derive(Debug)]
 pub struct Constraints {
     entries: Vec<Entry>,
