@@ -10,7 +10,7 @@ use criterion::{
 use kronwake::curvature::{Damping, Inverse};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::relu;
-use kronwake::optim::{Every, NaturalGradient, Optimizer, Params, Q, So, Wake};
+use kronwake::optim::{Every, NaturalGradient, Optimizer, Params};
 use kronwake::tape::{Likelihood, Tape};
 use std::time::Duration;
 
@@ -159,14 +159,13 @@ fn natural(
     group: Group,
     case: &Case,
     name: &str,
-    options: impl Fn(Params) -> Params,
-    step: impl Fn(&mut NaturalGradient, &Setup, &Tensor) -> Result<()>,
+    options: impl Fn(&Tape) -> Params,
 ) -> Result<()> {
     for period in PERIODS {
         let s = setup(case, case.build)?;
         let every = Every { factors: period, inverses: period };
         // A rate at which thousands of steps on one batch do not leave the region where nothing special happens.
-        let params = options(Params::on(&s.tape));
+        let params = options(&s.tape);
         let lr = params.lr * 1e-3;
         let mut opt = NaturalGradient::from_varmap(&s.varmap, Params { lr, every, ..params })?;
         group.throughput(Throughput::Elements(period as u64));
@@ -175,16 +174,13 @@ fn natural(
                 for _ in 0..period {
                     let (logits, loss) = s.loss().unwrap();
                     opt.observe(&logits, Likelihood::Categorical).unwrap();
-                    step(&mut opt, &s, &loss).unwrap();
+                    let outputs = &mut || (s.forward)(&s.x);
+                    opt.step_with(&loss, Likelihood::Categorical, outputs).unwrap();
                 }
             })
         });
     }
     Ok(())
-}
-
-fn plain(opt: &mut NaturalGradient, _: &Setup, loss: &Tensor) -> Result<()> {
-    opt.backward_step(loss)
 }
 
 fn pi(params: Params) -> Params {
@@ -194,27 +190,13 @@ fn pi(params: Params) -> Params {
 fn all(group: Group, case: &Case) -> Result<()> {
     adamw(group, case, "adamw", case.candle)?;
     adamw(group, case, "adamw on kronwake's layers", case.build)?;
-    natural::<Wake::KFac>(group, case, "kfac", |p| p, plain)?;
-    natural::<So>(group, case, "so", |p| p, plain)?;
-    natural(group, case, "so, pi", pi, |opt: &mut NaturalGradient, s, loss| plain(opt, s, loss))?;
-    natural::<Q>(group, case, "q", |p| p, plain)?;
-    natural::<Q>(group, case, "q, pi", pi, plain)?;
-    natural(
-        group,
-        case,
-        "qe",
-        |p| p,
-        |opt: &mut NaturalGradient, s, loss| {
-            opt.step_with(loss, Likelihood::Categorical, &mut || (s.forward)(&s.x))
-        },
-    )?;
-    natural(
-        group,
-        case,
-        "kld-wrm",
-        |p: ParamsKldWrm| p,
-        |opt: &mut NaturalGradient, s, loss| plain(opt, s, loss),
-    )
+    natural(group, case, "kfac", Params::k_fac)?;
+    natural(group, case, "so", Params::so_kld_wrm)?;
+    natural(group, case, "so, pi", |tape| pi(Params::so_kld_wrm(tape)))?;
+    natural(group, case, "q", Params::q_kld_wrm)?;
+    natural(group, case, "q, pi", |tape| pi(Params::q_kld_wrm(tape)))?;
+    natural(group, case, "qe", Params::qe_kld_wrm)?;
+    natural(group, case, "kld-wrm", Params::kld_wrm)
 }
 
 fn steps(c: &mut Criterion) {

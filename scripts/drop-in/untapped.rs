@@ -55,7 +55,7 @@ impl Training {
                 groups.0.push(Group { rule: Some(UpdateRule::GradientFactors), ..Group::named(name) });
             }
         }
-        let params = ParamsKFac {
+        let params = Params {
             lr: self.lr,
             stat_decay: 0.95,
             kl_clip: Some(1e-3),
