@@ -7,6 +7,7 @@ mod constrain;
 mod correct;
 mod device;
 mod direction;
+mod first_order;
 mod groups;
 mod kfac;
 mod launches;
@@ -34,6 +35,7 @@ mod wanted;
 
 pub use average::Average;
 pub use candle_nn::{Optimizer, ParamsAdamW};
+pub use first_order::{AdamW, FirstOrder, ParamsSgd, Sgd, Update};
 pub use groups::{Group, Groups, Rule};
 pub use kfac::{KFac, KFacRule, ParamsKFac};
 pub use length::{AdaptiveKl, StepRule};
