@@ -1,6 +1,7 @@
 //! Damping: what is added to the curvature before it is inverted.
 
 use candle_core::{Result, bail};
+use std::fmt;
 
 /// Where the damping enters a Kronecker product `A (x) G`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +81,30 @@ pub struct Adaptive {
 impl Default for Adaptive {
     fn default() -> Self {
         Self { kind: DampingKind::Eigenvalue, initial: 0.01, every: 5, factor: 0.9, min: 1e-6, max: 10.0 }
+    }
+}
+
+impl fmt::Display for DampingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Eigenvalue => "eigenvalue",
+            Self::Pi => "pi",
+        })
+    }
+}
+
+impl fmt::Display for Damping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.kind();
+        match self {
+            Self::Eigenvalue(la) | Self::Pi(la) => write!(f, "{kind} damping of {la}"),
+            Self::Adaptive(Adaptive { initial, .. }) => {
+                write!(f, "{kind} damping of {initial} at first, adapted to the loss")
+            }
+            Self::Relative(Relative { fraction, .. }) => {
+                write!(f, "{kind} damping of {fraction} times the factors' mean curvature")
+            }
+        }
     }
 }
 

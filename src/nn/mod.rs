@@ -57,6 +57,7 @@ pub mod conv;
 mod conv_transpose;
 pub mod dropout;
 pub mod embedding;
+pub mod init;
 pub mod kv_cache;
 pub mod linear;
 pub mod lora;
