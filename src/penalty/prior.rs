@@ -88,7 +88,7 @@ impl Prior {
     pub fn size(&self) -> usize {
         match self.law {
             Law::GroupLasso { size, .. } => size,
-            _ => 1,
+            Law::Gaussian { .. } | Law::Laplace { .. } | Law::Cosine { .. } => 1,
         }
     }
 
@@ -121,7 +121,10 @@ impl Prior {
 
     /// Whether the density has an integral: all but a cosine's without decay.
     pub fn is_proper(&self) -> bool {
-        !matches!(self.law, Law::Cosine { decay: 0., .. })
+        match self.law {
+            Law::Cosine { decay, .. } => decay != 0.,
+            Law::Gaussian { .. } | Law::Laplace { .. } | Law::GroupLasso { .. } => true,
+        }
     }
 
     fn check_proper(&self, what: &str) -> Result<()> {
