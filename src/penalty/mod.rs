@@ -49,7 +49,7 @@ pub use factor::{Factor, Family, Init};
 pub use group::{GroupLasso, SparseGroupLasso};
 pub use groups::Grouping;
 pub use lp::Lp;
-pub use multiplier::{Dual, Kkt, Multiplier, Omega, Report};
+pub use multiplier::{AugmentedLagrangian, Bound, Dual, Kkt, Multiplier, Omega, Report};
 pub use prior::Prior;
 pub use scaled::ScaledProx;
 pub use spatial::Spatial;
