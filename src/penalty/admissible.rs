@@ -82,8 +82,10 @@ impl Grid {
     }
 }
 
-/// Deconvolves the penalty `r(mu, s)` of one weight (`s = 0` for a Dirac). Fails where the grid does not fit the posteriors
-/// and where a penalty is NaN or beyond 1e100.
+/// Deconvolves the penalty `r(mu, s)` of one weight (`s = 0` for a Dirac).
+///
+/// # Errors
+/// Where the grid does not fit the posteriors, and where a penalty is NaN or beyond 1e100.
 ///
 /// ```
 /// use candle_core::Result;

@@ -72,7 +72,10 @@ pub enum Set {
 }
 
 impl Set {
-    /// Refuses a radius, bound or sum that is negative, infinite or NaN. [`Set::project`] does so too.
+    /// Checks radius, bound or sum, as [`Set::project`] does too.
+    ///
+    /// # Errors
+    /// If it is negative, infinite or NaN.
     pub fn check(&self) -> Result<()> {
         let (Self::L2 { radius: k }
         | Self::Box { bound: k }

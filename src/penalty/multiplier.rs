@@ -176,6 +176,9 @@ impl Multiplier {
     }
 
     /// The multipliers, one a group, read from the weights' device.
+    ///
+    /// # Errors
+    /// If the device fails.
     pub fn alpha(&self) -> Result<Vec<f64>> {
         Row::Alpha.of(&self.state)?.to_vec1()
     }
