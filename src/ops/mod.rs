@@ -12,6 +12,7 @@ mod cross;
 pub(crate) mod cross_entropy;
 pub mod dense;
 pub(crate) mod dropout;
+pub(crate) mod dual;
 pub(crate) mod element;
 pub mod factor;
 mod factor_gpu;
