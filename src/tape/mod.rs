@@ -55,6 +55,8 @@ pub struct Tape(Arc<Mutex<State>>);
 #[derive(Default)]
 struct State {
     layers: Vec<Arc<Layer>>,
+    /// Uses of these layers' weights with another bias than the first use's, or without one.
+    other_biases: Vec<Arc<Layer>>,
     pass: Option<Pass>,
     mask: Option<Arc<Mask>>,
 }
@@ -91,6 +93,12 @@ impl Tape {
     /// The tapped layers in order of construction.
     pub fn layers(&self) -> Vec<Arc<Layer>> {
         self.state().layers.clone()
+    }
+
+    /// The uses of layers' weights with another bias than the layer's own, or without one. Records say which bias was added: they come
+    /// with the use's layer.
+    pub(crate) fn other_biases(&self) -> Vec<Arc<Layer>> {
+        self.state().other_biases.clone()
     }
 
     /// Runs one backward pass of `<cotangent, outputs>` for its records alone: weight gradients are not computed.
@@ -191,6 +199,16 @@ impl Tape {
         Ok(())
     }
 
+    /// The mask that holds at present.
+    pub(crate) fn current_mask(&self) -> Option<Arc<Mask>> {
+        self.state().mask.clone()
+    }
+
+    /// Puts a mask in place of the present one, which is returned.
+    pub(crate) fn replace_mask(&self, mask: Option<Arc<Mask>>) -> Option<Arc<Mask>> {
+        std::mem::replace(&mut self.state().mask, mask)
+    }
+
     /// The tap of a layer that is being built, if a tape is being recorded on this thread.
     pub(crate) fn tap(name: &str, weight: &Tensor, bias: Option<&Tensor>, groups: usize) -> Option<Tap> {
         Self::tap_as(Kind::Matrix, name, weight, bias, groups)
@@ -207,14 +225,22 @@ impl Tape {
         let tape = BUILDING.with(|b| b.borrow().clone())?;
         let mut state = tape.state();
         let known = state.layers.iter().find(|l| l.is_use_of(weight.id(), kind)).cloned();
-        let layer = known.unwrap_or_else(|| {
-            let index = state.layers.len();
-            let name = if name.is_empty() { format!("layer{index}") } else { name.to_string() };
-            let layer = Layer { index, name, kind, weight: weight.clone(), bias: bias.cloned(), groups };
-            let layer = Arc::new(layer);
-            state.layers.push(layer.clone());
-            layer
-        });
+        let layer = match known {
+            Some(known) if known.bias.as_ref().map(Tensor::id) == bias.map(Tensor::id) => known,
+            Some(known) => {
+                let layer = Arc::new(Layer { bias: bias.cloned(), ..(*known).clone() });
+                state.other_biases.push(layer.clone());
+                layer
+            }
+            None => {
+                let index = state.layers.len();
+                let name = if name.is_empty() { format!("layer{index}") } else { name.to_string() };
+                let layer = Layer { index, name, kind, weight: weight.clone(), bias: bias.cloned(), groups };
+                let layer = Arc::new(layer);
+                state.layers.push(layer.clone());
+                layer
+            }
+        };
         drop(state);
         Some(Tap { tape, layer })
     }
