@@ -132,7 +132,8 @@ impl<R: WakeRule> Natural<R> {
         for adam in &self.rest {
             note(&format!("adam_steps.{}", self.vars[adam.param].name), adam.steps.to_string());
         }
-        Checkpoint { tensors, metadata: [(KEY.to_string(), numbers)].into() }.write(path)
+        Checkpoint { tensors, metadata: [(KEY.to_string(), numbers)].into(), ..Default::default() }
+            .write(path)
     }
 
     /// Restores parameters and state, the learning rate included, from a file that [`Natural::save`] wrote with the same
