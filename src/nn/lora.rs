@@ -261,7 +261,7 @@ impl Lora {
             ("r".to_string(), self.params.rank.to_string()),
             ("lora_alpha".to_string(), self.params.alpha.to_string()),
         ]);
-        Checkpoint { tensors, metadata }.write(path)
+        Checkpoint { tensors, metadata, ..Default::default() }.write(path)
     }
 
     /// Sets the adapters to those of a file of [`Lora::save`] or of PEFT.
