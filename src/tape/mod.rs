@@ -7,6 +7,7 @@
 mod affine;
 mod conv;
 mod conv_pool;
+mod labels;
 mod likelihood;
 mod mask;
 mod record;
