@@ -12,6 +12,7 @@
 //! | [`evidence`] | the log marginal likelihood and its bounds, to choose weight decay, temperature and noise |
 //! | [`penalty`] | functions of the weights that are added to a loss, proximal steps, bounds with multipliers, priors |
 //! | [`prune`] | which weights can go, what that takes of the others, and smaller models and files |
+//! | [`stack`] | room for the recursion of long graphs |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //! | [`ops`], [`linalg`] | the pure functions below: convolution, second moments, softmax, decompositions |
 //!
@@ -32,4 +33,5 @@ pub mod optim;
 mod pattern;
 pub mod penalty;
 pub mod prune;
+pub mod stack;
 pub mod tape;

@@ -41,6 +41,7 @@ pub(crate) mod rope;
 mod rows;
 pub mod sample;
 pub mod softmax;
+pub(crate) mod softplus;
 pub(crate) mod spatial;
 #[cfg(test)]
 pub(crate) mod testing;

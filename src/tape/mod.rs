@@ -142,7 +142,7 @@ impl Tape {
         }
         let root = (outputs * cotangent.detach())?.sum_all()?;
         self.arm(reducer, weight_grads)?;
-        let done = root.backward();
+        let done = crate::stack::deep(|| root.backward());
         let records = self.disarm();
         let grads = done?;
         if records? == 0 {
@@ -224,6 +224,8 @@ impl Tape {
         groups: usize,
     ) -> Option<Tap> {
         let tape = BUILDING.with(|b| b.borrow().clone())?;
+        // A bias that broadcasts over the outputs belongs to no block.
+        let bias = bias.filter(|bias| bias.dims() == &weight.dims()[..1]);
         let mut state = tape.state();
         let known = state.layers.iter().find(|l| l.is_use_of(weight.id(), kind)).cloned();
         let layer = match known {
@@ -250,6 +252,18 @@ impl Tape {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+/// The bias of a convolution, contiguous and one a channel, as its kernels read it; a single number serves all channels.
+fn per_output(name: &str, bias: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let out = weight.dim(0)?;
+    if bias.dims() == [out] {
+        return bias.contiguous();
+    }
+    if bias.elem_count() != 1 {
+        bail!("layer {name}: expected a bias [{out}], or one number for all channels, got {:?}", bias.dims())
+    }
+    bias.reshape(1)?.broadcast_as(out)?.contiguous()
 }
 
 /// A layer's line to its tape. Clones are the same layer: using it again shares its weights.
