@@ -10,8 +10,8 @@ use kronwake::ops::patches::{ConvShape, patches};
 use kronwake::ops::sample::{DrawKey, bernoulli, categorical, normal};
 use kronwake::ops::{conv, dense, factor, grouped, norm, pool, softmax};
 use kronwake::penalty::{
-    AugmentedLagrangian, Bound, Constraints, Dual, Grouping, Lp, Multiplier, Omega, Penalty, Rule, Set,
-    SparseGroupLasso, Spatial, UnitLasso,
+    AugmentedLagrangian, Bound, Constraints, Dual, FeasibleSet, Grouping, Lp, Multiplier, Omega, Penalty,
+    Rule, SparseGroupLasso, Spatial, UnitLasso,
 };
 use kronwake::tape::Keep;
 
@@ -242,14 +242,14 @@ const PLAIN: &[(&str, Plain)] = &[
         let (rows, columns, blocks) =
             (Grouping::Rows, Grouping::Columns, Grouping::Blocks { rows: 7, columns: 4 });
         let sets = [
-            Set::L2 { radius: 4.0 },
-            Set::Box { bound: 0.5 },
-            Set::L1 { radius: 30.0 },
-            Set::GroupBall { grouping: rows, radius: 20.0 },
-            Set::Simplex { sum: 2.0 },
-            Set::MaxNorm { grouping: columns, radius: 1.0 },
-            Set::MaxNorm { grouping: blocks, radius: 1.0 },
-            Set::Sphere { grouping: rows, radius: 1.0 },
+            FeasibleSet::L2 { radius: 4.0 },
+            FeasibleSet::Box { bound: 0.5 },
+            FeasibleSet::L1 { radius: 30.0 },
+            FeasibleSet::GroupBall { grouping: rows, radius: 20.0 },
+            FeasibleSet::Simplex { sum: 2.0 },
+            FeasibleSet::MaxNorm { grouping: columns, radius: 1.0 },
+            FeasibleSet::MaxNorm { grouping: blocks, radius: 1.0 },
+            FeasibleSet::Sphere { grouping: rows, radius: 1.0 },
         ];
         let w = t(1, &[40, 33])?;
         sets.iter().map(|set| set.project(&w)).collect()

@@ -1,7 +1,7 @@
 //! Constrained optima: those with known weights and multipliers, and the conditions of Karush, Kuhn and Tucker elsewhere.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use kronwake::penalty::{AugmentedLagrangian, Bound, Dual, Grouping, Kkt, Multiplier, Omega, Set};
+use kronwake::penalty::{AugmentedLagrangian, Bound, Dual, FeasibleSet, Grouping, Kkt, Multiplier, Omega};
 
 const ELEMENTS: Grouping = Grouping::Blocks { rows: 1, columns: 1 };
 
@@ -230,7 +230,7 @@ fn multipliers_wind_up_and_need_not() -> Result<()> {
 /// that can be met, however late, shows nothing.
 #[test]
 fn infeasible_constraints_show() -> Result<()> {
-    let sphere = Set::Sphere { grouping: Grouping::Rows, radius: 2.0 };
+    let sphere = FeasibleSet::Sphere { grouping: Grouping::Rows, radius: 2.0 };
     let w = Var::new(&[[1.0, 0.0], [0.6, 0.8]], &Device::Cpu)?;
     let target = Tensor::new(&[[3.0, 4.0], [0.0, 1.0]], &Device::Cpu)?;
     let omega = Omega::Norm(Grouping::Rows);
@@ -274,7 +274,7 @@ fn three_routes_lead_to_one_optimum() -> Result<()> {
             solve(&bowl, Omega::SquaredNorm(grouping), 1.0, Dual::nu_pi(0.1, 0.05, 0.0), 8000)?;
         assert_solved(multiplier.kkt(&w, &bowl.gradient(&w)?)?);
         // Reprojection after each step of gradient descent.
-        let set = Set::MaxNorm { grouping, radius: 1.0 };
+        let set = FeasibleSet::MaxNorm { grouping, radius: 1.0 };
         let mut projected = bowl.a.zeros_like()?;
         for _ in 0..4000 {
             projected = set.project(&(&projected - (bowl.gradient(&projected)? * 0.05)?)?)?;
@@ -438,7 +438,7 @@ fn masters_are_projected() -> Result<()> {
     use kronwake::penalty::{Constraints, Rule};
     use kronwake::tape::{Likelihood, Tape};
 
-    let set = Set::MaxNorm { grouping: Grouping::Rows, radius: 0.25 };
+    let set = FeasibleSet::MaxNorm { grouping: Grouping::Rows, radius: 0.25 };
     let train = |dtype: DType, masters: bool| -> Result<(Tensor, Tensor)> {
         let varmap = VarMap::new();
         let vb = VarBuilder::from_varmap(&varmap, dtype, &Device::Cpu);

@@ -7,9 +7,9 @@ use std::ops::Range;
 
 /// A grouping of a tensor of known shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Cells(Tiles);
+pub(crate) struct GroupLayout(Tiles);
 
-impl Cells {
+impl GroupLayout {
     /// # Errors
     /// If blocks have no rows or no columns.
     pub fn of(grouping: Grouping, dims: &[usize]) -> Result<Self> {
@@ -116,10 +116,10 @@ mod tests {
     /// The group of every element.
     fn map(grouping: Grouping, dims: &[usize]) -> Vec<usize> {
         let mut groups = vec![usize::MAX; dims.iter().product()];
-        let cells = Cells::of(grouping, dims).unwrap();
-        cells.each(|group, run| groups[run].fill(group));
-        assert_eq!(groups.iter().max().map_or(0, |g| g + 1), cells.count());
-        assert!((0..cells.count()).all(|g| cells.size(g) == groups.iter().filter(|&&h| h == g).count()));
+        let layout = GroupLayout::of(grouping, dims).unwrap();
+        layout.each(|group, run| groups[run].fill(group));
+        assert_eq!(groups.iter().max().map_or(0, |g| g + 1), layout.count());
+        assert!((0..layout.count()).all(|g| layout.size(g) == groups.iter().filter(|&&h| h == g).count()));
         groups
     }
 
@@ -137,15 +137,15 @@ mod tests {
         assert_eq!(map(Grouping::InputChannels, &[2, 2]), [0, 1, 0, 1]);
         assert_eq!(map(Grouping::Columns, &[3]), [0, 0, 0]);
         assert_eq!(map(Grouping::Rows, &[]), [0]);
-        assert!(Cells::of(Grouping::Blocks { rows: 0, columns: 1 }, &[2, 2]).is_err());
-        assert_eq!(Cells::of(Grouping::Rows, &[2, 0]).unwrap().sums(&[0f32; 0], |v| v), [0.0; 0]);
+        assert!(GroupLayout::of(Grouping::Blocks { rows: 0, columns: 1 }, &[2, 2]).is_err());
+        assert_eq!(GroupLayout::of(Grouping::Rows, &[2, 0]).unwrap().sums(&[0f32; 0], |v| v), [0.0; 0]);
     }
 
     #[test]
     fn norms_at_every_scale() {
-        let cells = Cells::of(Grouping::Rows, &[3, 2]).unwrap();
+        let layout = GroupLayout::of(Grouping::Rows, &[3, 2]).unwrap();
         for unit in [1e-320, 1e-170, 1e-20, 1.0, 1e20, 1e200, 1e307] {
-            let norms = cells.norms(&[3.0 * unit, -4.0 * unit, 0.0, 0.0, 0.0, 5.0 * unit]);
+            let norms = layout.norms(&[3.0 * unit, -4.0 * unit, 0.0, 0.0, 0.0, 5.0 * unit]);
             for (norm, expected) in norms.iter().zip([5.0, 0.0, 5.0]) {
                 assert!(
                     (norm - expected * unit).abs() <= 1e-3 * 1e-320 + 1e-15 * expected * unit,

@@ -46,7 +46,7 @@ impl fmt::Display for Failure {
 
 /// What was found of a penalty. Numbers are relative as in [`Failure`].
 #[derive(Debug, Clone, PartialEq)]
-pub struct Verdict {
+pub struct Admissibility {
     /// The inner half of the grid's points.
     pub x: Vec<f64>,
     /// The logarithm of the prior's density there, for the smallest scale, normalized together with the mass outside. Without
@@ -65,7 +65,7 @@ pub struct Verdict {
     pub failures: Vec<Failure>,
 }
 
-impl Verdict {
+impl Admissibility {
     /// Judges the logarithm `a` of an unnormalized density at `x`.
     pub(super) fn of(x: Vec<f64>, mut a: Vec<f64>, change: f64, deviation: f64) -> Self {
         let last = x.len() - 1;

@@ -12,8 +12,8 @@ use std::f64::consts::{E, TAU};
 use candle_core::{Result, bail, cpu::erf::erf_f64};
 
 use super::{
+    admissibility::{Admissibility, ends},
     fft::{Complex, frequency, inverse, transform},
-    verdict::{Verdict, ends},
 };
 
 /// The posteriors of one weight.
@@ -100,7 +100,11 @@ impl Grid {
 /// # Ok(())
 /// # }
 /// ```
-pub fn deconvolve(penalty: impl Fn(f64, f64) -> f64, posterior: Posterior, grid: Grid) -> Result<Verdict> {
+pub fn deconvolve(
+    penalty: impl Fn(f64, f64) -> f64,
+    posterior: Posterior,
+    grid: Grid,
+) -> Result<Admissibility> {
     /// So that no transform overflows.
     const LARGEST: f64 = 1e100;
     grid.check(posterior)?;
@@ -146,7 +150,7 @@ pub fn deconvolve(penalty: impl Fn(f64, f64) -> f64, posterior: Posterior, grid:
         }
     };
     let x: Vec<f64> = inner.map(|j| grid.at(j)).collect();
-    Ok(Verdict::of(x, prior, change, deviation))
+    Ok(Admissibility::of(x, prior, change, deviation))
 }
 
 /// `-F(W (r + H)) / F(q)` where the quotient is finite in f64.
@@ -200,7 +204,7 @@ mod tests {
     }
 
     /// Which conditions fail: function, scale, integral.
-    fn failed(report: &Verdict) -> [bool; 3] {
+    fn failed(report: &Admissibility) -> [bool; 3] {
         let any = |f: fn(&Failure) -> bool| report.failures.iter().any(f);
         [
             any(|f| matches!(f, Failure::NotAFunction { .. })),
@@ -210,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn verdicts_under_a_dirac() -> Result<()> {
+    fn admissibility_under_a_dirac() -> Result<()> {
         let grid = Grid::new(8.);
         for (name, penalty, expected) in [
             ("L2", (|w, _| 2. * w * w) as fn(f64, f64) -> f64, [false; 3]),
@@ -227,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn verdicts_under_gaussians() -> Result<()> {
+    fn admissibility_under_gaussians() -> Result<()> {
         for (name, penalty, expected) in [
             ("L2", (|m, s| 2. * (m * m + s * s) - entropy(s)) as fn(f64, f64) -> f64, [false; 3]),
             ("L2 and a constant", |m, s| 7. + 2. * (m * m + s * s) - entropy(s), [false; 3]),
