@@ -377,7 +377,8 @@ proptest! {
         if let Err(error) = Checkpoint::parse("some file", &bytes, &CPU) {
             prop_assert!(error.to_string().starts_with("some file: "));
         } else {
-            prop_assert!(bytes[8] == b'{');
+            let plain = bytes[8] == b'{';
+            prop_assert!(plain);
         }
     }
 }
