@@ -307,12 +307,14 @@ proptest! {
 
     /// Whole headers of every type, whose data may be too short or too long for the shape.
     #[test]
-    fn any_type_is_read_or_refused(size in 0..64usize, count in 0..20usize, dtype in 0..TYPES.len()) {
+    fn any_type_is_read_or_refused(fits in any::<bool>(), size in 0..64usize, count in 0..20usize, dtype in 0..TYPES.len(), data in prop::collection::vec(any::<u8>(), 160)) {
+        // Of whole elements, or of any size.
+        let size = if fits { count * [8, 4, 2, 1][size % 4] } else { size };
         let dtype = TYPES[dtype];
         let header = format!(r#"{{"a":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[0,{size}]}}}}"#);
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
         bytes.extend(header.as_bytes());
-        bytes.extend(vec![7; size]);
+        bytes.extend(&data[..size]);
         reads(&bytes);
     }
 
@@ -331,8 +333,26 @@ proptest! {
         prop_assert!(!(overlap && found.is_ok()));
     }
 
+    /// First bytes of other formats with anything behind them are errors that name the file.
+    #[test]
+    fn other_formats_are_errors(kind in 0..8usize, rest in prop::collection::vec(any::<u8>(), 0..64)) {
+        let heads: [&[u8]; 8] = [b"PK\x03\x04", b"\x80\x02", b"GGUF", b"version https://git-lfs", b"<html", b"\x93NUMPY", b"\x1f\x8b", b"{"];
+        let bytes = [heads[kind], &rest].concat();
+        if let Err(error) = Checkpoint::parse("some file", &bytes, &CPU) {
+            prop_assert!(error.to_string().starts_with("some file: "));
+        } else {
+            let plain = bytes[8] == b'{';
+            prop_assert!(plain);
+        }
+    }
+}
+
+#[cfg(unix)]
+proptest! {
+    // A disk takes its time.
+    #![proptest_config(ProptestConfig::with_cases(if std::env::var("KRONWAKE_FUZZ").is_ok() { 5_000 } else { 30 }))]
+
     /// Any mode and any chain of links: the file behind the last one is replaced, with its mode, and the links stay.
-    #[cfg(unix)]
     #[test]
     fn files_are_replaced_where_they_are(mode in proptest::option::of(0..0o1000u32), links in prop::collection::vec((0..3usize, any::<bool>()), 0..6)) {
         use std::os::unix::fs::{PermissionsExt, symlink};
@@ -367,17 +387,5 @@ proptest! {
         prop_assert_eq!(Checkpoint::read(at(links.len()), &CPU).expect("read").tensors.len(), 3);
         let count: usize = ["0", "1", "2"].iter().map(|n| std::fs::read_dir(folder.0.join(n)).expect("a folder").count()).sum();
         prop_assert_eq!(count, 1 + links.len());
-    }
-
-    /// First bytes of other formats with anything behind them are errors that name the file.
-    #[test]
-    fn other_formats_are_errors(kind in 0..8usize, rest in prop::collection::vec(any::<u8>(), 0..64)) {
-        let heads: [&[u8]; 8] = [b"PK\x03\x04", b"\x80\x02", b"GGUF", b"version https://git-lfs", b"<html", b"\x93NUMPY", b"\x1f\x8b", b"{"];
-        let bytes = [heads[kind], &rest].concat();
-        if let Err(error) = Checkpoint::parse("some file", &bytes, &CPU) {
-            prop_assert!(error.to_string().starts_with("some file: "));
-        } else {
-            prop_assert!(bytes[8] == b'{');
-        }
     }
 }
