@@ -48,13 +48,16 @@ fn gradients_agree_with_differences() -> Result<()> {
         Estimator::new(Curvature::BlockPerTensor, Parts::Whole),
         Estimator::new(Curvature::BlockPerLayer, Parts::Consecutive(2)),
         Estimator::new(Curvature::Kron, Parts::Whole),
+        Estimator::new(Curvature::Rotated, Parts::Consecutive(4)),
         Estimator::new(Curvature::Diagonal, Parts::Whole),
         Estimator::extrapolated(8),
     ];
     let structures = [Structure::Scalar, Structure::PerLayer, Structure::PerTensor, Structure::Diagonal];
     for (index, estimator) in estimators.iter().enumerate() {
         for (at, structure) in structures.into_iter().enumerate() {
-            if structure == Structure::Diagonal && estimator.curvature == Curvature::Kron {
+            if structure == Structure::Diagonal
+                && matches!(estimator.curvature, Curvature::Kron | Curvature::Rotated)
+            {
                 continue;
             }
             let likelihood = LIKELIHOODS[(index + at) % 3];
