@@ -83,7 +83,10 @@ fn files_of_peft_have_its_outputs() -> Result<()> {
     }
     let params = ParamsLora::read(folder("patterns"))?;
     assert_eq!((params.rank, params.alpha, params.rslora), (2, 3.0, false));
-    assert_eq!((&params.layers, &params.embeddings), (&vec!["fc1".into(), "fc2".into()], &vec!["emb".into()]));
+    assert_eq!(
+        (&params.layers, &params.embeddings),
+        (&vec!["fc1".into(), "fc2".into()], &vec!["emb".into()])
+    );
     assert_eq!((&params.ranks, &params.alphas), (&vec![("fc2".into(), 3)], &vec![("fc1".into(), 5.0)]));
     Ok(())
 }
@@ -145,7 +148,12 @@ fn no_file_is_read_at_the_wrong_strength() -> Result<()> {
     let with = |alpha, rslora| ParamsLora { alpha, rslora, ..params.clone() };
     assert_says(
         load(with(16.0, true), &folder("rslora")),
-        &["lora_alpha is 4 with use_rslora", "expected 16 with use_rslora", "4 times as strong", "ParamsLora::read"],
+        &[
+            "lora_alpha is 4 with use_rslora",
+            "expected 16 with use_rslora",
+            "4 times as strong",
+            "ParamsLora::read",
+        ],
     );
     assert_says(load(with(4.0, false), &folder("rslora")), &["expected 4, for layer block.fc1"]);
     // Half the rank at half the alpha would be as strong, but is another adapter.
@@ -161,6 +169,15 @@ fn no_file_is_read_at_the_wrong_strength() -> Result<()> {
     for result in [load(params.clone(), &alone), ParamsLora::read(&alone).map(drop)] {
         assert_says(result, &["nothing says how strong these adapters are", "adapter_config.json"]);
     }
+    // In a folder the configuration beside the file counts, whatever its own metadata say.
+    let changed = scratch("edited");
+    std::fs::create_dir(&changed)?;
+    loaded(&folder("rslora"))?.1.save(&changed)?;
+    let config = changed.join("adapter_config.json");
+    let text = std::fs::read_to_string(&config)?;
+    std::fs::write(&config, text.replace("\"lora_alpha\": 4", "\"lora_alpha\": 5"))?;
+    assert_eq!(ParamsLora::read(&changed)?.alpha, 5.0);
+    assert_says(load(params.clone(), &changed), &["lora_alpha is 5 with use_rslora", "expected 4"]);
     // What is not supported is named.
     let folder_of = |change: &dyn Fn(&mut Value)| -> Result<PathBuf> {
         let copy = scratch("changed");
@@ -175,7 +192,9 @@ fn no_file_is_read_at_the_wrong_strength() -> Result<()> {
         std::fs::write(copy.join("adapter_config.json"), config.to_string())?;
         Ok(copy)
     };
-    for (key, value) in [("use_dora", json!(true)), ("bias", json!("all")), ("modules_to_save", json!(["fc2"]))] {
+    for (key, value) in
+        [("use_dora", json!(true)), ("bias", json!("all")), ("modules_to_save", json!(["fc2"]))]
+    {
         let changed = folder_of(&|config| config[key] = value.clone())?;
         for result in [load(params.clone(), &changed), ParamsLora::read(&changed).map(drop)] {
             assert_says(result, &[key, "not supported"]);
@@ -224,7 +243,8 @@ fn embeddings() -> Result<()> {
     let loss = || model.forward(&tokens()?)?.sqr()?.sum_all();
     let grads = loss()?.backward()?;
     let frozen = ["emb.weight", "fc1.weight", "block.fc1.weight"];
-    for (name, var) in base.data().lock().unwrap().iter().filter(|(name, _)| frozen.contains(&name.as_str())) {
+    for (name, var) in base.data().lock().unwrap().iter().filter(|(name, _)| frozen.contains(&name.as_str()))
+    {
         assert!(grads.get(var).is_none(), "{name}");
     }
     for (name, var) in lora.varmap().data().lock().unwrap().iter() {
@@ -259,7 +279,10 @@ fn embeddings() -> Result<()> {
         message(ParamsLora { rank: 2, ranks: vec![("head".into(), 1)], ..all() }),
         &["\"head\"", "matches no layer"],
     );
-    assert_says(message(ParamsLora { ranks: vec![("fc1".into(), 0)], ..all() }), &["rank of 1 or more", "rank 0"]);
+    assert_says(
+        message(ParamsLora { ranks: vec![("fc1".into(), 0)], ..all() }),
+        &["rank of 1 or more", "rank 0"],
+    );
     Ok(())
 }
 

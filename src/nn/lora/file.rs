@@ -156,7 +156,10 @@ impl File {
         let shown = path.display().to_string();
         let Checkpoint { tensors: all, metadata, .. } = Checkpoint::read(&path, &Device::Cpu)?;
         let beside = path.with_file_name(CONFIG);
-        let config = match (metadata.get(METADATA), beside.exists(), metadata.get("lora_alpha")) {
+        // PEFT reads what is beside a file of this name, and so what somebody changed there.
+        let of_folder = path.file_name().is_some_and(|name| name == TENSORS) && beside.exists();
+        let own = metadata.get(METADATA).filter(|_| !of_folder);
+        let config = match (own, beside.exists(), metadata.get("lora_alpha")) {
             (Some(text), ..) => Some(Config::parse(&shown, text)?),
             (None, true, _) => match std::fs::read_to_string(&beside) {
                 Ok(text) => Some(Config::parse(&beside.display().to_string(), &text)?),
