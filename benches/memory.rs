@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result};
 use kronwake::curvature::{Beyond, Damping, FactorLimit, Inverse};
 use kronwake::nn::{self, VarBuilder, VarMap};
-use kronwake::optim::{Group, Groups, KFacRule, Natural, Params, Rule, So, TwoRate, WakeRule};
+use kronwake::optim::{Group, Groups, NaturalGradient, Params, So, TwoRate, UpdateRule, Wake};
 use kronwake::tape::Tape;
 use kronwake_cli::models::{bert, llama};
 use serde_json::json;
@@ -25,8 +25,8 @@ impl Model {
     }
 
     /// Bytes of state and those of a step beside it.
-    fn bytes<R: WakeRule>(&self, change: impl Fn(Params<R>) -> Params<R>) -> Result<[usize; 2]> {
-        let summary = Natural::from_varmap(&self.vars, change(Params::on(&self.tape)))?.summary();
+    fn bytes(&self, wake: impl Into<Wake>, change: impl Fn(Params) -> Params) -> Result<[usize; 2]> {
+        let summary = NaturalGradient::from_varmap(&self.vars, change(Params::of(wake, &self.tape)))?.summary();
         Ok([summary.bytes(), summary.workspace_bytes])
     }
 }
@@ -68,8 +68,8 @@ fn report(name: &str, model: &Model) -> Result<()> {
     let mib = |bytes: usize| format!("{:.2}", bytes as f64 / (1 << 20) as f64);
     let adamw = 2 * model.elements() * DType::F32.size_in_bytes();
     let runs = |rows| FactorLimit { rows, beyond: Beyond::BlockDiagonal };
-    let limited = |factor_limit| model.bytes::<So>(move |p| Params { factor_limit, ..p });
-    let tables = Groups(vec![Group { rule: Some(Rule::Adam), ..Group::named("*embed*") }]);
+    let limited = |factor_limit| model.bytes(So::default(), move |p| Params { factor_limit, ..p });
+    let tables = Groups(vec![Group { rule: Some(UpdateRule::Adam), ..Group::named("*embed*") }]);
     let has_tables = tables.0.iter().any(|group| {
         model
             .vars
@@ -78,9 +78,9 @@ fn report(name: &str, model: &Model) -> Result<()> {
             .is_ok_and(|data| data.keys().any(|var| var.contains(group.pattern.trim_matches('*'))))
     });
     let mut rows = vec![
-        ("K-FAC", model.bytes::<KFacRule>(|p| p)?),
-        ("SO", model.bytes::<So>(|p| p)?),
-        ("KLD-WRM", model.bytes::<TwoRate>(|p| p)?),
+        ("K-FAC", model.bytes(Wake::KFac, |p| p)?),
+        ("SO", model.bytes(So::default(), |p| p)?),
+        ("KLD-WRM", model.bytes(TwoRate::default(), |p| p)?),
         ("SO, no limit", limited(FactorLimit::NONE)?),
         ("SO, runs of 1024", limited(runs(1024))?),
         ("SO, runs of 256", limited(runs(256))?),
@@ -91,11 +91,11 @@ fn report(name: &str, model: &Model) -> Result<()> {
         ("SO, diagonal", limited(FactorLimit::DIAGONAL)?),
         (
             "SO, pi damping, Cholesky",
-            model.bytes::<So>(|p| Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..p })?,
+            model.bytes(So::default(), |p| Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..p })?,
         ),
     ];
     if has_tables {
-        rows.push(("SO, tables by Adam", model.bytes::<So>(|p| Params { groups: tables.clone(), ..p })?));
+        rows.push(("SO, tables by Adam", model.bytes(So::default(), |p| Params { groups: tables.clone(), ..p })?));
     }
     println!("\n{name}: {} parameters, AdamW {} MiB\n", model.elements(), mib(adamw));
     println!("| optimizer | state, MiB | times AdamW's | beside it in a step, MiB |\n|---|---|---|---|");

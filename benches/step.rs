@@ -10,9 +10,7 @@ use criterion::{
 use kronwake::curvature::{Damping, Inverse};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::relu;
-use kronwake::optim::{
-    Every, KFacRule, KldWrm, Natural, Optimizer, Params, ParamsKldWrm, Q, QeKldWrm, So, SoKldWrm, WakeRule,
-};
+use kronwake::optim::{Every, NaturalGradient, Optimizer, Params};
 use kronwake::tape::{Likelihood, Tape};
 use std::time::Duration;
 
@@ -157,27 +155,27 @@ fn adamw(group: Group, case: &Case, name: &str, build: fn(VarBuilder) -> Result<
     Ok(())
 }
 
-fn natural<R: WakeRule>(
+fn natural(
     group: Group,
     case: &Case,
     name: &str,
-    options: impl Fn(Params<R>) -> Params<R>,
-    step: impl Fn(&mut Natural<R>, &Setup, &Tensor) -> Result<()>,
+    options: impl Fn(&Tape) -> Params,
 ) -> Result<()> {
     for period in PERIODS {
         let s = setup(case, case.build)?;
         let every = Every { factors: period, inverses: period };
         // A rate at which thousands of steps on one batch do not leave the region where nothing special happens.
-        let params = options(Params::on(&s.tape));
+        let params = options(&s.tape);
         let lr = params.lr * 1e-3;
-        let mut opt = Natural::from_varmap(&s.varmap, Params { lr, every, ..params })?;
+        let mut opt = NaturalGradient::from_varmap(&s.varmap, Params { lr, every, ..params })?;
         group.throughput(Throughput::Elements(period as u64));
         group.bench_function(format!("{}/{name}/{period}", case.name), |b| {
             b.iter(|| {
                 for _ in 0..period {
                     let (logits, loss) = s.loss().unwrap();
                     opt.observe(&logits, Likelihood::Categorical).unwrap();
-                    step(&mut opt, &s, &loss).unwrap();
+                    let outputs = &mut || (s.forward)(&s.x);
+                    opt.step_with(&loss, Likelihood::Categorical, outputs).unwrap();
                 }
             })
         });
@@ -185,30 +183,20 @@ fn natural<R: WakeRule>(
     Ok(())
 }
 
-fn plain<R: WakeRule>(opt: &mut Natural<R>, _: &Setup, loss: &Tensor) -> Result<()> {
-    opt.backward_step(loss)
-}
-
-fn pi<R: WakeRule>(params: Params<R>) -> Params<R> {
+fn pi(params: Params) -> Params {
     Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..params }
 }
 
 fn all(group: Group, case: &Case) -> Result<()> {
     adamw(group, case, "adamw", case.candle)?;
     adamw(group, case, "adamw on kronwake's layers", case.build)?;
-    natural::<KFacRule>(group, case, "kfac", |p| p, plain)?;
-    natural::<So>(group, case, "so", |p| p, plain)?;
-    natural(group, case, "so, pi", pi, |opt: &mut SoKldWrm, s, loss| plain(opt, s, loss))?;
-    natural::<Q>(group, case, "q", |p| p, plain)?;
-    natural::<Q>(group, case, "q, pi", pi, plain)?;
-    natural(
-        group,
-        case,
-        "qe",
-        |p| p,
-        |opt: &mut QeKldWrm, s, loss| opt.step_with(loss, Likelihood::Categorical, &mut || (s.forward)(&s.x)),
-    )?;
-    natural(group, case, "kld-wrm", |p: ParamsKldWrm| p, |opt: &mut KldWrm, s, loss| plain(opt, s, loss))
+    natural(group, case, "kfac", Params::k_fac)?;
+    natural(group, case, "so", Params::so_kld_wrm)?;
+    natural(group, case, "so, pi", |tape| pi(Params::so_kld_wrm(tape)))?;
+    natural(group, case, "q", Params::q_kld_wrm)?;
+    natural(group, case, "q, pi", |tape| pi(Params::q_kld_wrm(tape)))?;
+    natural(group, case, "qe", Params::qe_kld_wrm)?;
+    natural(group, case, "kld-wrm", Params::kld_wrm)
 }
 
 fn steps(c: &mut Criterion) {

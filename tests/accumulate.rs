@@ -6,7 +6,7 @@ use candle_core::{DType, Result};
 use common::*;
 use kronwake::curvature::{Damping, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
-use kronwake::optim::{Bias, Every, KFacRule, Natural, Optimizer, Params, Q, QSolve, So, WakeRule};
+use kronwake::optim::{Bias, Every, NaturalGradient, Optimizer, Params, Q, QSolve, So, Wake};
 use kronwake::tape::{Fisher, Likelihood};
 
 const LIKELIHOOD: Likelihood = Likelihood::Categorical;
@@ -20,17 +20,17 @@ fn sequence(vb: VarBuilder) -> Result<Forward> {
     }))
 }
 
-fn check<R: WakeRule>(
+fn check(
     what: &str,
     build: fn(VarBuilder) -> Result<Forward>,
-    wake: R,
-    change: impl Fn(Params<R>) -> Params<R>,
+    wake: impl Into<Wake> + Clone,
+    change: impl Fn(Params) -> Params,
 ) -> Result<()> {
     let (whole, parts) = (Net::of(DType::F64, 1, build)?, Net::of(DType::F64, 1, build)?);
     let optimizer = |net: &Net| {
         let params =
-            Params { every: Every { factors: 2, inverses: 2 }, wake: wake.clone(), ..Params::on(&net.tape) };
-        Natural::from_varmap(&net.varmap, change(params))
+            Params { every: Every { factors: 2, inverses: 2 }, ..Params::of(wake.clone(), &net.tape) };
+        NaturalGradient::from_varmap(&net.varmap, change(params))
     };
     let (mut once, mut often) = (optimizer(&whole)?, optimizer(&parts)?);
     for k in 0..5 {
@@ -47,7 +47,7 @@ fn check<R: WakeRule>(
             often.accumulate(&mean_loss(LIKELIHOOD, &z, &y)?, n * per_example)?;
         }
         often.step_accumulated()?;
-        let what = format!("{}, {what}, step {k}", R::NAME);
+        let what = format!("{}, {what}, step {k}", once.params().wake.name());
         for block in once.block_names() {
             let (found, expected) = (often.factors(block).unwrap(), once.factors(block).unwrap());
             assert_close(&found.0, &expected.0, 1e-12, &format!("{what}: A of {block}"));
@@ -61,7 +61,7 @@ fn check<R: WakeRule>(
     Ok(())
 }
 
-fn every_option<R: WakeRule>(wake: R, damping: Damping, ekfac: bool) -> Result<()> {
+fn every_option(wake: impl Into<Wake> + Clone, damping: Damping, ekfac: bool) -> Result<()> {
     for fisher in [Fisher::Empirical, Fisher::Sampled { draws: 2, seed: 3 }, Fisher::Exact] {
         for bias in [Bias::Folded, Bias::Split] {
             for sharing in [Sharing::Expand, Sharing::Reduce] {
@@ -89,7 +89,7 @@ fn every_option<R: WakeRule>(wake: R, damping: Damping, ekfac: bool) -> Result<(
 #[test]
 fn five_and_four_and_three_are_twelve() -> Result<()> {
     let (eigenvalue, pi) = (Damping::Eigenvalue(0.01), Damping::Pi(0.01));
-    every_option(KFacRule, eigenvalue, true)?;
+    every_option(Wake::KFac, eigenvalue, true)?;
     every_option(So::default(), eigenvalue, true)?;
     every_option(Q::default(), eigenvalue, false)?;
     every_option(Q { wake_decay: None, solve: QSolve::Exact }, pi, false)

@@ -7,7 +7,7 @@ use common::*;
 use faer::{Mat, Side};
 use kronwake::curvature::{Beyond, Damping, FactorLimit};
 use kronwake::nn::{self, Conv2dConfig, Module, VarBuilder};
-use kronwake::optim::{Bias, Every, KFac, Optimizer, ParamsKFac};
+use kronwake::optim::{Bias, Every, NaturalGradient, Optimizer, Params};
 use kronwake::tape::{Fisher, Likelihood};
 use std::collections::HashMap;
 
@@ -85,9 +85,9 @@ fn check(
     every: Every,
 ) -> Result<()> {
     let likelihood = Likelihood::Categorical;
-    let mut opt = KFac::from_varmap(
+    let mut opt = NaturalGradient::from_varmap(
         &net.varmap,
-        ParamsKFac {
+        Params {
             lr: RATE,
             damping: Damping::Eigenvalue(DAMPING),
             ekfac: true,
@@ -97,7 +97,7 @@ fn check(
             bias,
             factor_limit: limit,
             kl_clip: None,
-            ..ParamsKFac::on(&net.tape)
+            ..Params::k_fac(&net.tape)
         },
     )?;
     let mut state: HashMap<(String, usize), Dense> = HashMap::new();

@@ -8,8 +8,7 @@ use kronwake::curvature::Damping;
 use kronwake::nn::{self, Conv2d, Linear, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::max_pool2d;
 use kronwake::optim::{
-    Bias, Decay, Every, Inner, KFacRule, Model, Natural, Optimizer, Params, Q, QSolve, Qe, QeKldWrm, So,
-    WakeRule,
+    Bias, Decay, Every, Inner, Model, NaturalGradient, Optimizer, Params, Q, QSolve, Qe, So, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use serde_json::Value;
@@ -51,7 +50,8 @@ fn mlp(vb: VarBuilder) -> Result<Forward> {
     }))
 }
 
-fn params<R: WakeRule>(tape: &Tape, wake: R, config: &Value) -> Params<R> {
+fn params(tape: &Tape, wake: impl Into<Wake> + Clone, config: &Value) -> Params {
+    let wake = wake.into();
     let number = |key: &str| config[key].as_f64();
     let every = |key: &str| config[key].as_u64().unwrap() as usize;
     let mut la = number("damping").unwrap();
@@ -71,8 +71,7 @@ fn params<R: WakeRule>(tape: &Tape, wake: R, config: &Value) -> Params<R> {
         kl_clip: number("kl_clip"),
         // The reference clips Q's and QE's directions alone, whatever its options say.
         rms_clip: number("rms_clip").filter(|_| wake.model() != Model::Linear),
-        wake,
-        ..Params::on(tape)
+        ..Params::of(wake, tape)
     }
 }
 
@@ -81,11 +80,11 @@ fn q_solve(config: &Value) -> QSolve {
 }
 
 /// Steps a run and compares all that its file holds.
-fn run<R: WakeRule>(
+fn run<W: Into<Wake> + Clone>(
     kind: &str,
     name: &str,
-    wake: impl Fn(&Value) -> R,
-    mut step: impl FnMut(&mut Natural<R>, &Tensor, &dyn Fn() -> Result<Tensor>) -> Result<()>,
+    wake: impl Fn(&Value) -> W,
+    mut step: impl FnMut(&mut NaturalGradient, &Tensor, &dyn Fn() -> Result<Tensor>) -> Result<()>,
 ) -> Result<()> {
     let meta: Value = serde_json::from_str(&std::fs::read_to_string(format!(
         "{}/tests/golden/{kind}_meta.json",
@@ -96,7 +95,7 @@ fn run<R: WakeRule>(
     let inputs = golden(&format!("{kind}_inputs.safetensors"))?;
     let expected = golden(&format!("{kind}_{name}.safetensors"))?;
     let net = if kind == "mlp" { net(&inputs, mlp)? } else { net(&inputs, cnn)? };
-    let mut opt = Natural::from_varmap(&net.varmap, params(&net.tape, wake(config), config))?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net.tape, wake(config), config))?;
     let images = (kind == "cnn").then(cnn_batch).transpose()?;
     for k in 0..meta["steps"].as_u64().unwrap() as usize {
         let (x, y) = match &images {
@@ -132,11 +131,15 @@ fn run<R: WakeRule>(
     Ok(())
 }
 
-fn plain<R: WakeRule>(opt: &mut Natural<R>, loss: &Tensor, _: &dyn Fn() -> Result<Tensor>) -> Result<()> {
+fn plain(opt: &mut NaturalGradient, loss: &Tensor, _: &dyn Fn() -> Result<Tensor>) -> Result<()> {
     opt.backward_step(loss)
 }
 
-fn with_closure(opt: &mut QeKldWrm, loss: &Tensor, outputs: &dyn Fn() -> Result<Tensor>) -> Result<()> {
+fn with_closure(
+    opt: &mut NaturalGradient,
+    loss: &Tensor,
+    outputs: &dyn Fn() -> Result<Tensor>,
+) -> Result<()> {
     opt.step_with(loss, Likelihood::Categorical, &mut || outputs())
 }
 
@@ -158,7 +161,7 @@ fn qe(config: &Value) -> Qe {
 #[test]
 fn kfac_mlp() -> Result<()> {
     for name in ["kfac_folded_pi", "kfac_sampled_T5_decay", "kfac_split_clip"] {
-        run("mlp", name, |_| KFacRule, plain)?;
+        run("mlp", name, |_| Wake::KFac, plain)?;
     }
     Ok(())
 }
@@ -206,9 +209,8 @@ fn cnn_batch() -> Result<(Tensor, Tensor)> {
 }
 
 #[test]
-
 fn all_cnn() -> Result<()> {
-    run("cnn", "kfac_folded_eig", |_| KFacRule, plain)?;
+    run("cnn", "kfac_folded_eig", |_| Wake::KFac, plain)?;
     run("cnn", "so_folded_pi", |_| So::default(), plain)?;
     run("cnn", "q_folded_eig", |_| Q::default(), plain)?;
     run("cnn", "qe_split_eig_clip", qe, with_closure)

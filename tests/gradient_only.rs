@@ -7,8 +7,7 @@ use common::*;
 use faer::Mat;
 use kronwake::curvature::{Beyond, Damping, FactorLimit};
 use kronwake::optim::{
-    Every, Group, Groups, KFac, KFacRule, Natural, Optimizer, Params, ParamsKFac, Q, QSolve, Rule, So,
-    TwoRate, WakeRule,
+    Every, Group, Groups, NaturalGradient, Optimizer, Params, Q, QSolve, So, TwoRate, UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 
@@ -16,12 +15,12 @@ const DAMPING: f64 = 0.02;
 const DECAY: f64 = 0.6;
 
 fn gradients(pattern: &str) -> Groups {
-    Groups(vec![Group { rule: Some(Rule::GradientFactors), ..Group::named(pattern) }])
+    Groups(vec![Group { rule: Some(UpdateRule::GradientFactors), ..Group::named(pattern) }])
 }
 
 /// Options for a model without a tape.
-fn options(groups: Groups, damping: Damping) -> ParamsKFac {
-    ParamsKFac {
+fn options(groups: Groups, damping: Damping) -> Params {
+    Params {
         lr: 1.0,
         damping,
         fisher: Fisher::Empirical,
@@ -29,22 +28,22 @@ fn options(groups: Groups, damping: Damping) -> ParamsKFac {
         every: Every { factors: 1, inverses: 1 },
         kl_clip: None,
         groups,
-        ..Params::on(&Tape::new())
+        ..Params::k_fac(&Tape::new())
     }
 }
 
 /// A Var `fc.weight` and an optimizer that gets its gradients from a linear loss.
 struct Linear {
     var: Var,
-    opt: KFac,
+    opt: NaturalGradient,
 }
 
 impl Linear {
-    fn new(dims: &[usize], options: ParamsKFac) -> Result<Self> {
+    fn new(dims: &[usize], options: Params) -> Result<Self> {
         let varmap = candle_nn::VarMap::new();
         let var = Var::from_tensor(&random(1, dims)?)?;
         varmap.data().lock().unwrap().insert("fc.weight".into(), var.clone());
-        Ok(Self { var, opt: KFac::from_varmap(&varmap, options)? })
+        Ok(Self { var, opt: NaturalGradient::from_varmap(&varmap, options)? })
     }
 
     /// The change of the Var in a step on a gradient, of a mean over `terms`.
@@ -73,10 +72,8 @@ fn closed_form() -> Result<()> {
             FactorLimit { rows: 3, beyond: Beyond::LowRank { rank: 2 } },
         ] {
             for damping in [Damping::Eigenvalue(DAMPING), Damping::Pi(DAMPING)] {
-                let mut net = Linear::new(
-                    dims,
-                    ParamsKFac { factor_limit: limit, ..options(gradients("*"), damping) },
-                )?;
+                let mut net =
+                    Linear::new(dims, Params { factor_limit: limit, ..options(gradients("*"), damping) })?;
                 let (mut l, mut r) = (Mat::zeros(3, 3), Mat::zeros(4, 4));
                 for k in 0..4 {
                     let gradient = random(10 + k, dims)?;
@@ -131,16 +128,20 @@ fn plain_net(vb: candle_nn::VarBuilder) -> Result<Forward> {
     Ok(Box::new(move |x| last.forward(&conv.forward(x)?.tanh()?.flatten_from(1)?)))
 }
 
-fn check_training<R: WakeRule>(what: &str, wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Result<()> {
-    let new = |seed| -> Result<(Net, Natural<R>)> {
+fn check_training(
+    what: &str,
+    wake: impl Into<Wake> + Clone,
+    change: impl Fn(Params) -> Params,
+) -> Result<()> {
+    let new = |seed| -> Result<(Net, NaturalGradient)> {
         let net = Net::of(DType::F32, seed, plain_net)?;
         let every = Every { factors: 2, inverses: 3 };
         let options =
-            Params { wake: wake.clone(), every, groups: gradients("*.weight"), ..Params::on(&Tape::new()) };
-        let opt = Natural::from_varmap(&net.varmap, change(options))?;
+            Params { every, groups: gradients("*.weight"), ..Params::of(wake.clone(), &Tape::new()) };
+        let opt = NaturalGradient::from_varmap(&net.varmap, change(options))?;
         Ok((net, opt))
     };
-    let step = |(net, opt): &mut (Net, Natural<R>), k: u64| -> Result<f64> {
+    let step = |(net, opt): &mut (Net, NaturalGradient), k: u64| -> Result<f64> {
         let (x, _) = small_batch(k % 4, 32, DType::F32)?;
         let y = x.flatten_from(1)?.narrow(1, 0, 3)?.argmax(1)?;
         let z = (net.forward)(&x)?;
@@ -171,7 +172,7 @@ fn check_training<R: WakeRule>(what: &str, wake: R, change: impl Fn(Params<R>) -
 
 #[test]
 fn training_and_resuming() -> Result<()> {
-    check_training("kfac", KFacRule, |p| p)?;
+    check_training("kfac", Wake::KFac, |p| p)?;
     check_training("so", So::default(), |p| p)?;
     check_training("q, exact", Q { solve: QSolve::Exact, ..Q::default() }, |p| Params {
         damping: Damping::Pi(0.01),
@@ -191,8 +192,8 @@ fn drawn_labels_give_the_fisher_matrix() -> Result<()> {
         Ok(Box::new(move |x| layer.forward(x)))
     })?;
     let fisher = Fisher::Sampled { draws: 4000, seed: 1 };
-    let options = ParamsKFac { fisher, ..options(gradients("*"), Damping::Eigenvalue(DAMPING)) };
-    let mut opt = KFac::from_varmap(&net.varmap, options)?;
+    let options = Params { fisher, ..options(gradients("*"), Damping::Eigenvalue(DAMPING)) };
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
     let x = random(5, &[6, 4])?;
     let z = (net.forward)(&x)?;
     let (mut l, mut r) = (Mat::zeros(3, 3), Mat::zeros(4, 4));
@@ -217,14 +218,14 @@ fn micro_batches_are_one_batch() -> Result<()> {
 }
 
 fn micro_batches(fisher: Fisher) -> Result<()> {
-    let new = || -> Result<(Net, KFac)> {
+    let new = || -> Result<(Net, NaturalGradient)> {
         let net = Net::of(DType::F64, 1, plain_net)?;
         let options = options(gradients("*.weight"), Damping::Eigenvalue(DAMPING));
-        let opt = KFac::from_varmap(&net.varmap, ParamsKFac { fisher, ..options })?;
+        let opt = NaturalGradient::from_varmap(&net.varmap, Params { fisher, ..options })?;
         Ok((net, opt))
     };
     let (x, y) = small_batch(1, 10, DType::F64)?;
-    let loss = |net: &Net, opt: &mut KFac, from: usize, count: usize| -> Result<Tensor> {
+    let loss = |net: &Net, opt: &mut NaturalGradient, from: usize, count: usize| -> Result<Tensor> {
         let z = (net.forward)(&x.narrow(0, from, count)?)?;
         opt.observe(&z, Likelihood::Categorical)?;
         mean_loss(Likelihood::Categorical, &z, &y.narrow(0, from, count)?)
@@ -247,11 +248,14 @@ fn micro_batches(fisher: Fisher) -> Result<()> {
 fn refusals() -> Result<()> {
     let build = |groups, ekfac| {
         let net = Net::of(DType::F64, 1, plain_net)?;
-        KFac::from_varmap(&net.varmap, ParamsKFac { ekfac, ..options(groups, Damping::Eigenvalue(DAMPING)) })
+        NaturalGradient::from_varmap(
+            &net.varmap,
+            Params { ekfac, ..options(groups, Damping::Eigenvalue(DAMPING)) },
+        )
     };
     assert_says(build(gradients("*"), false), &["two or more dimensions", "conv.bias is [4]"]);
     assert_says(build(gradients("*.weight"), true), &["ekfac needs records", "conv.weight"]);
-    let tapped = Groups(vec![Group { rule: Some(Rule::Kronecker), ..Group::named("conv.weight") }]);
+    let tapped = Groups(vec![Group { rule: Some(UpdateRule::Kronecker), ..Group::named("conv.weight") }]);
     assert_says(build(tapped, false), &["conv.weight belongs to no tapped layer", "GradientFactors"]);
     assert_says(
         Linear::new(&[3, 0], options(gradients("*"), Damping::Pi(0.1))).map(|_| ()),

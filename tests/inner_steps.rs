@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 use common::*;
 use faer::Mat;
 use kronwake::curvature::{Damping, FactorLimit};
-use kronwake::optim::{Bias, Inner, Model, Params, QSolve, Qe, QeKldWrm};
+use kronwake::optim::{Bias, Inner, Model, NaturalGradient, Params, QSolve, Qe};
 use kronwake::tape::Likelihood;
 use wakes::*;
 
@@ -52,9 +52,9 @@ fn check_inner(likelihood: Likelihood, inner: Inner, steps: usize) -> Result<()>
     };
     // Two runs that part at the last step but one, where the second makes no inner steps.
     let (net, twin) = (net(5)?, net(5)?);
-    let optimizer = |net: &Net| -> Result<QeKldWrm> {
+    let optimizer = |net: &Net| -> Result<NaturalGradient> {
         let options = params(net, with(inner.lr), Damping::Eigenvalue(DAMPING));
-        QeKldWrm::from_varmap(&net.varmap, Params { lr, ..options })
+        NaturalGradient::from_varmap(&net.varmap, Params { lr, ..options })
     };
     let (mut opt, mut opt_twin) = (optimizer(&net)?, optimizer(&twin)?);
     let blocks = ["a", "b"].map(|b| net.elements(b, 0, 1));
@@ -64,7 +64,7 @@ fn check_inner(likelihood: Likelihood, inner: Inner, steps: usize) -> Result<()>
         models.push(net.values()?);
         let x = random(40 + k as u64, &[6, 3])?;
         let y = targets(50 + k as u64, likelihood, &(net.forward)(&x)?)?;
-        let go = |net: &Net, opt: &mut QeKldWrm| -> Result<()> {
+        let go = |net: &Net, opt: &mut NaturalGradient| -> Result<()> {
             let z = (net.forward)(&x)?;
             opt.observe(&z, likelihood)?;
             opt.step_with(&mean_loss(likelihood, &z, &y)?, likelihood, &mut || (net.forward)(&x))
@@ -81,7 +81,7 @@ fn check_inner(likelihood: Likelihood, inner: Inner, steps: usize) -> Result<()>
         let b = block_diagonal(now.iter().map(|(a, g)| kron(a, g)));
         let start = values_at(&all);
         go(&net, &mut opt)?;
-        opt_twin.set_params(Params { wake: with(0.0), ..opt_twin.params().clone() })?;
+        opt_twin.set_params(Params { wake: with(0.0).into(), ..opt_twin.params().clone() })?;
         go(&twin, &mut opt_twin)?;
         let (found, quadratic) = (net.values()?, twin.values()?);
         let model = Model::Quadratic(QSolve::Factor);

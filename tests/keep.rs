@@ -5,11 +5,11 @@ mod common;
 use candle_core::{DType, Result, Tensor};
 use common::*;
 use kronwake::curvature::{Damping, Inverse};
-use kronwake::optim::{Every, KFac, Optimizer, ParamsKFac};
+use kronwake::optim::{Every, NaturalGradient, Optimizer, Params};
 use kronwake::tape::Likelihood;
 
 /// K-FAC on inputs so alike that f32 cannot invert their factor without damping.
-fn step(opt: &mut KFac, net: &Net) -> Result<()> {
+fn step(opt: &mut NaturalGradient, net: &Net) -> Result<()> {
     let (_, y) = small_batch(1, 12, DType::F32)?;
     let (x, _) = small_batch(2, 1, DType::F32)?;
     let mut dims = x.dims().to_vec();
@@ -19,23 +19,26 @@ fn step(opt: &mut KFac, net: &Net) -> Result<()> {
     opt.backward_step(&candle_nn::loss::cross_entropy(&logits, &y)?)
 }
 
-fn params(net: &Net, damping: f64) -> ParamsKFac {
-    ParamsKFac {
+fn params(net: &Net, damping: f64) -> Params {
+    Params {
         damping: Damping::Pi(damping),
         inverse: Inverse::Newton,
         every: Every { factors: 1, inverses: 1 },
-        ..ParamsKFac::on(&net.tape)
+        ..Params::k_fac(&net.tape)
     }
 }
 
 #[test]
 fn a_failed_inverse() -> Result<()> {
     let net = Net::of(DType::F32, 1, small)?;
-    assert_says(step(&mut KFac::from_varmap(&net.varmap, params(&net, 1e-30))?, &net), &["Newton"]);
+    assert_says(
+        step(&mut NaturalGradient::from_varmap(&net.varmap, params(&net, 1e-30))?, &net),
+        &["Newton"],
+    );
 
-    let mut opt = KFac::from_varmap(&net.varmap, params(&net, 0.1))?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net, 0.1))?;
     step(&mut opt, &net)?;
-    let inverses = |opt: &KFac| -> Result<Vec<_>> {
+    let inverses = |opt: &NaturalGradient| -> Result<Vec<_>> {
         let all = saved(opt)?.0;
         Ok(all.into_iter().filter(|(name, _)| name.contains("/inv_")).collect())
     };

@@ -8,8 +8,8 @@ use faer::Mat;
 use kronwake::curvature::{Beyond, Damping, FactorLimit, Inverse, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Bias, Carry, Every, Group, Groups, KFac, KFacRule, Natural, Optimizer, Params, ParamsKFac, Q, QSolve,
-    Rule, So, TwoRate, WakeRule,
+    Bias, Carry, Every, Group, Groups, NaturalGradient, Optimizer, Params, Q, QSolve, So, TwoRate,
+    UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -63,16 +63,16 @@ fn tables() -> Result<()> {
         (Damping::Pi(DAMPING), Sharing::Expand),
     ] {
         let net = Net::of(DType::F64, 1, |vb| language(vb, false))?;
-        let options = ParamsKFac {
+        let options = Params {
             lr: 1.0,
             damping,
             sharing,
             every: Every { factors: 1, inverses: 1 },
             fisher: Fisher::Exact,
             kl_clip: None,
-            ..ParamsKFac::on(&net.tape)
+            ..Params::k_fac(&net.tape)
         };
-        let mut opt = KFac::from_varmap(&net.varmap, options)?;
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
         let x = tokens(3, 5, 6)?;
         let (rows, features) = table_factors(&net, &x, likelihood)?;
         let z = (net.forward)(&x)?;
@@ -108,8 +108,10 @@ fn tied_and_other_tables() -> Result<()> {
     let blocks = |tied, groups| -> Result<Vec<_>> {
         let net = Net::of(DType::F64, 1, |vb| language(vb, tied))?;
         let factor_limit = FactorLimit { rows: 4, beyond: Beyond::BlockDiagonal };
-        let mut opt =
-            KFac::from_varmap(&net.varmap, ParamsKFac { factor_limit, groups, ..ParamsKFac::on(&net.tape) })?;
+        let mut opt = NaturalGradient::from_varmap(
+            &net.varmap,
+            Params { factor_limit, groups, ..Params::k_fac(&net.tape) },
+        )?;
         for step in 0..2 {
             let z = (net.forward)(&tokens(step, 5, 6)?)?;
             opt.observe(&z, Likelihood::Categorical)?;
@@ -121,7 +123,7 @@ fn tied_and_other_tables() -> Result<()> {
     let runs = FactorLimit { rows: 4, beyond: Beyond::BlockDiagonal };
     let given = Group { factor_limit: Some(runs), ..Group::named("table.*") };
     assert_eq!(blocks(true, Groups(vec![given]))?, [("table".to_string(), [1, ROWS, 4], [4, 4])]);
-    let adam = Group { rule: Some(Rule::Adam), ..Group::named("table.*") };
+    let adam = Group { rule: Some(UpdateRule::Adam), ..Group::named("table.*") };
     assert_eq!(blocks(false, Groups(vec![adam]))?, [("head".to_string(), [1, 3, 5], [3, 3])]);
     let diagonal = Group { factor_limit: Some(FactorLimit::DIAGONAL), ..Group::named("table.*") };
     let found = blocks(false, Groups(vec![diagonal]))?;
@@ -130,7 +132,7 @@ fn tied_and_other_tables() -> Result<()> {
 }
 
 /// Bytes as the summary has them and as they are, for a block and in all.
-fn check_bytes<R: WakeRule>(what: &str, wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Result<()> {
+fn check_bytes(what: &str, wake: impl Into<Wake> + Clone, change: impl Fn(Params) -> Params) -> Result<()> {
     for dtype in [DType::F64, DType::BF16] {
         let net = Net::of(dtype, 1, |vb| {
             let (table, conv) = (
@@ -144,8 +146,8 @@ fn check_bytes<R: WakeRule>(what: &str, wake: R, change: impl Fn(Params<R>) -> P
             }))
         })?;
         let options =
-            Params { every: Every { factors: 1, inverses: 1 }, wake: wake.clone(), ..Params::on(&net.tape) };
-        let mut opt = Natural::from_varmap(&net.varmap, change(options))?;
+            Params { every: Every { factors: 1, inverses: 1 }, ..Params::of(wake.clone(), &net.tape) };
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, change(options))?;
         let promised = opt.summary();
         for step in 0..3 {
             let x = labels(step, 8 * 4, 5)?.reshape((8, 4))?;
@@ -190,7 +192,7 @@ fn bytes_are_those_of_the_tensors() -> Result<()> {
     ] {
         let low = matches!(factor_limit.beyond, Beyond::LowRank { .. });
         let pi = Damping::Pi(0.01);
-        check_bytes("kfac", KFacRule, |p| Params { factor_limit, momentum: 0.5, ..p })?;
+        check_bytes("kfac", Wake::KFac, |p| Params { factor_limit, momentum: 0.5, ..p })?;
         check_bytes("so, split", So::default(), |p| Params { factor_limit, bias: Bias::Split, ..p })?;
         check_bytes("so, ekfac", So::default(), |p| Params { factor_limit, ekfac: !low, ..p })?;
         for inverse in [Inverse::Cholesky, Inverse::Newton] {
@@ -221,9 +223,8 @@ fn never_forms_what_is_left_out() -> Result<()> {
             Ok(Box::new(move |x| layer.forward(x)))
         })?;
         let limit = Group { factor_limit: Some(FactorLimit { rows: 64, beyond }), ..Group::named("fc.*") };
-        let options =
-            ParamsKFac { damping, inverse, groups: Groups(vec![limit]), ..ParamsKFac::on(&net.tape) };
-        let mut opt = KFac::from_varmap(&net.varmap, options)?;
+        let options = Params { damping, inverse, groups: Groups(vec![limit]), ..Params::k_fac(&net.tape) };
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
         let z = (net.forward)(&Tensor::ones((2, wide), f32, &Device::Cpu)?)?;
         opt.observe(&z, Likelihood::Categorical)?;
         opt.backward_step(&mean_loss(Likelihood::Categorical, &z, &labels(1, 2, 2)?)?)?;
@@ -234,14 +235,14 @@ fn never_forms_what_is_left_out() -> Result<()> {
 
 #[test]
 fn refusals() -> Result<()> {
-    let build = |change: fn(&mut ParamsKFac)| -> Result<KFac> {
+    let build = |change: fn(&mut Params)| -> Result<NaturalGradient> {
         let net = Net::of(DType::F64, 1, small)?;
-        let mut options = ParamsKFac::on(&net.tape);
+        let mut options = Params::k_fac(&net.tape);
         change(&mut options);
-        KFac::from_varmap(&net.varmap, options)
+        NaturalGradient::from_varmap(&net.varmap, options)
     };
     assert_says(build(|p| p.factor_limit.rows = 0), &["expected at least one row, got 0"]);
-    let group = |p: &mut ParamsKFac| {
+    let group = |p: &mut Params| {
         let limit = FactorLimit { rows: 0, beyond: Beyond::Diagonal };
         p.groups = Groups(vec![Group { factor_limit: Some(limit), ..Group::named("fc*") }]);
     };
@@ -252,7 +253,7 @@ fn refusals() -> Result<()> {
     );
     build(|p| p.memory_limit = Some(1 << 20))?;
     let mut built = build(|_| ())?;
-    let changed = ParamsKFac { factor_limit: FactorLimit::DIAGONAL, ..built.params().clone() };
+    let changed = Params { factor_limit: FactorLimit::DIAGONAL, ..built.params().clone() };
     assert_says(built.set_params(changed), &["limits", "fixed at construction"]);
     Ok(())
 }

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use common::*;
 use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::{self, Lora, Module, ParamsLora, VarBuilder, VarMap};
-use kronwake::optim::{KFac, KFacRule, Natural, Optimizer, Params};
+use kronwake::optim::{NaturalGradient, Optimizer, Params};
 use kronwake::tape::{Likelihood, Tape};
 
 struct Mlp(nn::Linear, nn::Linear);
@@ -38,7 +38,8 @@ fn adapted(dtype: DType, params: ParamsLora) -> Result<Adapted> {
 }
 
 fn rank_two(layers: &[&str]) -> ParamsLora {
-    ParamsLora { rank: 2, alpha: 3.0, layers: layers.iter().map(|l| l.to_string()).collect(), seed: 4 }
+    let layers = layers.iter().map(|l| l.to_string()).collect();
+    ParamsLora { rank: 2, alpha: 3.0, layers, seed: 4, ..Default::default() }
 }
 
 fn var(vars: &VarMap, name: &str) -> Tensor {
@@ -102,7 +103,7 @@ fn only_adapters_are_trained_and_merged_they_are_the_model() -> Result<()> {
     for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-5), (DType::BF16, 0.05)] {
         let Adapted { base, tape, lora, model, x } = adapted(dtype, rank_two(&["fc?"]))?;
         let before = [var(&base, "fc1.weight").copy()?, var(&base, "fc2.weight").copy()?];
-        let mut opt: KFac = Natural::from_varmap(lora.varmap(), Params::<KFacRule>::on(&tape))?;
+        let mut opt: NaturalGradient = NaturalGradient::from_varmap(lora.varmap(), Params::k_fac(&tape))?;
         assert_eq!(opt.block_names(), ["fc1.lora_A", "fc1.lora_B", "fc2.lora_A", "fc2.lora_B"]);
         let y = labels(5, 7, 3)?;
         let loss = |z: &Tensor| mean_loss(Likelihood::Categorical, &z.to_dtype(DType::F64)?, &y);
@@ -152,7 +153,8 @@ fn a_model_that_is_built_twice_shares_its_adapters() -> Result<()> {
 #[test]
 fn refusals() -> Result<()> {
     let new = |rank, alpha, layers: &[&str]| {
-        Lora::new(ParamsLora { rank, alpha, layers: layers.iter().map(|l| l.to_string()).collect(), seed: 0 })
+        let layers = layers.iter().map(|l| l.to_string()).collect();
+        Lora::new(ParamsLora { rank, alpha, layers, seed: 0, ..Default::default() })
     };
     assert_says(new(0, 1.0, &["*"]), &["lora", "rank of 1 or more", "rank 0"]);
     assert_says(new(1, f64::NAN, &["*"]), &["finite alpha", "NaN"]);

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use common::*;
 use kronwake::curvature::{Damping, Sharing};
 use kronwake::nn::{self, Linear, Module, VarBuilder, VarMap};
-use kronwake::optim::{Bias, Every, KFac, Optimizer, ParamsKFac};
+use kronwake::optim::{Bias, Every, NaturalGradient, Optimizer, Params};
 use kronwake::tape::{Fisher, Likelihood, Tape};
 
 const LENGTHS: [usize; 4] = [5, 2, 3, 1];
@@ -81,8 +81,8 @@ fn a_padded_batch_is_its_examples() -> Result<()> {
                 let every = Every { factors: 1, inverses: 1 };
                 let damping = Damping::Eigenvalue(0.1);
                 let params =
-                    ParamsKFac { fisher, sharing, bias, ekfac, every, damping, ..ParamsKFac::on(&net.tape) };
-                KFac::from_varmap(&net.map, params)
+                    Params { fisher, sharing, bias, ekfac, every, damping, ..Params::k_fac(&net.tape) };
+                NaturalGradient::from_varmap(&net.map, params)
             };
             let (mut whole, mut parts) = (optimizer(&padded)?, optimizer(&single)?);
             for step in 0..2 {
@@ -126,7 +126,7 @@ fn masks_that_do_not_fit_are_refused() -> Result<()> {
         net.tape.mask(Some(&Tensor::new(&[[1u8, 0], [0, 0]], &Device::Cpu)?)),
         &["no position of example 1"],
     );
-    let mut opt = KFac::from_varmap(&net.map, ParamsKFac::on(&net.tape))?;
+    let mut opt = NaturalGradient::from_varmap(&net.map, Params::k_fac(&net.tape))?;
     let z = net.forward(&random(0, &[4, 5, 3])?, &Tensor::ones((4, 5), DType::F64, &Device::Cpu)?)?;
     net.tape.mask(Some(&mask(&[4, 6])?))?;
     assert_says(opt.observe(&z, LIKELIHOOD), &["4 examples of 6 positions"]);

@@ -7,9 +7,7 @@ mod wakes;
 use candle_core::{DType, Result, Tensor};
 use common::*;
 use kronwake::curvature::{Damping, Inverse, Relative};
-use kronwake::optim::{
-    Every, KFacRule, Model, Natural, Optimizer, Params, Q, QSolve, Qe, So, TwoRate, WakeRule,
-};
+use kronwake::optim::{Every, Model, NaturalGradient, Optimizer, Params, Q, QSolve, Qe, So, TwoRate, Wake};
 use kronwake::tape::Likelihood;
 use wakes::{DAMPING, Factors, damped};
 
@@ -52,9 +50,9 @@ fn steps_use_the_inverses_of_their_time() -> Result<()> {
                 early_refresh: early,
                 inverse,
                 lr: 0.3,
-                ..wakes::params(&net, KFacRule, damping)
+                ..wakes::params(&net, Wake::KFac, damping)
             };
-            let mut opt = Natural::from_varmap(&net.varmap, params)?;
+            let mut opt = NaturalGradient::from_varmap(&net.varmap, params)?;
             let names: Vec<String> = opt.block_names().into_iter().map(String::from).collect();
             let mut history: Vec<Vec<Factors>> = vec![];
             for step in 0..STEPS {
@@ -86,11 +84,11 @@ fn steps_use_the_inverses_of_their_time() -> Result<()> {
     Ok(())
 }
 
-fn params<R: WakeRule>(net: &Net, wake: R, overlap: usize) -> Params<R> {
-    Params { wake, overlap, every: Every { factors: 3, inverses: 6 }, ..Params::on(&net.tape) }
+fn params(net: &Net, wake: impl Into<Wake> + Clone, overlap: usize) -> Params {
+    Params { overlap, every: Every { factors: 3, inverses: 6 }, ..Params::of(wake, &net.tape) }
 }
 
-fn train<R: WakeRule>(net: &Net, opt: &mut Natural<R>, steps: std::ops::Range<usize>) -> Result<()> {
+fn train(net: &Net, opt: &mut NaturalGradient, steps: std::ops::Range<usize>) -> Result<()> {
     for step in steps {
         let (x, y) = small_batch(step as u64, 9, DType::F64)?;
         let z = (net.forward)(&x)?;
@@ -101,10 +99,10 @@ fn train<R: WakeRule>(net: &Net, opt: &mut Natural<R>, steps: std::ops::Range<us
 }
 
 /// Saved at every step from the first inverses begun to the next ones, a run goes on as it would have.
-fn resumes<R: WakeRule>(wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Result<()> {
-    let new = |seed| -> Result<(Net, Natural<R>)> {
+fn resumes(wake: impl Into<Wake> + Clone, change: impl Fn(Params) -> Params) -> Result<()> {
+    let new = |seed| -> Result<(Net, NaturalGradient)> {
         let net = Net::of(DType::F64, seed, small)?;
-        let opt = Natural::from_varmap(&net.varmap, change(params(&net, wake.clone(), 4)))?;
+        let opt = NaturalGradient::from_varmap(&net.varmap, change(params(&net, wake.clone(), 4)))?;
         Ok((net, opt))
     };
     let (net, mut whole) = new(1)?;
@@ -132,7 +130,7 @@ fn resumes<R: WakeRule>(wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Res
 
 #[test]
 fn a_run_stops_and_goes_on_while_inverses_are_under_way() -> Result<()> {
-    resumes(KFacRule, |p| p)?;
+    resumes(Wake::KFac, |p| p)?;
     resumes(So::default(), |p| Params { damping: Damping::Pi(0.01), inverse: Inverse::Newton, ..p })?;
     resumes(TwoRate::default(), |p| Params { early_refresh: false, ..p })?;
     resumes(So::default(), |p| Params { ekfac: true, ..p })
@@ -144,7 +142,7 @@ fn a_damping_waits_with_its_inverses() -> Result<()> {
     let net = Net::of(DType::F64, 1, small)?;
     let damping = Damping::Relative(Relative::default());
     let params = Params { damping, early_refresh: false, ..params(&net, So::default(), 4) };
-    let mut opt = Natural::from_varmap(&net.varmap, params)?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, params)?;
     let mut found = vec![];
     for step in 0..13 {
         train(&net, &mut opt, step..step + 1)?;
@@ -159,9 +157,9 @@ fn a_damping_waits_with_its_inverses() -> Result<()> {
 #[test]
 fn a_step_that_fails_changes_nothing() -> Result<()> {
     for (bad, what) in [(6, "begins"), (8, "waits"), (10, "takes")] {
-        let new = || -> Result<(Net, Natural<So>)> {
+        let new = || -> Result<(Net, NaturalGradient)> {
             let net = Net::of(DType::F64, 1, small)?;
-            let opt = Natural::from_varmap(&net.varmap, params(&net, So::default(), 4))?;
+            let opt = NaturalGradient::from_varmap(&net.varmap, params(&net, So::default(), 4))?;
             Ok((net, opt))
         };
         let ((net, mut opt), (plain_net, mut plain)) = (new()?, new()?);
@@ -180,9 +178,9 @@ fn a_step_that_fails_changes_nothing() -> Result<()> {
 
 #[test]
 fn refusals() -> Result<()> {
-    fn refused<R: WakeRule>(wake: R) -> Result<()> {
+    fn refused(wake: impl Into<Wake> + Clone) -> Result<()> {
         let net = Net::of(DType::F64, 1, small)?;
-        let built = Natural::from_varmap(&net.varmap, params(&net, wake, 2));
+        let built = NaturalGradient::from_varmap(&net.varmap, params(&net, wake, 2));
         assert_says(built.map(drop), &["own step", "expected overlap 0, got 2"]);
         Ok(())
     }
@@ -191,7 +189,7 @@ fn refusals() -> Result<()> {
     refused(TwoRate { model: Model::Quadratic(QSolve::Factor), ..TwoRate::default() })?;
 
     let net = Net::of(DType::F64, 1, small)?;
-    let mut opt = Natural::from_varmap(&net.varmap, params(&net, KFacRule, 4))?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net, Wake::KFac, 4))?;
     train(&net, &mut opt, 0..8)?;
     let path = scratch("overlap-broken");
     opt.save(&path)?;
@@ -213,7 +211,7 @@ fn refusals() -> Result<()> {
         (damping, "ahead_damping is -"),
         (shape, "kronwake/fc1/ahead_basis_a is F64 [1, 2, 2]"),
     ] {
-        let mut broken = Checkpoint { tensors: file.tensors.clone(), metadata: file.metadata.clone() };
+        let mut broken = file.clone();
         change(&mut broken);
         broken.write(&path)?;
         let before = saved(&opt)?;

@@ -7,22 +7,22 @@ use common::*;
 use kronwake::curvature::{Adaptive, Damping, Inverse, Relative, Sharing};
 use kronwake::nn::{self, Module};
 use kronwake::optim::{
-    AdaptiveKl, Average, Bias, Every, Group, Groups, Inner, KFac, KFacRule, Natural, NonFinite, Optimizer,
-    Params, ParamsKFac, Q, QSolve, Qe, QeKldWrm, Rule, So, SoKldWrm, TwoRate, WakeRule,
+    AdaptiveKl, Average, Bias, Every, Group, Groups, Inner, NaturalGradient, NonFinite, Optimizer, Params, Q,
+    QSolve, Qe, So, TwoRate, UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
 const LIKELIHOOD: Likelihood = Likelihood::Categorical;
 
-fn constructed<R: WakeRule>(wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Result<Natural<R>> {
+fn constructed(wake: impl Into<Wake> + Clone, change: impl Fn(Params) -> Params) -> Result<NaturalGradient> {
     let net = Net::of(DType::F64, 1, small)?;
-    Natural::from_varmap(&net.varmap, change(Params { wake, ..Params::on(&net.tape) }))
+    NaturalGradient::from_varmap(&net.varmap, change(Params { ..Params::of(wake, &net.tape) }))
 }
 
 #[test]
 fn options() {
     const KL: AdaptiveKl = AdaptiveKl { initial: 0.01, slope: 0.2, pace: 0.05 };
-    type P = ParamsKFac;
+    type P = Params;
     type Change = fn(P) -> P;
     fn adaptive(change: fn(Adaptive) -> Adaptive) -> Damping {
         Damping::Adaptive(change(Adaptive::default()))
@@ -93,12 +93,12 @@ fn options() {
             &["weight_decay"],
         ),
         (
-            |p| P { groups: group(Group { rule: Some(Rule::Kronecker), ..Group::named("gain") }), ..p },
+            |p| P { groups: group(Group { rule: Some(UpdateRule::Kronecker), ..Group::named("gain") }), ..p },
             &["gain belongs to no tapped layer"],
         ),
     ];
     for (change, parts) in cases {
-        assert_says(constructed(KFacRule, change), parts);
+        assert_says(constructed(Wake::KFac, change), parts);
     }
     let exact = Q { wake_decay: None, solve: QSolve::Exact };
     assert_says(constructed(exact.clone(), |p| p), &["q-kld-wrm: the exact solve needs pi damping"]);
@@ -121,10 +121,13 @@ fn options() {
 }
 
 /// An optimizer after two steps on its net, with the curvature due at every step.
-fn started<R: WakeRule>(change: impl Fn(Params<R>) -> Params<R>) -> Result<(Net, Natural<R>)> {
+fn started(
+    wake: impl Into<Wake> + Clone,
+    change: impl Fn(Params) -> Params,
+) -> Result<(Net, NaturalGradient)> {
     let net = Net::of(DType::F64, 1, small)?;
-    let params = Params { every: Every { factors: 1, inverses: 1 }, ..Params::on(&net.tape) };
-    let mut opt = Natural::from_varmap(&net.varmap, change(params))?;
+    let params = Params { every: Every { factors: 1, inverses: 1 }, ..Params::of(wake, &net.tape) };
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, change(params))?;
     good_step(&net, &mut opt)?;
     good_step(&net, &mut opt)?;
     Ok((net, opt))
@@ -138,7 +141,7 @@ fn loss(z: &Tensor) -> Result<Tensor> {
     mean_loss(LIKELIHOOD, z, &small_batch(0, 6, DType::F64)?.1)
 }
 
-fn good_step<R: WakeRule>(net: &Net, opt: &mut Natural<R>) -> Result<()> {
+fn good_step(net: &Net, opt: &mut NaturalGradient) -> Result<()> {
     let z = outputs(net)?;
     opt.observe(&z, LIKELIHOOD)?;
     opt.backward_step(&loss(&z)?)
@@ -155,7 +158,7 @@ fn spoilt_gradients(net: &Net, name: &str, value: f64) -> Result<GradStore> {
 }
 
 /// A step that must fail.
-type Bad = fn(&Net, &mut KFac) -> Result<()>;
+type Bad = fn(&Net, &mut NaturalGradient) -> Result<()>;
 
 /// Steps with something not finite in them, and what the refusal names.
 const NON_FINITE: &[(Bad, &str)] = &[
@@ -231,14 +234,14 @@ const NON_FINITE: &[(Bad, &str)] = &[
 fn non_finite() -> Result<()> {
     for fisher in [Fisher::Sampled { draws: 1, seed: 0 }, Fisher::Empirical, Fisher::Exact] {
         for (bad, part) in NON_FINITE {
-            let (net, mut opt) = started::<KFacRule>(|p| Params { fisher, ..p })?;
+            let (net, mut opt) = started(Wake::KFac, |p| Params { fisher, ..p })?;
             let before = saved(&opt)?;
             assert_says(bad(&net, &mut opt), &[part, "parameters and state are unchanged"]);
             assert_same_state(&saved(&opt)?, &before, &[], part);
             good_step(&net, &mut opt)?;
 
             let (net, mut opt) =
-                started::<KFacRule>(|p| Params { fisher, non_finite: NonFinite::Skip, ..p })?;
+                started(Wake::KFac, |p| Params { fisher, non_finite: NonFinite::Skip, ..p })?;
             let before = saved(&opt)?;
             bad(&net, &mut opt)?;
             assert_eq!((opt.skipped(), opt.steps()), (1, 2), "{part}");
@@ -304,7 +307,7 @@ fn steps() -> Result<()> {
         (|_, opt| opt.set_params(Params { momentum: 2.0, ..opt.params().clone() }), &["momentum"]),
     ];
     for (bad, parts) in cases {
-        let (net, mut opt) = started::<KFacRule>(|p| p)?;
+        let (net, mut opt) = started(Wake::KFac, |p| p)?;
         let before = saved(&opt)?;
         assert_says(bad(&net, &mut opt), parts);
         assert_same_state(&saved(&opt)?, &before, &[], parts[0]);
@@ -315,7 +318,7 @@ fn steps() -> Result<()> {
 
 #[test]
 fn between_steps() -> Result<()> {
-    let (net, mut opt) = started::<KFacRule>(|p| Params { fisher: Fisher::Empirical, ..p })?;
+    let (net, mut opt) = started(Wake::KFac, |p| Params { fisher: Fisher::Empirical, ..p })?;
     let z = outputs(&net)?;
     opt.observe(&z, LIKELIHOOD)?;
     assert_says(opt.observe(&z, LIKELIHOOD), &["observe was called twice before a backward pass"]);
@@ -323,7 +326,7 @@ fn between_steps() -> Result<()> {
     opt.backward_step(&loss(&z)?)?;
 
     let adaptive = Damping::Adaptive(Adaptive { every: 3, ..Adaptive::default() });
-    let (net, mut opt) = started::<KFacRule>(|p| Params { damping: adaptive, ..p })?;
+    let (net, mut opt) = started(Wake::KFac, |p| Params { damping: adaptive, ..p })?;
     let grads = loss(&outputs(&net)?)?.backward()?;
     opt.observe(&outputs(&net)?, LIKELIHOOD)?;
     assert_says(opt.step(&grads), &["adaptive damping needs the loss"]);
@@ -336,7 +339,7 @@ fn between_steps() -> Result<()> {
     good_step(&net, &mut opt)?;
 
     let net = Net::of(DType::F64, 1, small)?;
-    let opt = SoKldWrm::new(net.varmap.all_vars(), Params::on(&net.tape))?;
+    let opt = NaturalGradient::new(net.varmap.all_vars(), Params::so_kld_wrm(&net.tape))?;
     assert_says(opt.save(scratch("never")), &["a Var of shape [8] has no name", "from_varmap"]);
     Ok(())
 }
@@ -344,9 +347,9 @@ fn between_steps() -> Result<()> {
 #[test]
 fn closures() -> Result<()> {
     let net = Net::of(DType::F64, 1, small)?;
-    let params = Params { every: Every { factors: 1, inverses: 1 }, ..Params::on(&net.tape) };
-    let mut opt = QeKldWrm::from_varmap(&net.varmap, params)?;
-    let step = |opt: &mut QeKldWrm, closure: &mut dyn FnMut() -> Result<Tensor>| {
+    let params = Params { every: Every { factors: 1, inverses: 1 }, ..Params::qe_kld_wrm(&net.tape) };
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, params)?;
+    let step = |opt: &mut NaturalGradient, closure: &mut dyn FnMut() -> Result<Tensor>| {
         let z = outputs(&net)?;
         opt.observe(&z, LIKELIHOOD)?;
         opt.step_with(&loss(&z)?, LIKELIHOOD, closure)

@@ -7,28 +7,32 @@ use common::*;
 use kronwake::curvature::{Adaptive, Beyond, Damping, DampingKind, FactorLimit, Inverse, Sharing};
 use kronwake::nn::{self, Module};
 use kronwake::optim::{
-    AdaptiveKl, Bias, Carry, Every, Group, Groups, Inner, KFac, KFacRule, Natural, Optimizer, Params,
-    ParamsAdamW, Q, QSolve, Qe, Rule, So, SoKldWrm, TwoRate, WakeRule,
+    AdaptiveKl, Bias, Carry, Every, Group, Groups, Inner, NaturalGradient, Optimizer, Params, ParamsAdamW, Q,
+    QSolve, Qe, So, TwoRate, UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
 
 /// A step of any optimizer, given how the outputs are computed.
-type Step<R> = fn(&mut Natural<R>, &Tensor, &dyn Fn() -> Result<Tensor>) -> Result<()>;
+type Step = fn(&mut NaturalGradient, &Tensor, &dyn Fn() -> Result<Tensor>) -> Result<()>;
 
-fn plain<R: WakeRule>(opt: &mut Natural<R>, loss: &Tensor, _: &dyn Fn() -> Result<Tensor>) -> Result<()> {
+fn plain(opt: &mut NaturalGradient, loss: &Tensor, _: &dyn Fn() -> Result<Tensor>) -> Result<()> {
     opt.backward_step(loss)
 }
 
-fn with_closure(opt: &mut Natural<Qe>, loss: &Tensor, outputs: &dyn Fn() -> Result<Tensor>) -> Result<()> {
+fn with_closure(
+    opt: &mut NaturalGradient,
+    loss: &Tensor,
+    outputs: &dyn Fn() -> Result<Tensor>,
+) -> Result<()> {
     opt.step_with(loss, Likelihood::Categorical, &mut || outputs())
 }
 
 /// Steps `from..to` of a run with a falling rate.
-fn train<R: WakeRule>(
+fn train(
     net: &Net,
-    opt: &mut Natural<R>,
-    step: Step<R>,
+    opt: &mut NaturalGradient,
+    step: Step,
     dtype: DType,
     (from, to): (usize, usize),
 ) -> Result<()> {
@@ -53,23 +57,22 @@ fn train<R: WakeRule>(
 }
 
 /// Periods at which half of the run is no refresh of anything.
-fn params<R: WakeRule>(net: &Net, wake: R) -> Params<R> {
+fn params(net: &Net, wake: impl Into<Wake> + Clone) -> Params {
     Params {
         every: Every { factors: 3, inverses: 7 },
-        rest: ParamsAdamW { lr: 0.01, ..ParamsAdamW::default() },
-        wake,
-        ..Params::on(&net.tape)
+        fallback_adam: ParamsAdamW { lr: 0.01, ..ParamsAdamW::default() },
+        ..Params::of(wake, &net.tape)
     }
 }
 
-fn check<R: WakeRule>(
+fn check(
     what: &str,
     dtype: DType,
-    step: Step<R>,
-    wake: R,
-    change: impl Fn(Params<R>) -> Params<R>,
+    step: Step,
+    wake: impl Into<Wake> + Clone,
+    change: impl Fn(Params) -> Params,
 ) -> Result<()> {
-    let optimizer = |net: &Net| Natural::from_varmap(&net.varmap, change(params(net, wake.clone())));
+    let optimizer = |net: &Net| NaturalGradient::from_varmap(&net.varmap, change(params(net, wake.clone())));
     let whole = Net::of(dtype, 1, small)?;
     let mut opt = optimizer(&whole)?;
     train(&whole, &mut opt, step, dtype, (0, 20))?;
@@ -100,11 +103,11 @@ fn bit_for_bit() -> Result<()> {
         Groups(vec![
             Group { lr_scale: 0.5, weight_decay: Some(0.01), ..Group::named("fc*") },
             Group { frozen: true, ..Group::named("fc1.bias") },
-            Group { rule: Some(Rule::Adam), ..Group::named("conv.*") },
+            Group { rule: Some(UpdateRule::Adam), ..Group::named("conv.*") },
         ])
     };
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
-        check("kfac", dtype, plain, KFacRule, |p| p)?;
+        check("kfac", dtype, plain, Wake::KFac, |p| p)?;
         check("so", dtype, plain, So::default(), |p| p)?;
         check("q", dtype, plain, q(QSolve::Factor), |p| p)?;
         check("qe", dtype, with_closure, qe(Inner::default()), |p| p)?;
@@ -121,13 +124,13 @@ fn bit_for_bit() -> Result<()> {
         |p| p,
     )?;
     check("kld-wrm, literal", f32, plain, TwoRate::default(), |p| Params { carry: Carry::Literal, ..p })?;
-    let early = |p: Params<Q>| Params { early_refresh: true, ..p.adaptive_kl(AdaptiveKl::default()) };
+    let early = |p: Params| Params { early_refresh: true, ..p.adaptive_kl(AdaptiveKl::default()) };
     check("q, adaptive kl", f32, plain, q(QSolve::Factor), early)?;
     check("qe, adaptive kl", f32, with_closure, qe(inner.clone()), |p| p.adaptive_kl(AdaptiveKl::default()))?;
     check("so, fixed kl", f32, plain, So::default(), |p| p.fixed_kl(0.01))?;
     check("qe, fixed kl", f32, with_closure, qe(inner.clone()), |p| p.fixed_kl(0.01))?;
-    check("kfac, momentum", f32, plain, KFacRule, |p| Params { momentum: 0.9, weight_decay: 0.01, ..p })?;
-    check("kfac, ekfac", f32, plain, KFacRule, |p| Params { ekfac: true, ..p })?;
+    check("kfac, momentum", f32, plain, Wake::KFac, |p| Params { momentum: 0.9, weight_decay: 0.01, ..p })?;
+    check("kfac, ekfac", f32, plain, Wake::KFac, |p| Params { ekfac: true, ..p })?;
     check("so, ekfac", f32, plain, So::default(), |p| Params { ekfac: true, momentum: 0.5, ..p })?;
     check("so, newton", f32, plain, So::default(), |p| Params {
         damping: pi,
@@ -145,9 +148,9 @@ fn bit_for_bit() -> Result<()> {
         ..p
     })?;
     check("so, groups", f32, plain, So::default(), |p| Params { groups: groups(), ..p })?;
-    let by_gradient = Group { rule: Some(Rule::GradientFactors), ..Group::named("fc?.weight") };
+    let by_gradient = Group { rule: Some(UpdateRule::GradientFactors), ..Group::named("fc?.weight") };
     let by_gradient = Groups(vec![by_gradient]);
-    check("kfac, gradient-only", f32, plain, KFacRule, |p| Params { groups: by_gradient.clone(), ..p })?;
+    check("kfac, gradient-only", f32, plain, Wake::KFac, |p| Params { groups: by_gradient.clone(), ..p })?;
     check("kld-wrm, gradient-only", DType::BF16, plain, TwoRate::default(), |p| Params {
         groups: by_gradient.clone(),
         ..p
@@ -155,7 +158,7 @@ fn bit_for_bit() -> Result<()> {
     for beyond in [Beyond::BlockDiagonal, Beyond::Diagonal] {
         let factor_limit = FactorLimit { rows: 3, beyond };
         check("so, runs", f32, plain, So::default(), |p| Params { factor_limit, ..p })?;
-        check("kfac, runs, ekfac", f32, plain, KFacRule, |p| Params { factor_limit, ekfac: true, ..p })?;
+        check("kfac, runs, ekfac", f32, plain, Wake::KFac, |p| Params { factor_limit, ekfac: true, ..p })?;
         let exact = |p| Params { factor_limit, damping: pi, ..p };
         check("q, runs, exact", f32, plain, q(QSolve::Exact), exact)?;
         for inverse in [Inverse::Newton, Inverse::Cholesky] {
@@ -181,8 +184,8 @@ fn bit_for_bit() -> Result<()> {
         momentum: 0.5,
         ..p
     })?;
-    check("kfac, empirical", f32, plain, KFacRule, |p| Params { fisher: Fisher::Empirical, ..p })?;
-    check("kfac, exact", f32, plain, KFacRule, |p| Params { fisher: Fisher::Exact, ..p })?;
+    check("kfac, empirical", f32, plain, Wake::KFac, |p| Params { fisher: Fisher::Empirical, ..p })?;
+    check("kfac, exact", f32, plain, Wake::KFac, |p| Params { fisher: Fisher::Exact, ..p })?;
     check("q, exact", f32, plain, q(QSolve::Exact), |p| Params { damping: pi, momentum: 0.5, ..p })?;
     check("qe, more", f32, with_closure, qe(inner), |p| Params {
         groups: groups(),
@@ -190,7 +193,7 @@ fn bit_for_bit() -> Result<()> {
         ..p
     })?;
     for kind in [DampingKind::Eigenvalue, DampingKind::Pi] {
-        check("kfac, adaptive", f32, plain, KFacRule, |p| Params { damping: adaptive(kind), ..p })?;
+        check("kfac, adaptive", f32, plain, Wake::KFac, |p| Params { damping: adaptive(kind), ..p })?;
         check("q, adaptive", f32, plain, q(QSolve::Factor), |p| Params { damping: adaptive(kind), ..p })?;
     }
     Ok(())
@@ -208,8 +211,8 @@ fn wider(vb: nn::VarBuilder) -> Result<Forward> {
 }
 
 /// Resumes from `path`, expects an error that says all of `parts`, and nothing changed.
-fn refuses<R: WakeRule>(net: Net, options: Params<R>, path: &Path, parts: &[&str]) -> Result<()> {
-    let mut opt = Natural::from_varmap(&net.varmap, options)?;
+fn refuses(net: Net, options: Params, path: &Path, parts: &[&str]) -> Result<()> {
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
     train(&net, &mut opt, plain, DType::F64, (0, 2))?;
     let before = saved(&opt)?;
     assert_says(opt.resume(path), parts);
@@ -229,7 +232,7 @@ fn mismatches() -> Result<()> {
     let so = |net: &Net| Params { momentum: 0.5, ..params(net, So::default()) };
     let fresh = || Net::of(DType::F64, 3, small);
     let net = fresh()?;
-    let mut opt = SoKldWrm::from_varmap(&net.varmap, so(&net))?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, so(&net))?;
     train(&net, &mut opt, plain, DType::F64, (0, 5))?;
     let path = scratch("good");
     opt.save(&path)?;
@@ -237,8 +240,8 @@ fn mismatches() -> Result<()> {
     let bytes = std::fs::read(&path)?;
 
     let other = fresh()?;
-    let options = params(&other, KFacRule);
-    refuses::<KFacRule>(other, options, &path, &["state of so-kld-wrm, expected kfac"])?;
+    let options = params(&other, Wake::KFac);
+    refuses(other, options, &path, &["state of so-kld-wrm, expected kfac"])?;
     let other = Net::of(DType::F64, 3, wider)?;
     let options = so(&other);
     let shapes =
@@ -341,7 +344,7 @@ fn note(file: &mut Checkpoint, name: &str, value: Option<&str>) -> Result<()> {
 #[test]
 fn file_is_a_model() -> Result<()> {
     let net = Net::of(DType::F64, 4, small)?;
-    let mut opt = KFac::from_varmap(&net.varmap, params(&net, KFacRule))?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net, Wake::KFac))?;
     train(&net, &mut opt, plain, DType::F64, (0, 3))?;
     let path = scratch("model");
     opt.save(&path)?;

@@ -4,16 +4,18 @@ mod common;
 
 use candle_core::{DType, Device, Result, Var};
 use common::*;
-use kronwake::optim::{KFac, KFacRule, LossScale, Natural, NonFinite, Optimizer, Params, clip_gradients};
+use kronwake::optim::{LossScale, NaturalGradient, NonFinite, Optimizer, Params, clip_gradients};
 use kronwake::tape::{Fisher, Likelihood};
 
 #[test]
 fn a_scaled_step_is_the_step() -> Result<()> {
     for fisher in [Fisher::Empirical, Fisher::Exact] {
-        let build = || -> Result<(Net, KFac)> {
+        let build = || -> Result<(Net, NaturalGradient)> {
             let net = Net::of(DType::F64, 1, small)?;
-            let opt =
-                Natural::from_varmap(&net.varmap, Params { fisher, ekfac: true, ..Params::on(&net.tape) })?;
+            let opt = NaturalGradient::from_varmap(
+                &net.varmap,
+                Params { fisher, ekfac: true, ..Params::k_fac(&net.tape) },
+            )?;
             Ok((net, opt))
         };
         let ((plain, mut once), (scaled, mut often)) = (build()?, build()?);
@@ -42,7 +44,7 @@ fn a_scaled_step_is_the_step() -> Result<()> {
 #[test]
 fn an_overflow_takes_no_step_and_halves_the_scale() -> Result<()> {
     let net = Net::of(DType::F16, 1, small)?;
-    let mut opt: KFac = Natural::from_varmap(&net.varmap, Params::<KFacRule>::on(&net.tape))?;
+    let mut opt: NaturalGradient = NaturalGradient::from_varmap(&net.varmap, Params::k_fac(&net.tape))?;
     let before = net.values()?;
     let (x, y) = small_batch(0, 8, DType::F16)?;
     let mut scale = LossScale { scale: 1e8, ..Default::default() };
@@ -99,9 +101,10 @@ fn refusals() -> Result<()> {
     assert_says(scale.backward(&loss, &vars), &["loss scale", "got 0"]);
     assert_says(LossScale::default().backward(&theta, &vars), &["scalar", "[2]"]);
     let net = Net::of(DType::F32, 1, small)?;
-    let opt: KFac = Natural::from_varmap(&net.varmap, Params::<KFacRule>::on(&net.tape))?;
+    let opt: NaturalGradient = NaturalGradient::from_varmap(&net.varmap, Params::k_fac(&net.tape))?;
     for (non_finite, refused) in [(NonFinite::Error, true), (NonFinite::Skip, false)] {
-        let mut opt: KFac = Natural::from_varmap(&net.varmap, Params { non_finite, ..opt.params().clone() })?;
+        let mut opt: NaturalGradient =
+            NaturalGradient::from_varmap(&net.varmap, Params { non_finite, ..opt.params().clone() })?;
         let (x, y) = small_batch(0, 8, DType::F32)?;
         let z = ((net.forward)(&x)? * f64::NAN)?;
         let loss = mean_loss(Likelihood::Categorical, &z, &y)?;

@@ -7,8 +7,8 @@ use common::*;
 use kronwake::curvature::{Adaptive, Beyond, Damping, DampingKind, FactorLimit, Inverse, Relative, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Bias, Carry, Every, Group, Groups, KFac, KFacRule, Natural, Optimizer, Params, ParamsKFac, Q, QSolve, Qe,
-    Rule, So, TwoRate, WakeRule,
+    Bias, Carry, Every, Group, Groups, NaturalGradient, Optimizer, Params, Q, QSolve, Qe, So, TwoRate,
+    UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
@@ -33,19 +33,18 @@ fn batch(step: u64) -> Result<(Tensor, Tensor)> {
 }
 
 /// The Vars after three steps, whose averaged factors have rank 18 at most, but for those of the table's rows.
-fn trained<R: WakeRule>(
-    wake: R,
-    step: impl Fn(&mut Natural<R>, &Tensor, &mut dyn FnMut() -> Result<Tensor>) -> Result<()>,
-    change: impl Fn(Params<R>) -> Params<R>,
+fn trained(
+    wake: impl Into<Wake> + Clone,
+    step: impl Fn(&mut NaturalGradient, &Tensor, &mut dyn FnMut() -> Result<Tensor>) -> Result<()>,
+    change: impl Fn(Params) -> Params,
 ) -> Result<Vec<Tensor>> {
     let net = Net::of(DType::F64, 3, wide)?;
     let options = Params {
         every: Every { factors: 1, inverses: 1 },
         fisher: Fisher::Sampled { draws: 1, seed: 5 },
-        wake,
-        ..Params::on(&net.tape)
+        ..Params::of(wake, &net.tape)
     };
-    let mut opt = Natural::from_varmap(&net.varmap, change(options))?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, change(options))?;
     for k in 0..3 {
         let (x, y) = batch(k)?;
         let loss = || mean_loss(Likelihood::Categorical, &(net.forward)(&x)?, &y);
@@ -60,9 +59,10 @@ fn trained<R: WakeRule>(
     net.values()
 }
 
-fn check<R: WakeRule>(what: &str, wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Result<()> {
-    let plain =
-        |opt: &mut Natural<R>, loss: &Tensor, _: &mut dyn FnMut() -> Result<Tensor>| opt.backward_step(loss);
+fn check(what: &str, wake: impl Into<Wake> + Clone, change: impl Fn(Params) -> Params) -> Result<()> {
+    let plain = |opt: &mut NaturalGradient, loss: &Tensor, _: &mut dyn FnMut() -> Result<Tensor>| {
+        opt.backward_step(loss)
+    };
     let run = |factor_limit| trained(wake.clone(), plain, |p| change(Params { factor_limit, ..p }));
     for (found, full) in run(LOW)?.iter().zip(run(FactorLimit::NONE)?) {
         assert_close(found, &full, 1e-8, what);
@@ -81,7 +81,7 @@ fn factors_of_as_low_a_rank_are_exact() -> Result<()> {
         (Damping::Relative(Relative::default()), Inverse::Eigen),
     ] {
         let what = format!("{damping:?} {inverse:?}");
-        check(&format!("k-fac, {what}"), KFacRule, |p| Params { damping, inverse, ..p })?;
+        check(&format!("k-fac, {what}"), Wake::KFac, |p| Params { damping, inverse, ..p })?;
         check(&format!("so, {what}"), So::default(), |p| Params {
             damping,
             inverse,
@@ -100,10 +100,10 @@ fn factors_of_as_low_a_rank_are_exact() -> Result<()> {
     }
     for kind in [DampingKind::Eigenvalue, DampingKind::Pi] {
         let damping = Damping::Adaptive(Adaptive { kind, every: 1, ..Adaptive::default() });
-        check("k-fac, adaptive", KFacRule, |p| Params { damping, ..p })?;
+        check("k-fac, adaptive", Wake::KFac, |p| Params { damping, ..p })?;
     }
-    let groups = Groups(vec![Group { rule: Some(Rule::GradientFactors), ..Group::named("fc.weight") }]);
-    check("k-fac, gradient-only", KFacRule, |p| Params { groups: groups.clone(), ..p })?;
+    let groups = Groups(vec![Group { rule: Some(UpdateRule::GradientFactors), ..Group::named("fc.weight") }]);
+    check("k-fac, gradient-only", Wake::KFac, |p| Params { groups: groups.clone(), ..p })?;
     let exact = Q { solve: QSolve::Exact, ..Q::default() };
     check("q, exact", exact.clone(), |p| Params { damping: pi, ..p })?;
     check("q, exact, split", exact, |p| Params { damping: pi, bias: Bias::Split, ..p })?;
@@ -114,7 +114,7 @@ fn factors_of_as_low_a_rank_are_exact() -> Result<()> {
 #[test]
 fn inner_steps() -> Result<()> {
     let run = |factor_limit| {
-        let step = |opt: &mut Natural<Qe>, loss: &Tensor, outputs: &mut dyn FnMut() -> Result<Tensor>| {
+        let step = |opt: &mut NaturalGradient, loss: &Tensor, outputs: &mut dyn FnMut() -> Result<Tensor>| {
             opt.step_with(loss, Likelihood::Categorical, outputs)
         };
         let mut wake = Qe::default();
@@ -131,19 +131,19 @@ fn inner_steps() -> Result<()> {
 #[test]
 fn averages_are_sketches_of_averages() -> Result<()> {
     for sharing in [Sharing::Expand, Sharing::Reduce] {
-        let factors = |factor_limit| -> Result<KFac> {
+        let factors = |factor_limit| -> Result<NaturalGradient> {
             let net = Net::of(DType::F64, 3, wide)?;
             // At a rate of 0 both see the same.
-            let options = ParamsKFac {
+            let options = Params {
                 lr: 0.0,
                 factor_limit,
                 sharing,
                 every: Every { factors: 1, inverses: 1 },
                 fisher: Fisher::Exact,
                 stat_decay: 0.6,
-                ..ParamsKFac::on(&net.tape)
+                ..Params::k_fac(&net.tape)
             };
-            let mut opt = KFac::from_varmap(&net.varmap, options)?;
+            let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
             for k in 0..9 {
                 // Micro-batches of one step.
                 for half in 0..2 {
@@ -202,7 +202,7 @@ fn ranks_and_names() -> Result<()> {
         Group { factor_limit: Some(limit), ..Group::named(name) }
     };
     let groups = Groups(vec![low("fc.*", 23), low("last.*", 3)]);
-    let opt = KFac::from_varmap(&net.varmap, ParamsKFac { groups, ..ParamsKFac::on(&net.tape) })?;
+    let opt = NaturalGradient::from_varmap(&net.varmap, Params { groups, ..Params::k_fac(&net.tape) })?;
     let ranks =
         |name: &str| opt.summary().blocks.into_iter().find(|b| b.name == name).map(|b| (b.runs, b.ranks));
     assert_eq!(ranks("fc"), Some(([24, 41], [None, Some(23)])));
@@ -213,13 +213,13 @@ fn ranks_and_names() -> Result<()> {
 
 #[test]
 fn refusals() -> Result<()> {
-    let low = |p| ParamsKFac { factor_limit: LOW, ..p };
-    let build = |change: &dyn Fn(ParamsKFac) -> ParamsKFac| -> Result<KFac> {
+    let low = |p| Params { factor_limit: LOW, ..p };
+    let build = |change: &dyn Fn(Params) -> Params| -> Result<NaturalGradient> {
         let net = Net::of(DType::F64, 1, wide)?;
-        KFac::from_varmap(&net.varmap, change(low(ParamsKFac::on(&net.tape))))
+        NaturalGradient::from_varmap(&net.varmap, change(low(Params::k_fac(&net.tape))))
     };
     assert_says(
-        build(&|p| ParamsKFac { ekfac: true, ..p }),
+        build(&|p| Params { ekfac: true, ..p }),
         &[
             "kfac: ekfac needs all eigenvectors",
             "conv.weight has factors of low rank",
@@ -229,12 +229,9 @@ fn refusals() -> Result<()> {
     // A table keeps the scaling of its product anyway.
     let others = Group { factor_limit: Some(FactorLimit::NONE), ..Group::named("*") };
     let table = Group { factor_limit: Some(LOW), ..Group::named("table.*") };
-    build(&|p| ParamsKFac { ekfac: true, groups: Groups(vec![others.clone(), table.clone()]), ..p })?;
+    build(&|p| Params { ekfac: true, groups: Groups(vec![others.clone(), table.clone()]), ..p })?;
     assert_says(
-        build(&|p| ParamsKFac {
-            factor_limit: FactorLimit { beyond: Beyond::LowRank { rank: 0 }, ..LOW },
-            ..p
-        }),
+        build(&|p| Params { factor_limit: FactorLimit { beyond: Beyond::LowRank { rank: 0 }, ..LOW }, ..p }),
         &["factor limit: expected a rank of at least one, got 0"],
     );
     Ok(())

@@ -7,12 +7,12 @@ use common::*;
 use kronwake::curvature::{Damping, DampingKind, Relative};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    AdaptiveKl, Average, Carry, Decay, Every, Group, Groups, KFacRule, Natural, Optimizer, Params, Q, QSolve,
-    So, StepRule, TwoRate, WakeRule,
+    AdaptiveKl, Average, Carry, Decay, Every, Group, Groups, NaturalGradient, Optimizer, Params, Q, QSolve,
+    So, StepRule, TwoRate, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood};
 
-fn params<R: WakeRule>(net: &Net, wake: R) -> Params<R> {
+fn params(net: &Net, wake: impl Into<Wake> + Clone) -> Params {
     Params {
         lr: 0.1,
         step_rule: StepRule::LearningRate,
@@ -23,17 +23,16 @@ fn params<R: WakeRule>(net: &Net, wake: R) -> Params<R> {
         kl_clip: None,
         early_refresh: false,
         average: None,
-        wake,
-        ..Params::on(&net.tape)
+        ..Params::of(wake, &net.tape)
     }
 }
 
 /// The values after each of `steps` steps on the batches of [`small`].
-fn trajectory<R: WakeRule>(wake: R, rates: &[f64]) -> Result<Vec<Vec<Tensor>>> {
+fn trajectory(wake: impl Into<Wake> + Clone, rates: &[f64]) -> Result<Vec<Vec<Tensor>>> {
     let net = Net::of(DType::F64, 1, small)?;
     // Adam's rate follows the optimizer's, so its Var would tell two equivalent rates apart.
     let groups = Groups(vec![Group { frozen: true, ..Group::named("gain") }]);
-    let mut opt = Natural::from_varmap(&net.varmap, Params { groups, ..params(&net, wake) })?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, Params { groups, ..params(&net, wake) })?;
     let mut values = vec![];
     for (k, &lr) in rates.iter().enumerate() {
         opt.set_learning_rate(lr);
@@ -58,7 +57,7 @@ fn assert_same_trajectory(found: &[Vec<Tensor>], expected: &[Vec<Tensor>], what:
 fn corners_are_the_known_methods() -> Result<()> {
     let (constant, falling) = ([0.1; 8], [0.2, 0.1, 0.15, 0.05, 0.2, 0.2, 0.1, 0.05]);
     for rates in [constant, falling] {
-        let k_fac = trajectory(KFacRule, &rates)?;
+        let k_fac = trajectory(Wake::KFac, &rates)?;
         assert_same_trajectory(&trajectory(TwoRate::k_fac(), &rates)?, &k_fac, "K-FAC");
         let so = trajectory(So { wake_decay: Some(0.3) }, &rates)?;
         assert_same_trajectory(&trajectory(TwoRate::so(0.3), &rates)?, &so, "SO");
@@ -76,7 +75,7 @@ fn corners_are_the_known_methods() -> Result<()> {
     };
     assert_same_trajectory(
         &trajectory(equal, &constant)?,
-        &trajectory(KFacRule, &from_second(0.04))?,
+        &trajectory(Wake::KFac, &from_second(0.04))?,
         "equal rates",
     );
     Ok(())
@@ -89,7 +88,7 @@ fn momentum_corners_filter_the_gradients() -> Result<()> {
     for nesterov in [false, true] {
         let wake = if nesterov { TwoRate::nesterov(mu) } else { TwoRate::k_fac_momentum(mu) };
         let net = linear(1)?;
-        let mut opt = Natural::from_varmap(&net.varmap, params(&net, wake))?;
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net, wake))?;
         let elements = net.elements("fc", 0, 1);
         let (x, mut mean) = (random(2, &[9, 4])?, None);
         for k in 0..8 {
@@ -130,7 +129,7 @@ fn linear(seed: u64) -> Result<Net> {
 }
 
 /// One step on a linear regression; the mean KL divergence between the models before and after.
-fn step<R: WakeRule>(net: &Net, opt: &mut Natural<R>, x: &Tensor, y: &Tensor) -> Result<f64> {
+fn step(net: &Net, opt: &mut NaturalGradient, x: &Tensor, y: &Tensor) -> Result<f64> {
     let z = (net.forward)(x)?;
     opt.observe(&z, Likelihood::Gaussian)?;
     opt.backward_step(&mean_loss(Likelihood::Gaussian, &z, y)?)?;
@@ -139,24 +138,24 @@ fn step<R: WakeRule>(net: &Net, opt: &mut Natural<R>, x: &Tensor, y: &Tensor) ->
     Ok(flat(&moved.sqr()?.sum_all()?)[0] / (2 * x.dim(0)?) as f64)
 }
 
-fn check_target<R: WakeRule>(wake: R) -> Result<()> {
+fn check_target(wake: impl Into<Wake> + Clone) -> Result<()> {
     let (net, target) = (linear(3)?, 0.003);
     let tiny = Damping::Eigenvalue(1e-9);
     let options = Params { damping: tiny, ..params(&net, wake).fixed_kl(target) };
-    let mut opt = Natural::from_varmap(&net.varmap, options)?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
     let x = random(4, &[9, 4])?;
     for (k, part) in [1.0, 0.5, 1.0, 0.1, 0.7].into_iter().enumerate() {
         opt.set_learning_rate(part);
         let kl = step(&net, &mut opt, &x, &(random(20 + k as u64, &[9, 3])? * 3.0)?)?;
         let share = kl / (target * part * part);
-        assert!((share - 1.0).abs() < 1e-6, "{}, step {k}: {share} of the target", R::NAME);
+        assert!((share - 1.0).abs() < 1e-6, "{}, step {k}: {share} of the target", opt.params().wake.name());
     }
     Ok(())
 }
 
 #[test]
 fn the_divergence_is_the_target() -> Result<()> {
-    check_target(KFacRule)?;
+    check_target(Wake::KFac)?;
     check_target(So { wake_decay: Some(0.3) })?;
     check_target(Q { wake_decay: Some(0.3), solve: QSolve::Factor })?;
     check_target(TwoRate::default())?;
@@ -171,7 +170,7 @@ fn the_length_follows_the_slopes() -> Result<()> {
         let net = Net::of(DType::F64, 1, small)?;
         let groups = Groups(vec![Group { frozen: true, ..Group::named("gain") }]);
         let options = Params { groups, ..params(&net, wake).adaptive_kl(rule) };
-        let mut opt = Natural::from_varmap(&net.varmap, options)?;
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
         let (mut after, mut before, mut target) = (0.0, 0.0, rule.initial);
         let mut last: Option<(Vec<f64>, f64)> = None;
         for k in 0..9 {
@@ -211,9 +210,9 @@ fn the_length_follows_the_slopes() -> Result<()> {
 fn without_noise_the_full_step_is_found() -> Result<()> {
     let net = linear(8)?;
     let rule = AdaptiveKl { initial: 1e-6, slope: 0.0, pace: 0.2 };
-    let options = params(&net, KFacRule).adaptive_kl(rule);
+    let options = params(&net, Wake::KFac).adaptive_kl(rule);
     let options = Params { damping: Damping::Eigenvalue(1e-12), ..options };
-    let mut opt = Natural::from_varmap(&net.varmap, options)?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
     let (x, y) = (random(9, &[9, 4])?, random(10, &[9, 3])?);
     for _ in 0..60 {
         step(&net, &mut opt, &x, &y)?;
@@ -231,8 +230,8 @@ fn early_refreshes_come_at_powers_of_two() -> Result<()> {
     for early_refresh in [false, true] {
         let net = linear(11)?;
         let every = Every { factors: 6, inverses: 9 };
-        let options = Params { every, early_refresh, ..params(&net, KFacRule) };
-        let mut opt = Natural::from_varmap(&net.varmap, options)?;
+        let options = Params { every, early_refresh, ..params(&net, Wake::KFac) };
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
         for k in 0..20 {
             let expected = k % 6 == 0 || (early_refresh && [1, 2, 4].contains(&k));
             assert_eq!(opt.curvature_due(), expected, "step {k}");
@@ -247,9 +246,9 @@ fn early_refreshes_come_at_powers_of_two() -> Result<()> {
 
 #[test]
 fn the_summary_knows_the_bytes_of_all_state() -> Result<()> {
-    fn check<R: WakeRule>(wake: R, change: impl Fn(Params<R>) -> Params<R>) -> Result<()> {
+    fn check(wake: impl Into<Wake> + Clone, change: impl Fn(Params) -> Params) -> Result<()> {
         let net = Net::of(DType::F32, 1, small)?;
-        let mut opt = Natural::from_varmap(&net.varmap, change(params(&net, wake)))?;
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, change(params(&net, wake)))?;
         for k in 0..3 {
             let (x, y) = small_batch(k, 9, DType::F32)?;
             let z = (net.forward)(&x)?;
@@ -261,11 +260,11 @@ fn the_summary_knows_the_bytes_of_all_state() -> Result<()> {
         let (tensors, _) = saved(&opt)?;
         let state = tensors.iter().filter(|(name, _)| name.starts_with("kronwake/") && !shared(name));
         let bytes: usize = state.map(|(_, (_, _, bytes))| bytes.len()).sum();
-        assert_eq!(opt.summary().bytes(), bytes, "{}", R::NAME);
+        assert_eq!(opt.summary().bytes(), bytes, "{}", opt.params().wake.name());
         Ok(())
     }
-    check(KFacRule, |p| Params { momentum: 0.5, ..p })?;
-    check(KFacRule, |p| Params { ekfac: true, ..p })?;
+    check(Wake::KFac, |p| Params { momentum: 0.5, ..p })?;
+    check(Wake::KFac, |p| Params { ekfac: true, ..p })?;
     check(So::default(), |p| Params { average: Some(Average::default()), ..p })?;
     check(TwoRate::default(), |p| p.adaptive_kl(AdaptiveKl::default()))?;
     check(TwoRate::default(), |p| Params { carry: Carry::Literal, ..p })?;
@@ -277,9 +276,9 @@ fn the_summary_knows_the_bytes_of_all_state() -> Result<()> {
 fn a_long_step_ends_at_the_minimum() -> Result<()> {
     for (decay, weight_decay) in [(Decay::AfterWake, 0.3), (Decay::Loss, 0.3), (Decay::AfterWake, 0.0)] {
         let net = linear(5)?;
-        let options = params(&net, KFacRule).fixed_kl(1e9);
+        let options = params(&net, Wake::KFac).fixed_kl(1e9);
         let options = Params { damping: Damping::Eigenvalue(1e-12), decay, weight_decay, ..options };
-        let mut opt = Natural::from_varmap(&net.varmap, options)?;
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
         let (x, y) = (random(6, &[9, 4])?, random(7, &[9, 3])?);
         step(&net, &mut opt, &x, &y)?;
         let loss = mean_loss(Likelihood::Gaussian, &(net.forward)(&x)?, &y)?;
@@ -297,8 +296,10 @@ fn relative_damping_is_the_curvature_that_noise_meets() -> Result<()> {
     for kind in [DampingKind::Eigenvalue, DampingKind::Pi] {
         let net = Net::of(DType::F64, 1, small)?;
         let damping = Damping::Relative(Relative { kind, fraction: 0.05 });
-        let mut opt =
-            Natural::from_varmap(&net.varmap, Params { damping, ..params(&net, TwoRate::default()) })?;
+        let mut opt = NaturalGradient::from_varmap(
+            &net.varmap,
+            Params { damping, ..params(&net, TwoRate::default()) },
+        )?;
         assert_eq!(opt.damping(), 0.0);
         let mut last = 0.0;
         for k in 0..7 {
@@ -327,8 +328,10 @@ fn averages_are_weighted_by_a_power_of_the_step() -> Result<()> {
     for dtype in [DType::F64, DType::BF16] {
         let net = Net::of(dtype, 1, small)?;
         let average = Some(Average { power: 2.0 });
-        let mut opt =
-            Natural::from_varmap(&net.varmap, Params { average, ..params(&net, TwoRate::default()) })?;
+        let mut opt = NaturalGradient::from_varmap(
+            &net.varmap,
+            Params { average, ..params(&net, TwoRate::default()) },
+        )?;
         assert!(opt.averages().is_empty());
         let mut seen: Vec<Vec<Tensor>> = vec![];
         for k in 0..6 {
@@ -374,7 +377,7 @@ fn averages_are_weighted_by_a_power_of_the_step() -> Result<()> {
 #[test]
 fn without_averages_the_parameters_stand() -> Result<()> {
     let net = linear(1)?;
-    let mut opt = Natural::from_varmap(&net.varmap, params(&net, KFacRule))?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net, Wake::KFac))?;
     let x = random(1, &[2, 4])?;
     let (before, shown) = ((net.forward)(&x)?, opt.at_average(|| (net.forward)(&x))?);
     assert_close(&shown, &before, 0.0, "no average");

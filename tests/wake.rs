@@ -9,7 +9,7 @@ use common::*;
 use faer::Mat;
 use kronwake::curvature::{Beyond, Damping, FactorLimit};
 use kronwake::optim::{
-    Bias, Carry, Every, Model, Natural, Optimizer, Params, Q, QSolve, So, TwoRate, WakeRule,
+    Bias, Carry, Every, Model, NaturalGradient, Optimizer, Params, Q, QSolve, So, TwoRate, Wake,
 };
 use kronwake::tape::Likelihood;
 use wakes::*;
@@ -51,18 +51,19 @@ enum Metric {
 }
 
 /// With `clip`, a step whose direction is the literal minimizer's and whose length the clip decides.
-fn check_literal<R: WakeRule>(
-    wake: R,
+fn check_literal(
+    wake: impl Into<Wake> + Clone,
     damping: Damping,
     metric: Metric,
     rates: &[f64],
     clip: Option<(f64, Carry)>,
 ) -> Result<f64> {
     let net = net(1)?;
+    let wake = wake.into();
     let model = wake.model();
     let (kl_clip, carry) = clip.map_or((None, Carry::Gradient), |(limit, carry)| (Some(limit), carry));
     let options = Params { kl_clip, carry, ..params(&net, wake, damping) };
-    let mut opt = Natural::from_varmap(&net.varmap, options.clone())?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, options.clone())?;
     let mut worst = 0f64;
     let blocks = ["a", "b"];
     let elements = blocks.map(|b| net.elements(b, 0, 1));
@@ -70,7 +71,7 @@ fn check_literal<R: WakeRule>(
     let mut means: [Option<Mat<f64>>; 2] = [None, None];
     let mut models: [Option<(Factors, Mat<f64>)>; 2] = [None, None];
     let mut wakes: [Vec<Past>; 2] = [vec![], vec![]];
-    let (model_decay, scale) = (options.wake.model_decay(), options.wake.rate_scale(DECAY));
+    let (model_decay, scale) = (options.wake.model_decay(), options.wake.rate_scale());
     // With the inputs fixed and squared loss either A or G of a layer stays, and averages of products are products of
     // averages: the metric may be the iterates' own.
     let x = random(2, &[7, 3])?;
@@ -163,16 +164,17 @@ fn a_clipped_step_needs_the_literal_carry() -> Result<()> {
 
 /// The documented recursion, dense, where the theory has no objective to offer: rates of the wake and of the averages apart,
 /// and periods of more than one step. With a limit, the dense factors without what couples one run to another.
-fn check_recursion<R: WakeRule>(
-    wake: R,
+fn check_recursion(
+    wake: impl Into<Wake> + Clone,
     damping: Damping,
     every: Every,
     (bias, limit): (Bias, FactorLimit),
 ) -> Result<()> {
+    let wake = wake.into();
     let (net, likelihood) = (net(3)?, Likelihood::Categorical);
     let (model, rho) = (wake.model(), wake.wake_decay(DECAY).unwrap());
     let options = Params { every, bias, factor_limit: limit, ..params(&net, wake, damping) };
-    let mut opt = Natural::from_varmap(&net.varmap, options)?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
     let blocks: Vec<String> = opt.block_names().iter().map(|b| b.to_string()).collect();
     let elements: Vec<_> = blocks.iter().map(|b| net.elements(b, 0, 1)).collect();
     let mut bars = vec![None; blocks.len()];

@@ -8,7 +8,7 @@ use candle_nn::AdamW;
 use kronwake::curvature::{Damping, Inverse};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::ops::pool::relu;
-use kronwake::optim::{Every, KFacRule, Natural, Optimizer, Params, Replay, So, WakeRule};
+use kronwake::optim::{Every, NaturalGradient, Optimizer, Params, Replay};
 use kronwake::tape::{Likelihood, Tape};
 use serde_json::json;
 use std::time::Instant;
@@ -188,21 +188,21 @@ fn one(
     }
 }
 
-fn natural<R: WakeRule>(
+fn natural(
     options: &Options,
     report: &mut Report,
     (model, dtype, name): (&Model, DType, &str),
     adamw: Option<f64>,
     period: usize,
-    change: fn(Params<R>) -> Params<R>,
+    params: fn(&Tape) -> Params,
 ) -> Result<()> {
     let s = Setup::new(model, dtype, &options.device)?;
     let every = Every { factors: period, inverses: period };
     // A rate at which many steps on one batch do not leave the region where nothing special happens.
-    let params = change(Params::on(&s.tape));
+    let params = params(&s.tape);
     let lr = params.lr * 1e-3;
-    let mut opt = Natural::from_varmap(&s.varmap, Params { lr, every, ..params })?;
-    let pass = |opt: &mut Natural<R>| {
+    let mut opt = NaturalGradient::from_varmap(&s.varmap, Params { lr, every, ..params })?;
+    let pass = |opt: &mut NaturalGradient| {
         let (z, loss) = s.loss()?;
         opt.observe(&z, Likelihood::Categorical)?;
         opt.backward_step(&loss)
@@ -218,12 +218,12 @@ fn natural<R: WakeRule>(
     Ok(())
 }
 
-fn cholesky<R>(params: Params<R>) -> Params<R> {
-    Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..params }
+fn cholesky(tape: &Tape) -> Params {
+    Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..Params::so_kld_wrm(tape) }
 }
 
-fn newton<R>(params: Params<R>) -> Params<R> {
-    Params { damping: Damping::Pi(0.003), inverse: Inverse::Newton, ..params }
+fn newton(tape: &Tape) -> Params {
+    Params { damping: Damping::Pi(0.003), inverse: Inverse::Newton, ..Params::so_kld_wrm(tape) }
 }
 
 /// Measures the steps that are asked for, as `step: MODEL`.
@@ -258,24 +258,24 @@ fn all(options: &Options, report: &mut Report, model: &Model, dtype: DType) -> R
     };
     for &period in periods {
         let results = [
-            natural::<So>(options, report, (model, dtype, &format!("SO, {period}")), adamw, period, |p| p),
-            natural::<So>(
+            natural(options, report, (model, dtype, &format!("SO, {period}")), adamw, period, Params::so_kld_wrm),
+            natural(
                 options,
                 report,
                 (model, dtype, &format!("SO, overlap, {period}")),
                 adamw,
                 period,
-                |p| Params { overlap: usize::MAX, ..p },
+                |tape| Params { overlap: usize::MAX, ..Params::so_kld_wrm(tape) },
             ),
-            natural::<KFacRule>(
+            natural(
                 options,
                 report,
                 (model, dtype, &format!("K-FAC, {period}")),
                 adamw,
                 period,
-                |p| p,
+                Params::k_fac,
             ),
-            natural::<So>(
+            natural(
                 options,
                 report,
                 (model, dtype, &format!("SO, pi and Cholesky, {period}")),
@@ -283,7 +283,7 @@ fn all(options: &Options, report: &mut Report, model: &Model, dtype: DType) -> R
                 period,
                 cholesky,
             ),
-            natural::<So>(
+            natural(
                 options,
                 report,
                 (model, dtype, &format!("SO, pi and Newton, {period}")),

@@ -5,7 +5,7 @@ use candle::{DType, Device, Result, Tensor};
 use candle_transformers::models::{efficientnet, vgg};
 use kronwake::curvature::{Beyond, Damping, FactorLimit, Relative};
 use kronwake::nn::{loss::cross_entropy, Module, ModuleT, VarBuilder, VarMap};
-use kronwake::optim::{Every, Group, Groups, KFac, Optimizer, ParamsKFac, Rule};
+use kronwake::optim::{Every, Group, Groups, NaturalGradient, Optimizer, Params, UpdateRule};
 use kronwake::tape::{Likelihood, Tape};
 
 const CLASSES: usize = 4;
@@ -52,10 +52,10 @@ impl Training {
             if name.contains("running_") {
                 groups.0.push(Group { frozen: true, ..Group::named(name) });
             } else if rank > 1 {
-                groups.0.push(Group { rule: Some(Rule::GradientFactors), ..Group::named(name) });
+                groups.0.push(Group { rule: Some(UpdateRule::GradientFactors), ..Group::named(name) });
             }
         }
-        let params = ParamsKFac {
+        let params = Params {
             lr: self.lr,
             stat_decay: 0.95,
             kl_clip: Some(1e-3),
@@ -63,9 +63,9 @@ impl Training {
             every: Every { factors: 1, inverses: 5 },
             factor_limit: FactorLimit { rows: 512, beyond: Beyond::BlockDiagonal },
             groups,
-            ..ParamsKFac::on(&Tape::new())
+            ..Params::k_fac(&Tape::new())
         };
-        let mut optimizer = KFac::from_varmap(vars, params)?;
+        let mut optimizer = NaturalGradient::from_varmap(vars, params)?;
         let (x, y) = stripes(2 * self.batch, self.side)?;
         let held_out = || cross_entropy(&forward(&x)?, &y)?.to_scalar::<f32>();
         let before = held_out()?;

@@ -61,7 +61,7 @@ const SMALLEST: f64 = 1e-10;
 /// Every `every` steps the change of the loss over the step, on the step's own batch, is divided by the change that the
 /// model `<g, s> + 1/2 s^T (F_bar + la I) s` predicted. Above 3/4 the damping is multiplied by `factor`, below 1/4 divided
 /// by it. The new value enters with the next update of the inverses. The loss after the step has to be measured by the
-/// caller: see `Natural::wants_loss_after` and `Natural::adapt_damping`.
+/// caller: see `NaturalGradient::wants_loss_after` and `NaturalGradient::adapt_damping`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adaptive {
     /// Where the damping enters.

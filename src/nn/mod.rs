@@ -29,13 +29,13 @@
 //!
 //! use candle_core::{DType, Device, Module, Tensor};
 //! use kronwake::nn::{Optimizer, VarBuilder, VarMap, loss::cross_entropy};
-//! use kronwake::optim::{KldWrm, ParamsKldWrm};
+//! use kronwake::optim::{NaturalGradient, Params};
 //! use kronwake::tape::{Likelihood, Tape};
 //!
 //! let (vars, tape) = (VarMap::new(), Tape::new());
 //! let model = tape.build(|| model::Classifier::new(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)))?;
 //! // Or a checkpoint's tensors: Checkpoint::read(folder, &Device::Cpu)?.load_into(&vars)?
-//! let mut opt = KldWrm::from_varmap(&vars, ParamsKldWrm::on(&tape))?;
+//! let mut opt = NaturalGradient::from_varmap(&vars, Params::kld_wrm(&tape))?;
 //! let (tokens, classes) = (Tensor::new(&[[3u32, 1], [4, 2]], &Device::Cpu)?, Tensor::new(&[0u32, 1], &Device::Cpu)?);
 //! for _ in 0..20 {
 //!     let logits = model.forward(&tokens)?;
@@ -52,7 +52,9 @@
 //! A [`BatchNorm`] keeps its statistics as variables too, which are not to be trained: freeze them, as
 //! `Groups(vec![Group { frozen: true, ..Group::named("*running_*") }])` does.
 
+pub mod activation;
 pub mod attention;
+pub mod batch_norm;
 pub mod conv;
 mod conv_transpose;
 pub mod dropout;
@@ -61,11 +63,15 @@ pub mod init;
 pub mod kv_cache;
 pub mod linear;
 pub mod lora;
+pub mod loss;
 pub mod norm;
 pub mod ops;
 pub mod rnn;
 pub mod rotary_emb;
+mod weighted_loss;
 
+pub use activation::Activation;
+pub use batch_norm::{BatchNorm, batch_norm};
 pub use candle_nn::*;
 pub use conv::{Conv1d, Conv2d, conv1d, conv1d_no_bias, conv2d, conv2d_no_bias};
 pub use conv_transpose::{ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias};

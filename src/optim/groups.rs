@@ -6,7 +6,7 @@ use candle_core::{Result, bail};
 
 /// Which update a Var gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rule {
+pub enum UpdateRule {
     /// Its layer's Kronecker block; the default of tapped linear layers, convolutions and embeddings.
     Kronecker,
     /// A Kronecker block from its own gradient alone, for Vars of layers that are not tapped: models that are built with plain candle_nn,
@@ -17,7 +17,7 @@ pub enum Rule {
     /// layer has one for each example, so average over more steps (a `stat_decay` of 0.95), and do not leave the length of steps to such
     /// factors: K-FAC and SO with a learning rate and a KL clip train with them, KLD-WRM's steps that find their own length grow too long.
     GradientFactors,
-    /// Adam, see [`super::Params::rest`]; the default of everything else.
+    /// Adam, see [`super::Params::fallback_adam`]; the default of everything else.
     Adam,
 }
 
@@ -32,8 +32,13 @@ pub struct Group {
     pub weight_decay: Option<f64>,
     /// Frozen Vars are not updated and may lack a gradient.
     pub frozen: bool,
+    /// Whether Vars may take no part in a step: experts without a token, skipped layers, heads by turns. Where such a Var has no gradient,
+    /// it sits the step out with its Kronecker block: no decay, no wake, no average, no statistics. The blocks of others are not
+    /// concerned. What sits out is said once, by a `tracing` event. A block that was never there when curvature was due sits out
+    /// until it is. Not with [`super::Params::overlap`]; on a GPU the step then takes the general path.
+    pub optional: bool,
     /// Replaces the rule.
-    pub rule: Option<Rule>,
+    pub rule: Option<UpdateRule>,
     /// Replaces [`super::Params::factor_limit`]; a folded bias follows its weight.
     pub factor_limit: Option<FactorLimit>,
 }
@@ -46,6 +51,7 @@ impl Group {
             lr_scale: 1.0,
             weight_decay: None,
             frozen: false,
+            optional: false,
             rule: None,
             factor_limit: None,
         }

@@ -1,52 +1,36 @@
-//! The optimizers: one step loop, five wake rules.
+//! The optimizer: K-FAC and the KLD-WRM family, one type with one set of options.
+//!
+//! | | |
+//! |---|---|
+//! | [`NaturalGradient`] | the optimizer |
+//! | [`Params`] | its options, with the defaults of each member of the family |
+//! | [`Wake`] | the members and the mathematics in which they differ |
+//! | [`AdamW`], [`Sgd`] | first-order optimizers, to compare with |
+//! | [`Groups`], [`Schedule`], [`clip_gradients`], [`LossScale`] | what goes with any training |
+//!
+//! Within: `wake` and `params` are values, `state` is data that knows no step, `step` has the stages of a step, each for the host and for
+//! a GPU, and `engine` is the optimizer that runs them. Imports go up this list, never down.
 
-mod average;
-mod block;
-mod build;
-mod constrain;
-mod correct;
-mod device;
-mod direction;
+mod clip;
+mod engine;
 mod first_order;
 mod groups;
-mod kfac;
-mod launches;
-mod length;
-mod natural;
-mod observe;
-mod overlap;
+mod loss_scale;
+mod numbers;
 mod params;
-mod preconditioned;
-mod q;
-mod qe;
-mod replay;
-mod rest;
-mod rule;
-mod scaling;
 mod schedule;
-mod so;
-mod stacks;
 mod state;
 mod step;
 mod summary;
-mod turns;
-mod two_rate;
-mod wanted;
+mod wake;
 
-pub use average::Average;
 pub use candle_nn::{Optimizer, ParamsAdamW};
+pub use clip::clip_gradients;
+pub use engine::{NaturalGradient, Outputs, Replay};
 pub use first_order::{AdamW, FirstOrder, ParamsSgd, Sgd, Update};
-pub use groups::{Group, Groups, Rule};
-pub use kfac::{KFac, KFacRule, ParamsKFac};
-pub use length::{AdaptiveKl, StepRule};
-pub use natural::Natural;
-pub use params::{Bias, Decay, Every, NonFinite, Params};
-pub use q::{ParamsQKldWrm, Q, QKldWrm};
-pub use qe::{Inner, ParamsQeKldWrm, Qe, QeKldWrm};
-pub use replay::Replay;
-pub use rule::{Carry, Defaults, Model, QSolve, WakeRule};
-pub use scaling::{LossScale, clip_gradients};
+pub use groups::{Group, Groups, UpdateRule};
+pub use loss_scale::LossScale;
+pub use params::{AdaptiveKl, Average, Bias, Decay, Every, NonFinite, Params, StepRule};
 pub use schedule::Schedule;
-pub use so::{ParamsSoKldWrm, So, SoKldWrm};
 pub use summary::{Summary, SummaryBlock, SummaryRow};
-pub use two_rate::{KldWrm, ParamsKldWrm, TwoRate};
+pub use wake::{Carry, Inner, Model, Q, QSolve, Qe, So, TwoRate, Wake};

@@ -1,9 +1,8 @@
 //! What an optimizer does with each Var, and what it costs.
 
-use super::block::{Block, Part};
-use super::length::StepRule;
-use super::natural::Natural;
-use super::rule::{Carry, Model, WakeRule};
+use super::state::Core;
+use super::state::block::{Block, Part};
+use super::wake::{Carry, Model, QSolve};
 use crate::curvature::{DampingKind, Inverse, Runs, wide_dtype};
 use crate::gpu::Gpu;
 use crate::linalg::device::BATCH;
@@ -70,6 +69,44 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// That of an optimizer before or after any step.
+    pub(super) fn of(core: &Core) -> Self {
+        let rule = |index: usize| {
+            let block = core.blocks.iter().find(|b| b.params.contains(&index));
+            block.map_or("adam".to_string(), |b| b.name.clone())
+        };
+        let mut rows: Vec<SummaryRow> = core
+            .vars
+            .iter()
+            .enumerate()
+            .map(|(i, p)| SummaryRow { var: p.name.clone(), shape: p.var.dims().to_vec(), rule: rule(i) })
+            .collect();
+        rows.extend(core.frozen.iter().map(|(name, var)| SummaryRow {
+            var: name.clone(),
+            shape: var.dims().to_vec(),
+            rule: "frozen".to_string(),
+        }));
+        rows.sort_by(|a, b| a.var.cmp(&b.var));
+        let size = |index: usize| {
+            let var = &core.vars[index].var;
+            var.elem_count() * wide_dtype(var.dtype()).size_in_bytes()
+        };
+        let masters: usize = (0..core.vars.len()).filter(|&i| core.vars[i].master.is_some()).map(size).sum();
+        let adam: usize = core.adam.iter().map(|a| 2 * size(a.param)).sum();
+        // Beside the current one, which the Vars hold.
+        let stored = core.params.wake.inner().map_or(0, |inner| inner.models - 1);
+        let copies = stored + usize::from(core.params.average.is_some());
+        let models: usize = copies * (0..core.vars.len()).map(size).sum::<usize>();
+        let blocks: Vec<_> = core.blocks.iter().map(|b| summary_block(core, b)).collect();
+        let matrices: usize = core.blocks.iter().flat_map(|b| &b.params).map(|&i| MATRICES * size(i)).sum();
+        // Inverses that are made beside the steps have factors of their own: the averages go on, and a second stream has copies.
+        let factors: usize = blocks.iter().map(|b| b.factor_bytes).sum();
+        let beside = if core.params.overlap > 0 { factors } else { 0 };
+        let workspace_bytes = matrices + decomposing(core, &blocks) + beside;
+        let other_bytes = masters + adam + models;
+        Self { optimizer: core.name(), rows, blocks, other_bytes, workspace_bytes }
+    }
+
     /// Bytes of all state in steady operation.
     pub fn bytes(&self) -> usize {
         let blocks: usize =
@@ -83,121 +120,85 @@ impl Summary {
     }
 }
 
-impl<R: WakeRule> Natural<R> {
-    /// Which Var is in which block, with bytes and cost; known before the first step.
-    pub fn summary(&self) -> Summary {
-        let rule = |index: usize| {
-            let block = self.blocks.iter().find(|b| b.params.contains(&index));
-            block.map_or("adam".to_string(), |b| b.name.clone())
-        };
-        let mut rows: Vec<SummaryRow> = self
-            .vars
-            .iter()
-            .enumerate()
-            .map(|(i, p)| SummaryRow { var: p.name.clone(), shape: p.var.dims().to_vec(), rule: rule(i) })
-            .collect();
-        rows.extend(self.frozen.iter().map(|(name, var)| SummaryRow {
-            var: name.clone(),
-            shape: var.dims().to_vec(),
-            rule: "frozen".to_string(),
-        }));
-        rows.sort_by(|a, b| a.var.cmp(&b.var));
-        let size = |index: usize| {
-            let var = &self.vars[index].var;
-            var.elem_count() * wide_dtype(var.dtype()).size_in_bytes()
-        };
-        let masters: usize = (0..self.vars.len()).filter(|&i| self.vars[i].master.is_some()).map(size).sum();
-        let adam: usize = self.rest.iter().map(|a| 2 * size(a.param)).sum();
-        // Beside the current one, which the Vars hold.
-        let stored = self.params.wake.inner().map_or(0, |inner| inner.models - 1);
-        let copies = stored + usize::from(self.params.average.is_some());
-        let models: usize = copies * (0..self.vars.len()).map(size).sum::<usize>();
-        let blocks: Vec<_> = self.blocks.iter().map(|b| self.summary_block(b)).collect();
-        let matrices: usize = self.blocks.iter().flat_map(|b| &b.params).map(|&i| MATRICES * size(i)).sum();
-        // Inverses that are made beside the steps have factors of their own: the averages go on, and a second stream has copies.
-        let factors: usize = blocks.iter().map(|b| b.factor_bytes).sum();
-        let beside = if self.params.overlap > 0 { factors } else { 0 };
-        let workspace_bytes = matrices + self.decomposing(&blocks) + beside;
-        let other_bytes = masters + adam + models;
-        Summary { optimizer: R::NAME, rows, blocks, other_bytes, workspace_bytes }
-    }
+/// Bytes that an update of the inverses takes: the new ones, and what decompositions work with at a time.
+fn decomposing(core: &Core, blocks: &[SummaryBlock]) -> usize {
+    let inverses = blocks.iter().map(|b| b.inverse_bytes).sum::<usize>();
+    let largest = blocks.iter().map(|b| b.workspace_bytes).max().unwrap_or(0);
+    let Some(param) = core.vars.first().filter(|param| Gpu::of(param.var.device()).is_some()) else {
+        return inverses + largest;
+    };
+    // Small factors are decomposed together, and what is added to or iterated on is kept until all are done.
+    let factors: usize = blocks.iter().map(|b| b.factor_bytes).sum();
+    let together = WORKSPACE * factors.min(BATCH * wide_dtype(param.var.dtype()).size_in_bytes());
+    let kept = match (core.params.damping.kind(), core.params.inverse) {
+        (DampingKind::Eigenvalue, _) => 0,
+        (DampingKind::Pi, Inverse::Newton) => 3 * factors,
+        (DampingKind::Pi, _) => factors,
+    };
+    inverses + kept + largest.max(together)
+}
 
-    /// Bytes that an update of the inverses takes: the new ones, and what decompositions work with at a time.
-    fn decomposing(&self, blocks: &[SummaryBlock]) -> usize {
-        let inverses = blocks.iter().map(|b| b.inverse_bytes).sum::<usize>();
-        let largest = blocks.iter().map(|b| b.workspace_bytes).max().unwrap_or(0);
-        let Some(param) = self.vars.first().filter(|param| Gpu::of(param.var.device()).is_some()) else {
-            return inverses + largest;
-        };
-        // Small factors are decomposed together, and what is added to or iterated on is kept until all are done.
-        let factors: usize = blocks.iter().map(|b| b.factor_bytes).sum();
-        let together = WORKSPACE * factors.min(BATCH * wide_dtype(param.var.dtype()).size_in_bytes());
-        let kept = match (self.params.damping.kind(), self.params.inverse) {
-            (DampingKind::Eigenvalue, _) => 0,
-            (DampingKind::Pi, Inverse::Newton) => 3 * factors,
-            (DampingKind::Pi, _) => factors,
-        };
-        inverses + kept + largest.max(together)
+/// Refuses what takes more than it may, or than a GPU has, before the first step would find out.
+pub(super) fn check_memory(core: &Core) -> Result<()> {
+    let gpu = core.vars.first().and_then(|param| Gpu::of(param.var.device()));
+    let free = gpu.map(|gpu| gpu.free_memory()).transpose()?.flatten();
+    let limits = [(core.params.memory_limit, "the limit is"), (free, "the GPU has free")];
+    for (limit, what) in limits {
+        if let Some(limit) = limit {
+            fits(core.name(), Summary::of(core).peak_bytes(), limit, what)?;
+        }
     }
+    Ok(())
+}
 
-    /// Refuses what takes more than it may, or than a GPU has, before the first step would find out.
-    pub(super) fn check_memory(&self) -> Result<()> {
-        let gpu = self.vars.first().and_then(|param| Gpu::of(param.var.device()));
-        let free = gpu.map(|gpu| gpu.free_memory()).transpose()?.flatten();
-        let limits = [(self.params.memory_limit, "the limit is"), (free, "the GPU has free")];
-        for (limit, what) in limits {
-            if let Some(limit) = limit {
-                fits(R::NAME, self.summary().peak_bytes(), limit, what)?;
+fn summary_block(core: &Core, block: &Block) -> SummaryBlock {
+    let [groups, out, columns] = block.shape();
+    let element = wide_dtype(core.vars[block.params[0]].var.dtype()).size_in_bytes();
+    let (exact, quadratic) = match core.params.wake.model() {
+        Model::Linear => (false, false),
+        Model::Quadratic(QSolve::Factor) => (false, true),
+        Model::Quadratic(QSolve::Exact) => (true, true),
+    };
+    let eigen = core.params.inverse == Inverse::Eigen
+        && core.params.damping.kind() == DampingKind::Eigenvalue
+        || exact;
+    let sides = [block.rows, block.columns];
+    let of = |what: &dyn Fn(&Runs) -> usize| sides.iter().map(what).sum::<usize>();
+    let squares = of(&|side| side.elements(groups));
+    let bases = of(&|side| {
+        let root = if exact && side.has_root() { side.elements(groups) } else { 0 };
+        root + side.basis(groups, exact).iter().product::<usize>()
+    });
+    let scale: usize = block.scale(exact).iter().product();
+    let (matrix, inside) = (groups * out * columns, block.inside().iter().product::<usize>());
+    let wake = core.wake_decay().is_some();
+    let averaged = core.params.wake.model_decay() > 0.0;
+    // The models' average is the carry itself, unless that is taken literally.
+    let mean = averaged && (!wake || core.params.carry == Carry::Literal);
+    let step = core.measures_slopes();
+    let kept = [wake, mean, step, core.params.momentum > 0.0];
+    let matrices: usize = kept.into_iter().map(usize::from).sum();
+    let moments = if core.params.ekfac && block.part != Part::Table { inside } else { 0 };
+    let quadratic = averaged && quadratic;
+    let gradient_only = block.part == Part::Gradient;
+    SummaryBlock {
+        name: block.name.clone(),
+        dims: [groups, out, columns],
+        runs: sides.map(|side| side.run),
+        ranks: sides.map(|side| side.rank),
+        gradient_only,
+        factor_bytes: squares * element,
+        inverse_bytes: if eigen { bases + scale } else { squares } * element,
+        other_bytes: (matrices * matrix + moments + usize::from(quadratic) * squares) * element,
+        workspace_bytes: of(&|side| WORKSPACE * side.elements(groups) * side.working(element)),
+        factor_cost: match gradient_only {
+            true => of(&|side| matrix * side.rank.map_or(side.run, |rank| 4 * rank) / 2),
+            false => {
+                of(&|side| side.rank.map_or(side.elements(groups) / 2, |rank| 2 * groups * rank * side.dim))
             }
-        }
-        Ok(())
-    }
-
-    fn summary_block(&self, block: &Block) -> SummaryBlock {
-        let [groups, out, columns] = block.shape();
-        let element = wide_dtype(self.vars[block.params[0]].var.dtype()).size_in_bytes();
-        let exact = self.params.wake.model() == Model::Quadratic(super::QSolve::Exact);
-        let eigen = self.params.inverse == Inverse::Eigen
-            && self.params.damping.kind() == DampingKind::Eigenvalue
-            || exact;
-        let sides = [block.rows, block.columns];
-        let of = |what: &dyn Fn(&Runs) -> usize| sides.iter().map(what).sum::<usize>();
-        let squares = of(&|side| side.elements(groups));
-        let bases = of(&|side| {
-            let root = if exact && side.has_root() { side.elements(groups) } else { 0 };
-            root + side.basis(groups, exact).iter().product::<usize>()
-        });
-        let scale: usize = block.scale(exact).iter().product();
-        let (matrix, inside) = (groups * out * columns, block.inside().iter().product::<usize>());
-        let wake = self.params.wake.wake_decay(self.params.stat_decay).is_some();
-        let averaged = self.params.wake.model_decay() > 0.0;
-        // The models' average is the carry itself, unless that is taken literally.
-        let mean = averaged && (!wake || self.params.carry == Carry::Literal);
-        let step = matches!(self.params.step_rule, StepRule::AdaptiveKl(_));
-        let kept = [wake, mean, step, self.params.momentum > 0.0];
-        let matrices: usize = kept.into_iter().map(usize::from).sum();
-        let moments = if self.params.ekfac && block.part != Part::Table { inside } else { 0 };
-        let quadratic = averaged && self.params.wake.model() != Model::Linear;
-        let gradient_only = block.part == Part::Gradient;
-        SummaryBlock {
-            name: block.name.clone(),
-            dims: [groups, out, columns],
-            runs: sides.map(|side| side.run),
-            ranks: sides.map(|side| side.rank),
-            gradient_only,
-            factor_bytes: squares * element,
-            inverse_bytes: if eigen { bases + scale } else { squares } * element,
-            other_bytes: (matrices * matrix + moments + usize::from(quadratic) * squares) * element,
-            workspace_bytes: of(&|side| WORKSPACE * side.elements(groups) * side.working(element)),
-            factor_cost: match gradient_only {
-                true => of(&|side| matrix * side.rank.map_or(side.run, |rank| 4 * rank) / 2),
-                false => of(&|side| {
-                    side.rank.map_or(side.elements(groups) / 2, |rank| 2 * groups * rank * side.dim)
-                }),
-            },
-            inverse_cost: groups * of(&|side| side.decomposing(eigen)),
-            step_cost: of(&|side| matrix * side.multiplying(eigen)),
-        }
+        },
+        inverse_cost: groups * of(&|side| side.decomposing(eigen)),
+        step_cost: of(&|side| matrix * side.multiplying(eigen)),
     }
 }
 

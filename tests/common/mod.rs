@@ -8,7 +8,7 @@ use faer::{Mat, linalg::solvers::Solve};
 pub use kronwake::checkpoint::Checkpoint;
 use kronwake::curvature::{Beyond, FactorLimit, Sharing};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
-use kronwake::optim::{Bias, Every, KFac, Natural, ParamsKFac, WakeRule};
+use kronwake::optim::{Bias, Every, NaturalGradient, Params};
 use kronwake::tape::{Fisher, Likelihood, Tape};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use safetensors::{SafeTensors, tensor::TensorView};
@@ -349,11 +349,11 @@ pub fn assert_same(found: &Mat<f64>, expected: &Mat<f64>, tolerance: f64, what: 
 }
 
 /// An optimizer that observes every step and moves nothing; its factors are those of the last batch alone.
-pub fn observer(net: &Net, fisher: Fisher, sharing: Sharing, bias: Bias) -> Result<KFac> {
+pub fn observer(net: &Net, fisher: Fisher, sharing: Sharing, bias: Bias) -> Result<NaturalGradient> {
     let every = Every { factors: 1, inverses: 1 };
     let params =
-        ParamsKFac { lr: 0.0, stat_decay: 0.0, every, fisher, sharing, bias, ..ParamsKFac::on(&net.tape) };
-    KFac::from_varmap(&net.varmap, params)
+        Params { lr: 0.0, stat_decay: 0.0, every, fisher, sharing, bias, ..Params::k_fac(&net.tape) };
+    NaturalGradient::from_varmap(&net.varmap, params)
 }
 
 /// `[n, c, ..]` as `[n, positions, c]`.
@@ -371,7 +371,7 @@ pub fn scratch(name: &str) -> PathBuf {
 /// All that an optimizer would save: tensors as dtype, shape and bytes, then the metadata.
 pub type Saved = (BTreeMap<String, (String, Vec<usize>, Vec<u8>)>, BTreeMap<String, String>);
 
-pub fn saved<R: WakeRule>(opt: &Natural<R>) -> Result<Saved> {
+pub fn saved(opt: &NaturalGradient) -> Result<Saved> {
     let path = scratch("state");
     opt.save(&path)?;
     let bytes = std::fs::read(&path)?;

@@ -6,7 +6,7 @@ use candle_core::{DType, Result, Tensor};
 use faer::Mat;
 use kronwake::curvature::{Damping, FactorLimit, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
-use kronwake::optim::{Bias, Every, Model, Optimizer, Params, QSolve, StepRule, WakeRule};
+use kronwake::optim::{Bias, Every, Model, Optimizer, Params, QSolve, StepRule, Wake};
 use kronwake::tape::{Fisher, Likelihood};
 
 pub const DAMPING: f64 = 0.05;
@@ -19,7 +19,7 @@ pub fn net(seed: u64) -> Result<Net> {
     })
 }
 
-pub fn params<R: WakeRule>(net: &Net, wake: R, damping: Damping) -> Params<R> {
+pub fn params(net: &Net, wake: impl Into<Wake> + Clone, damping: Damping) -> Params {
     Params {
         damping,
         stat_decay: DECAY,
@@ -27,8 +27,7 @@ pub fn params<R: WakeRule>(net: &Net, wake: R, damping: Damping) -> Params<R> {
         fisher: Fisher::Exact,
         kl_clip: None,
         step_rule: StepRule::LearningRate,
-        wake,
-        ..Params::on(&net.tape)
+        ..Params::of(wake, &net.tape)
     }
 }
 

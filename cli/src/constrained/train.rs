@@ -33,7 +33,7 @@ impl Method {
         let (grouping, radius) = (Grouping::Rows, args.radius);
         let project = Rule::Project { set: Set::MaxNorm { grouping, radius } };
         let dual = Dual::nu_pi(0.05, 1e-3, 0.9);
-        let multiply = Rule::Multiply { omega: Omega::Norm(grouping), bound: radius, dual };
+        let multiply = Rule::Multiply { omega: Omega::Norm(grouping), bound: radius.into(), dual };
         let penalize = Rule::Penalize { penalty: Arc::new(Lp::l2()), factor: args.decay };
         match self {
             Self::Nothing => vec![("*", Rule::Free)],

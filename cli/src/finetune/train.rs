@@ -189,7 +189,7 @@ pub fn tune(
         if layers.is_empty() {
             bail!("--lora: the model has no linear layer beside the new one")
         }
-        Lora::new(ParamsLora { rank, alpha: args.alpha, layers, seed: args.seed })
+        Lora::new(ParamsLora { rank, alpha: args.alpha, layers, seed: args.seed, ..Default::default() })
     });
     let adapters = adapters.transpose()?;
     let build = || tape.build(|| task.build(vb));

@@ -6,7 +6,7 @@ use crate::nn::{self, Module, VarBuilder, VarMap};
 use crate::ops::factor::ema;
 use crate::ops::patches::ConvShape;
 use crate::ops::testing::{assert_close, random, values};
-use crate::optim::{Every, KFac, Optimizer, Params};
+use crate::optim::{Every, NaturalGradient, Optimizer, Params};
 use crate::tape::{Fisher, Likelihood, Tape};
 use candle_core::Device;
 use std::sync::Arc;
@@ -186,7 +186,8 @@ fn refresh(widths: &[usize], fisher: Fisher) -> Result<Vec<String>> {
     })?;
     let forward = |x: &Tensor| layers.iter().try_fold(x.clone(), |x, layer| layer.forward(&x)?.tanh());
     let every = Every { factors: 1, inverses: 100 };
-    let mut optimizer = KFac::from_varmap(&vars, Params { every, fisher, ..Params::on(&tape) })?;
+    let mut optimizer =
+        NaturalGradient::from_varmap(&vars, Params { every, fisher, ..Params::k_fac(&tape) })?;
     let x = random(90, &[6, widths[0]])?.to_dtype(DType::F32)?;
     let labels = Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?;
     let mut counted = vec![];

@@ -1,0 +1,255 @@
+//! The optimizer: what a user holds. `build.rs` makes it, `observe.rs` takes in the curvature, `gradients.rs` and `accumulate.rs` the
+//! gradients, and `advance.rs` takes the step that `optim/step` describes.
+
+mod accumulate;
+mod advance;
+mod average;
+mod build;
+mod constrain;
+mod gradients;
+mod inner_steps;
+mod observe;
+mod replay;
+mod settle;
+
+pub use inner_steps::Outputs;
+pub use replay::Replay;
+
+use super::numbers::scalar;
+use super::params::Params;
+use super::state::pending::Workplace;
+use super::state::{AdamRate, Core};
+use super::step::device::DeviceStep;
+use super::summary::Summary;
+use crate::curvature::{Damping, Want};
+use crate::tape::Layer;
+use accumulate::Accumulated;
+use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
+use candle_nn::Optimizer;
+use observe::Observed;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A curvature-aware optimizer: K-FAC, SO-, Q-, QE-KLD-WRM or KLD-WRM, as [`Params::wake`] says.
+///
+/// Each step: forward, [`observe`](Self::observe) on the outputs, then `backward_step` (or `step` with gradients of one's own).
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use kronwake::nn::{self, Module, VarBuilder, VarMap};
+/// use kronwake::optim::{NaturalGradient, Optimizer, Params, Wake};
+/// use kronwake::tape::{Likelihood, Tape};
+/// # fn main() -> candle_core::Result<()> {
+/// let (vars, tape) = (VarMap::new(), Tape::new());
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let model = tape.build(|| nn::linear(4, 3, vb.pp("fc")))?;
+/// let chosen: Wake = "so-kld-wrm".parse()?; // from a command line, say
+/// let mut optimizer = NaturalGradient::from_varmap(&vars, Params::of(chosen, &tape))?;
+/// let (x, y) = (Tensor::randn(0f32, 1., (8, 4), &Device::Cpu)?, Tensor::zeros(8, DType::U32, &Device::Cpu)?);
+/// let logits = model.forward(&x)?;
+/// optimizer.observe(&logits, Likelihood::Categorical)?;
+/// optimizer.backward_step(&nn::loss::cross_entropy(&logits, &y)?)?;
+/// # Ok(())
+/// # }
+/// ```
+#[doc(alias = "KFac")]
+#[doc(alias = "K-FAC")]
+#[doc(alias = "KldWrm")]
+#[doc(alias = "KLD-WRM")]
+#[doc(alias = "SoKldWrm")]
+#[doc(alias = "QKldWrm")]
+#[doc(alias = "QeKldWrm")]
+#[derive(Debug)]
+pub struct NaturalGradient {
+    core: Core,
+    layers: Vec<Arc<Layer>>,
+    /// What each layer's records are wanted for.
+    wants: Vec<Option<Want>>,
+    /// The curvature of the coming step, as far as it has been seen.
+    observed: Option<Observed>,
+    accumulated: Option<Accumulated>,
+    /// Where inverses are made beside the steps, once some were.
+    workplace: Workplace,
+    /// The step's numbers and work space on a GPU, once a step was taken there.
+    device: Option<DeviceStep>,
+    /// Which params have been said to take no part in a step.
+    told: Vec<bool>,
+    /// Whether the step under way is recorded or repeated by a [`Replay`], which counts it.
+    captured: bool,
+    /// Whether new inverses are moved to where the old ones are, for the kernels that a [`Replay`] has recorded.
+    keep_inverses: bool,
+    /// How often what recorded kernels read and write has moved.
+    moves: usize,
+}
+
+impl NaturalGradient {
+    /// The options, with the learning rate as it is now.
+    pub fn params(&self) -> &Params {
+        &self.core.params
+    }
+
+    /// Replaces the options between two steps, for schedules of anything but the rate (for that see
+    /// `set_learning_rate`). A damping takes effect at the next update of the inverses.
+    ///
+    /// # Errors
+    /// When a value is senseless, or when tape, groups, bias, limits, sharing, ekfac or the member of the family change: they made the
+    /// blocks.
+    pub fn set_params(&mut self, params: Params) -> Result<()> {
+        params.check()?;
+        let (name, old) = (self.core.name(), &self.core.params);
+        let same_tape = params.tape.layers().len() == self.layers.len()
+            && params.tape.layers().iter().zip(&self.layers).all(|(a, b)| Arc::ptr_eq(a, b));
+        if !same_tape
+            || params.groups != old.groups
+            || params.bias != old.bias
+            || params.factor_limit != old.factor_limit
+            || params.memory_limit != old.memory_limit
+            || params.sharing != old.sharing
+            || params.ekfac != old.ekfac
+        {
+            bail!("{name}: tape, groups, bias, limits, sharing and ekfac are fixed at construction")
+        }
+        if !params.wake.is_same_member(&old.wake) {
+            bail!("{name}: the member of the family is fixed at construction, got {}", params.wake.name())
+        }
+        match (params.damping, old.damping) {
+            // These go on from where they are; a relative one is known once the next inverses are made.
+            (Damping::Adaptive(_), Damping::Adaptive(_)) | (Damping::Relative(_), _) => {}
+            (Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Adaptive(_), _) => {
+                self.core.damping = params.damping.initial();
+            }
+        }
+        for param in &mut self.core.vars {
+            let group = params.groups.of(&param.name);
+            param.weight_decay = group.and_then(|g| g.weight_decay).unwrap_or(params.weight_decay);
+        }
+        if params.lr > 0.0 {
+            self.core.adam_rate = AdamRate::of(&params);
+        }
+        self.core.params = params;
+        Ok(())
+    }
+
+    /// Steps taken so far; on a GPU those left out count too.
+    pub fn steps(&self) -> usize {
+        self.core.steps
+    }
+
+    /// Steps left out under [`NonFinite::Skip`](super::NonFinite::Skip); on a GPU as far as [`settle`](Self::settle) has seen.
+    pub fn skipped(&self) -> usize {
+        self.core.skipped
+    }
+
+    /// The KL divergence that the steps aim at as it is now (on a GPU, as [`settle`](Self::settle) saw it), at `lr` 1; `None` where a
+    /// learning rate decides.
+    pub fn kl_target(&self) -> Option<f64> {
+        Some(self.core.params.step_rule.target()? * self.core.slopes.length.powi(2))
+    }
+
+    /// The damping as it is now.
+    pub fn damping(&self) -> f64 {
+        self.core.damping
+    }
+
+    /// Which Var is in which block, with bytes and cost; known before the first step.
+    pub fn summary(&self) -> Summary {
+        Summary::of(&self.core)
+    }
+
+    /// Names of the Kronecker blocks: a layer's name, or `layer.weight` and `layer.bias` where the bias is apart.
+    pub fn block_names(&self) -> Vec<&str> {
+        self.core.blocks.iter().map(|b| b.name.as_str()).collect()
+    }
+
+    /// The averaged factors `A` `[groups, in, in]` and `G` `[groups, out, out]` of a block, once observed: `A` of the columns of its
+    /// gradient's matrix, `G` of the rows. An embedding's table has a row for each of its own, so there `G` belongs to the inputs and
+    /// `A` to the outputs. A factor beyond its limit is `[groups n, r, r]`, `n` runs of `r` rows, the last one filled up with zeros,
+    /// or its sketch `[groups, rank + 1, d]` (its products with `rank` fixed vectors, and its diagonal).
+    pub fn factors(&self, block: &str) -> Option<(Tensor, Tensor)> {
+        let state = &self.core.blocks.iter().find(|b| b.name == block)?.state;
+        Some((state.factor_a.clone()?, state.factor_g.clone()?))
+    }
+
+    /// Whether the step just taken is one whose loss is to be measured again, under [`Damping::Adaptive`].
+    pub fn wants_loss_after(&self) -> bool {
+        self.core.predicted.is_some()
+    }
+
+    /// Takes the loss after the last step, on that step's batch, and adapts the damping. No effect unless
+    /// [`wants_loss_after`](Self::wants_loss_after).
+    ///
+    /// # Errors
+    /// When the loss is no scalar.
+    pub fn adapt_damping(&mut self, loss_after: &Tensor) -> Result<()> {
+        if let (Some(predicted), Some(adaptive)) = (self.core.predicted, self.core.adaptive()) {
+            let actual = scalar(loss_after)? - predicted.loss;
+            self.core.damping = adaptive.next(self.core.damping, actual, predicted.change);
+            self.core.predicted = None;
+        }
+        Ok(())
+    }
+
+    /// Writes parameters and state to a safetensors file; a file that is already there is replaced at once or not at all.
+    ///
+    /// # Errors
+    /// When a Var has no name (build with [`from_varmap`](Self::from_varmap)), when micro-batches or an observation wait for their
+    /// step, or when the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.core.check_named()?;
+        if self.accumulated.is_some() || self.observed.is_some() {
+            bail!("{}: save between two steps; one is under way", self.core.name())
+        }
+        let seen = self.seen()?;
+        self.core.save(path.as_ref(), seen.slopes, seen.previous_rate, seen.skipped)
+    }
+
+    /// Restores parameters and state, the learning rate included, from a file that [`save`](Self::save) wrote with the same
+    /// optimizer on the same model: the steps that follow are the ones that would have followed there.
+    ///
+    /// # Errors
+    /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.
+    pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        self.core.resume(path.as_ref())?;
+        self.forget();
+        self.device = None;
+        Ok(())
+    }
+}
+
+impl Optimizer for NaturalGradient {
+    type Config = Params;
+
+    fn new(vars: Vec<Var>, params: Params) -> Result<Self> {
+        Self::build(vars.into_iter().map(|var| (None, var)).collect(), params)
+    }
+
+    fn step(&mut self, grads: &GradStore) -> Result<()> {
+        self.no_closure("step")?;
+        match self.gradients(grads) {
+            Ok(grads) => self.advance(grads, None),
+            Err(error) => {
+                self.forget();
+                Err(error)
+            }
+        }
+    }
+
+    fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
+        self.no_closure("backward_step")?;
+        match self.backward(loss) {
+            Ok((value, grads)) => self.advance(grads, value),
+            Err(error) => {
+                self.forget();
+                Err(error)
+            }
+        }
+    }
+
+    fn learning_rate(&self) -> f64 {
+        self.core.params.lr
+    }
+
+    fn set_learning_rate(&mut self, lr: f64) {
+        self.core.set_learning_rate(lr);
+    }
+}

@@ -1,0 +1,270 @@
+//! The curvature of the coming step: from a model's outputs to the factors of a batch.
+
+use super::NaturalGradient;
+use crate::curvature::{FactorSums, LayerFactors, wide};
+use crate::ops::sample::DrawKey;
+use crate::optim::numbers::sum;
+use crate::optim::params::NonFinite;
+use crate::optim::step::renew::Refresh;
+use crate::optim::step::{Refusal, Staged};
+use crate::optim::wake::Model;
+use crate::tape::{Cotangents, Fisher, Likelihood};
+use candle_core::{Result, Tensor, backprop::GradStore, bail};
+use std::sync::{Arc, Mutex};
+
+/// Factor sums of the coming step.
+pub(super) struct Observed {
+    pub sums: Arc<Mutex<FactorSums>>,
+    /// The tape listens to the user's backward pass (empirical Fisher).
+    pub armed: bool,
+    /// See [`Refresh`].
+    drawn: Vec<Vec<Tensor>>,
+    /// Why the step has to be left out, under [`NonFinite::Skip`].
+    pub unusable: Option<String>,
+}
+
+impl std::fmt::Debug for Observed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Observed").field("armed", &self.armed).finish_non_exhaustive()
+    }
+}
+
+impl NaturalGradient {
+    /// Whether the coming step needs [`observe`](Self::observe).
+    pub fn curvature_due(&self) -> bool {
+        self.core.curvature_due()
+    }
+
+    /// Shows the optimizer the outputs of the forward pass whose step comes next. No work unless curvature is due.
+    ///
+    /// `outputs` are what the likelihood takes, `[.., classes]`, with their graph. With the empirical Fisher the
+    /// backward pass that follows is listened to; its loss must be the mean over loss terms, and on a GPU what its layers
+    /// saw must not be overwritten in place before the step. Otherwise the passes for the curvature run here.
+    ///
+    /// # Errors
+    /// When the batch is empty, the outputs hold no graph to a tapped layer although one has a block, or are not finite.
+    pub fn observe(&mut self, outputs: &Tensor, likelihood: Likelihood) -> Result<()> {
+        self.observe_pass(outputs, likelihood, None)
+    }
+
+    /// [`observe`](Self::observe) with given labels in place of drawn ones: one pass, whatever [`crate::optim::Params::fisher`] says.
+    ///
+    /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
+    pub fn observe_labels(
+        &mut self,
+        outputs: &Tensor,
+        likelihood: Likelihood,
+        labels: &Tensor,
+    ) -> Result<()> {
+        self.observe_pass(outputs, likelihood, Some(labels))
+    }
+
+    fn observe_pass(
+        &mut self,
+        outputs: &Tensor,
+        likelihood: Likelihood,
+        labels: Option<&Tensor>,
+    ) -> Result<()> {
+        let terms = likelihood.terms(outputs)?;
+        if !self.curvature_due() {
+            return Ok(());
+        }
+        let _span = tracing::info_span!("factors").entered();
+        let sums = match &self.observed {
+            Some(observed) if observed.armed => {
+                bail!("{}: observe was called twice before a backward pass", self.core.name())
+            }
+            Some(observed) => observed.sums.clone(),
+            None => Arc::new(Mutex::new(self.factor_sums())),
+        };
+        if !sum(&outputs.detach())?.is_finite() {
+            let what = format!("the observed outputs {:?} have NaN or infinite elements", outputs.dims());
+            if self.core.params.non_finite == NonFinite::Error {
+                bail!(
+                    "{}: step {}: {what}; parameters and state are unchanged",
+                    self.core.name(),
+                    self.core.steps
+                )
+            }
+            self.observed = Some(Observed { sums, armed: false, drawn: vec![], unusable: Some(what) });
+            return Ok(());
+        }
+        let tape = self.core.params.tape.clone();
+        let untapped = self.wants.iter().all(Option::is_none);
+        // Blocks without a layer: the gradients of labels that are drawn, or given, make their factors.
+        let draws = labels.is_some() || matches!(self.core.params.fisher, Fisher::Sampled { .. });
+        let drawing = draws && self.core.blocks.iter().any(|block| block.layer.is_none());
+        let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<GradStore> {
+            lock(&sums).begin(terms, scale, fresh);
+            let grads = match untapped {
+                true => (outputs * cotangent.detach())?.sum_all()?.backward()?,
+                false => tape.reduce_with(outputs, cotangent, sums.clone(), drawing)?,
+            };
+            lock(&sums).end()?;
+            Ok(grads)
+        };
+        let mut armed = false;
+        let none = || Box::new(std::iter::empty()) as Cotangents<'_>;
+        let (passes, scale) = match (labels, self.core.params.fisher) {
+            // The step's gradients make the factors; it needs the number of their loss terms.
+            _ if untapped && !drawing => {
+                lock(&sums).begin(terms, 1.0, true);
+                (none(), 1.0)
+            }
+            (None, Fisher::Empirical) => {
+                lock(&sums).begin(terms, terms as f64, true);
+                tape.arm(sums.clone(), true)?;
+                armed = true;
+                (none(), 1.0)
+            }
+            (labels, fisher) => {
+                let first_row = lock(&sums).terms() as u64;
+                let key = DrawKey { seed: 0, step: self.core.steps as u64, draw: 0, first_row };
+                likelihood.passes(fisher, outputs, labels, key)?
+            }
+        };
+        let (mut drawn, unusable) =
+            self.observed.take().map_or((vec![], None), |observed| (observed.drawn, observed.unusable));
+        for (index, cotangent) in passes.enumerate() {
+            let grads = pass(&cotangent?, scale, index == 0)?;
+            if drawing {
+                let grads = self.of_blocks_without_a_layer(&grads)?;
+                match drawn.get_mut(index) {
+                    Some(sums) => {
+                        *sums = sums.iter().zip(&grads).map(|(a, b)| a + b).collect::<Result<_>>()?
+                    }
+                    None => drawn.push(grads),
+                }
+            }
+        }
+        self.observed = Some(Observed { sums, armed, drawn, unusable });
+        Ok(())
+    }
+
+    /// Where nothing needs the factors of the batch alone, they join the averages as they are computed.
+    fn factor_sums(&self) -> FactorSums {
+        let sums = FactorSums::new(self.wants.clone(), self.core.params.sharing);
+        // A quadratic wake's model has the factors of the batch.
+        match self.core.params.wake.model() {
+            Model::Linear => {}
+            Model::Quadratic(_) => return sums,
+        }
+        let mut last = vec![LayerFactors::default(); self.layers.len()];
+        for block in &self.core.blocks {
+            if let Some(layer) = block.layer {
+                block.last_factors(&mut last[layer]);
+            }
+        }
+        sums.averaging(last, self.core.params.stat_decay)
+    }
+
+    /// Matrices of gradients, one for each block without a layer.
+    fn of_blocks_without_a_layer(&self, grads: &GradStore) -> Result<Vec<Tensor>> {
+        let gradient = |index: usize| match grads.get(&self.core.vars[index].var) {
+            Some(grad) => wide(grad),
+            None => bail!(
+                "{}: the observed outputs do not depend on {}",
+                self.core.name(),
+                self.core.vars[index].name
+            ),
+        };
+        let blocks = self.core.blocks.iter().filter(|block| block.layer.is_none());
+        blocks.map(|block| block.matrix(gradient)).collect()
+    }
+
+    /// Stops listening and closes the pass, if the tape was armed.
+    pub(super) fn close_pass(&mut self) -> Result<()> {
+        let Some(observed) = &mut self.observed else { return Ok(()) };
+        if std::mem::take(&mut observed.armed) {
+            self.core.params.tape.disarm()?;
+            lock(&observed.sums).end()?;
+        }
+        Ok(())
+    }
+
+    /// Forgets what was observed; the state of a step that failed or is left out.
+    pub(super) fn forget(&mut self) {
+        if let Some(observed) = self.observed.take()
+            && observed.armed
+        {
+            // A step that is left out has no use for the records, nor for what is wrong with them.
+            let _ = self.core.params.tape.disarm();
+        }
+        self.accumulated = None;
+    }
+
+    /// The factors of the coming step with their number of loss terms, when they are due.
+    pub(super) fn take_factors(&mut self) -> Staged<Option<Refresh>> {
+        self.close_pass()?;
+        let observed = self.observed.take();
+        if !self.curvature_due() {
+            return Ok(None);
+        }
+        let name = self.core.name();
+        let failed = |what: String| Refusal::Failed(candle_core::Error::Msg(format!("{name}: {what}")));
+        let Some(observed) = observed else {
+            return Err(failed(format!(
+                "step {} needs the curvature; call observe(&outputs, likelihood) between the forward pass and the step",
+                self.core.steps
+            )));
+        };
+        if let Some(what) = observed.unusable {
+            return Err(Refusal::NonFinite(what));
+        }
+        let Ok(sums) =
+            Arc::try_unwrap(observed.sums).map(|m| m.into_inner().unwrap_or_else(|p| p.into_inner()))
+        else {
+            return Err(failed("the observed curvature is still in use".into()));
+        };
+        let (terms, averaged) = (sums.terms(), sums.averages());
+        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, terms, drawn: observed.drawn }))
+    }
+}
+
+pub(super) fn lock(sums: &Mutex<FactorSums>) -> std::sync::MutexGuard<'_, FactorSums> {
+    sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::curvature::FactorLimit;
+    use crate::gpu::emulate::emulate;
+    use crate::nn::{self, Module, VarBuilder, VarMap};
+    use crate::optim::{Every, Optimizer, Params};
+    use crate::tape::Tape;
+    use candle_core::{DType, Device};
+
+    /// What a step says of an infinite input that does not show in the outputs.
+    fn overflow(limit: FactorLimit) -> Result<String> {
+        let (tape, vars) = (Tape::new(), VarMap::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let (first, second) =
+            tape.build(|| Ok((nn::linear(1, 3, vb.pp("fc1"))?, nn::linear(3, 2, vb.pp("fc2"))?)))?;
+        let every = Every { factors: 1, inverses: 1 };
+        let params = Params { every, factor_limit: limit, ..Params::k_fac(&tape) };
+        let mut kfac = NaturalGradient::from_varmap(&vars, params)?;
+        let y = Tensor::new(&[0u32, 1], &Device::Cpu)?;
+        let mut step = |input: f32| {
+            let x = Tensor::new(&[[1.], [input]], &Device::Cpu)?;
+            let outputs = second.forward(&first.forward(&x)?.tanh()?)?;
+            kfac.observe(&outputs, Likelihood::Categorical)?;
+            kfac.backward_step(&nn::loss::cross_entropy(&outputs, &y)?)?;
+            kfac.settle()
+        };
+        step(2.0)?;
+        let message = step(f32::INFINITY).expect_err("must fail").to_string();
+        step(2.0)?;
+        Ok(message)
+    }
+
+    #[test]
+    fn the_block_whose_factor_is_not_finite_is_named() -> Result<()> {
+        for limit in [FactorLimit::NONE, FactorLimit::DIAGONAL] {
+            for message in [overflow(limit)?, emulate(|| overflow(limit))?] {
+                assert!(message.contains("factor A of block fc1 has NaN or infinite elements"), "{message}");
+            }
+        }
+        Ok(())
+    }
+}

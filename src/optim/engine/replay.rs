@@ -1,0 +1,155 @@
+//! Whole training steps as a CUDA graph.
+
+use super::NaturalGradient;
+use crate::gpu::{Gpu, Graph};
+use crate::optim::state::block::BlockState;
+use crate::optim::step::inverses::takes_pending;
+use crate::optim::wake::Model;
+use candle_core::{Result, Tensor};
+
+/// Training steps that are recorded once and then repeated as one CUDA graph, so that the host launches a step at once instead of its
+/// kernels one by one. Meant for short steps: small models, small batches.
+///
+/// A step is forward, [`NaturalGradient::observe`], backward and the optimizer's step, all in one closure, on tensors that stay where they are:
+/// new batches are copied into the old one's tensors, of one shape. What the closure returns (the loss, say) is written anew by
+/// every repetition. Steps that renew curvature, and those before the first inverse, run as they are; so does everything where it cannot
+/// be recorded: on other devices, and with quadratic wakes. Nothing in the closure may ask the device for a value, or depend on the step's number:
+/// dropout would repeat its masks. [`NaturalGradient::constrain`] moves f32 masters, so it does not go with recorded steps of half-precision models.
+///
+/// ```
+/// use kronwake::nn::{self, Module, VarBuilder, VarMap};
+/// use kronwake::optim::{NaturalGradient, Optimizer, Params, Replay};
+/// use kronwake::tape::{Likelihood, Tape};
+/// use candle_core::{DType, Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let device = Device::cuda_if_available(0)?;
+/// let (tape, vars) = (Tape::new(), VarMap::new());
+/// let model = tape.build(|| nn::linear(4, 3, VarBuilder::from_varmap(&vars, DType::F32, &device)))?;
+/// let mut optimizer = NaturalGradient::from_varmap(&vars, Params::so_kld_wrm(&tape))?;
+/// let x = Tensor::zeros((8, 4), DType::F32, &device)?;
+/// let y = Tensor::zeros(8, DType::U32, &device)?;
+/// let mut replay = Replay::new();
+/// for _ in 0..20 {
+///     x.slice_set(&Tensor::randn(0f32, 1.0, (8, 4), &device)?, 0, 0)?;
+///     let loss = replay.step(&mut optimizer, |optimizer| {
+///         let logits = model.forward(&x)?;
+///         optimizer.observe(&logits, Likelihood::Categorical)?;
+///         let loss = nn::loss::cross_entropy(&logits, &y)?;
+///         optimizer.backward_step(&loss)?;
+///         Ok(loss.detach())
+///     })?;
+///     # let _ = loss;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Default)]
+pub struct Replay<T> {
+    recorded: Option<Recorded<T>>,
+    /// Whether a plain step has run with candle's uploads kept for the recording.
+    warm: bool,
+}
+
+#[derive(Debug)]
+struct Recorded<T> {
+    graph: Graph,
+    output: T,
+    /// [`NaturalGradient::moves`] when it was recorded.
+    moves: usize,
+}
+
+impl<T: Clone> Replay<T> {
+    /// Nothing recorded yet.
+    pub fn new() -> Self {
+        Self { recorded: None, warm: false }
+    }
+
+    /// One training step, `pass`: run, recorded or repeated. See [`Replay`].
+    ///
+    /// # Errors
+    /// What `pass` reports; and when a step that is being recorded asks the device for a value.
+    pub fn step(
+        &mut self,
+        optimizer: &mut NaturalGradient,
+        mut pass: impl FnMut(&mut NaturalGradient) -> Result<T>,
+    ) -> Result<T> {
+        let Some(gpu) = optimizer.records() else {
+            return pass(optimizer);
+        };
+        optimizer.keep_inverses = true;
+        if self.recorded.as_ref().is_some_and(|recorded| recorded.moves != optimizer.moves) {
+            *self = Self::new();
+        }
+        if optimizer.renews() || optimizer.device.is_none() {
+            return pass(optimizer);
+        }
+        let _kept = gpu.keep_uploads();
+        if !self.warm {
+            self.warm = true;
+            return pass(optimizer);
+        }
+        let recorded = match self.recorded.take() {
+            Some(recorded) => recorded,
+            None => {
+                optimizer.captured = true;
+                let outcome = gpu.record(|| pass(optimizer));
+                optimizer.captured = false;
+                let (graph, output) = outcome?;
+                Recorded { graph, output, moves: optimizer.moves }
+            }
+        };
+        if let Some(device) = &optimizer.device {
+            device.begin(&optimizer.core)?;
+        }
+        let emulated = recorded.graph.launch(|| {
+            optimizer.captured = true;
+            let outcome = pass(optimizer);
+            optimizer.captured = false;
+            outcome
+        })?;
+        optimizer.count();
+        let output = emulated.unwrap_or_else(|| recorded.output.clone());
+        self.recorded = Some(recorded);
+        Ok(output)
+    }
+}
+
+impl NaturalGradient {
+    /// The GPU that can record this optimizer's plain steps.
+    fn records(&self) -> Option<Gpu> {
+        match self.core.params.wake.model() {
+            Model::Linear => self.gpu(),
+            Model::Quadratic(_) => None,
+        }
+    }
+
+    /// Whether the coming step makes new factors or inverses, or is the first to use some.
+    fn renews(&self) -> bool {
+        self.core.curvature_due() || self.core.inverses_due() || takes_pending(&self.core)
+    }
+
+    /// Moves new inverses to where the old ones are, which recorded kernels read. Nothing, where they are of another kind.
+    pub(super) fn move_inverses(&mut self, old: &[BlockState]) -> Result<bool> {
+        let both = || {
+            self.core.blocks.iter().zip(old).map(|(b, old)| (&b.state.preconditioner, &old.preconditioner))
+        };
+        let mut moves: Vec<(&Tensor, &Tensor)> = Vec::new();
+        for pair in both() {
+            let (Some(new), Some(old)) = pair else { return Ok(false) };
+            let (from, to) = (new.parts(), old.parts());
+            let alike = |(a, b): (&(&str, &Tensor), &(&str, &Tensor))| a.0 == b.0 && a.1.dims() == b.1.dims();
+            if from.len() != to.len() || !from.iter().zip(&to).all(alike) {
+                return Ok(false);
+            }
+            let pairs = from.iter().zip(&to).map(|(from, to)| (from.1, to.1));
+            moves.extend(pairs.filter(|(from, to)| from.id() != to.id()));
+        }
+        for (from, to) in moves {
+            to.slice_set(&from.contiguous()?, 0, 0)?;
+        }
+        for (block, old) in self.core.blocks.iter_mut().zip(old) {
+            block.state.preconditioner.clone_from(&old.preconditioner);
+        }
+        Ok(true)
+    }
+}

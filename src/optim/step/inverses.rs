@@ -1,0 +1,201 @@
+//! The damping and the damped inverses of the averages: made at once, or beside the steps and used later.
+
+use super::renew::{BlockCurvature, missing};
+use super::{Refusal, Staged, ekfac};
+use crate::curvature::{Damping, Inverse, Preconditioner, Recipe, Task, damped_inverses, sum_inverse};
+use crate::linalg::traces::traces;
+use crate::ops::dense::mix;
+use crate::optim::state::Core;
+use crate::optim::state::block::{Block, Factors};
+use crate::optim::state::pending::{PendingInverses, Workplace};
+use crate::optim::wake::{Model, QSolve};
+use candle_core::Result;
+
+/// What [`renew`] has done, beside the inverses in the blocks' states.
+pub(super) struct Inverses {
+    /// The damping of the inverses that this step uses.
+    pub damping: f64,
+    /// Inverses that no step has used after this one.
+    pub pending: Option<PendingInverses>,
+    /// Whether this step is the first to use inverses that were made beside the steps.
+    pub takes_pending: bool,
+}
+
+/// Inverses where they are due, with the damping that follows from the factors where it does.
+pub(super) fn renew(
+    core: &Core,
+    workplace: &Workplace,
+    curvature: &mut [Option<BlockCurvature<'_>>],
+) -> Staged<Inverses> {
+    let due = damping_due(core, curvature)?;
+    let inverses = overlapped(core, workplace, curvature, due)?;
+    prepare(core, curvature, inverses.damping)?;
+    Ok(inverses)
+}
+
+/// The damping of this step's inverses; the last one's where there are no new ones.
+fn damping_due(core: &Core, curvature: &[Option<BlockCurvature<'_>>]) -> Result<f64> {
+    match core.params.damping {
+        Damping::Relative(relative) if core.inverses_due() => {
+            let pairs = core.blocks.iter().zip(curvature);
+            let factors = pairs.filter_map(|(block, found)| {
+                let (a, g) = &found.as_ref()?.average;
+                Some((a, g, block.groups))
+            });
+            let factors: Vec<_> = factors.collect();
+            // Where no block takes part there is nothing to damp.
+            if factors.is_empty() {
+                return Ok(core.damping);
+            }
+            let (squares, trace) = traces(&factors)?;
+            Ok(relative.of(squares, trace))
+        }
+        Damping::Relative(_) | Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Adaptive(_) => {
+            Ok(core.damping)
+        }
+    }
+}
+
+/// Whether inverses that are due are begun and not waited for. The first ones always are.
+fn overlaps(core: &Core) -> bool {
+    core.params.overlap > 0 && core.blocks.iter().all(|block| block.state.preconditioner.is_some())
+}
+
+/// Whether the coming step is the first to use inverses that were made beside the steps.
+pub(crate) fn takes_pending(core: &Core) -> bool {
+    let time = |pending: &PendingInverses| {
+        core.steps >= pending.from.saturating_add(core.params.overlap) || core.inverses_due()
+    };
+    core.pending.as_ref().is_some_and(time)
+}
+
+/// Puts inverses whose time has come into the blocks' states, and begins those that are due, with the damping `due`.
+fn overlapped(
+    core: &Core,
+    workplace: &Workplace,
+    curvature: &mut [Option<BlockCurvature<'_>>],
+    due: f64,
+) -> Result<Inverses> {
+    let (mut pending, mut damping) = (core.pending.clone(), due);
+    let begins = overlaps(core) && core.inverses_due();
+    if begins {
+        // What is due is for later.
+        damping = core.damping;
+    }
+    let taken = pending.take_if(|_| takes_pending(core));
+    if let Some(taken) = &taken {
+        match core.params.damping {
+            Damping::Relative(_) => damping = taken.damping,
+            Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Adaptive(_) => {}
+        }
+        for ((block, found), made) in core.blocks.iter().zip(&mut *curvature).zip(taken.wait()?) {
+            let Some(found) = found else { continue };
+            found.fresh = true;
+            match made {
+                Ok(made) => found.state.preconditioner = Some(made),
+                Err(why) => tracing::warn!("block {}: {why}; the last inverse stays", block.name),
+            }
+        }
+    }
+    if begins {
+        let task = |(block, found): (_, &Option<BlockCurvature<'_>>)| {
+            let found = found.as_ref()?;
+            Some(task(core, block, &found.average, found.state.preconditioner.as_ref(), due))
+        };
+        let tasks = core.blocks.iter().zip(&*curvature).filter_map(task).collect();
+        let device = core.vars.first().map(|param| param.var.device());
+        pending = Some(PendingInverses::begin(workplace.on(device)?, core.steps, due, tasks)?);
+    }
+    Ok(Inverses { pending, damping, takes_pending: taken.is_some() })
+}
+
+/// The inverses, made anew where they are due and not made beside the steps. On a GPU the host waits for all of them at once. `damping`
+/// is the one that all blocks share.
+fn prepare(core: &Core, curvature: &mut [Option<BlockCurvature<'_>>], damping: f64) -> Staged<()> {
+    if core.inverses_due() && !overlaps(core) {
+        let _span = tracing::info_span!("inverse").entered();
+        let pairs = core.blocks.iter().zip(curvature.iter_mut());
+        let mut taking_part: Vec<_> = pairs.filter_map(|(b, found)| Some((b, found.as_mut()?))).collect();
+        let made = invert(core, &taking_part, damping);
+        for ((block, found), made) in taking_part.iter_mut().zip(made) {
+            found.fresh = true;
+            match made {
+                Ok(new) => found.state.preconditioner = Some(new),
+                Err(error) if found.state.preconditioner.is_some() => {
+                    tracing::warn!("block {}: {error}; the last inverse stays", block.name)
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    for (block, found) in core.blocks.iter().zip(curvature) {
+        let Some(BlockCurvature { state, records, fresh, .. }) = found else { continue };
+        // A new inverse has the scaling of one Kronecker product, and new records change the moments.
+        if core.params.ekfac && (records.is_some() || *fresh) {
+            let damping = core.damping_of(block, damping);
+            ekfac::update(block, state, *records, core.params.stat_decay, damping)?;
+        }
+        if state.preconditioner.is_none() {
+            return Err(Refusal::Failed(missing(core, block, "inverse")));
+        }
+    }
+    Ok(())
+}
+
+fn invert(
+    core: &Core,
+    blocks: &[(&Block, &mut BlockCurvature<'_>)],
+    damping: f64,
+) -> Vec<Result<Preconditioner>> {
+    let last_rate = core.given_rate().or(core.previous_rate).unwrap_or(core.params.wake.rate_scale());
+    let rate = |block: &Block| block.lr_scale * last_rate;
+    let of = |block: &Block, factors: &Factors| {
+        task(core, block, factors, block.state.preconditioner.as_ref(), damping)
+    };
+    match core.params.wake.model() {
+        Model::Linear => {
+            let tasks: Vec<_> = blocks.iter().map(|(block, found)| of(block, &found.average)).collect();
+            damped_inverses(&tasks)
+        }
+        Model::Quadratic(QSolve::Factor) => {
+            let sum = |(block, found): &(&Block, &mut BlockCurvature<'_>)| -> Result<Task> {
+                let (bar, current) = (&found.average, &found.factors);
+                let a = mix(&bar.0, 1.0, &current.0, rate(block))?;
+                let g = mix(&bar.1, 1.0, &current.1, rate(block))?;
+                Ok(of(block, &(a, g)))
+            };
+            match blocks.iter().map(sum).collect::<Result<Vec<_>>>() {
+                Ok(tasks) => damped_inverses(&tasks),
+                Err(error) => vec![Err(error)],
+            }
+        }
+        Model::Quadratic(QSolve::Exact) => {
+            let solve = |(block, found): &(&Block, &mut BlockCurvature<'_>)| {
+                let (bar, current) =
+                    ((&found.average.0, &found.average.1), (&found.factors.0, &found.factors.1));
+                let damping = core.damping_of(block, damping);
+                sum_inverse(bar, current, block.shape(), rate(block), damping, &block.name)
+            };
+            blocks.iter().map(solve).collect()
+        }
+    }
+}
+
+/// The inverse of factors `A` and `G`; `last` is the one before it.
+fn task(core: &Core, block: &Block, (a, g): &Factors, last: Option<&Preconditioner>, damping: f64) -> Task {
+    let recipe = Recipe {
+        kind: core.params.damping.kind(),
+        damping: core.damping_of(block, damping),
+        // A 1 x 1 factor has no use for an iteration.
+        inverse: if block.columns.dim * block.rows.dim == 1 { Inverse::Eigen } else { core.params.inverse },
+        floor: core.params.eigenvalue_floor,
+    };
+    Task {
+        a: a.clone(),
+        g: g.clone(),
+        shape: block.shape(),
+        last: last.filter(|_| recipe.method() == Inverse::Newton).cloned(),
+        recipe,
+        name: block.name.clone(),
+    }
+}

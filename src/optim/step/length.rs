@@ -1,0 +1,103 @@
+//! A step's rate `1 / lambda` and its clip: of a learning rate, or of the KL divergence between the models before and after it. On a GPU
+//! the kernel `rate` of `kernels/update.cu`.
+
+use super::device::DeviceStep;
+use super::precondition::Direction;
+use super::wake_gradient::WakeGradient;
+use crate::ops::dense::dot;
+use crate::ops::update::{self, RateArgs};
+use crate::ops::wake::Board;
+use crate::optim::params::{NonFinite, StepRule};
+use crate::optim::state::{Core, Slopes};
+use candle_core::Result;
+
+/// How long a step is.
+pub(crate) struct Length {
+    /// `1 / lambda`, which multiplies the directions before any clip.
+    pub rate: f64,
+    /// What `kl_clip` multiplies them by.
+    pub clip: f64,
+    /// With the slope where the last step ended.
+    pub slopes: Slopes,
+}
+
+/// The share of the newest slope in the average.
+const SLOPE_SHARE: f64 = 0.05;
+
+pub(super) fn host(
+    core: &Core,
+    wakes: &[Option<WakeGradient>],
+    directions: &[Option<Direction>],
+) -> Result<Length> {
+    let pairs = core.blocks.iter().zip(directions).filter_map(|(b, d)| Some((b, d.as_ref()?)));
+    let squared: f64 = pairs.map(|(block, found)| block.lr_scale.powi(2) * found.length).sum();
+    let slopes = slopes_after(core, wakes)?;
+    let rate = rate(core, squared, slopes.length);
+    let kl = rate.powi(2) * squared;
+    let clip = match core.params.kl_clip {
+        Some(limit) if kl > limit => (limit / kl).sqrt(),
+        _ => 1.0,
+    };
+    Ok(Length { rate, clip, slopes })
+}
+
+/// `1 / lambda` of a step whose directions, not yet scaled, have the squared length `squared`.
+fn rate(core: &Core, squared: f64, length: f64) -> f64 {
+    let (lr, scale) = (core.params.lr, core.params.wake.rate_scale());
+    match core.params.step_rule.target() {
+        None => lr * scale,
+        Some(target) => scale.min(lr * length * (2.0 * target / squared.max(0.0)).sqrt()),
+    }
+}
+
+/// The slopes once that is known where the last step ended, with the length that follows.
+fn slopes_after(core: &Core, wakes: &[Option<WakeGradient>]) -> Result<Slopes> {
+    let last = core.slopes;
+    let rule = match core.params.step_rule {
+        StepRule::AdaptiveKl(rule) => rule,
+        StepRule::LearningRate | StepRule::FixedKl { .. } => return Ok(last),
+    };
+    let mut after = 0.0;
+    for (block, wake) in core.blocks.iter().zip(wakes) {
+        if let (Some(step), Some(wake)) = (&block.state.step, wake) {
+            after += dot(step, &wake.gradient)?;
+        }
+    }
+    let average = |old: f64, new: f64| old + SLOPE_SHARE * (new - old);
+    let (after, before) = (average(last.after, after), average(last.before, last.last));
+    let quotient = after / before;
+    // Without a step, or where it did not change the loss at all, there is nothing to learn.
+    let length = if before > 0.0 && quotient.is_finite() {
+        last.length * (rule.pace * (rule.slope * core.params.lr - quotient.clamp(-1.0, 1.0))).exp()
+    } else {
+        last.length
+    };
+    Ok(Slopes { after, before, length, ..last })
+}
+
+/// The same from the totals of `device`, and whether the step is taken.
+pub(super) fn device(core: &Core, device: &DeviceStep, board: &Board) -> Result<()> {
+    let totals = device.gpu.operand(&device.totals, "totals")?;
+    let lr_scales = device.gpu.operand(&device.lr_scales, "lr_scales")?;
+    let blocks = core.blocks.len();
+    let (slope_aim, pace) = match core.params.step_rule {
+        StepRule::AdaptiveKl(rule) => (rule.slope, rule.pace),
+        StepRule::LearningRate | StepRule::FixedKl { .. } => (0.0, -1.0),
+    };
+    let args = RateArgs {
+        flags: board.flags.address(),
+        numbers: board.numbers.address(),
+        products: totals.address(),
+        lr_scales: lr_scales.address(),
+        slope: totals.at(2 * blocks),
+        last_slope: totals.at(2 * blocks + 1),
+        blocks: blocks as u64,
+        scale: core.params.wake.rate_scale(),
+        target: core.params.step_rule.target().unwrap_or(-1.0),
+        slope_aim,
+        pace,
+        kl_clip: core.params.kl_clip.unwrap_or(-1.0),
+        skips: (core.params.non_finite == NonFinite::Skip).into(),
+    };
+    update::rate(&device.gpu, &args)
+}

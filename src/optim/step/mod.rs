@@ -1,0 +1,142 @@
+//! One training step: its stages in order, for the host and for a GPU.
+//!
+//! | stage | file | on the host | on a GPU |
+//! |---|---|---|---|
+//! | wake gradients | `wake_gradient.rs` | `host` | `device`: kernel `wake` |
+//! | factors join their averages | `renew.rs` | `renew` | the same: kernel `factor` |
+//! | damping and inverses | `inverses.rs`, `ekfac.rs` | `renew` | the same: cuSOLVER, kernels `newton` and `spd` |
+//! | directions | `precondition.rs`, `grouped.rs` | `host` | `device`: kernels `grouped` and `precondition` |
+//! | rate and clip | `length.rs` | `host` | `device`: kernel `rate` of `update` |
+//! | steps, and the parameters they lead to | `write.rs` | `host` | `device`: kernel `update` |
+//! | Adam for the rest | `adam.rs` | `host` | `device`: kernel `adam` of `update` |
+//! | what the next step looks back at | `carry.rs` | `host` | `device`: kernels `update` and `carry` |
+//! | averaged parameters | `average.rs` | `host` | within `update` and `adam` |
+//!
+//! [`run`] is that list. On the host it computes a [`Proposal`] and changes nothing, so that a step that fails leaves parameters and state
+//! as they were; [`Proposal::commit`] makes it true. On a GPU the kernels that write see for themselves whether the step is to be taken
+//! (`device.rs`).
+
+pub(super) mod adam;
+pub(super) mod average;
+pub(super) mod carry;
+pub(super) mod device;
+#[cfg(test)]
+mod device_tests;
+mod ekfac;
+mod grouped;
+pub(super) mod host;
+pub(super) mod inverses;
+mod kept_alive;
+pub(super) mod length;
+mod precondition;
+pub(super) mod predict;
+pub(super) mod renew;
+mod same_shape;
+mod wake_gradient;
+pub(super) mod write;
+
+use super::state::Core;
+use super::state::block::BlockState;
+use super::state::pending::{PendingInverses, Workplace};
+use candle_core::{Error, Result, Tensor};
+use renew::{BlockCurvature, Refresh};
+
+/// Gradients in the order of [`Core::vars`]; none of a Var that takes no part in the step.
+pub(super) type Gradients = [Option<Tensor>];
+
+/// Why there is no step.
+pub(super) enum Refusal {
+    /// NaN or infinity, and where.
+    NonFinite(String),
+    Failed(Error),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Refusal::Failed(error)
+    }
+}
+
+pub(super) type Staged<T> = std::result::Result<T, Refusal>;
+
+/// Where a step is computed. The stages that are not here are the same everywhere.
+pub(super) trait Backend {
+    /// What the wake gradients leave for the later stages.
+    type WakeGradients;
+    type Directions;
+    type Length;
+    type Written;
+
+    fn wake_gradients(&mut self, core: &Core, grads: &Gradients) -> Staged<Self::WakeGradients>;
+
+    /// Takes note of inverses that may be new.
+    fn inverses(&mut self, core: &Core, curvature: &mut [Option<BlockCurvature<'_>>]) -> Result<()>;
+
+    fn directions(
+        &mut self,
+        core: &Core,
+        curvature: &[Option<BlockCurvature<'_>>],
+        wakes: &Self::WakeGradients,
+        damping: f64,
+    ) -> Staged<Self::Directions>;
+
+    fn length(
+        &mut self,
+        core: &Core,
+        wakes: &Self::WakeGradients,
+        directions: &Self::Directions,
+    ) -> Staged<Self::Length>;
+
+    fn write(
+        &mut self,
+        core: &Core,
+        curvature: &mut [Option<BlockCurvature<'_>>],
+        stages: (Self::WakeGradients, Self::Directions, Self::Length),
+        grads: &Gradients,
+    ) -> Staged<Self::Written>;
+}
+
+/// What all stages have led to.
+pub(super) struct Stepped<W> {
+    pub written: W,
+    /// The blocks' new state; none of blocks that took no part.
+    pub states: Vec<Option<BlockState>>,
+    /// The damping of the step's inverses.
+    pub damping: f64,
+    /// Inverses that the step does not use yet.
+    pub pending: Option<PendingInverses>,
+    /// Whether the step is the first to use inverses that were made beside the steps.
+    pub takes_pending: bool,
+}
+
+/// The stages of a step on the gradients `grads`, with the factors of its batch where they are due.
+pub(super) fn run<B: Backend>(
+    core: &Core,
+    backend: &mut B,
+    workplace: &Workplace,
+    refresh: Option<&Refresh>,
+    grads: &Gradients,
+) -> Staged<Stepped<B::Written>> {
+    let wakes = backend.wake_gradients(core, grads)?;
+    let mut curvature = renew::renew(core, refresh, grads)?;
+    let inverses = inverses::renew(core, workplace, &mut curvature)?;
+    backend.inverses(core, &mut curvature)?;
+    let directions = backend.directions(core, &curvature, &wakes, inverses.damping)?;
+    let length = backend.length(core, &wakes, &directions)?;
+    let written = backend.write(core, &mut curvature, (wakes, directions, length), grads)?;
+    Ok(Stepped {
+        written,
+        states: curvature.into_iter().map(|found| found.map(|found| found.state)).collect(),
+        damping: inverses.damping,
+        pending: inverses.pending,
+        takes_pending: inverses.takes_pending,
+    })
+}
+
+/// The gradient of a param that takes part.
+fn gradient(core: &Core, grads: &Gradients, index: usize) -> Result<Tensor> {
+    match grads.get(index) {
+        Some(Some(gradient)) => Ok(gradient.clone()),
+        _ => candle_core::bail!("{}: no gradient for {}", core.name(), core.vars[index].name),
+    }
+}

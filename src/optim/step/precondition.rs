@@ -1,0 +1,233 @@
+//! Directions: wake gradients times the damped inverses, with the inner products that a step's length and clips depend on. On a GPU
+//! small blocks share launches (`grouped.rs`, `kernels/grouped.cu`), and `kernels/precondition.cu` sums.
+
+use super::device::DeviceStep;
+use super::grouped::{Job, Sums, grouped, single};
+use super::kept_alive::KeptAlive;
+use super::renew::{BlockCurvature, missing};
+use super::wake_gradient::WakeGradient;
+use super::{Refusal, Staged};
+use crate::curvature::damped_product;
+use crate::gpu::Operand;
+use crate::gpu::table::blocks_of;
+use crate::ops::dense::dot;
+use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
+use crate::optim::numbers::sum;
+use crate::optim::params::StepRule;
+use crate::optim::state::Core;
+use crate::optim::state::block::Block;
+use crate::optim::wake::Model;
+use candle_core::{Result, Tensor};
+
+/// A block's direction before the scaling that all blocks share.
+pub(crate) struct Direction {
+    /// `V`
+    pub direction: Tensor,
+    /// The squared length of `V` in the damped metric: `<V, w>` with the wake gradient `w`, where that is what was solved with.
+    pub length: f64,
+}
+
+/// Turns a block's wake gradient into a direction.
+pub(super) fn host(
+    core: &Core,
+    block: &Block,
+    curvature: &BlockCurvature<'_>,
+    wake: &WakeGradient,
+    damping: f64,
+) -> Staged<Direction> {
+    let Some(preconditioner) = &curvature.state.preconditioner else {
+        return Err(missing(core, block, "inverse").into());
+    };
+    let direction = preconditioner.apply(&wake.decayed)?;
+    let metric = match measured_by_metric(core) {
+        true => in_metric(core, block, curvature, &direction, damping)?,
+        false => wake.decayed.clone(),
+    };
+    let length = dot(&direction, &metric)?;
+    if !length.is_finite() {
+        return Err(Refusal::NonFinite(culprit(core, block, &wake.gradient)?));
+    }
+    Ok(Direction { direction, length })
+}
+
+/// Whether a direction's length is not `<V, w>`: a quadratic wake solves with more than the divergence's curvature.
+fn measured_by_metric(core: &Core) -> bool {
+    match (core.params.step_rule, core.params.wake.model()) {
+        (StepRule::LearningRate, _) | (_, Model::Linear) => false,
+        (StepRule::FixedKl { .. } | StepRule::AdaptiveKl(_), Model::Quadratic(_)) => true,
+    }
+}
+
+/// A direction times the damped average that measures its divergence.
+fn in_metric(
+    core: &Core,
+    block: &Block,
+    curvature: &BlockCurvature<'_>,
+    direction: &Tensor,
+    damping: f64,
+) -> Result<Tensor> {
+    let (a, g) = &curvature.average;
+    let damping = core.damping_of(block, damping);
+    damped_product(a, g, core.params.damping.kind(), damping, direction, &block.name)
+}
+
+/// Names the tensor that made a direction NaN or infinite.
+fn culprit(core: &Core, block: &Block, gradient: &Tensor) -> Result<String> {
+    for (index, gradient) in block.split(gradient, &core.vars)? {
+        if !sum(&gradient)?.is_finite() {
+            return Ok(format!("the gradient of {} has NaN or infinite elements", core.vars[index].name));
+        }
+    }
+    Ok(format!("the direction of block {} overflows; a larger damping would bound it", block.name))
+}
+
+/// The directions `V` of all blocks; among the totals of `device` `<V, w>`, `<V, V>` where it is asked for, and the slopes.
+pub(super) fn device(
+    core: &Core,
+    device: &DeviceStep,
+    curvature: &[Option<BlockCurvature<'_>>],
+    damping: f64,
+) -> Result<Vec<Tensor>> {
+    let by_metric = measured_by_metric(core);
+    let gpu = &device.gpu;
+    let mut kept = KeptAlive::new(gpu);
+    let total = gpu.operand(&device.totals, "totals")?;
+    let products = gpu.operand(&device.products, "products")?;
+    let squares = gpu.operand(&device.squares, "squares")?;
+    let mut sums = Vec::new();
+
+    let mut scaled = Parts::of(&products, 0);
+    let (directions, dots_of) = precondition(core, device, curvature, &mut scaled)?;
+    let mut dotted = Parts::of(&products, scaled.next);
+    let mut items = Vec::new();
+    for (index, direction) in directions.iter().enumerate() {
+        let name = &core.blocks[index].name;
+        let (parts, len) = match dots_of[index].filter(|_| !by_metric) {
+            Some(known) => known,
+            None => {
+                let with = match by_metric {
+                    true => {
+                        let block = &core.blocks[index];
+                        in_metric(core, block, of(core, curvature, index)?, direction, damping)?
+                            .contiguous()?
+                    }
+                    false => device.scratch[index].wake.clone(),
+                };
+                items.push(DotItem {
+                    a: kept.address(direction, name)?,
+                    b: kept.address(&with, name)?,
+                    len: direction.elem_count() as u64,
+                    ..DotItem::default()
+                });
+                dotted.take(direction.elem_count())
+            }
+        };
+        sums.push(TotalItem { parts, total: total.at(index), len });
+    }
+    if !items.is_empty() {
+        dots(gpu, device.dtype, &items, dotted.first())?;
+    }
+    if core.params.rms_clip.is_some() && !directions.is_empty() {
+        let (mut items, mut dotted) = (Vec::new(), Parts::of(&squares, 0));
+        for (index, direction) in directions.iter().enumerate() {
+            let address = kept.address(direction, &core.blocks[index].name)?;
+            let len = direction.elem_count();
+            items.push(DotItem { a: address, b: address, len: len as u64, ..DotItem::default() });
+            let (parts, len) = dotted.take(len);
+            sums.push(TotalItem { parts, total: total.at(directions.len() + index), len });
+        }
+        dots(gpu, device.dtype, &items, dotted.first())?;
+    }
+    let slopes = [gpu.operand(&device.slopes, "slopes")?, gpu.operand(&device.taken, "slopes")?];
+    for (nth, parts) in slopes.iter().enumerate() {
+        let total = total.at(2 * directions.len() + nth);
+        sums.push(TotalItem { parts: parts.address(), total, len: parts.len as u64 });
+    }
+    totals(gpu, &sums)?;
+    Ok(directions)
+}
+
+/// The blocks' directions from their wake gradients, and the partial sums of `<V, w>` where they have been made on the way.
+fn precondition(
+    core: &Core,
+    device: &DeviceStep,
+    curvature: &[Option<BlockCurvature<'_>>],
+    sums: &mut Parts<'_>,
+) -> Result<(Vec<Tensor>, Vec<Option<Sums>>)> {
+    let mut jobs = Vec::with_capacity(device.stacks.len());
+    for stack in &device.stacks {
+        if let Some(inverse) = &stack.inverse {
+            jobs.push(Job { inverse, wake: &stack.wake, blocks: &stack.blocks });
+            continue;
+        }
+        for index in &stack.blocks {
+            let Some(inverse) = &of(core, curvature, *index)?.state.preconditioner else {
+                return Err(missing(core, &core.blocks[*index], "inverse"));
+            };
+            let wake = &device.scratch[*index].wake;
+            jobs.push(Job { inverse, wake, blocks: std::slice::from_ref(index) });
+        }
+    }
+    let (small, large): (Vec<_>, Vec<_>) = jobs.into_iter().partition(Job::is_small);
+    let mut outputs = grouped(&device.gpu, device.dtype, &small, sums)?;
+    outputs.extend(single(&device.gpu, device.dtype, &large, sums)?);
+    let mut directions: Vec<Tensor> = device.scratch.iter().map(|scratch| scratch.wake.clone()).collect();
+    let mut dots_of = vec![None; core.blocks.len()];
+    for (job, output) in small.iter().chain(&large).zip(&outputs) {
+        for (nth, &index) in job.blocks.iter().enumerate() {
+            directions[index] = job.part(&output.directions, nth)?;
+            dots_of[index] = output.dots.get(nth).copied();
+        }
+    }
+    Ok((directions, dots_of))
+}
+
+/// A block's curvature; on a GPU all blocks take part.
+fn of<'a, 'b>(
+    core: &Core,
+    curvature: &'a [Option<BlockCurvature<'b>>],
+    index: usize,
+) -> Result<&'a BlockCurvature<'b>> {
+    curvature[index].as_ref().ok_or_else(|| missing(core, &core.blocks[index], "curvature"))
+}
+
+/// Partial sums of tensors, one behind the other in an array of f64.
+pub(super) struct Parts<'a> {
+    array: &'a Operand,
+    start: usize,
+    next: usize,
+}
+
+impl<'a> Parts<'a> {
+    pub fn of(array: &'a Operand, start: usize) -> Self {
+        Self { array, start, next: start }
+    }
+
+    /// Where the first tensor's sums begin.
+    fn first(&self) -> u64 {
+        self.array.at(self.start)
+    }
+
+    /// Where the sums of the next tensor will begin.
+    pub fn next(&self) -> u64 {
+        self.array.at(self.next)
+    }
+
+    /// Where the sums of the next tensor, of `len` elements, begin, and how many there are.
+    pub fn take(&mut self, len: usize) -> Sums {
+        let count = blocks_of(len);
+        let at = self.reserve(count);
+        (self.at(at), count as u64)
+    }
+
+    /// The first of `count` places for the next sums.
+    pub fn reserve(&mut self, count: usize) -> usize {
+        let at = self.next;
+        self.next += count;
+        at
+    }
+
+    pub fn at(&self, place: usize) -> u64 {
+        self.array.at(place)
+    }
+}
