@@ -4,7 +4,7 @@ mod plot;
 
 use crate::program;
 use crate::values::{count, not_negative, positive};
-use candle_core::{Result, Shape, bail};
+use candle_core::{Result, Shape};
 use clap::{Parser, ValueEnum};
 use kronwake::penalty::{Admissibility, Family, Grid, Init, Posterior, deconvolve};
 use std::f64::consts::{E, TAU};
