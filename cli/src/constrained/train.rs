@@ -4,14 +4,9 @@ use super::Args;
 use crate::data::{Data, Part, order};
 use crate::measure;
 use candle_core::{DType, Device, Result, Tensor, bail};
-<<<<<<< HEAD:cli/src/constrained/train.rs
 use kronwake::nn::{self, Linear, Module, Optimizer, SGD, VarBuilder, VarMap, init, loss};
 use kronwake::optim::Schedule;
-use kronwake::penalty::{Constraints, Dual, Grouping, Lp, Omega, Report, Rule, Set};
-=======
-use kronwake::nn::{self, Linear, Module, Optimizer, SGD, VarBuilder, VarMap, loss};
 use kronwake::penalty::{Constraints, Dual, FeasibleSet, Grouping, Lp, Omega, Report, Rule};
->>>>>>> w-constraints:examples/constrained/train.rs
 use std::sync::Arc;
 use std::time::Instant;
 

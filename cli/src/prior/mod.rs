@@ -127,19 +127,10 @@ fn report(admissibility: &Admissibility) -> String {
 }
 
 fn work(args: &Args) -> Result<()> {
-<<<<<<< HEAD:cli/src/prior/mod.rs
-    let verdict = args.verdict()?;
-    println!("{}", report(&verdict));
-    if verdict.admissible() {
-        program::make_folder("--out", &args.out)?;
-=======
     let admissibility = args.admissibility()?;
     println!("{}", report(&admissibility));
     if admissibility.admissible() {
-        if let Err(e) = std::fs::create_dir_all(&args.out) {
-            bail!("--out {}: cannot be made ({e})", args.out.display())
-        }
->>>>>>> w-constraints:examples/prior/main.rs
+        program::make_folder("--out", &args.out)?;
         let path = args.out.join("prior.svg");
         plot::density(&path, &admissibility)?;
         println!("density: {}", path.display());
