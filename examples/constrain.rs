@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kronwake::nn::{self, Module, VarBuilder, VarMap, init, loss::cross_entropy};
 use kronwake::optim::{AdamW, Optimizer, ParamsAdamW};
-use kronwake::penalty::{Constraints, Dual, Grouping, Omega, Rule, FeasibleSet};
+use kronwake::penalty::{Constraints, Dual, FeasibleSet, Grouping, Omega, Rule};
 
 /// Points `[n, 2]` of a square, and whether each is in a black field of a chessboard of 3 x 3 fields.
 fn chessboard(n: usize) -> Result<(Tensor, Tensor)> {
