@@ -19,12 +19,6 @@ fn bars() -> Result<(Tensor, Tensor)> {
     Ok((x, Tensor::from_iter((0..600).map(|i| i % 6), &Device::Cpu)?))
 }
 
-/// The layers as stages, with ReLU between them.
-fn stages(layers: &[Weights]) -> Vec<Stage> {
-    let each = layers.iter().flat_map(|layer| [Stage::Linear(layer.clone()), Stage::Map(|x| x.relu())]);
-    each.take(2 * layers.len() - 1).collect()
-}
-
 fn main() -> Result<()> {
     let (x, y) = bars()?;
     let (vars, tape) = (VarMap::new(), Tape::new());
@@ -53,11 +47,15 @@ fn main() -> Result<()> {
     let worth = worth.collect::<Result<Vec<_>>>()?;
     for count in [3940, 1000, 400, 200, 100] {
         let kept = keep_largest(&worth, &all, count)?;
-        let removed = surgeons.iter().zip(&layers).zip(&kept).map(|((surgeon, l), kept)| {
-            let left = surgeon.remove(l.weight(), l.bias(), kept)?;
-            Ok(Weights { name: surgeon.name().into(), weight: left.weight, bias: left.bias })
-        });
-        let small = compact(&stages(&removed.collect::<Result<Vec<_>>>()?))?; // without dead units and pixels
+        let mut stages = Vec::new(); // linear layers with ReLU between them
+        for ((surgeon, layer), kept) in surgeons.iter().zip(&layers).zip(&kept) {
+            let left = surgeon.remove(layer.weight(), layer.bias(), kept)?;
+            let name = surgeon.name().to_string();
+            stages.push(Stage::Linear(Weights { name, weight: left.weight, bias: left.bias }));
+            stages.push(Stage::Map(|x| x.relu()));
+        }
+        stages.pop();
+        let small = compact(&stages)?; // without dead units and pixels
         let right = small.forward(&x)?.argmax(1)?.eq(&y)?.to_dtype(DType::F32)?.mean_all()?;
         println!("{count} weights, {} pixels: {right:.3} right", small.inputs.len());
     }
