@@ -7,6 +7,7 @@ use crate::optim::numbers::{scalar, sum};
 use crate::optim::step::host::Proposal;
 use crate::optim::step::write::rms_clipped;
 use crate::optim::wake::Inner;
+use crate::stack::deep;
 use crate::tape::Likelihood;
 use candle_core::{Result, Tensor, bail};
 use candle_nn::Optimizer;
@@ -90,7 +91,7 @@ impl NaturalGradient {
             if index == 0 {
                 before = scalar(&distance)? + self.modelled(proposal, &steps)?;
             }
-            let store = distance.backward()?;
+            let store = deep(|| distance.backward())?;
             let grads = self.gradients(&store)?;
             for (index, (block, proposed)) in self.core.blocks.iter().zip(&proposal.blocks).enumerate() {
                 let (Some(proposed), Some(step), Some(state)) =

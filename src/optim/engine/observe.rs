@@ -8,6 +8,7 @@ use crate::optim::params::NonFinite;
 use crate::optim::step::renew::Refresh;
 use crate::optim::step::{Refusal, Staged};
 use crate::optim::wake::Model;
+use crate::stack::deep;
 use crate::tape::{Cotangents, Fisher, Likelihood};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::sync::{Arc, Mutex};
@@ -97,7 +98,10 @@ impl NaturalGradient {
         let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<GradStore> {
             lock(&sums).begin(terms, scale, fresh);
             let grads = match untapped {
-                true => (outputs * cotangent.detach())?.sum_all()?.backward()?,
+                true => {
+                    let root = (outputs * cotangent.detach())?.sum_all()?;
+                    deep(|| root.backward())?
+                }
                 false => tape.reduce_with(outputs, cotangent, sums.clone(), drawing)?,
             };
             lock(&sums).end()?;
