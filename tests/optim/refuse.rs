@@ -403,7 +403,7 @@ fn layers() -> Result<()> {
 #[test]
 fn a_model_that_was_not_built_on_the_tape() -> Result<()> {
     let vars = VarMap::new();
-    small(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    let _ = small(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
     let params = Params::kld_wrm(&Tape::new());
     assert_says(
         NaturalGradient::from_varmap(&vars, params.clone()).map(drop),

@@ -8,7 +8,7 @@ use super::save::{FORMAT, KEY, PENDING, SLOPES, slot};
 use super::{Core, Predicted, Slopes};
 use crate::checkpoint::Checkpoint;
 use crate::curvature::wide_dtype;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use std::path::Path;
 
 /// What [`NaturalGradient::resume_partly`](crate::optim::NaturalGradient::resume_partly) has not found, and not taken.
