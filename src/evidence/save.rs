@@ -11,6 +11,8 @@ use std::path::Path;
 
 /// The metadata entry.
 const KEY: &str = "kronwake posterior";
+/// What the rows of a prediction of a loaded posterior may take, as [`Estimator::new`](super::Estimator::new) has it.
+const MEMORY: usize = 4 << 30;
 
 fn dtype_of(problem: &Problem<'_>) -> DType {
     match problem.parameters().first().map(|p| p.tensor.dtype()) {
@@ -143,7 +145,7 @@ impl Posterior {
             None => Device::Cpu,
         };
         let covariance = covariance.to_device(&device)?;
-        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names })
+        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory: MEMORY })
     }
 }
 
