@@ -1,15 +1,11 @@
 //! Bytes of the optimizers' state beside AdamW's, for models of several sizes: `cargo bench --bench memory`.
 
-#[allow(dead_code)]
-#[path = "../examples/models/mod.rs"]
-mod models;
-
 use candle_core::{DType, Device, Result};
 use kronwake::curvature::{Beyond, Damping, FactorLimit, Inverse};
 use kronwake::nn::{self, VarBuilder, VarMap};
 use kronwake::optim::{Group, Groups, NaturalGradient, Params, So, TwoRate, UpdateRule, Wake};
 use kronwake::tape::Tape;
-use models::{bert, llama};
+use kronwake_cli::models::{bert, llama};
 use serde_json::json;
 
 struct Model {

@@ -1,5 +1,5 @@
 // The cross-entropy of labels and its gradient over rows of `d` logits (src/ops/cross_entropy.rs). A label that is none of `0..d` gives
-// NaN, as does a row without a softmax.
+// NaN, as does a row with a NaN or +inf. Of a row of -inf alone the loss is inf and the gradient 0.
 #include "exponentials.cuh"
 
 struct LossArgs {
@@ -48,7 +48,7 @@ template <class T> DEVICE void cross_entropy(const LossArgs &p) {
     if (team.rank > 0) return;
     const u64 label = label_of(p.labels, p.wide_labels, team.index, p.d);
     const A nan = minus_infinity<A>() - minus_infinity<A>();
-    const A loss = label < p.d ? (A)log(all.sum) - (widen(data[label]) - all.max) : nan;
+    const A loss = label < p.d ? all.log_sum() - (widen(data[label]) - all.max) : nan;
     static_cast<A *>(p.losses)[team.index] = loss;
 }
 
@@ -76,7 +76,9 @@ template <class T> DEVICE void cross_entropy_gradient(const LossGradientArgs &p)
     A scale = p.scale == nullptr ? (A)1 : widen(*static_cast<const T *>(p.scale));
     scale = (A)((double)scale / p.divisor);
     if (label == p.d) scale = minus_infinity<A>() - minus_infinity<A>();
-    const A one_over_sum = (A)1 / all.sum;
+    const A one_over_sum = all.scale();
+    // A row without a probability has no gradient.
+    if (label < p.d && one_over_sum == (A)0) scale = 0;
     each_pack<T>(team, p.d, [&](u32 slot, u64 first) {
         A v[PACK<T>];
         x.get(slot, first, v);

@@ -85,6 +85,26 @@ struct ScaledArgs {
     u64 sized;
 };
 
+struct DualArgs {
+    const double *omegas; // [groups]
+    const double *state;  // [6, groups]: alpha, integral, average, penalty, least violation, steps without a fall of it
+    double *next;         // the same
+    u64 groups;
+    double bound;
+    double kappa_p;
+    double kappa_i;
+    double nu;
+    double cap; // of alpha; this, restart and limit may be infinite
+    double restart;
+    double penalty; // at first
+    double growth;
+    double tolerance;
+    double limit;
+    u64 equality;
+    u64 by_penalty;
+    u64 first;
+};
+
 // A division of 64 bits only where it takes one.
 DEVICE u64 quotient(u64 a, u64 by) { return (a | by) <= 0xffffffffu ? (u64)((u32)a / (u32)by) : a / by; }
 
@@ -317,6 +337,49 @@ DEVICE void scaled_prox(const ScaledArgs &p) {
     }
 }
 
+// A step of multipliers (formulas in src/ops/dual.rs), a group by a thread.
+DEVICE void dual(const DualArgs &p) {
+    // As in dual.rs.
+    constexpr double NONE = 1.7976931348623157e308, LEAST = 1e-3, FALL = 0.99;
+    const u64 group = (u64)blockIdx.x * THREADS + threadIdx.x;
+    if (group >= p.groups) return;
+    const double *old = p.state + group;
+    double *next = p.next + group;
+    const u64 n = p.groups;
+    const double omega = p.omegas[group], e = omega - p.bound;
+    double alpha = old[0], integral = old[n], average = old[2 * n], penalty = old[3 * n];
+    double least = old[4 * n], stalled = old[5 * n];
+    if (isfinite(e)) {
+        const double violation = p.equality ? fabs(e) : fmax(e, 0.0);
+        if (!(violation > LEAST * fmax(fabs(omega), fabs(p.bound)))) {
+            least = NONE;
+            stalled = 0;
+        } else if (violation < FALL * least) {
+            least = violation;
+            stalled = 0;
+        } else {
+            stalled += 1;
+        }
+        if (e < -p.restart) {
+            alpha = integral = 0;
+            average = e;
+            penalty = p.penalty;
+        } else {
+            const double low = p.equality ? -p.cap : 0;
+            average = p.first ? e : p.nu * average + (1 - p.nu) * e;
+            integral = fmax(fmin(integral + (p.by_penalty ? penalty : p.kappa_i) * e, p.cap), low);
+            alpha = fmax(fmin(p.kappa_p * average + integral, p.cap), low);
+            if (violation > p.tolerance) penalty = fmin(p.growth * penalty, p.limit);
+        }
+    }
+    next[0] = alpha;
+    next[n] = integral;
+    next[2 * n] = average;
+    next[3 * n] = penalty;
+    next[4 * n] = least;
+    next[5 * n] = stalled;
+}
+
 #define GROUP_KERNELS(suffix, T)                                                                                       \
     KERNEL(group_sums_##suffix, THREADS, SumArgs, group_sums<T>)                                                       \
     KERNEL(group_column_sums_##suffix, THREADS, SumArgs, group_column_sums<T>)                                         \
@@ -329,5 +392,6 @@ GROUP_KERNELS(bf16, __nv_bfloat16)
 KERNEL(group_finish, THREADS, FinishArgs, finish)
 KERNEL(group_factors, THREADS, FactorArgs, factors)
 KERNEL(group_scaled_prox, THREADS, ScaledArgs, scaled_prox)
+KERNEL(group_dual, THREADS, DualArgs, dual)
 KERNEL(group_value_f32, THREADS, ValueArgs, value<float>)
 KERNEL(group_value_f64, THREADS, ValueArgs, value<double>)

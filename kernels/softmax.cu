@@ -1,5 +1,5 @@
-// Softmax over rows of `d` and its logarithm, with their gradients (src/ops/softmax.rs). A row with a NaN or +inf, or of -inf alone,
-// gives NaN.
+// Softmax over rows of `d` and its logarithm, with their gradients (src/ops/softmax.rs). A row with a NaN or +inf gives NaN; one of -inf
+// alone gives 0, its logarithm -inf, and its gradient is 0.
 #include "exponentials.cuh"
 
 struct SoftmaxArgs {
@@ -31,7 +31,7 @@ template <class T> DEVICE void softmax(const SoftmaxArgs &p) {
     Row<T> x;
     x.open(team, static_cast<const T *>(p.x) + team.index * p.d, p.d, minus_infinity<A>());
     const Exponentials<A> all = exponentials(team, x, slots);
-    const A log_sum = p.log ? (A)log(all.sum) : (A)0, scale = (A)1 / all.sum;
+    const A log_sum = all.log_sum(), scale = all.scale();
     each_pack<T>(team, p.d, [&](u32 slot, u64 first) {
         A v[PACK<T>];
         x.get(slot, first, v);
@@ -51,21 +51,27 @@ template <class T> DEVICE void softmax_gradient(const SoftmaxGradientArgs &p) {
     Row<T> y, gy;
     y.open(team, static_cast<const T *>(p.y) + team.index * p.d, p.d, 0);
     gy.open(team, static_cast<const T *>(p.gy) + team.index * p.d, p.d, 0);
-    A total = 0;
+    A total = 0, finite = 0;
     each_pack<T>(team, p.d, [&](u32 slot, u64 first) {
         A v[PACK<T>], g[PACK<T>];
         y.get(slot, first, v);
         gy.get(slot, first, g);
 #pragma unroll
-        for (u32 e = 0; e < PACK<T>; ++e) total += p.log ? g[e] : v[e] * g[e];
+        for (u32 e = 0; e < PACK<T>; ++e) {
+            total += p.log ? g[e] : v[e] * g[e];
+            // Beyond the row's end is a 0.
+            if (first + e < p.d && !(v[e] == minus_infinity<A>())) finite = 1;
+        }
     });
     total = team_sum(team, total, slots);
+    // Logarithms of a row of -inf alone are constants.
+    const bool masked = p.log && team_max(team, finite, slots) == (A)0;
     each_pack<T>(team, p.d, [&](u32 slot, u64 first) {
         A v[PACK<T>], g[PACK<T>];
         y.get(slot, first, v);
         gy.get(slot, first, g);
 #pragma unroll
-        for (u32 e = 0; e < PACK<T>; ++e) g[e] = p.log ? g[e] - (A)exp(v[e]) * total : v[e] * (g[e] - total);
+        for (u32 e = 0; e < PACK<T>; ++e) g[e] = masked ? (A)0 : p.log ? g[e] - (A)exp(v[e]) * total : v[e] * (g[e] - total);
         write_pack(gx, first, p.d, aligned, g);
     });
 }

@@ -5,7 +5,7 @@
 #     DIR/gpu-check.sh --out OUT [PART..]           # on the machine with the GPU
 #
 # Parts, all of them by default:
-#     tests       tests/cuda_*.rs, with KRONWAKE_REQUIRE_CUDA=1
+#     tests       tests/cuda_*.rs and cli/tests/cli/cuda.rs, with KRONWAKE_REQUIRE_CUDA=1
 #     sanitizer   compute-sanitizer's memcheck and racecheck over the operations and a short training
 #     kernels     `benches/kernels`: ceilings and single operations
 #     lenet300, stack   its training steps, and those of benches/peers/torch_kfac.py where python3 has torch with CUDA
@@ -17,7 +17,9 @@
 # $CUDA_COMPUTE_CAP and processors of $KRONWAKE_TARGET_CPU (x86-64-v3), not for those of the machine that builds.
 set -euo pipefail
 
-tests=(cuda_ops cuda_linalg cuda_optim cuda_evidence cuda_mnist)
+# Test programs, and which tests of them where not all are of the GPU.
+tests=(cuda_ops cuda_linalg cuda_optim cuda_evidence cli)
+declare -A only=([cli]=cuda::)
 parts=(tests sanitizer kernels lenet300 stack)
 python=${PYTHON:-python3}
 seconds=${KRONWAKE_SECONDS:-500}
@@ -108,7 +110,7 @@ PYTHON
 run_tests() {
     for name in "${tests[@]}"; do
         # One at a time: they would share the device, and its memory, without need.
-        attempt tests "$name" "$programs/$name" --test-threads=1 --nocapture
+        attempt tests "$name" "$programs/$name" --test-threads=1 --nocapture ${only[$name]:-}
     done
 }
 

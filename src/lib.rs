@@ -41,6 +41,7 @@
 //! | [`evidence`] | the log marginal likelihood and its bounds, to choose weight decay, temperature and noise |
 //! | [`penalty`] | functions of the weights that are added to a loss, proximal steps, bounds with multipliers, priors |
 //! | [`prune`] | which weights can go, what that takes of the others, and smaller models and files |
+//! | [`stack`] | room for the recursion of long graphs |
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //!
 //! **Threads**: make the training thread one of rayon's pool before anything else,
@@ -62,6 +63,7 @@ pub mod optim;
 mod pattern;
 pub mod penalty;
 pub mod prune;
+pub mod stack;
 pub mod tape;
 
 /// The README's code, as a test.

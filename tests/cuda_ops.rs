@@ -2,14 +2,17 @@
 
 mod common;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use common::device::*;
 use common::*;
-use kronwake::nn::{self, Module, VarBuilder};
+use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::ops::patches::{ConvShape, patches};
 use kronwake::ops::sample::{DrawKey, bernoulli, categorical, normal};
 use kronwake::ops::{conv, dense, factor, grouped, norm, pool, softmax};
-use kronwake::penalty::{Grouping, Lp, Penalty, Set, SparseGroupLasso, Spatial, UnitLasso};
+use kronwake::penalty::{
+    AugmentedLagrangian, Bound, Constraints, Dual, Grouping, Lp, Multiplier, Omega, Penalty, Rule, Set,
+    SparseGroupLasso, Spatial, UnitLasso,
+};
 use kronwake::tape::Keep;
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
@@ -250,6 +253,45 @@ const PLAIN: &[(&str, Plain)] = &[
         ];
         let w = t(1, &[40, 33])?;
         sets.iter().map(|set| set.project(&w)).collect()
+    }),
+    ("multipliers", |t| {
+        let (w, next) = (t(1, &[40, 33])?, t(2, &[40, 33])?);
+        let plain = Dual { restart: Some(0.2), cap: Some(0.7), augmented: 0.3, ..Dual::nu_pi(0.5, 0.3, 0.4) };
+        let growing = AugmentedLagrangian { penalty: 0.1, growth: 1.5, ..Default::default() };
+        let (rows, columns) = (Grouping::Rows, Grouping::Columns);
+        let mut all = vec![];
+        for (omega, bound, dual) in [
+            (Omega::Norm(rows), Bound::AtMost(5.5), plain),
+            (Omega::SquaredNorm(columns), Bound::AtMost(35.0), Dual::augmented_lagrangian(growing)),
+            (Omega::L1(Grouping::Whole), Bound::Equal(1e3), Dual::augmented_lagrangian(growing)),
+        ] {
+            let mut multiplier = Multiplier::new(omega, bound, dual, w.dims())?;
+            multiplier.update(&w)?;
+            multiplier.update(&next)?;
+            let report = multiplier.report(&w)?;
+            let steps = report.stalled.iter().map(|&steps| steps as f64).collect();
+            for numbers in [report.alpha, report.excess, report.penalty, steps] {
+                all.push(Tensor::new(numbers, w.device())?);
+            }
+            // Of one gradient each, whatever the multipliers' size.
+            let gradient = multiplier.term_and_gradient(&w)?.1;
+            let largest = gradient.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+            all.push((gradient / f64::from(largest.max(1.0)))?);
+        }
+        Ok(all)
+    }),
+    ("a mask over NaN", |t| {
+        let w = t(1, &[40, 33])?;
+        let kept = Tensor::arange(0u32, 40 * 33, &Device::Cpu)?.reshape((40, 33))?.to_device(w.device())?;
+        let kept = kept.to_dtype(DType::F64)?.affine(0.2, 0.0)?.sin()?.gt(0.0)?;
+        // 0 / 0 where the mask is.
+        let broken = (&w * kept.to_dtype(w.dtype())?)?.div(&kept.to_dtype(w.dtype())?)?;
+        let varmap = VarMap::new();
+        varmap.data().lock().expect("a lock").insert("w".into(), Var::from_tensor(&broken)?);
+        let mut constraints = Constraints::new(&varmap, &[("w", Rule::Mask { mask: kept })])?;
+        constraints.after_step(0.1)?;
+        let found = varmap.data().lock().expect("a lock")["w"].as_tensor().copy()?;
+        Ok(vec![found])
     }),
 ];
 

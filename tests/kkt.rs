@@ -1,7 +1,7 @@
 //! Constrained optima: those with known weights and multipliers, and the conditions of Karush, Kuhn and Tucker elsewhere.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use kronwake::penalty::{Dual, Grouping, Kkt, Multiplier, Omega, Set};
+use kronwake::penalty::{AugmentedLagrangian, Bound, Dual, Grouping, Kkt, Multiplier, Omega, Set};
 
 const ELEMENTS: Grouping = Grouping::Blocks { rows: 1, columns: 1 };
 
@@ -40,7 +40,13 @@ const ROUND: [[f64; 3]; 3] = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 const STEEP: [[f64; 3]; 3] = [[3.0, 0.5, 0.0], [0.5, 1.0, -0.2], [0.0, -0.2, 0.5]];
 
 /// Gradient descent on the Lagrangian with an update of the multipliers after each step.
-fn solve(bowl: &Bowl, omega: Omega, bound: f64, dual: Dual, steps: usize) -> Result<(Tensor, Multiplier)> {
+fn solve(
+    bowl: &Bowl,
+    omega: Omega,
+    bound: impl Into<Bound>,
+    dual: Dual,
+    steps: usize,
+) -> Result<(Tensor, Multiplier)> {
     let w = Var::from_tensor(&bowl.a.zeros_like()?)?;
     let mut multiplier = Multiplier::new(omega, bound, dual, w.dims())?;
     for _ in 0..steps {
@@ -53,12 +59,16 @@ fn solve(bowl: &Bowl, omega: Omega, bound: f64, dual: Dual, steps: usize) -> Res
     Ok((w.as_detached_tensor(), multiplier))
 }
 
-fn duals() -> [Dual; 4] {
+fn duals() -> [Dual; 7] {
+    let growing = AugmentedLagrangian { penalty: 0.5, growth: 1.01, limit: 4.0, ..Default::default() };
     [
         Dual::ascent(0.05),
         Dual::nu_pi(1.0, 0.1, 0.0),
         Dual::nu_pi(0.5, 0.05, 0.5),
         Dual { augmented: 1.0, ..Dual::ascent(0.05) },
+        Dual { restart: Some(0.2), cap: Some(50.0), ..Dual::nu_pi(1.0, 0.1, 0.0) },
+        Dual::augmented_lagrangian(AugmentedLagrangian { penalty: 2.0, ..Default::default() }),
+        Dual::augmented_lagrangian(growing),
     ]
 }
 
@@ -105,6 +115,149 @@ fn columns_have_multipliers_of_their_own() -> Result<()> {
         let report = multiplier.report(&w)?;
         close(&report.excess, &[0.0, small - 1.0, 0.0], 1e-9);
         close(&report.slackness, &[0.0; 3], 1e-8);
+    }
+    Ok(())
+}
+
+/// `w - a + alpha w / ||w|| = 0` leads to `||w|| = k` along `a` with `alpha = ||a|| - k`, which is negative where weights are to be longer.
+#[test]
+fn equalities_have_multipliers_of_either_sign() -> Result<()> {
+    let bowl = Bowl::new(&A, &ROUND)?;
+    let norm = flat(&bowl.a.sqr()?.sum_all()?)[0].sqrt();
+    let along = |k: f64| flat(&bowl.a).iter().map(|a| a * k / norm).collect::<Vec<_>>();
+    for dual in duals().into_iter().map(|dual| Dual { restart: None, ..dual }) {
+        for k in [2.0, 8.0] {
+            let (w, multiplier) = solve(&bowl, Omega::Norm(Grouping::Whole), Bound::Equal(k), dual, 4000)?;
+            close(&flat(&w), &along(k), 1e-9);
+            close(&multiplier.alpha()?, &[norm - k], 1e-9);
+            let kkt = multiplier.kkt(&w, &bowl.gradient(&w)?)?;
+            assert!(kkt.stationarity < 1e-8 && kkt.violation < 1e-8, "{kkt:?}");
+            assert_eq!(multiplier.report(&w)?.infeasible(10), [0; 0]);
+        }
+        // Norms 5, sqrt(0.2) and 2: the second column is too short.
+        let (w, multiplier) = solve(&bowl, Omega::Norm(Grouping::Columns), Bound::Equal(1.0), dual, 4000)?;
+        let small = 0.2f64.hypot(0.4);
+        close(&flat(&w), &[0.6, -0.2 / small, 0.0, 0.8, 0.4 / small, -1.0], 1e-9);
+        close(&multiplier.alpha()?, &[4.0, small - 1.0, 1.0], 1e-9);
+    }
+    // By squares: w (1 + 2 alpha) = a.
+    for (k, dual) in [(4.0, Dual::nu_pi(0.02, 0.01, 0.0)), (49.0, Dual::nu_pi(0.02, 0.01, 0.0))] {
+        let (w, multiplier) = solve(&bowl, Omega::SquaredNorm(Grouping::Whole), Bound::Equal(k), dual, 6000)?;
+        close(&flat(&w), &along(k.sqrt()), 1e-8);
+        close(&multiplier.alpha()?, &[(norm / k.sqrt() - 1.0) / 2.0], 1e-8);
+    }
+    Ok(())
+}
+
+/// The least `-w^2 / 2` with `|w| <= 2` or `|w| = 2`: at 2, where `alpha = 2` holds what pulls outwards. The Lagrangian bends downwards there,
+/// so that only a penalty above 1 makes a minimum of it.
+#[test]
+fn the_method_of_multipliers_bends_the_lagrangian() -> Result<()> {
+    let run = |dual: Dual, bound: Bound| -> Result<[f64; 3]> {
+        let w = Var::new(&[1.5f64], &Device::Cpu)?;
+        let mut multiplier = Multiplier::new(Omega::L1(Grouping::Whole), bound, dual, &[1])?;
+        for _ in 0..2000 {
+            let loss = (multiplier.term(&w)? - (w.sqr()?.sum_all()? * 0.5)?)?;
+            let grads = loss.backward()?;
+            w.set(&(w.as_detached_tensor() - (grads.get(&w).unwrap() * 0.05)?)?)?;
+            multiplier.update(&w)?;
+        }
+        let report = multiplier.report(&w)?;
+        Ok([flat(&w)[0], report.alpha[0], report.penalty[0]])
+    };
+    for bound in [Bound::AtMost(2.0), Bound::Equal(2.0)] {
+        let fixed = |penalty: f64| AugmentedLagrangian { penalty, ..Default::default() };
+        close(&run(Dual::augmented_lagrangian(fixed(5.0)), bound)?, &[2.0, 2.0, 5.0], 1e-9);
+        // A penalty that is too small, and the same one where it may grow.
+        assert!((run(Dual::augmented_lagrangian(fixed(0.5)), bound)?[1] - 2.0).abs() > 0.5);
+        let growing = AugmentedLagrangian { growth: 1.1, limit: 8.0, ..fixed(0.5) };
+        let [w, alpha, penalty] = run(Dual::augmented_lagrangian(growing), bound)?;
+        close(&[w, alpha], &[2.0, 2.0], 1e-9);
+        assert!(penalty > 1.0 && penalty <= 8.0, "{penalty}");
+        assert!((run(Dual::ascent(0.05), bound)?[0] - 2.0).abs() > 0.5);
+    }
+    Ok(())
+}
+
+/// A rate of 0.1 for 1,000 steps at a norm of 100 with a bound of 1, and then a norm of 0.9.
+#[test]
+fn multipliers_wind_up_and_need_not() -> Result<()> {
+    let (far, inside) = (Tensor::new(&[100.0], &Device::Cpu)?, Tensor::new(&[0.9], &Device::Cpu)?);
+    let run = |dual: Dual, steps: usize| -> Result<(f64, f64)> {
+        let mut multiplier = Multiplier::new(Omega::Norm(Grouping::Whole), 1.0, dual, &[1])?;
+        for _ in 0..1000 {
+            multiplier.update(&far)?;
+        }
+        let high = multiplier.alpha()?[0];
+        for _ in 0..steps {
+            multiplier.update(&inside)?;
+        }
+        Ok((high, multiplier.alpha()?[0]))
+    };
+    let plain = Dual::ascent(0.1);
+    let (high, low) = run(plain, 100)?;
+    close(&[high, low], &[9900.0, 9899.0], 1e-8);
+    // The cap holds the integral too: 5 is gone after 500 steps of 0.01.
+    close(&[run(Dual { cap: Some(5.0), ..plain }, 499)?.1], &[0.01], 1e-9);
+    close(&[run(Dual { cap: Some(5.0), ..plain }, 501)?.1], &[0.0], 0.0);
+    // All that is remembered begins anew, the average too, and a penalty that has grown.
+    for dual in [plain, Dual::nu_pi(3.0, 0.1, 0.99)] {
+        let dual = Dual { restart: Some(0.05), ..dual };
+        assert_eq!(run(dual, 1)?.1, 0.0);
+        assert!(run(Dual { restart: Some(0.2), ..dual }, 1)?.1 > 9000.0, "0.9 is inside by 0.1 alone");
+    }
+    let growing = AugmentedLagrangian { growth: 2.0, limit: 64.0, ..Default::default() };
+    let dual = Dual { restart: Some(0.0), ..Dual::augmented_lagrangian(growing) };
+    let mut multiplier = Multiplier::new(Omega::Norm(Grouping::Whole), 1.0, dual, &[1])?;
+    for _ in 0..10 {
+        multiplier.update(&far)?;
+    }
+    assert_eq!(multiplier.report(&far)?.penalty, [64.0]);
+    multiplier.update(&inside)?;
+    let report = multiplier.report(&inside)?;
+    assert_eq!((report.alpha, report.penalty), (vec![0.0], vec![1.0]));
+    // An equality's cap is for both signs.
+    let dual = Dual { cap: Some(5.0), ..plain };
+    let mut multiplier = Multiplier::new(Omega::Norm(Grouping::Whole), Bound::Equal(200.0), dual, &[1])?;
+    for _ in 0..10 {
+        multiplier.update(&far)?;
+    }
+    assert_eq!(multiplier.alpha()?, [-5.0]);
+    Ok(())
+}
+
+/// A sphere of radius 2 and a norm of at most 1 have no point in common: the multiplier grows for nothing, and the report shows it. A bound
+/// that can be met, however late, shows nothing.
+#[test]
+fn infeasible_constraints_show() -> Result<()> {
+    let sphere = Set::Sphere { grouping: Grouping::Rows, radius: 2.0 };
+    let w = Var::new(&[[1.0, 0.0], [0.6, 0.8]], &Device::Cpu)?;
+    let target = Tensor::new(&[[3.0, 4.0], [0.0, 1.0]], &Device::Cpu)?;
+    let omega = Omega::Norm(Grouping::Rows);
+    for (bound, expected) in [(1.0, vec![0, 1]), (2.5, vec![])] {
+        let mut multiplier = Multiplier::new(omega, bound, Dual::ascent(0.1), w.dims())?;
+        for step in 1..=300 {
+            let loss = (((w.as_tensor() - &target)?.sqr()?.sum_all()? * 0.5)? + multiplier.term(&w)?)?;
+            let grads = loss.backward()?;
+            w.set(&sphere.project(&(w.as_detached_tensor() - (grads.get(&w).unwrap() * 0.05)?)?)?)?;
+            multiplier.update(&w)?;
+            let report = multiplier.report(&w)?;
+            assert_eq!(report.stalled, vec![if expected.is_empty() { 0 } else { step - 1 }; 2]);
+        }
+        let report = multiplier.report(&w)?;
+        assert_eq!(report.infeasible(100), expected);
+        let grown = if expected.is_empty() { 0.0 } else { 30.0 };
+        close(&report.alpha, &[grown; 2], 1e-9);
+    }
+    // From far away, slowly.
+    let bowl = Bowl::new(&A, &ROUND)?;
+    let w = Var::from_tensor(&(&bowl.a * 10.0)?)?;
+    let mut multiplier = Multiplier::new(Omega::Norm(Grouping::Whole), 2.0, Dual::ascent(0.01), w.dims())?;
+    for _ in 0..3000 {
+        let grads = (bowl.loss(&w)? + multiplier.term(&w)?)?.backward()?;
+        w.set(&(w.as_detached_tensor() - (grads.get(&w).unwrap() * 0.05)?)?)?;
+        multiplier.update(&w)?;
+        assert_eq!(multiplier.report(&w)?.infeasible(100), [0; 0]);
     }
     Ok(())
 }
@@ -238,6 +391,31 @@ fn refusals() -> Result<()> {
         (1.0, Dual { augmented: -1.0, ..Dual::ascent(0.1) }),
     ] {
         assert!(Multiplier::new(omega, bound, dual, &[2, 2]).is_err(), "{bound} {dual:?}");
+    }
+    let plain = Dual::ascent(0.1);
+    let augmented = |options: AugmentedLagrangian| Dual::augmented_lagrangian(options);
+    let default = AugmentedLagrangian::default();
+    for (bound, dual, part) in [
+        (Bound::Equal(-1.0), plain, "multiplier: bound: expected a finite number of zero or more, got -1"),
+        (1.0.into(), Dual { cap: Some(0.0), ..plain }, "multiplier: cap: expected a finite number above 0"),
+        (1.0.into(), Dual { cap: Some(f64::INFINITY), ..plain }, "multiplier: cap:"),
+        (1.0.into(), Dual { restart: Some(-0.1), ..plain }, "multiplier: restart: expected a finite number"),
+        (Bound::Equal(1.0), Dual { restart: Some(0.1), ..plain }, "restart: an equality is never feasible"),
+        (1.0.into(), Dual { kappa_i: 0.1, ..augmented(default) }, "kappa_i: an augmented Lagrangian goes by"),
+        (1.0.into(), Dual { kappa_p: 0.1, ..augmented(default) }, "kappa_p: an augmented Lagrangian goes by"),
+        (1.0.into(), Dual { nu: 0.1, ..augmented(default) }, "nu: an augmented Lagrangian goes by"),
+        (1.0.into(), Dual { augmented: 0.1, ..augmented(default) }, "augmented: an augmented Lagrangian"),
+        (1.0.into(), augmented(AugmentedLagrangian { penalty: 0.0, ..default }), "multiplier: penalty:"),
+        (1.0.into(), augmented(AugmentedLagrangian { growth: 0.9, ..default }), "multiplier: growth:"),
+        (1.0.into(), augmented(AugmentedLagrangian { tolerance: -1.0, ..default }), "multiplier: tolerance:"),
+        (
+            1.0.into(),
+            augmented(AugmentedLagrangian { limit: 0.5, ..default }),
+            "multiplier: limit: expected a",
+        ),
+    ] {
+        let error = Multiplier::new(omega, bound, dual, &[2, 2]).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
     }
     let mut multiplier = Multiplier::new(omega, 1.0, Dual::ascent(0.1), &[2])?;
     multiplier.update(&Tensor::new(&[3.0, 0.5], &Device::Cpu)?)?;

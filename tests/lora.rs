@@ -38,7 +38,8 @@ fn adapted(dtype: DType, params: ParamsLora) -> Result<Adapted> {
 }
 
 fn rank_two(layers: &[&str]) -> ParamsLora {
-    ParamsLora { rank: 2, alpha: 3.0, layers: layers.iter().map(|l| l.to_string()).collect(), seed: 4 }
+    let layers = layers.iter().map(|l| l.to_string()).collect();
+    ParamsLora { rank: 2, alpha: 3.0, layers, seed: 4, ..Default::default() }
 }
 
 fn var(vars: &VarMap, name: &str) -> Tensor {
@@ -152,7 +153,8 @@ fn a_model_that_is_built_twice_shares_its_adapters() -> Result<()> {
 #[test]
 fn refusals() -> Result<()> {
     let new = |rank, alpha, layers: &[&str]| {
-        Lora::new(ParamsLora { rank, alpha, layers: layers.iter().map(|l| l.to_string()).collect(), seed: 0 })
+        let layers = layers.iter().map(|l| l.to_string()).collect();
+        Lora::new(ParamsLora { rank, alpha, layers, seed: 0, ..Default::default() })
     };
     assert_says(new(0, 1.0, &["*"]), &["lora", "rank of 1 or more", "rank 0"]);
     assert_says(new(1, f64::NAN, &["*"]), &["finite alpha", "NaN"]);

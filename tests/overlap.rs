@@ -211,7 +211,7 @@ fn refusals() -> Result<()> {
         (damping, "ahead_damping is -"),
         (shape, "kronwake/fc1/ahead_basis_a is F64 [1, 2, 2]"),
     ] {
-        let mut broken = Checkpoint { tensors: file.tensors.clone(), metadata: file.metadata.clone() };
+        let mut broken = file.clone();
         change(&mut broken);
         broken.write(&path)?;
         let before = saved(&opt)?;

@@ -2,11 +2,11 @@
 
 use super::clock::Clock;
 use super::net::{self, Kind, Net, named};
-use super::values::{count, positive};
 use candle_core::Result;
 use kronwake::evidence::{
     Curvature, Estimator, Evidence, Examples, Fit, Hyper, Outputs, Parts, Problem, Structure,
 };
+use kronwake_cli::values::{count, positive};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]

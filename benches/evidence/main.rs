@@ -6,27 +6,15 @@
 //!
 //! `speed` works on random images where it is given no folder.
 
-// The shared modules have more than is used here, and tests that do not run here.
-#![allow(dead_code, unused_imports)]
-
 mod clock;
-#[path = "../../examples/mnist/data.rs"]
-mod data;
 mod grid;
-#[path = "../../examples/mnist/idx.rs"]
-mod idx;
 mod net;
 mod online;
-#[path = "../../examples/mnist/random.rs"]
-mod random;
-#[path = "../../examples/mnist/sentence.rs"]
-mod sentence;
 mod speed;
-#[path = "../../examples/mnist/values.rs"]
-mod values;
 
 use candle_core::Result;
 use clap::{Parser, Subcommand};
+use kronwake_cli::{sentence, values};
 use std::process::ExitCode;
 
 #[derive(Parser)]

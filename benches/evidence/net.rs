@@ -1,11 +1,11 @@
 //! The two nets, their images, and plain training.
 
-use super::data::{Data, Name, Part};
-use super::random::Stream;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kronwake::evidence::{Examples, Problem};
+use kronwake::nn::init::Stream;
 use kronwake::nn::{self, AdamW, Conv2dConfig, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap, loss};
 use kronwake::tape::{Likelihood, Tape};
+use kronwake_cli::data::{Data, Name, Part};
 use std::path::Path;
 
 /// Which net.
@@ -87,7 +87,7 @@ impl Net {
         let steps = epochs * (n / size);
         let mut step = 0;
         for epoch in 0..epochs {
-            let order = super::data::order(n, Some(seed), epoch);
+            let order = kronwake_cli::data::order(n, Some(seed), epoch);
             for places in order.chunks_exact(size) {
                 let batch = examples.select(places)?;
                 let loss = more(state, loss::cross_entropy(&self.forward(batch.x())?, batch.y())?)?;

@@ -2,11 +2,11 @@
 
 use super::clock::Clock;
 use super::net::{self, Kind, Net};
-use super::values::count;
 use candle_core::{Result, bail};
 use kronwake::evidence::{
     Curvature, Estimator, Examples, Hyper, Outputs, ParamsTuneDuring, Split, Structure, TuneDuring,
 };
+use kronwake_cli::values::count;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -69,7 +69,7 @@ pub fn measure(options: &Options) -> Result<()> {
     let mut table: Vec<(&str, Vec<Outcome>)> = vec![("none", vec![]), ("best of 6 fixed", vec![])];
     table.extend(methods.iter().map(|(name, ..)| (*name, vec![])));
     for seed in options.first..options.first + options.seeds as u64 {
-        let order = super::data::order(data.train.len(), Some(seed), usize::MAX);
+        let order = kronwake_cli::data::order(data.train.len(), Some(seed), usize::MAX);
         let train = net::examples(&data, &data.train, &order[..n])?;
         let validation = net::examples(&data, &data.train, &order[n..n + held])?;
         let sets = Sets { train, validation, test: test.clone(), epochs };

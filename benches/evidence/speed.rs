@@ -2,9 +2,9 @@
 
 use super::clock::Clock;
 use super::net::{self, Kind, Net, named};
-use super::values::count;
 use candle_core::{Result, bail};
 use kronwake::evidence::{Curvature, Estimator, Evidence, Examples, Hyper, Outputs, Parts, Split, Structure};
+use kronwake_cli::values::count;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

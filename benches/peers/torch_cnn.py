@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The CNN of examples/mnist in plain eager PyTorch on the CPU, with Adam or with K-FAC: seconds of training an epoch.
+"""The CNN of the example mnist in plain eager PyTorch on the CPU, with Adam or with K-FAC: seconds of training an epoch.
 
 All images are one float tensor in memory, and a batch is an indexing of it: no loader, no workers, no copies but that one.
 K-FAC: forward hooks keep a layer's input and output on the steps that renew its factors; the gradients at the outputs for

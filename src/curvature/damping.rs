@@ -1,6 +1,7 @@
 //! Damping: what is added to the curvature before it is inverted.
 
 use candle_core::{Result, bail};
+use std::fmt;
 
 /// Where the damping enters a Kronecker product `A (x) G`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +61,7 @@ const SMALLEST: f64 = 1e-10;
 /// Every `every` steps the change of the loss over the step, on the step's own batch, is divided by the change that the
 /// model `<g, s> + 1/2 s^T (F_bar + la I) s` predicted. Above 3/4 the damping is multiplied by `factor`, below 1/4 divided
 /// by it. The new value enters with the next update of the inverses. The loss after the step has to be measured by the
-/// caller: see `Natural::wants_loss_after` and `Natural::adapt_damping`.
+/// caller: see `NaturalGradient::wants_loss_after` and `NaturalGradient::adapt_damping`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Adaptive {
     /// Where the damping enters.
@@ -80,6 +81,30 @@ pub struct Adaptive {
 impl Default for Adaptive {
     fn default() -> Self {
         Self { kind: DampingKind::Eigenvalue, initial: 0.01, every: 5, factor: 0.9, min: 1e-6, max: 10.0 }
+    }
+}
+
+impl fmt::Display for DampingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Eigenvalue => "eigenvalue",
+            Self::Pi => "pi",
+        })
+    }
+}
+
+impl fmt::Display for Damping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.kind();
+        match self {
+            Self::Eigenvalue(la) | Self::Pi(la) => write!(f, "{kind} damping of {la}"),
+            Self::Adaptive(Adaptive { initial, .. }) => {
+                write!(f, "{kind} damping of {initial} at first, adapted to the loss")
+            }
+            Self::Relative(Relative { fraction, .. }) => {
+                write!(f, "{kind} damping of {fraction} times the factors' mean curvature")
+            }
+        }
     }
 }
 

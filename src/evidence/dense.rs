@@ -3,7 +3,7 @@
 //! Parameter space: the matrix has a row a parameter, however many examples there are. The log-determinant is that of the kernel of the
 //! same rows (Sylvester).
 
-use super::log_det::{Complexity, LogDet, Precision, precision_of};
+use super::log_det::{Complexity, LogDet, Precision, precision_of, refuse_condition, remedy};
 use super::rows::Rows;
 use crate::linalg::cholesky::log_det_inverse;
 use crate::linalg::kron::diagonal;
@@ -17,11 +17,13 @@ pub(crate) struct Dense {
     g: Option<Tensor>,
     /// The tensors in the order of the rows of `g`: their numbers and sizes.
     spans: Vec<(usize, usize)>,
+    /// Of the rows.
+    dtype: DType,
 }
 
 impl Dense {
     pub fn new() -> Self {
-        Self { g: None, spans: Vec::new() }
+        Self { g: None, spans: Vec::new(), dtype: DType::F64 }
     }
 
     /// Adds the matrix of some examples' rows, of one set of tensors at every call.
@@ -42,8 +44,10 @@ impl Dense {
                 spans.push((tensor, layer.layer.out_features()));
             }
         }
-        let j = Tensor::cat(&parts, 1)?;
-        let part = product(&j.t()?, &j)?.to_dtype(DType::F64)?;
+        // A product in f32 would round every direction as the largest.
+        let j = Tensor::cat(&parts, 1)?.to_dtype(DType::F64)?;
+        self.dtype = rows.dtype();
+        let part = product(&j.t()?, &j)?;
         self.g = Some(match self.g.take() {
             Some(g) => (g + part)?,
             None => part,
@@ -64,14 +68,27 @@ impl Dense {
         Ok((scale, shifted))
     }
 
-    /// `(s G + P0)^-1`, with the tensors in the order of its rows.
-    pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<(Tensor, Vec<usize>)> {
+    /// `log det` and inverse of `shifted`, and a bound of its condition number.
+    fn factorized(&self, shifted: &Tensor) -> Result<(f64, Tensor, f64)> {
+        // The Frobenius norm; no eigenvalue is below 1.
+        let condition = shifted.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
+        refuse_condition("matrix I + s G / P0", condition, self.dtype)?;
+        match log_det_inverse(shifted, "evidence: the matrix I + s G / P0") {
+            Ok((value, inverse)) => Ok((value, inverse, condition)),
+            Err(error) => {
+                bail!("{error}; its condition number is up to {condition:.1e}: {}", remedy(self.dtype))
+            }
+        }
+    }
+
+    /// `(s G + P0)^-1`, with the tensors in the order of its rows and their sizes.
+    pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<(Tensor, Vec<(usize, usize)>)> {
         let Some(g) = &self.g else { bail!("posterior: no examples") };
         let (scale, shifted) = self.shifted(g, s, precisions)?;
-        let (_, inverse) = log_det_inverse(&shifted, "posterior: the matrix I + s G / P0")?;
+        let (_, inverse, _) = self.factorized(&shifted)?;
         let scale = (scale * s.sqrt().recip())?;
         let covariance = inverse.broadcast_mul(&scale.unsqueeze(0)?)?.broadcast_mul(&scale.unsqueeze(1)?)?;
-        Ok((covariance, self.spans.iter().map(|&(tensor, _)| tensor).collect()))
+        Ok((covariance, self.spans.clone()))
     }
 }
 
@@ -80,9 +97,8 @@ impl Complexity for Dense {
         let mut found = LogDet::zero(precisions.len());
         let Some(g) = &self.g else { return Ok(found) };
         let (_, shifted) = self.shifted(g, s, precisions)?;
-        found.condition = shifted.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
-        let (value, inverse) = log_det_inverse(&shifted, "evidence: the matrix I + s G / P0")?;
-        found.value = value;
+        let (value, inverse, condition) = self.factorized(&shifted)?;
+        (found.value, found.condition) = (value, condition);
         // ((I + H)^-1 H)_ii = 1 - ((I + H)^-1)_ii
         let each = (1.0 - diagonal(&inverse.unsqueeze(0)?)?.squeeze(0)?)?;
         let mut at = 0;

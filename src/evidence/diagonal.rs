@@ -1,6 +1,6 @@
 //! The diagonal of the generalized Gauss-Newton matrix: a log-determinant that bounds the exact one from above (Hadamard).
 
-use super::log_det::{Complexity, LogDet, Precision, precision_of, sum_of};
+use super::log_det::{Complexity, LogDet, Precision, precision_of, refuse_condition, sum_of};
 use super::rows::{CHUNK, LayerRows, Rows};
 use crate::ops::dense::product;
 use candle_core::{DType, Result, Tensor};
@@ -11,16 +11,19 @@ use std::collections::BTreeMap;
 pub(crate) struct Diagonal {
     /// By tensor, flattened, f64.
     sums: BTreeMap<usize, Tensor>,
+    /// Of the rows.
+    dtype: Option<DType>,
 }
 
 impl Diagonal {
     pub fn add(&mut self, rows: &Rows) -> Result<()> {
+        self.dtype = Some(rows.dtype());
         for layer in &rows.layers {
             if let Some(tensor) = layer.weight {
                 self.take(tensor, weight_squares(layer)?)?;
             }
             if let Some(tensor) = layer.bias {
-                self.take(tensor, layer.of_bias()?.sqr()?.sum(0)?)?;
+                self.take(tensor, layer.of_bias()?.to_dtype(DType::F64)?.sqr()?.sum(0)?)?;
             }
         }
         Ok(())
@@ -28,6 +31,8 @@ impl Diagonal {
 
     /// `1 / (s h + P0)` of each tensor, flattened.
     pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<Vec<(usize, Tensor)>> {
+        // What the evidence refuses.
+        self.log_det(s, precisions)?;
         let of = |(&tensor, squares): (&usize, &Tensor)| {
             let deltas = precision_of(precisions, tensor)?.flat(squares.elem_count(), squares.device())?;
             Ok((tensor, ((squares * s)? + deltas)?.recip()?))
@@ -36,7 +41,6 @@ impl Diagonal {
     }
 
     fn take(&mut self, tensor: usize, squares: Tensor) -> Result<()> {
-        let squares = squares.to_dtype(DType::F64)?;
         let sum = match self.sums.get(&tensor) {
             Some(sum) => (sum + squares)?,
             None => squares,
@@ -46,14 +50,16 @@ impl Diagonal {
     }
 }
 
-/// Of every weight the sum over rows of the squares, flattened.
+/// Of every weight the sum over rows of the squares, flattened, f64.
 pub(crate) fn weight_squares(layer: &LayerRows) -> Result<Tensor> {
     if layer.is_product()? {
         let (inputs, grads) = layer.factors();
-        let grads = grads.squeeze(2)?.sqr()?.sum(1)?;
-        return product(&grads.t()?, &inputs.squeeze(1)?.sqr()?)?.flatten_all();
+        let square = |t: Tensor| t.to_dtype(DType::F64)?.sqr();
+        let grads = square(grads.squeeze(2)?)?.sum(1)?;
+        return product(&grads.t()?, &square(inputs.squeeze(1)?)?)?.flatten_all();
     }
-    let parts = layer.chunks(CHUNK)?.into_iter().map(|outs| layer.of_weight(outs)?.sqr()?.sum(0));
+    let squares = |outs| layer.of_weight(outs)?.to_dtype(DType::F64)?.sqr()?.sum(0);
+    let parts = layer.chunks(CHUNK)?.into_iter().map(squares);
     Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
 }
 
@@ -64,10 +70,14 @@ impl Complexity for Diagonal {
             let precision = precision_of(precisions, tensor)?;
             let deltas = precision.flat(squares.elem_count(), squares.device())?;
             let ratio = ((squares / deltas)? * s)?;
+            if ratio.elem_count() > 0 {
+                found.condition = found.condition.max(1.0 + ratio.max_all()?.to_scalar::<f64>()?);
+            }
             let one = (&ratio + 1.0)?;
             found.value += sum_of(&one.log()?)?;
             found.effective[tensor] = Some(precision.effective(&(ratio / one)?)?);
         }
+        refuse_condition("diagonal", found.condition, self.dtype.unwrap_or(DType::F64))?;
         Ok(found)
     }
 }

@@ -1,13 +1,16 @@
 //! Hyperparameters tuned while a model trains.
 
+use super::adam::Adam;
 use super::estimator::Estimator;
+use super::examples::Examples;
+use super::file::{Reading, Writing};
 use super::fit::Evidence;
 use super::hyper::{Hyper, Structure};
-use super::problem::{Examples, Problem};
-use super::tune::{adam, or_restored};
-use crate::nn::{AdamW, Optimizer};
+use super::problem::Problem;
+use super::tune::or_restored;
 use crate::penalty::{Lp, Penalty};
 use candle_core::{Result, Tensor, bail};
+use std::path::Path;
 
 /// When and how [`TuneDuring`] moves the hyperparameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -77,7 +80,7 @@ impl ParamsTuneDuring {
 pub struct TuneDuring {
     hyper: Hyper,
     params: ParamsTuneDuring,
-    adam: AdamW,
+    adam: Adam,
     /// Training examples.
     examples: usize,
     training_steps: usize,
@@ -96,7 +99,7 @@ impl TuneDuring {
                 params.every
             )
         }
-        let adam = adam(hyper.vars(), params.lr)?;
+        let adam = Adam::new(hyper.vars(), params.lr)?;
         Ok(Self { hyper, params, adam, examples, training_steps: 0, draws: 0 })
     }
 
@@ -127,14 +130,20 @@ impl TuneDuring {
     /// Counts a training step, and moves the hyperparameters when a round is due: the evidence before its last step.
     ///
     /// # Errors
-    /// As [`Estimator::fit`] and [`Fit::evidence`](super::Fit::evidence); the hyperparameters are then what they were.
+    /// As [`Estimator::fit`] and [`Fit::evidence`](super::Fit::evidence); the hyperparameters and their averages are then what they
+    /// were.
     pub fn after_step(&mut self, problem: &Problem<'_>, examples: &Examples) -> Result<Option<Evidence>> {
         self.training_steps += 1;
         let since = self.training_steps.checked_sub(self.params.burn_in.max(1));
         if since.is_none_or(|since| since % self.params.every != 0) {
             return Ok(None);
         }
-        or_restored(&self.hyper.vars(), || self.round(problem, examples))
+        let (adam, draws) = (self.adam.clone(), self.draws);
+        let found = or_restored(&self.hyper.vars(), || self.round(problem, examples));
+        if found.is_err() {
+            (self.adam, self.draws) = (adam, draws);
+        }
+        found
     }
 
     fn round(&mut self, problem: &Problem<'_>, examples: &Examples) -> Result<Option<Evidence>> {
@@ -148,7 +157,7 @@ impl TuneDuring {
             }
             let Some(fit) = &fit else { break };
             let evidence = fit.evidence(&self.hyper)?;
-            self.adam.backward_step(&evidence.value.neg()?)?;
+            self.adam.climb(&evidence.value.backward()?)?;
             last = Some(evidence);
         }
         Ok(last)
@@ -168,4 +177,97 @@ impl TuneDuring {
         let scale = self.hyper.temperature()? / self.examples as f64;
         Ok(self.hyper.tensor_precisions()?.into_iter().map(|precision| scale * precision).collect())
     }
+
+    /// Writes the hyperparameters with all that the rounds to come depend on as safetensors, in f64: the logarithms under their names of
+    /// [`Hyper::varmap`], Adam's averages as `NAME/first_moment` and `NAME/second_moment`, counts in the metadata. The model's parameters are
+    /// not in it.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let mut file = Writing::new(KEY);
+        for (name, value) in self.fixed() {
+            file.line(&name, value);
+        }
+        file.line("training_steps", self.training_steps);
+        file.line("draws", self.draws);
+        file.line("adam_steps", self.adam.steps);
+        for ((name, var), moments) in self.hyper.named_vars().into_iter().zip(&self.adam.moments) {
+            for (slot, moment) in MOMENTS.into_iter().zip(moments) {
+                file.tensor(format!("{name}/{slot}"), moment)?;
+            }
+            file.tensor(name, var.as_tensor())?;
+        }
+        file.write(path.as_ref())
+    }
+
+    /// Goes on from what [`TuneDuring::save`] wrote, for the same parameters, structure of precisions and schedule: the rounds that
+    /// follow are bit for bit those that would have followed there. The estimator and the rate may be others.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device};
+    /// # use kronwake::evidence::{Hyper, ParamsTuneDuring, Problem, Structure, TuneDuring};
+    /// # use kronwake::nn::{self, VarBuilder, VarMap};
+    /// # use kronwake::tape::{Likelihood, Tape};
+    /// # let (vars, tape) = (VarMap::new(), Tape::new());
+    /// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// # let model = tape.build(|| nn::linear(2, 3, vb.pp("fc")))?;
+    /// # let problem = Problem::new(&tape, &vars, &model, Likelihood::Categorical)?;
+    /// # let file = std::env::temp_dir().join(format!("kronwake-doc-tuning-{}", std::process::id()));
+    /// let new = || TuneDuring::new(Hyper::new(&problem, Structure::PerTensor, 1.0)?, ParamsTuneDuring::by_batches(10, 1), 30);
+    /// new()?.save(&file)?;
+    /// let mut tuning = new()?;
+    /// tuning.resume(&file)?;
+    /// # std::fs::remove_file(&file)?;
+    /// # candle_core::Result::Ok(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the file cannot be read, or does not fit: one message lists every difference, and nothing has changed.
+    pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
+        let mut file = Reading::open(path.as_ref(), KEY)?;
+        for (name, value) in self.fixed() {
+            file.expect(&name, value);
+        }
+        let training_steps = file.number("training_steps");
+        let draws = file.number("draws");
+        let adam_steps = file.number("adam_steps");
+        let (mut values, mut moments) = (Vec::new(), Vec::new());
+        for (name, var) in self.hyper.named_vars() {
+            let [first, second] = MOMENTS.map(|slot| file.tensor(&format!("{name}/{slot}"), var.dims()));
+            moments.extend(first.zip(second).map(|(first, second)| [first, second]));
+            values.extend(file.tensor(&name, var.dims()).map(|value| (var, value)));
+        }
+        file.finish()?;
+        let (Some(training_steps), Some(draws), Some(adam_steps)) = (training_steps, draws, adam_steps)
+        else {
+            bail!("{}: counts are missing", path.as_ref().display())
+        };
+        for (var, value) in values {
+            var.set(&value)?;
+        }
+        (self.adam.moments, self.adam.steps) = (moments, adam_steps);
+        (self.training_steps, self.draws) = (training_steps, draws);
+        Ok(())
+    }
+
+    /// What a file must agree with.
+    fn fixed(&self) -> Vec<(String, String)> {
+        let ParamsTuneDuring { burn_in, every, steps, seed, .. } = self.params;
+        let mut fixed = self.hyper.fixed();
+        for (name, value) in [
+            ("examples", self.examples as u64),
+            ("burn_in", burn_in as u64),
+            ("every", every as u64),
+            ("steps", steps as u64),
+            ("seed", seed),
+        ] {
+            fixed.push((name.into(), value.to_string()));
+        }
+        fixed
+    }
 }
+
+/// The metadata entry of a file.
+const KEY: &str = "kronwake tuning";
+const MOMENTS: [&str; 2] = ["first_moment", "second_moment"];

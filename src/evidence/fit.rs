@@ -1,8 +1,9 @@
 //! The evidence as a function of the hyperparameters, at fixed parameters.
 
+use super::data_fit::DataFit;
 use super::hyper::Hyper;
 use super::log_det::{Complexity, Effective, LogDet, Precision, sum_of};
-use super::problem::{DataFit, Parameter, Problem};
+use super::problem::{Parameter, Problem};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 

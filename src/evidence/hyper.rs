@@ -252,6 +252,39 @@ impl Hyper {
         vars
     }
 
+    /// The Vars of [`Hyper::vars`], in their order, with their names.
+    pub(crate) fn named_vars(&self) -> Vec<(String, Var)> {
+        let diagonal = self.structure == Structure::Diagonal;
+        let name =
+            |group: &String| if diagonal { format!("log_precision.{group}") } else { "log_precision".into() };
+        let mut named: Vec<(String, Var)> =
+            self.groups.iter().map(name).zip(self.log_precision.iter().cloned()).collect();
+        for (name, scalar) in [("log_temperature", &self.temperature), ("log_noise", &self.noise)] {
+            if let Scalar::Tuned(var) = scalar {
+                named.push((name.into(), var.clone()));
+            }
+        }
+        named
+    }
+
+    /// What is not tuned, and what the precisions are of.
+    pub(crate) fn fixed(&self) -> Vec<(String, String)> {
+        let of = |scalar: &Scalar| match scalar {
+            Scalar::Fixed(value) => value.to_string(),
+            Scalar::Tuned(_) => "tuned".into(),
+        };
+        let tensors: Vec<&str> = self.parameters.iter().map(|p| p.name.as_str()).collect();
+        [
+            ("structure", format!("{:?}", self.structure)),
+            ("of", tensors.join(", ")),
+            ("groups", self.groups.join(", ")),
+            ("temperature", of(&self.temperature)),
+            ("noise", of(&self.noise)),
+        ]
+        .map(|(name, value)| (name.to_string(), value))
+        .to_vec()
+    }
+
     /// The Vars by name, to save and load.
     pub fn varmap(&self) -> &VarMap {
         &self.vars

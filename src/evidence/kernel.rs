@@ -5,7 +5,7 @@
 //! written out, a few of the weight's rows at a time. Source: Immer et al., "Stochastic Marginal Likelihood Gradients using Neural
 //! Tangent Kernels" (ICML 2023).
 
-use super::log_det::{Complexity, Effective, LogDet, Precision};
+use super::log_det::{Complexity, Effective, LogDet, Precision, remedy};
 use super::rows::{CHUNK, LayerRows, Rows};
 use crate::linalg::cholesky::log_det_inverse;
 use crate::ops::dense::product;
@@ -242,9 +242,8 @@ pub(crate) fn precise(m: Tensor) -> Result<(Tensor, f64)> {
     }
     if condition > limit {
         bail!(
-            "evidence: the kernel's condition number, up to {condition:.1e}, is beyond what {dtype:?} can tell ({limit:.0e}): larger \
-             prior precisions, a higher temperature{} would do",
-            if dtype == DType::F64 { "" } else { " or a model in f64" }
+            "evidence: the kernel's condition number, up to {condition:.1e}, is beyond what {dtype:?} can tell ({limit:.0e}): {}",
+            remedy(dtype)
         )
     }
     let wide = dtype == DType::F32 && condition > NARROW;

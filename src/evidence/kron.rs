@@ -4,97 +4,109 @@
 //! `A = sum a a^T`, `Q = 1/T sum g g^T` for a weight, and `sum g g^T` for a bias, which is a block of its own. So it is in
 //! laplace-torch's `Kron` (with curvlinops or asdl) and in Immer et al.'s code. It is no bound, in either direction.
 //!
+//! Positions that a mask leaves out are zeros in the sums, and `N T` is the number of those that count. An example whose terms have weights of
+//! mean `w` counts `w` times in `A` and in `N`.
+//!
+//! Sums and eigenvalues are in f64, whatever the rows are in: an eigenvalue that is zero (of an input that is always zero, of outputs whose
+//! gradients always cancel) would else come out as the rounding of the largest, and be charged for where precisions are small.
+//!
 //! The gain and bias of a norm have diagonal blocks; of an embedding `A` is diagonal too: how often each row was picked.
 
 use super::diagonal::weight_squares;
-use super::log_det::{Complexity, Effective, LogDet, Precision};
+use super::eigenbasis::{Eigenbases, Eigenbasis};
 use super::rows::{LayerRows, Rows};
 use crate::linalg::eigh::eigh;
-use crate::ops::dense::product;
 use crate::ops::factor::second_moment;
 use crate::tape::Kind;
-use candle_core::{DType, Error, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
-/// The sums of one layer.
+/// The sums of one layer, f64.
 #[derive(Debug, Clone)]
 struct Factors {
     name: String,
-    weight: Option<usize>,
-    bias: Option<usize>,
-    positions: usize,
-    sums: Sums,
+    weight: Option<(usize, WeightSums)>,
+    bias: Option<(usize, BiasSums)>,
+    /// Positions of all examples that count.
+    positions: f64,
 }
 
 #[derive(Debug, Clone)]
-enum Sums {
-    Matrix {
-        /// `[groups, in, in]`
-        a: Tensor,
-        /// `[groups, out / groups, out / groups]`, over positions too.
-        q: Tensor,
-        /// `[1, out, out]`
-        q_bias: Option<Tensor>,
-    },
-    /// The diagonals of the blocks.
-    Gain { weight: Tensor, bias: Option<Tensor> },
+enum WeightSums {
+    /// `a` `[groups, in, in]`, `q` `[groups, out / groups, out / groups]` over positions too.
+    Matrix { a: Tensor, q: Tensor },
+    /// The diagonal of the block.
+    Gain(Tensor),
     /// How often each row was picked, and `q` `[1, features, features]`.
     Table { counts: Tensor, q: Tensor },
 }
 
-impl Sums {
-    fn of(layer: &LayerRows) -> Result<Self> {
-        let (inputs, grads) = layer.factors();
-        let (of, name) = (&layer.layer, layer.layer.name.as_str());
-        let flat = layer.grads_by_row()?;
-        Ok(match of.kind {
-            Kind::Matrix => {
-                let q = second_moment(&flat, of.groups, false, name)?;
-                let q_bias = match (layer.bias, of.groups) {
-                    (None, _) => None,
-                    (Some(_), 1) => Some(q.clone()),
-                    (Some(_), _) => Some(second_moment(&flat, 1, false, name)?),
-                };
-                Sums::Matrix { a: second_moment(inputs, of.groups, false, name)?, q, q_bias }
+#[derive(Debug, Clone)]
+enum BiasSums {
+    /// `[1, out, out]`
+    Matrix(Tensor),
+    Diagonal(Tensor),
+}
+
+impl Factors {
+    fn of(layer: &LayerRows, weights: Option<&Tensor>) -> Result<Self> {
+        let of = &layer.layer;
+        let name = of.name.as_str();
+        let moment = |t: &Tensor, groups| second_moment(&t.to_dtype(DType::F64)?, groups, false, name);
+        let grads = |groups| moment(&layer.grads_by_row()?, groups);
+        let (inputs, _) = layer.factors();
+        let inputs = || match weights {
+            Some(weights) => inputs.to_dtype(DType::F64)?.broadcast_mul(&weights.sqrt()?),
+            None => Ok(inputs.clone()),
+        };
+        let weight = match (layer.weight, of.kind) {
+            (None, _) => None,
+            (Some(tensor), Kind::Matrix) => {
+                Some((tensor, WeightSums::Matrix { a: moment(&inputs()?, of.groups)?, q: grads(of.groups)? }))
             }
-            Kind::Gain => {
-                let bias = layer.bias.map(|_| layer.of_bias()?.sqr()?.sum(0)).transpose()?;
-                Sums::Gain { weight: weight_squares(layer)?, bias }
+            (Some(tensor), Kind::Gain) => Some((tensor, WeightSums::Gain(weight_squares(layer)?))),
+            (Some(tensor), Kind::Table) => {
+                Some((tensor, WeightSums::Table { counts: layer.picks(weights)?, q: grads(1)? }))
             }
-            Kind::Table => {
-                let numbers = inputs.flatten_all()?;
-                let ones = Tensor::ones(numbers.elem_count(), grads.dtype(), grads.device())?;
-                let counts = Tensor::zeros(of.weight.dim(0)?, grads.dtype(), grads.device())?;
-                Sums::Table {
-                    counts: counts.index_add(&numbers, &ones, 0)?,
-                    q: second_moment(&flat, 1, false, name)?,
-                }
+        };
+        let bias = match (layer.bias, of.kind, &weight) {
+            (None, ..) => None,
+            (Some(tensor), Kind::Matrix, Some((_, WeightSums::Matrix { q, .. }))) if of.groups == 1 => {
+                Some((tensor, BiasSums::Matrix(q.clone())))
             }
+            (Some(tensor), Kind::Matrix, _) => Some((tensor, BiasSums::Matrix(grads(1)?))),
+            (Some(tensor), ..) => {
+                Some((tensor, BiasSums::Diagonal(layer.of_bias()?.to_dtype(DType::F64)?.sqr()?.sum(0)?)))
+            }
+        };
+        Ok(Self {
+            name: name.to_string(),
+            weight,
+            bias,
+            positions: layer.counts(weights)?.sum_all()?.to_scalar()?,
         })
     }
 
-    fn add(&mut self, other: Sums) -> Result<()> {
-        let sum = |a: &mut Option<Tensor>, b: Option<Tensor>| -> Result<()> {
-            *a = match (a.take(), b) {
-                (Some(a), Some(b)) => Some((a + b)?),
-                (a, b) => a.or(b),
-            };
-            Ok(())
-        };
-        match (self, other) {
-            (Sums::Matrix { a, q, q_bias }, Sums::Matrix { a: a1, q: q1, q_bias: b1 }) => {
-                (*a, *q) = ((&*a + a1)?, (&*q + q1)?);
-                sum(q_bias, b1)
-            }
-            (Sums::Gain { weight, bias }, Sums::Gain { weight: w1, bias: b1 }) => {
-                *weight = (&*weight + w1)?;
-                sum(bias, b1)
-            }
-            (Sums::Table { counts, q }, Sums::Table { counts: c1, q: q1 }) => {
-                (*counts, *q) = ((&*counts + c1)?, (&*q + q1)?);
-                Ok(())
-            }
-            _ => bail!("evidence: a layer changed its kind"),
+    fn add(&mut self, other: Factors) -> Result<()> {
+        match (&mut self.weight, other.weight) {
+            (Some((_, WeightSums::Matrix { a, q })), Some((_, WeightSums::Matrix { a: a1, q: q1 })))
+            | (
+                Some((_, WeightSums::Table { counts: a, q })),
+                Some((_, WeightSums::Table { counts: a1, q: q1 })),
+            ) => (*a, *q) = ((&*a + a1)?, (&*q + q1)?),
+            (Some((_, WeightSums::Gain(sum))), Some((_, WeightSums::Gain(more)))) => *sum = (&*sum + more)?,
+            (None, None) => {}
+            _ => bail!("evidence: layer {} changed its kind", self.name),
         }
+        match (&mut self.bias, other.bias) {
+            (Some((_, BiasSums::Matrix(sum))), Some((_, BiasSums::Matrix(more))))
+            | (Some((_, BiasSums::Diagonal(sum))), Some((_, BiasSums::Diagonal(more)))) => {
+                *sum = (&*sum + more)?
+            }
+            (None, None) => {}
+            _ => bail!("evidence: layer {} changed its kind", self.name),
+        }
+        self.positions += other.positions;
+        Ok(())
     }
 }
 
@@ -102,150 +114,77 @@ impl Sums {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct KronSums {
     layers: Vec<Factors>,
-    examples: usize,
+    /// Of the rows.
+    dtype: Option<DType>,
 }
 
 impl KronSums {
     pub fn add(&mut self, rows: &Rows) -> Result<()> {
         let fresh = self.layers.is_empty();
+        self.dtype = Some(rows.dtype());
         for (index, layer) in rows.layers.iter().enumerate() {
-            let (sums, positions) = (Sums::of(layer)?, layer.positions()?);
+            let factors = Factors::of(layer, rows.weights.as_ref())?;
             match self.layers.get_mut(index) {
-                Some(known) if !fresh => {
-                    if known.positions != positions {
-                        bail!(
-                            "evidence: layer {} has {} and {positions} positions",
-                            known.name,
-                            known.positions
-                        )
-                    }
-                    known.sums.add(sums)?;
-                }
-                _ => {
-                    let name = layer.layer.name.clone();
-                    self.layers.push(Factors {
-                        name,
-                        weight: layer.weight,
-                        bias: layer.bias,
-                        positions,
-                        sums,
-                    });
-                }
+                Some(known) if !fresh => known.add(factors)?,
+                _ => self.layers.push(factors),
             }
         }
-        self.examples += rows.examples;
         Ok(())
     }
 
-    /// The eigenvectors, with the eigenvalues of every tensor's block.
-    pub fn basis(self) -> Result<Vec<KronBasis>> {
-        let mut bases = Vec::new();
-        for layer in self.layers {
-            let scale = 1.0 / (layer.positions.max(1) * self.examples.max(1)) as f64;
-            let decomposed = |m: &Tensor| -> Result<(Tensor, Tensor)> {
-                let found = eigh(&m.to_dtype(DType::F64)?, &layer.name)?;
-                // Sums of squares have no eigenvalue below 0 but by rounding.
-                Ok((found.vectors.to_dtype(m.dtype())?, found.values.relu()?))
-            };
-            let (mut inputs, mut grads, mut bias) = (None, None, None);
-            let values = match &layer.sums {
-                Sums::Matrix { a, q, q_bias } => {
-                    let ((a_vectors, a), (q_vectors, q)) = (decomposed(a)?, decomposed(q)?);
-                    (inputs, grads) = (Some(a_vectors), Some(q_vectors));
-                    if let Some(q) = q_bias {
-                        let (vectors, values) = decomposed(q)?;
-                        bias = Some((Some(vectors.squeeze(0)?), values.squeeze(0)?));
-                    }
-                    // [groups, out / groups, in], the order of the weight.
-                    (q.unsqueeze(2)?.broadcast_mul(&a.unsqueeze(1)?)? * scale)?.flatten_all()?
-                }
-                Sums::Gain { weight, bias: squares } => {
-                    bias = squares
-                        .as_ref()
-                        .map(|b| Ok::<_, Error>((None, b.to_dtype(DType::F64)?)))
-                        .transpose()?;
-                    weight.to_dtype(DType::F64)?
-                }
-                Sums::Table { counts, q } => {
-                    let (q_vectors, q) = decomposed(q)?;
-                    grads = Some(q_vectors);
-                    let counts = counts.to_dtype(DType::F64)?.unsqueeze(1)?;
-                    (counts.broadcast_mul(&q)? * scale)?.flatten_all()?
-                }
-            };
-            let weight = layer.weight.map(|tensor| (tensor, values));
-            let bias = layer.bias.zip(bias).map(|(tensor, (vectors, values))| (tensor, vectors, values));
-            bases.push(KronBasis { inputs, grads, weight, bias });
-        }
-        Ok(bases)
-    }
-
-    /// The eigenvalues.
-    pub fn finish(self) -> Result<Kron> {
+    /// Where every tensor's block is diagonal, with its eigenvalues.
+    pub fn finish(&self) -> Result<Eigenbases> {
+        let dtype = self.dtype.unwrap_or(DType::F64);
         let mut blocks = Vec::new();
-        for basis in self.basis()? {
-            if let Some((tensor, values)) = basis.weight {
-                blocks.push((tensor, values.to_vec1()?));
-            }
-            if let Some((tensor, _, values)) = basis.bias {
-                blocks.push((tensor, values.to_vec1()?));
-            }
-        }
-        Ok(Kron { blocks })
-    }
-}
-
-/// The eigenvalues of each tensor's block.
-#[derive(Debug, Clone)]
-pub(crate) struct Kron {
-    blocks: Vec<(usize, Vec<f64>)>,
-}
-
-impl Complexity for Kron {
-    fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
-        let mut found = LogDet::zero(precisions.len());
-        for (tensor, values) in &self.blocks {
-            let Some(Precision::Uniform(delta)) = precisions.get(*tensor) else {
-                bail!(
-                    "evidence: Kronecker factors need one prior precision a tensor (or layer, or for all), not one a weight"
-                )
+        for layer in &self.layers {
+            // Over all examples and positions.
+            let scale = layer.positions.max(f64::MIN_POSITIVE).recip();
+            let decomposed = |m: &Tensor| -> Result<(Tensor, Tensor)> {
+                let found = eigh(m, &layer.name)?;
+                Ok((found.vectors, without_noise(&found.values, dtype)?))
             };
-            let (mut value, mut effective) = (0.0, 0.0);
-            for lambda in values {
-                let ratio = s * lambda / delta;
-                value += ratio.ln_1p();
-                effective += ratio / (1.0 + ratio);
+            if let Some((tensor, sums)) = &layer.weight {
+                let (mut inputs, mut grads) = (None, None);
+                let values = match sums {
+                    WeightSums::Matrix { a, q } => {
+                        let ((a_vectors, a), (q_vectors, q)) = (decomposed(a)?, decomposed(q)?);
+                        (inputs, grads) = (Some(a_vectors), Some(q_vectors));
+                        // [groups, out / groups, in], the order of the weight.
+                        (q.unsqueeze(2)?.broadcast_mul(&a.unsqueeze(1)?)? * scale)?.flatten_all()?
+                    }
+                    WeightSums::Gain(squares) => squares.clone(),
+                    WeightSums::Table { counts, q } => {
+                        let (q_vectors, q) = decomposed(q)?;
+                        grads = Some(q_vectors);
+                        (counts.unsqueeze(1)?.broadcast_mul(&q)? * scale)?.flatten_all()?
+                    }
+                };
+                blocks.push(Eigenbasis { tensor: *tensor, inputs, grads, values });
             }
-            found.value += value;
-            Effective::Total(effective).add_to(&mut found.effective[*tensor], 1.0)?;
+            if let Some((tensor, sums)) = &layer.bias {
+                let (grads, values) = match sums {
+                    BiasSums::Diagonal(squares) => (None, squares.clone()),
+                    BiasSums::Matrix(q) => {
+                        let (vectors, values) = decomposed(q)?;
+                        (Some(vectors), values.flatten_all()?)
+                    }
+                };
+                blocks.push(Eigenbasis { tensor: *tensor, inputs: None, grads, values });
+            }
         }
-        Ok(found)
+        Ok(Eigenbases { blocks, dtype, rotated: false })
     }
 }
 
-/// Where a layer's blocks are diagonal.
-#[derive(Debug)]
-pub(crate) struct KronBasis {
-    /// Eigenvectors of the inputs' factor, `[groups, in, in]`; the inputs as they are without.
-    inputs: Option<Tensor>,
-    /// Of the gradients', `[groups, out / groups, out / groups]`.
-    grads: Option<Tensor>,
-    /// The weight, and the eigenvalues of its block in its order, f64.
-    pub weight: Option<(usize, Tensor)>,
-    /// The bias, eigenvectors `[out, out]` of its block if that is not diagonal, and the eigenvalues.
-    pub bias: Option<(usize, Option<Tensor>, Tensor)>,
-}
-
-impl KronBasis {
-    /// The rows of the weight in this basis.
-    pub fn turn(&self, layer: &LayerRows) -> Result<LayerRows> {
-        let (inputs, grads) = layer.factors();
-        let turned = |t: &Tensor, vectors: &Option<Tensor>| -> Result<Tensor> {
-            let Some(vectors) = vectors else { return Ok(t.clone()) };
-            let (groups, dim, _) = vectors.dims3()?;
-            let flat = t.reshape(((), groups, dim))?.transpose(0, 1)?.contiguous()?;
-            product(&flat, vectors)?.transpose(0, 1)?.contiguous()?.reshape(t.shape())
-        };
-        Ok(layer.with(turned(inputs, &self.inputs)?, turned(grads, &self.grads)?))
-    }
+/// Eigenvalues `[groups, d]` of sums of squares, with zeros for what is rounding: below 0, below what a decomposition in f64 tells from 0,
+/// and of rows in f32 below the square of what these tell.
+pub(super) fn without_noise(values: &Tensor, dtype: DType) -> Result<Tensor> {
+    let rounding = match dtype {
+        DType::F64 => f64::EPSILON.powi(2),
+        _ => f64::from(f32::EPSILON).powi(2),
+    };
+    let relative = (4.0 * rounding).max(values.dim(1)? as f64 * f64::EPSILON);
+    let least = (values.max_keepdim(1)? * relative)?;
+    let real = values.broadcast_gt(&least)?.to_dtype(DType::F64)?;
+    values.relu()? * real
 }

@@ -77,6 +77,31 @@ pub(crate) fn sum_of(t: &Tensor) -> Result<f64> {
     t.to_dtype(DType::F64)?.sum_all()?.to_scalar()
 }
 
+/// Condition numbers of sums in f64 from which rows in f32, and rows in f64, no longer tell the logarithms.
+///
+/// A singular value of rows is known to a rounding of the largest, hence the eigenvalues of their sums that count to some roundings times the
+/// root of the condition number: to 10 % in the worst case at these, and far better for the sum over all.
+const TOO_MUCH: [f64; 2] = [1e12, 1e15];
+
+/// Refuses what rows of `dtype` cannot tell.
+pub(crate) fn refuse_condition(what: &str, condition: f64, dtype: DType) -> Result<()> {
+    let limit = TOO_MUCH[usize::from(dtype == DType::F64)];
+    // Written so that NaN is refused.
+    if condition <= limit {
+        return Ok(());
+    }
+    bail!(
+        "evidence: the condition number of the {what}, up to {condition:.1e}, is beyond what {dtype:?} can tell ({limit:.0e}): {}",
+        remedy(dtype)
+    )
+}
+
+/// What helps against a large condition number.
+pub(crate) fn remedy(dtype: DType) -> String {
+    let wider = if dtype == DType::F64 { "" } else { " or a model in f64" };
+    format!("larger prior precisions, a higher temperature{wider} would do")
+}
+
 /// A log-determinant with its derivatives.
 #[derive(Debug, Clone)]
 pub(crate) struct LogDet {

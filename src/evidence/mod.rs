@@ -16,29 +16,41 @@
 //! "A Practical Bayesian Framework for Backpropagation Networks" (1992). Parameters are held fixed at what they are; no gradient
 //! goes through them.
 
+mod adam;
 mod compare;
+mod data_fit;
 mod dense;
 mod diagonal;
 mod during;
+mod eigenbasis;
 mod estimator;
+mod examples;
 mod extrapolate;
+mod file;
 mod fit;
+mod gather;
 mod hyper;
 mod kernel;
 mod kron;
 mod log_det;
 mod partition;
+mod pass;
 mod posterior;
+mod predictive;
 mod problem;
+mod rotated;
 mod rows;
+mod save;
 mod tune;
 
 pub use compare::{Advice, EarlyStopping, model_probabilities};
 pub use during::{ParamsTuneDuring, TuneDuring};
 pub use estimator::{Curvature, Estimator, Outputs, Split};
+pub use examples::Examples;
 pub use fit::{Evidence, Fit};
 pub use hyper::{Hyper, Structure};
 pub use partition::Parts;
-pub use posterior::{HessianStructure, Posterior, Predictive};
-pub use problem::{Examples, Parameter, Problem};
+pub use posterior::{HessianStructure, Posterior};
+pub use predictive::Predictive;
+pub use problem::{Parameter, Problem};
 pub use tune::{ParamsTune, tune};

@@ -1,8 +1,9 @@
 //! Which examples are taken together.
 
-use super::problem::Examples;
+use super::examples::Examples;
 use crate::ops::rng::bits;
 use candle_core::{Result, bail};
+use std::collections::BTreeMap;
 
 /// How the examples are divided. Every example is in one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,13 +61,13 @@ impl Parts {
                 chunked(&order, size)
             }
             Parts::ByLabel(size) => {
-                let classes = examples.classes()?;
-                let most = classes.iter().max().map_or(0, |&c| c as u64);
+                let mut members: BTreeMap<i64, Vec<usize>> = BTreeMap::new();
+                for (example, class) in examples.classes()?.into_iter().enumerate() {
+                    members.entry(class).or_default().push(example);
+                }
                 let mut parts = Vec::new();
-                for class in 0..=most {
-                    let mut members: Vec<usize> =
-                        all.iter().copied().filter(|&i| u64::from(classes[i]) == class).collect();
-                    shuffle(&mut members, seed, ORDER + 1 + class);
+                for (class, mut members) in members {
+                    shuffle(&mut members, seed, (ORDER + 1).wrapping_add(class as u64));
                     parts.extend(chunked(&members, size));
                 }
                 parts

@@ -6,17 +6,20 @@
 
 use super::dense::Dense;
 use super::diagonal::Diagonal;
+use super::eigenbasis::{Eigenbases, Eigenbasis};
+use super::estimator::{check_dense, each};
+use super::examples::Examples;
 use super::hyper::Hyper;
-use super::kron::{KronBasis, KronSums};
-use super::log_det::{Precision, precision_of};
-use super::problem::{Examples, Problem};
+use super::kron::KronSums;
+use super::log_det::{Complexity, Precision, precision_of};
+use super::pass::Checked;
+use super::predictive::Predictive;
+use super::problem::Problem;
+use super::rotated::MarginalSums;
 use super::rows::{CHUNK, LayerRows, Rows};
-use crate::linalg::cholesky::cholesky;
 use crate::ops::dense::product;
-use crate::ops::rng::normal;
-use crate::ops::softmax::softmax_last_dim;
 use crate::tape::{Likelihood, Root};
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 /// What stands for the curvature of a posterior.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,27 +29,43 @@ pub enum HessianStructure {
     /// Kronecker factors of each tensor's block. The default.
     #[default]
     Kron,
+    /// The diagonal of each tensor's block in a Kronecker basis, from true sums over the examples, as
+    /// [`Curvature::Rotated`](super::Curvature).
+    Rotated,
     /// The diagonal.
     Diagonal,
 }
 
-#[derive(Debug)]
-enum Covariance {
-    /// `(s G + P0)^-1`, with the tensors in the order of its rows.
-    Full(Tensor, Vec<usize>),
-    Kron(Vec<KronBasis>),
+#[derive(Debug, Clone)]
+pub(super) enum Covariance {
+    /// `(s G + P0)^-1`, with the tensors in the order of its rows and their sizes.
+    Full(Tensor, Vec<(usize, usize)>),
+    Kron(Eigenbases),
     /// `(s h + P0)^-1` of each tensor, flattened.
     Diagonal(Vec<(usize, Tensor)>),
 }
 
 /// A Gaussian posterior of the parameters at fixed hyperparameters.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Posterior {
-    covariance: Covariance,
-    s: f64,
-    precisions: Vec<Precision>,
-    likelihood: Likelihood,
-    noise: f64,
+    pub(super) covariance: Covariance,
+    pub(super) s: f64,
+    pub(super) precisions: Vec<Precision>,
+    pub(super) likelihood: Likelihood,
+    pub(super) noise: f64,
+    /// Of the parameters that it is of.
+    pub(super) names: Vec<String>,
+}
+
+impl Covariance {
+    pub(super) fn structure(&self) -> &'static str {
+        match self {
+            Covariance::Full(..) => "Full",
+            Covariance::Kron(Eigenbases { rotated: true, .. }) => "Rotated",
+            Covariance::Kron(_) => "Kron",
+            Covariance::Diagonal(_) => "Diagonal",
+        }
+    }
 }
 
 impl Posterior {
@@ -65,37 +84,39 @@ impl Posterior {
         let precisions = hyper.precisions()?;
         let noise = hyper.noise()?;
         let s = hyper.scale()?;
-        let each = |visit: &mut dyn FnMut(&Rows) -> Result<()>| -> Result<()> {
-            for some in examples.passes() {
-                let outputs = problem.outputs(&some?)?;
-                let columns = problem.likelihood.cotangents(&outputs, Root::Reduced)?;
-                visit(&Rows::gather(&problem.tape, &outputs, columns, |layer| problem.tensors_of(layer))?)?;
-            }
-            Ok(())
+        let Checked { examples, .. } = problem.checked(examples)?;
+        let each = |visit: &mut dyn FnMut(&Rows) -> Result<()>| {
+            each(problem, &examples, memory, |_, rows| visit(rows))
         };
         let covariance = match structure {
             HessianStructure::Full => {
                 let size: usize = problem.parameters().iter().map(|p| p.tensor.elem_count()).sum();
-                let bytes = 32 * (size as u128).pow(2);
-                if bytes > memory as u128 {
-                    bail!(
-                        "posterior: the matrix of {size} parameters would take {bytes} bytes, and {memory} are allowed"
-                    )
-                }
+                check_dense(size, memory)?;
                 let mut sums = Dense::new();
                 each(&mut |rows| sums.add(rows))?;
-                let (covariance, order) = sums.covariance(s, &precisions)?;
-                Covariance::Full(covariance, order)
+                let (covariance, spans) = sums.covariance(s, &precisions)?;
+                Covariance::Full(covariance, spans)
             }
-            HessianStructure::Kron => {
+            HessianStructure::Kron | HessianStructure::Rotated => {
                 if precisions.iter().any(|p| matches!(p, Precision::Each(_))) {
                     bail!(
                         "posterior: Kronecker factors need one prior precision a tensor (or layer, or for all), not one a weight"
                     )
                 }
-                let mut sums = KronSums::default();
-                each(&mut |rows| sums.add(rows))?;
-                Covariance::Kron(sums.basis()?)
+                let bases = if structure == HessianStructure::Kron {
+                    let mut sums = KronSums::default();
+                    each(&mut |rows| sums.add(rows))?;
+                    sums.finish()?
+                } else {
+                    let mut marginals = MarginalSums::default();
+                    each(&mut |rows| marginals.add(rows))?;
+                    let mut sums = marginals.bases()?;
+                    each(&mut |rows| sums.add(rows))?;
+                    sums.finish()?
+                };
+                // What the evidence refuses.
+                bases.log_det(s, &precisions)?;
+                Covariance::Kron(bases)
             }
             HessianStructure::Diagonal => {
                 let mut sums = Diagonal::default();
@@ -103,7 +124,23 @@ impl Posterior {
                 Covariance::Diagonal(sums.covariance(s, &precisions)?)
             }
         };
-        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise })
+        let names = problem.parameters().iter().map(|p| p.name.clone()).collect();
+        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names })
+    }
+
+    /// Refuses another problem than that of the fit.
+    pub(super) fn check(&self, problem: &Problem<'_>) -> Result<()> {
+        let names: Vec<&str> = problem.parameters().iter().map(|p| p.name.as_str()).collect();
+        if names != self.names || problem.likelihood != self.likelihood {
+            bail!(
+                "posterior: of {:?} and {}, expected the problem that it was fitted to, {:?} and {}",
+                problem.likelihood,
+                names.join(", "),
+                self.likelihood,
+                self.names.join(", ")
+            )
+        }
+        Ok(())
     }
 
     /// What the linearized model predicts for inputs `[n, ..]`.
@@ -111,17 +148,28 @@ impl Posterior {
     /// # Errors
     /// When the outputs are not `[n, classes]`, not finite, or the forward fails.
     pub fn predict(&self, problem: &Problem<'_>, x: &Tensor) -> Result<Predictive> {
+        self.check(problem)?;
         if x.dims().first().is_none_or(|&n| n == 0) {
             bail!("posterior: no inputs to predict for, got {:?}", x.dims())
         }
         let (mut means, mut covariances) = (Vec::new(), Vec::new());
-        for some in Examples::new(x.clone(), x.clone())?.passes() {
-            let outputs = problem.outputs(&some?)?;
-            let (_, classes) = outputs.dims2()?;
-            let columns = Likelihood::Gaussian.cotangents(&outputs, Root::PerOutput)?;
-            let rows = Rows::gather(&problem.tape, &outputs, columns, |layer| problem.tensors_of(layer))?;
-            covariances.push(self.covariance_of(&rows)?.reshape(((), classes, classes))?);
-            means.push(outputs.detach());
+        let inputs = Examples::new(x.clone(), x.clone())?.masked_by(&problem.tape)?;
+        for some in inputs.passes() {
+            let some = some?;
+            let pass = problem.pass(&some)?;
+            if means.is_empty() {
+                pass.refuse_mixing()?;
+            }
+            let Ok((_, classes)) = pass.outputs.dims2() else {
+                bail!(
+                    "posterior: predictions are of outputs [n, classes], got {:?}: take a model that picks or averages the positions",
+                    pass.outputs.dims()
+                )
+            };
+            let columns = Likelihood::Gaussian.cotangents(&pass.outputs, Root::PerOutput)?;
+            let rows = pass.gather(columns, usize::MAX)?;
+            covariances.push(self.covariance_of(&rows.to_f64()?)?.reshape(((), classes, classes))?);
+            means.push(pass.outputs.detach());
         }
         Ok(Predictive {
             mean: Tensor::cat(&means, 0)?.to_dtype(DType::F64)?,
@@ -131,14 +179,15 @@ impl Posterior {
         })
     }
 
-    /// `J Sigma J^T` of each example, `[n, each, each]`.
+    /// `J Sigma J^T` of each example, `[n, each, each]`, of rows in f64: the covariances of outputs that move together are small
+    /// differences of large numbers.
     fn covariance_of(&self, rows: &Rows) -> Result<Tensor> {
         let per_example = |j: &Tensor| j.reshape((rows.examples, rows.each, ()));
         match &self.covariance {
-            Covariance::Full(sigma, order) => {
-                let mut parts = vec![None; order.len()];
+            Covariance::Full(sigma, spans) => {
+                let mut parts = vec![None; spans.len()];
                 let mut put = |tensor: usize, part: Tensor| {
-                    if let Some(at) = order.iter().position(|&t| t == tensor) {
+                    if let Some(at) = spans.iter().position(|&(t, _)| t == tensor) {
                         parts[at] = Some(part);
                     }
                 };
@@ -158,17 +207,13 @@ impl Posterior {
             }
             Covariance::Kron(bases) => {
                 let mut sum = None;
-                for (layer, basis) in rows.layers.iter().zip(bases) {
-                    let turned = basis.turn(layer)?;
-                    if let Some((tensor, values)) = &basis.weight {
-                        add_parts(&mut sum, rows, &turned, &self.scale(*tensor, values)?)?;
+                for layer in &rows.layers {
+                    if let Some(block) = layer.weight.and_then(|tensor| bases.of(tensor)) {
+                        add_parts(&mut sum, rows, &block.turn(layer)?, &self.scale(block)?)?;
                     }
-                    if let Some((tensor, vectors, values)) = &basis.bias {
-                        let j = match vectors {
-                            Some(vectors) => product(&layer.of_bias()?, vectors)?,
-                            None => layer.of_bias()?,
-                        };
-                        let scale = self.scale(*tensor, values)?.sqrt()?.to_dtype(j.dtype())?;
+                    if let Some(block) = layer.bias.and_then(|tensor| bases.of(tensor)) {
+                        let j = block.turn_bias(&layer.of_bias()?)?;
+                        let scale = self.scale(block)?.sqrt()?;
                         add_gram(&mut sum, &per_example(&j.broadcast_mul(&scale.unsqueeze(0)?)?)?)?;
                     }
                 }
@@ -193,8 +238,10 @@ impl Posterior {
     }
 
     /// `1 / (s value + precision)`.
-    fn scale(&self, tensor: usize, values: &Tensor) -> Result<Tensor> {
-        let deltas = precision_of(&self.precisions, tensor)?.flat(values.elem_count(), values.device())?;
+    fn scale(&self, block: &Eigenbasis) -> Result<Tensor> {
+        let values = &block.values;
+        let deltas =
+            precision_of(&self.precisions, block.tensor)?.flat(values.elem_count(), values.device())?;
         ((values * self.s)? + deltas)?.recip()
     }
 }
@@ -224,77 +271,5 @@ fn found(sum: Option<Tensor>) -> Result<Tensor> {
     match sum {
         Some(sum) => Ok(sum),
         None => bail!("posterior: no parameters"),
-    }
-}
-
-/// Gaussian outputs of a linearized model.
-#[derive(Debug, Clone)]
-pub struct Predictive {
-    /// The model's outputs `[n, classes]`, f64.
-    pub mean: Tensor,
-    /// Their covariance by the parameters' uncertainty, `[n, classes, classes]`, f64; a Gaussian likelihood's noise is not in it.
-    pub covariance: Tensor,
-    likelihood: Likelihood,
-    noise: f64,
-}
-
-impl Predictive {
-    /// The variance of each prediction, `[n, classes]`: that of the outputs, and the noise's with a Gaussian likelihood.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn variance(&self) -> Result<Tensor> {
-        let variance = crate::linalg::kron::diagonal(&self.covariance)?;
-        match self.likelihood {
-            Likelihood::Gaussian => variance + self.noise * self.noise,
-            _ => Ok(variance),
-        }
-    }
-
-    /// The prediction by MacKay's probit approximation, `[n, classes]`: the model's own with every output divided by
-    /// `sqrt(1 + pi/8 variance)`. Of a Gaussian likelihood the mean.
-    ///
-    /// # Errors
-    /// When a tensor operation fails.
-    pub fn probit(&self) -> Result<Tensor> {
-        if self.likelihood == Likelihood::Gaussian {
-            return Ok(self.mean.clone());
-        }
-        let scale = ((self.variance()? * (std::f64::consts::PI / 8.0))? + 1.0)?.sqrt()?;
-        self.likelihood.mean(&(&self.mean / scale)?)
-    }
-
-    /// The prediction by the mean over `draws` draws of the outputs, `[n, classes]`, the same for the same seed.
-    ///
-    /// # Errors
-    /// When there are no draws, or a covariance is not positive semi-definite beyond rounding.
-    pub fn sampled(&self, draws: usize, seed: u64) -> Result<Tensor> {
-        if draws == 0 {
-            bail!("posterior: 0 draws, expected 1 or more")
-        }
-        let (n, classes) = self.mean.dims2()?;
-        let eye = Tensor::eye(classes, DType::F64, self.mean.device())?.unsqueeze(0)?;
-        // Outputs that always move together make it singular.
-        let jitter = (crate::linalg::kron::diagonal(&self.covariance)?.max_keepdim(D::Minus1)? * 1e-9)?;
-        let jitter = (jitter + f64::MIN_POSITIVE.sqrt())?.unsqueeze(2)?;
-        let root = cholesky(
-            &(&self.covariance + eye.broadcast_mul(&jitter)?)?,
-            "posterior: the covariance of outputs",
-        )?;
-        let mut sum: Option<Tensor> = None;
-        for draw in 0..draws {
-            let z: Vec<f64> = (0..n * classes).map(|i| normal(seed, draw as u64, i as u64)).collect();
-            let z = Tensor::from_vec(z, (n, classes, 1), self.mean.device())?;
-            let outputs = (&self.mean + root.matmul(&z)?.squeeze(2)?)?;
-            let part = match self.likelihood {
-                Likelihood::Categorical => softmax_last_dim(&outputs)?,
-                other => other.mean(&outputs)?,
-            };
-            sum = Some(match sum {
-                Some(sum) => (sum + part)?,
-                None => part,
-            });
-        }
-        found(sum)? / draws as f64
     }
 }

@@ -1,88 +1,10 @@
-//! What an evidence is asked of: a model with its parameters, a likelihood, and examples.
+//! What an evidence is asked of: a model with its parameters and a likelihood.
 
-use super::log_det::sum_of;
-use crate::nn::{Module, VarMap, loss};
+use crate::nn::{Module, VarMap};
+use crate::pattern::matches;
 use crate::tape::{Layer, Likelihood, Tape};
-use candle_core::{D, DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, TensorId, bail};
 use std::sync::Arc;
-
-/// Examples of one pass where their rows are summed and not kept.
-const PASS: usize = 256;
-
-/// Examples in two tensors whose first dimensions are the examples.
-#[derive(Debug, Clone)]
-pub struct Examples {
-    x: Tensor,
-    y: Tensor,
-}
-
-impl Examples {
-    /// Inputs `x` as the model takes them, and labels `y`: class numbers `[n]` or `[n, t]` of an integer type for a categorical
-    /// likelihood, targets in the shape of the outputs for the others.
-    ///
-    /// # Errors
-    /// When there are no examples, or not as many of `y` as of `x`.
-    pub fn new(x: Tensor, y: Tensor) -> Result<Self> {
-        let (n, labels) = (x.dims().first().copied(), y.dims().first().copied());
-        if n != labels || n.is_none_or(|n| n == 0) {
-            bail!("evidence: expected examples and as many labels, got {:?} and {:?}", x.dims(), y.dims())
-        }
-        Ok(Self { x: x.detach(), y: y.detach() })
-    }
-
-    /// How many there are, at least one.
-    pub fn len(&self) -> usize {
-        self.x.dims().first().copied().unwrap_or(0)
-    }
-
-    /// Never: [`Examples::new`] refuses that.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The inputs.
-    pub fn x(&self) -> &Tensor {
-        &self.x
-    }
-
-    /// The labels.
-    pub fn y(&self) -> &Tensor {
-        &self.y
-    }
-
-    /// Those of the given numbers, in this order.
-    ///
-    /// # Errors
-    /// When a number is out of range.
-    pub fn select(&self, numbers: &[usize]) -> Result<Self> {
-        if let Some(wrong) = numbers.iter().find(|&&i| i >= self.len()) {
-            bail!("evidence: example {wrong} of {}", self.len())
-        }
-        let numbers: Vec<u32> = numbers.iter().map(|&i| i as u32).collect();
-        let of = |t: &Tensor| t.index_select(&Tensor::new(numbers.as_slice(), t.device())?, 0);
-        Self::new(of(&self.x)?, of(&self.y)?)
-    }
-
-    /// All of them, so many at a time that what a pass leaves behind fits.
-    pub(crate) fn passes(&self) -> impl Iterator<Item = Result<Self>> {
-        (0..self.len()).step_by(PASS).map(|from| match PASS.min(self.len() - from) {
-            all if all == self.len() => Ok(self.clone()),
-            some => Self::new(self.x.narrow(0, from, some)?, self.y.narrow(0, from, some)?),
-        })
-    }
-
-    /// The class of every example.
-    pub(crate) fn classes(&self) -> Result<Vec<u32>> {
-        if !self.y.dtype().is_int() || self.y.rank() != 1 {
-            bail!(
-                "evidence: groups by label need class numbers [n], got {:?} {:?}",
-                self.y.dtype(),
-                self.y.dims()
-            )
-        }
-        self.y.to_dtype(DType::U32)?.to_vec1()
-    }
-}
 
 /// One parameter tensor of a model.
 #[derive(Debug, Clone)]
@@ -95,7 +17,6 @@ pub struct Parameter {
     pub tensor: Tensor,
     /// The layer's number on the tape.
     pub(crate) of_layer: usize,
-    pub(crate) is_bias: bool,
 }
 
 /// A model whose layers are on a tape, with a likelihood.
@@ -118,55 +39,87 @@ impl std::fmt::Debug for Problem<'_> {
 
 impl<'a> Problem<'a> {
     /// `model` must have been built inside `tape`'s [`Tape::build`] from `vars`; its forward maps inputs `[n, ..]` to outputs
-    /// `[n, classes]` or `[n, t, classes]`, and must be deterministic. Closures are models.
+    /// `[n, classes]` or `[n, t, classes]`, and must be deterministic, with outputs of an example that do not depend on the others
+    /// (BatchNorm in evaluation mode). Closures are models.
+    ///
+    /// A weight or table may be used by several layers of one kind, with the same bias, with others, or without. What
+    /// [`Tape::mask`] leaves out does not count; the mask has to be of all the examples that are given.
     ///
     /// # Errors
     /// When the tape is empty, or a Var is the weight or bias of none of its layers: its share in the evidence is not known. The
-    /// message names all such Vars.
+    /// message names all such Vars. When layers of different kinds share a tensor.
     pub fn new(tape: &Tape, vars: &VarMap, model: &'a dyn Module, likelihood: Likelihood) -> Result<Self> {
+        let problem = Self::of_part(tape, vars, model, likelihood, &["*"])?;
+        for layer in tape.layers().iter().chain(&tape.other_biases()) {
+            for (kind, tensor) in [("weight", Some(&layer.weight)), ("bias", layer.bias.as_ref())] {
+                if tensor.is_some_and(|tensor| problem.number_of(tensor).is_none()) {
+                    bail!(
+                        "evidence: the {kind} of layer {} is not in the VarMap; Problem::of_part takes what is not in it as constant",
+                        layer.name
+                    )
+                }
+            }
+        }
+        Ok(problem)
+    }
+
+    /// A part of a model: the Vars whose names match one of `patterns`, in which `*` stands for any run of characters and `?` for any
+    /// one, and none of those that begin with `!`. All others are constants: they have no prior and no uncertainty, and their layers stay
+    /// in the forward pass and out of the determinant. With exclusions alone, all other Vars are meant.
+    ///
+    /// The last layer is `&["fc3.*"]`, the adapters of a [`Lora`](crate::nn::Lora) `&["*lora*"]`, everything but norms `&["!*norm*"]`.
+    /// The statistics of a BatchNorm are Vars of no layer: leave them and its weights out.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device};
+    /// # use kronwake::{evidence::Problem, nn::{self, VarBuilder, VarMap}, tape::{Likelihood, Tape}};
+    /// let (vars, tape) = (VarMap::new(), Tape::new());
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let model = tape.build(|| {
+    ///     Ok(nn::seq().add(nn::linear(4, 8, vb.pp("fc1"))?).add_fn(|x| x.tanh()).add(nn::linear(8, 3, vb.pp("fc2"))?))
+    /// })?;
+    /// let problem = Problem::of_part(&tape, &vars, &model, Likelihood::Categorical, &["fc2.*"])?;
+    /// let names: Vec<_> = problem.parameters().iter().map(|p| p.name.as_str()).collect();
+    /// assert_eq!(names, ["fc2.weight", "fc2.bias"]);
+    /// # candle_core::Result::Ok(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Problem::new`], of the Vars of the part alone, and when a pattern matches no Var or the part is empty.
+    pub fn of_part(
+        tape: &Tape,
+        vars: &VarMap,
+        model: &'a dyn Module,
+        likelihood: Likelihood,
+        patterns: &[&str],
+    ) -> Result<Self> {
         let layers = tape.layers();
         if layers.is_empty() {
             bail!(
                 "evidence: no layers on the tape; build the model inside Tape::build from kronwake::nn layers"
             )
         }
-        let Ok(data) = vars.data().lock() else { bail!("evidence: the VarMap's lock is poisoned") };
-        let mut named: Vec<_> =
-            data.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-        drop(data);
-        named.sort_by(|(a, _), (b, _)| a.cmp(b));
-        let mut parameters = Vec::new();
+        let named = part(vars, patterns)?;
+        let mut found = Found { named: &named, parameters: Vec::new() };
+        let others = tape.other_biases();
         for layer in &layers {
-            let pair = [Some((&layer.weight, false)), layer.bias.as_ref().map(|b| (b, true))];
-            for (tensor, is_bias) in pair.into_iter().flatten() {
-                if let Some(other) = parameters.iter().find(|p: &&Parameter| p.tensor.id() == tensor.id()) {
-                    bail!(
-                        "evidence: {} is the weight of two layers of different kinds, {} and {}: its share cannot be counted",
-                        other.name,
-                        other.layer,
-                        layer.name
-                    )
+            found.take(layer, &layer.weight)?;
+            let uses = std::iter::once(layer).chain(others.iter().filter(|use_| use_.index == layer.index));
+            for bias in uses.filter_map(|layer| layer.bias.as_ref()) {
+                // Uses with one bias are one layer's.
+                if !found.parameters.iter().any(|p| p.tensor.id() == bias.id() && p.of_layer == layer.index) {
+                    found.take(layer, bias)?;
                 }
-                let Some((name, _)) = named.iter().find(|(_, var)| var.id() == tensor.id()) else {
-                    let kind = if is_bias { "bias" } else { "weight" };
-                    bail!("evidence: the {kind} of layer {} is not in the VarMap", layer.name)
-                };
-                parameters.push(Parameter {
-                    name: name.clone(),
-                    layer: layer.name.clone(),
-                    tensor: tensor.clone(),
-                    of_layer: layer.index,
-                    is_bias,
-                });
             }
         }
-        let known = |name: &String| parameters.iter().any(|p| &p.name == name);
+        let parameters = found.parameters;
+        let known = |id: TensorId| parameters.iter().any(|p| p.tensor.id() == id);
         let unknown: Vec<_> =
-            named.iter().map(|(name, _)| name).filter(|name| !known(name)).cloned().collect();
+            named.iter().filter(|(_, var)| !known(var.id())).map(|(name, _)| name.clone()).collect();
         if !unknown.is_empty() {
             bail!(
                 "evidence: {} {} no weight or bias of a layer on the tape, whose share could be counted; build the model from \
-                 kronwake::nn layers inside Tape::build",
+                 kronwake::nn layers inside Tape::build, or leave it out of the part (Problem::of_part)",
                 unknown.join(", "),
                 if unknown.len() == 1 { "is" } else { "are" }
             )
@@ -189,118 +142,63 @@ impl<'a> Problem<'a> {
         self.parameters.clone()
     }
 
-    /// Which tensors a layer's weight and bias are.
-    pub(crate) fn tensors_of(&self, layer: &Layer) -> (Option<usize>, Option<usize>) {
-        let find =
-            |is_bias| self.parameters.iter().position(|p| p.of_layer == layer.index && p.is_bias == is_bias);
-        (find(false), find(true))
+    /// Which of the parameters a tensor is.
+    pub(crate) fn number_of(&self, tensor: &Tensor) -> Option<usize> {
+        self.parameters.iter().position(|p| p.tensor.id() == tensor.id())
     }
+}
 
-    /// The outputs for some examples.
-    ///
-    /// # Errors
-    /// As the model's forward, and when the outputs are not finite or have another batch.
-    pub(crate) fn outputs(&self, examples: &Examples) -> Result<Tensor> {
-        let outputs = self.model.forward(&examples.x)?;
-        if outputs.dims().first() != Some(&examples.len()) || outputs.rank() < 2 {
+/// The Vars that `patterns` choose, by name.
+fn part(vars: &VarMap, patterns: &[&str]) -> Result<Vec<(String, Tensor)>> {
+    let Ok(data) = vars.data().lock() else { bail!("evidence: the VarMap's lock is poisoned") };
+    let mut named: Vec<_> = data.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+    drop(data);
+    named.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let of = |pattern: &str| pattern.strip_prefix('!').unwrap_or(pattern).to_string();
+    if let Some(idle) = patterns.iter().find(|p| !named.iter().any(|(name, _)| matches(&of(p), name)))
+        && !named.is_empty()
+    {
+        let names: Vec<_> = named.iter().map(|(name, _)| name.as_str()).collect();
+        bail!("evidence: no Var matches {idle:?}; there are {}", names.join(", "))
+    }
+    let (out, within): (Vec<&str>, Vec<&str>) = patterns.iter().partition(|p| p.starts_with('!'));
+    named.retain(|(name, _)| {
+        (within.is_empty() || within.iter().any(|p| matches(p, name)))
+            && !out.iter().any(|p| matches(&of(p), name))
+    });
+    if named.is_empty() {
+        bail!("evidence: no Var is in the part {patterns:?}")
+    }
+    Ok(named)
+}
+
+/// Parameters as they are found on the tape.
+struct Found<'a> {
+    named: &'a [(String, Tensor)],
+    parameters: Vec<Parameter>,
+}
+
+impl Found<'_> {
+    /// A layer's tensor, if it is in the part.
+    fn take(&mut self, layer: &Layer, tensor: &Tensor) -> Result<()> {
+        let Some((name, _)) = self.named.iter().find(|(_, var)| var.id() == tensor.id()) else {
+            return Ok(());
+        };
+        if let Some(other) = self.parameters.iter().find(|p| p.tensor.id() == tensor.id()) {
             bail!(
-                "evidence: expected outputs [{}, .., classes] for inputs {:?}, got {:?}",
-                examples.len(),
-                examples.x.dims(),
-                outputs.dims()
+                "evidence: {name} is shared by the layers {} and {}, which use it in different ways (as weights of two kinds, or as \
+                 the bias of two weights): its share cannot be counted; give each its own, or leave it out of the part \
+                 (Problem::of_part)",
+                other.layer,
+                layer.name
             )
         }
-        let sum = sum_of(&outputs.detach().abs()?)?;
-        if !sum.is_finite() {
-            bail!("evidence: the outputs are not finite: look for NaN in the parameters or the inputs")
-        }
-        Ok(outputs)
-    }
-
-    /// The fit of outputs to labels.
-    pub(crate) fn fit(&self, outputs: &Tensor, examples: &Examples) -> Result<DataFit> {
-        let outputs = outputs.detach().to_dtype(DType::F64)?;
-        let classes = outputs.dim(D::Minus1)?;
-        let terms = self.likelihood.terms(&outputs)?;
-        let y = examples.y.to_device(outputs.device())?;
-        let loss = match self.likelihood {
-            Likelihood::Categorical => {
-                if y.elem_count() != terms || !y.dtype().is_int() {
-                    bail!(
-                        "evidence: expected {terms} class numbers for outputs {:?}, got {:?} {:?}",
-                        outputs.dims(),
-                        y.dtype(),
-                        y.dims()
-                    )
-                }
-                let y = y.flatten_all()?.to_dtype(DType::I64)?;
-                let (least, most) = (y.min(0)?.to_scalar::<i64>()?, y.max(0)?.to_scalar::<i64>()?);
-                if least < 0 || most >= classes as i64 {
-                    let wrong = if least < 0 { least } else { most };
-                    bail!("evidence: label {wrong} is out of range for {classes} classes")
-                }
-                let mean =
-                    loss::cross_entropy(&outputs.reshape((terms, classes))?, &y.to_dtype(DType::U32)?)?;
-                mean.to_scalar::<f64>()? * terms as f64
-            }
-            _ if y.dims() != outputs.dims() => {
-                bail!("evidence: expected targets of shape {:?}, got {:?}", outputs.dims(), y.dims())
-            }
-            // ln(1 + e^z) - y z, in the form that does not overflow.
-            Likelihood::Bernoulli => {
-                let y = y.to_dtype(DType::F64)?;
-                let outside = y.lt(0.)?.to_dtype(DType::U32)?.add(&y.gt(1.)?.to_dtype(DType::U32)?)?;
-                if outside.sum_all()?.to_scalar::<u32>()? > 0 {
-                    bail!("evidence: targets of a Bernoulli likelihood lie between 0 and 1")
-                }
-                let softplus = (outputs.relu()? + (outputs.abs()?.neg()?.exp()? + 1.)?.log()?)?;
-                sum_of(&(softplus - (y * outputs)?)?)?
-            }
-            Likelihood::Gaussian => sum_of(&(y.to_dtype(DType::F64)? - outputs)?.sqr()?)?,
-        };
-        if !loss.is_finite() {
-            bail!("evidence: the labels are not finite")
-        }
-        Ok(DataFit { likelihood: self.likelihood, loss, outputs: (terms * classes) as f64 })
-    }
-}
-
-/// How well outputs fit labels, summed over examples.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct DataFit {
-    likelihood: Likelihood,
-    /// The negative log-likelihood, or for a Gaussian one the sum of squared errors.
-    loss: f64,
-    /// Terms times classes.
-    outputs: f64,
-}
-
-impl DataFit {
-    pub fn zero(likelihood: Likelihood) -> Self {
-        Self { likelihood, loss: 0.0, outputs: 0.0 }
-    }
-
-    pub fn add(&mut self, other: &DataFit, weight: f64) {
-        self.loss += weight * other.loss;
-        self.outputs += weight * other.outputs;
-    }
-
-    /// The log-likelihood.
-    pub fn log_likelihood(&self, noise: f64, temperature: f64) -> f64 {
-        match self.likelihood {
-            Likelihood::Gaussian => {
-                let normalizer = self.outputs * (noise * (2.0 * std::f64::consts::PI).sqrt()).ln();
-                (-self.loss / (2.0 * noise * noise) - normalizer) / temperature
-            }
-            _ => -self.loss / temperature,
-        }
-    }
-
-    /// The derivative of the log-likelihood with respect to `log noise`.
-    pub fn by_log_noise(&self, noise: f64, temperature: f64) -> f64 {
-        match self.likelihood {
-            Likelihood::Gaussian => (self.loss / (noise * noise) - self.outputs) / temperature,
-            _ => 0.0,
-        }
+        self.parameters.push(Parameter {
+            name: name.clone(),
+            layer: layer.name.clone(),
+            tensor: tensor.clone(),
+            of_layer: layer.index,
+        });
+        Ok(())
     }
 }

@@ -3,12 +3,11 @@
 //! They are kept in factors, as the tape records them: the inputs of each layer and the gradients of its outputs, of one backward pass
 //! for every column of the root. Written out they have `examples * each` rows of as many numbers as there are parameters.
 
-use crate::curvature::wide;
 use crate::ops::dense::product;
-use crate::tape::{Inputs, Kind, Layer, Record, Reduce, Tape};
-use candle_core::{Result, Tensor, bail};
+use crate::tape::{Kind, Layer};
+use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Numbers of the rows written out at a time.
 pub(crate) const CHUNK: usize = 1 << 24;
@@ -20,6 +19,8 @@ pub(crate) struct Rows {
     pub examples: usize,
     /// Rows of an example.
     pub each: usize,
+    /// How often each example counts, `[examples, 1, 1]` in f64, where not all count once. It is in the gradients already, as a root.
+    pub weights: Option<Tensor>,
 }
 
 /// A layer's part of the rows. The uses of a layer that a forward pass uses several times count as positions.
@@ -31,6 +32,8 @@ pub(crate) struct LayerRows {
     inputs: Tensor,
     /// `[examples, each, t, out]`, or a view of `[examples, each, out, t]`
     grads: Tensor,
+    /// 1 where a position counts, `[examples, t, 1]` of u8; elsewhere inputs and gradients are zero. Without it all count.
+    live: Option<Tensor>,
     /// What [`Rows::write_out`] kept: `[examples, each, out * in]` of the weight and `[examples, each, out]` of the bias.
     written: [Option<Tensor>; 2],
     /// The inner products of a linear layer's inputs, `[examples, examples]`, likewise.
@@ -43,67 +46,14 @@ pub(crate) struct LayerRows {
     outs: usize,
 }
 
-/// Gathers the records of the passes over one forward.
-#[derive(Default)]
-struct Gather {
-    uses: Vec<Uses>,
-}
-
-/// One layer's.
-#[derive(Default)]
-struct Uses {
-    /// Of the first pass.
-    inputs: Vec<Tensor>,
-    /// Of the current pass, a tensor a use, in the order of `inputs`.
-    grads: Vec<Tensor>,
-    /// `[examples, t, out]` a pass.
-    passes: Vec<Tensor>,
-}
-
-impl Reduce for Gather {
-    fn record(&mut self, layer: &Layer, record: &Record) -> Result<()> {
-        if self.uses.len() <= layer.index {
-            self.uses.resize_with(layer.index + 1, Uses::default);
-        }
-        let uses = &mut self.uses[layer.index];
-        if uses.passes.is_empty() {
-            uses.inputs.push(match &record.inputs {
-                Inputs::Picked(numbers) => numbers.unsqueeze(2)?,
-                inputs => wide(&inputs.rows()?)?,
-            });
-        }
-        uses.grads.push(wide(&record.grads)?);
-        Ok(())
-    }
-}
-
-impl Gather {
-    fn end_pass(&mut self) -> Result<()> {
-        for uses in &mut self.uses {
-            if !uses.grads.is_empty() {
-                uses.passes.push(joined(&std::mem::take(&mut uses.grads))?);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Uses one after the other as positions.
-fn joined(uses: &[Tensor]) -> Result<Tensor> {
-    match uses {
-        [one] => Ok(one.clone()),
-        several => Tensor::cat(several, 1),
-    }
-}
-
 /// Whether records `[.., t, features]` lie in memory as `[.., features, t]`, as those of convolutions do.
-fn turned(t: &Tensor) -> Result<bool> {
+pub(super) fn turned(t: &Tensor) -> Result<bool> {
     let rank = t.rank();
     Ok(!t.is_contiguous() && t.transpose(rank - 2, rank - 1)?.is_contiguous())
 }
 
 /// The passes side by side, `[examples, passes, t, out]`, in memory as they are.
-fn stacked(passes: &[Tensor]) -> Result<Tensor> {
+pub(super) fn stacked(passes: &[Tensor]) -> Result<Tensor> {
     for pass in passes {
         if !turned(pass)? {
             return Tensor::stack(passes, 1);
@@ -114,59 +64,11 @@ fn stacked(passes: &[Tensor]) -> Result<Tensor> {
 }
 
 impl Rows {
-    /// The rows `<cotangent, J>`, one an example and cotangent, in the shape of `outputs` `[examples, ..]`.
-    ///
-    /// `tensors(layer)` says which of the problem's tensors the layer's weight and bias are.
-    ///
-    /// # Errors
-    /// When a layer of the tape took no part, or mixes examples: the batch of its record is another.
-    pub fn gather(
-        tape: &Tape,
-        outputs: &Tensor,
-        cotangents: impl Iterator<Item = Result<Tensor>>,
-        tensors: impl Fn(&Layer) -> (Option<usize>, Option<usize>),
-    ) -> Result<Self> {
-        let examples = outputs.dims().first().copied().unwrap_or(1);
-        let gather = Arc::new(Mutex::new(Gather::default()));
-        let mut each = 0;
-        for cotangent in cotangents {
-            tape.reduce_into(outputs, &cotangent?, gather.clone())?;
-            gather.lock().unwrap_or_else(PoisonError::into_inner).end_pass()?;
-            each += 1;
-        }
-        let mut gathered = gather.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut layers = Vec::new();
-        for layer in tape.layers() {
-            let uses = gathered.uses.get_mut(layer.index).map(std::mem::take).unwrap_or_default();
-            if uses.passes.len() != each {
-                bail!(
-                    "evidence: layer {} made no record; every layer of the tape must take part in the forward pass",
-                    layer.name
-                )
-            }
-            let (inputs, grads) = (joined(&uses.inputs)?, stacked(&uses.passes)?);
-            if inputs.dim(0)? != examples {
-                bail!(
-                    "evidence: layer {} sees a batch of {}, expected the {examples} examples of the outputs {:?}",
-                    layer.name,
-                    inputs.dim(0)?,
-                    outputs.dims()
-                )
-            }
-            let (weight, bias) = tensors(&layer);
-            let outs = layer.weight.dim(0)?;
-            let inputs = if turned(&inputs)? { inputs } else { inputs.contiguous()? };
-            let (written, gram) = ([None, None], None);
-            layers.push(LayerRows { layer, inputs, grads, written, gram, weight, bias, outs });
-        }
-        Ok(Self { layers, examples, each })
-    }
-
     /// Computes once what all kernels are made of: the rows of layers whose positions share the weight, where a layer's take no more than
     /// `elements` numbers, and the inner products of the inputs of the others.
     pub fn write_out(mut self, elements: usize) -> Result<Self> {
         for layer in &mut self.layers {
-            if layer.layer.kind != Kind::Matrix {
+            if layer.layer.kind != Kind::Matrix || (layer.weight.is_none() && layer.positions()? == 1) {
                 continue;
             }
             if layer.is_product()? {
@@ -189,6 +91,16 @@ impl Rows {
         Ok(self)
     }
 
+    /// The type of their numbers.
+    pub fn dtype(&self) -> DType {
+        self.layers.first().map_or(DType::F64, |layer| layer.grads.dtype())
+    }
+
+    /// Where they are.
+    pub fn device(&self) -> &Device {
+        self.layers.first().map_or(&Device::Cpu, |layer| layer.grads.device())
+    }
+
     /// Rows and columns of the kernel.
     pub fn count(&self) -> usize {
         self.examples * self.each
@@ -196,11 +108,8 @@ impl Rows {
 
     /// The rows of some of the examples.
     pub fn narrow(&self, start: usize, len: usize) -> Result<Self> {
-        let narrow = |t: &Tensor| t.narrow(0, start, len);
-        self.map(len, self.each, |layer| {
-            let gram = layer.gram.as_ref().map(|gram| narrow(gram)?.narrow(1, start, len));
-            Ok(LayerRows { inputs: narrow(&layer.inputs)?, gram: gram.transpose()?, ..layer.of(narrow)? })
-        })
+        let weights = self.weights.as_ref().map(|weights| weights.narrow(0, start, len)).transpose()?;
+        Ok(Self { weights, ..self.map(len, self.each, |layer| layer.examples(start, len))? })
     }
 
     /// The rows of one of the cotangents.
@@ -214,19 +123,79 @@ impl Rows {
         each: usize,
         map: impl Fn(&LayerRows) -> Result<LayerRows>,
     ) -> Result<Self> {
-        Ok(Self { layers: self.layers.iter().map(map).collect::<Result<_>>()?, examples, each })
+        let layers = self.layers.iter().map(map).collect::<Result<_>>()?;
+        Ok(Self { layers, examples, each, weights: self.weights.clone() })
     }
 
-    /// The rows as functions of one layer's tensors alone, of its weight, of its bias, or of both.
-    pub fn of_layer(&self, index: usize, weight: bool, bias: bool) -> Option<Self> {
-        let mut layer = self.layers.get(index)?.clone();
-        layer.weight = layer.weight.filter(|_| weight);
-        layer.bias = layer.bias.filter(|_| bias);
-        Some(Self { layers: vec![layer], examples: self.examples, each: self.each })
+    /// The rows as functions of the tensors that `keep` says alone; none if there are none of them.
+    pub fn of_tensors(&self, keep: impl Fn(usize) -> bool) -> Option<Self> {
+        let mut layers = Vec::new();
+        for layer in &self.layers {
+            let (weight, bias) = (layer.weight.filter(|&t| keep(t)), layer.bias.filter(|&t| keep(t)));
+            if weight.is_some() || bias.is_some() {
+                layers.push(LayerRows { weight, bias, ..layer.clone() });
+            }
+        }
+        (!layers.is_empty()).then_some(Self { layers, ..self.clone() })
+    }
+
+    /// The rows in f64.
+    pub fn to_f64(&self) -> Result<Self> {
+        self.map(self.examples, self.each, LayerRows::to_f64)
     }
 }
 
 impl LayerRows {
+    /// Inputs `[examples, t, features]` and gradients `[examples, each, t, out]` of no tensors yet.
+    pub fn new(layer: Arc<Layer>, inputs: Tensor, grads: Tensor, live: Option<Tensor>) -> Result<Self> {
+        let outs = layer.weight.dim(0)?;
+        let inputs = if turned(&inputs)? { inputs } else { inputs.contiguous()? };
+        let (written, gram) = ([None, None], None);
+        Ok(Self { layer, inputs, grads, live, written, gram, weight: None, bias: None, outs })
+    }
+
+    /// Some of the examples.
+    pub fn examples(&self, start: usize, len: usize) -> Result<Self> {
+        let narrow = |t: &Tensor| t.narrow(0, start, len);
+        let gram = self.gram.as_ref().map(|gram| narrow(gram)?.narrow(1, start, len));
+        let live = self.live.as_ref().map(narrow).transpose()?;
+        Ok(LayerRows { inputs: narrow(&self.inputs)?, live, gram: gram.transpose()?, ..self.of(narrow)? })
+    }
+
+    /// Some of the positions, as spans of their numbers and lengths.
+    pub fn positions_of(&self, spans: &[(usize, usize)]) -> Result<Self> {
+        let some = |t: &Tensor, dim: usize| {
+            let parts = spans.iter().map(|&(start, len)| t.narrow(dim, start, len));
+            Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, dim)
+        };
+        let live = self.live.as_ref().map(|live| some(live, 1)).transpose()?;
+        Self::new(self.layer.clone(), some(&self.inputs, 1)?, some(&self.grads, 2)?, live)
+    }
+
+    pub fn to_f64(&self) -> Result<Self> {
+        let wide = |t: &Tensor| if t.dtype().is_float() { t.to_dtype(DType::F64) } else { Ok(t.clone()) };
+        Ok(self.with(wide(&self.inputs)?, wide(&self.grads)?))
+    }
+
+    /// How often each position counts, `[examples, t, 1]` in f64; `weights` `[examples, 1, 1]` are the examples'.
+    pub fn counts(&self, weights: Option<&Tensor>) -> Result<Tensor> {
+        let (examples, positions) = (self.inputs.dim(0)?, self.inputs.dim(1)?);
+        let counts = match &self.live {
+            Some(live) => live.to_dtype(DType::F64)?,
+            None => Tensor::ones((examples, positions, 1), DType::F64, self.inputs.device())?,
+        };
+        match weights {
+            Some(weights) => counts.broadcast_mul(weights),
+            None => Ok(counts),
+        }
+    }
+
+    /// How often each row of an embedding is picked, `[rows]`, f64.
+    pub fn picks(&self, weights: Option<&Tensor>) -> Result<Tensor> {
+        let rows = Tensor::zeros(self.layer.weight.dim(0)?, DType::F64, self.inputs.device())?;
+        rows.index_add(&self.inputs.flatten_all()?, &self.counts(weights)?.flatten_all()?, 0)
+    }
+
     /// Some of the rows, by their first two dimensions.
     fn of(&self, some: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
         let [weight, bias] = self.written.each_ref().map(|t| t.as_ref().map(&some).transpose());

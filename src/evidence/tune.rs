@@ -1,12 +1,13 @@
 //! Climbing the evidence at fixed parameters.
 
+use super::adam::Adam;
 use super::estimator::{Curvature, Estimator, Outputs};
+use super::examples::Examples;
 use super::fit::Evidence;
 use super::hyper::Hyper;
 use super::partition::Parts;
-use super::problem::{Examples, Problem};
-use crate::nn::{AdamW, Optimizer, ParamsAdamW};
-use candle_core::{Result, Var, bail};
+use super::problem::Problem;
+use candle_core::{Result, Var};
 
 /// How [`tune`] climbs.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -89,14 +90,6 @@ pub(super) fn or_restored<T>(vars: &[Var], change: impl FnOnce() -> Result<T>) -
     found
 }
 
-/// Adam without decay.
-pub(super) fn adam(vars: Vec<Var>, lr: f64) -> Result<AdamW> {
-    if !(lr.is_finite() && lr > 0.0) {
-        bail!("evidence: a learning rate of {lr}, expected a finite number above 0")
-    }
-    AdamW::new(vars, ParamsAdamW { lr, weight_decay: 0.0, ..Default::default() })
-}
-
 fn climb(
     problem: &Problem<'_>,
     examples: &Examples,
@@ -105,7 +98,7 @@ fn climb(
     params: &ParamsTune,
     mut watch: impl FnMut(usize, &Evidence),
 ) -> Result<Evidence> {
-    let mut adam = adam(hyper.vars(), params.lr)?;
+    let mut adam = Adam::new(hyper.vars(), params.lr)?;
     let draw = |step: usize| estimator.fit(problem, examples, params.seed.wrapping_add(step as u64));
     let mut fit = draw(0)?;
     for step in 0..params.steps {
@@ -115,8 +108,8 @@ fn climb(
         let evidence = fit.evidence(hyper)?;
         watch(step, &evidence);
         let phase = std::f64::consts::PI * step as f64 / params.steps as f64;
-        adam.set_learning_rate(params.lr * 0.5 * (1.0 + phase.cos()));
-        adam.backward_step(&evidence.value.neg()?)?;
+        adam.lr = params.lr * 0.5 * (1.0 + phase.cos());
+        adam.climb(&evidence.value.backward()?)?;
     }
     if params.steps > 0 && estimator.is_random() {
         fit = draw(params.steps)?;

@@ -173,6 +173,52 @@ mod tests {
         Ok(())
     }
 
+    /// A query that may look at no key has output 0 and no gradient, and the others have those they have without it.
+    #[test]
+    fn a_query_wholly_masked() -> Result<()> {
+        let [n, heads, s, t, ..] = SIZES;
+        let (vars, _) = case()?;
+        // In every example and head the middle one of three queries.
+        let mask: Vec<f64> = (0..s * t).map(|i| if i / t == 1 { f64::NEG_INFINITY } else { 0. }).collect();
+        let mask = Tensor::from_vec(mask, (1, 1, s, t), &Device::Cpu)?;
+        let loss = |y: &Tensor| -> Result<Tensor> {
+            let others = Tensor::cat(&[y.narrow(2, 0, 1)?, y.narrow(2, 2, 1)?], 2)?;
+            others.mul(&random(5, others.dims())?)?.sum_all()
+        };
+        for cap in [1f32, 2.] {
+            let free = sdpa(&vars[0], &vars[1], &vars[2], None, false, 0.5, cap)?;
+            let expected = loss(&free)?.backward()?;
+            let run = || -> Result<()> {
+                let y = sdpa(&vars[0], &vars[1], &vars[2], Some(&mask), false, 0.5, cap)?;
+                assert_eq!(values(&y.narrow(2, 1, 1)?)?, vec![0.; n * heads * 2]);
+                assert_close(&y.narrow(2, 0, 1)?, &values(&free.narrow(2, 0, 1)?)?, 1e-13);
+                let grads = loss(&y)?.backward()?;
+                for var in &vars {
+                    let expected = expected.get(var).map(values).transpose()?.unwrap_or_default();
+                    assert_close(grads.get(var).unwrap_or(&y), &expected, 1e-13);
+                }
+                Ok(())
+            };
+            run()?;
+            crate::gpu::emulate::emulate(run)?;
+        }
+        // With a gradient and without.
+        let turned = |t: &Tensor| t.narrow(0, 0, 1)?.narrow(3, 0, 2)?.transpose(1, 2)?.contiguous();
+        let [q, k, v] = [turned(&vars[0])?, turned(&vars[1])?, turned(&vars[2])?];
+        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+            let cast = |t: &Tensor| t.to_dtype(dtype);
+            let (q, k, v, mask) = (cast(&q)?, cast(&k)?, cast(&v)?, cast(&mask.reshape((s, t))?)?);
+            let flash = |q: &Tensor, k: &Tensor, v: &Tensor| {
+                flash_attn::<f32>(q, k, v, 0.5, AttnMask::Mask(mask.clone()), None, None)
+            };
+            let tracked = flash(&q, &k, &v)?;
+            let plain = flash(&q.detach(), &k.detach(), &v.detach())?;
+            assert_eq!(values(&tracked.narrow(2, 1, 1)?)?, vec![0.; heads * 2]);
+            assert_close(&plain, &values(&tracked)?, 2e-2);
+        }
+        Ok(())
+    }
+
     #[test]
     fn with_a_gradient_as_candles_own() -> Result<()> {
         let (vars, _) = case()?;

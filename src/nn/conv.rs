@@ -3,6 +3,7 @@
 pub use super::conv_transpose::{ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias};
 pub use candle_nn::conv::*;
 
+use super::BatchNorm;
 use crate::gpu::Gpu;
 use crate::ops::{
     conv_pool::PooledShape,
@@ -11,7 +12,7 @@ use crate::ops::{
 };
 use crate::tape::{Tap, Tape, conv as tapped_conv, conv_pool};
 use candle_core::{Module, Result, Tensor};
-use candle_nn::{BatchNorm, Init, VarBuilder, init::DEFAULT_KAIMING_NORMAL};
+use candle_nn::{Init, VarBuilder, init::DEFAULT_KAIMING_NORMAL};
 
 /// Cross-correlation of `[n, c, l]` with kernels `[out, c / groups, k]`: `[n, out, l']`.
 ///
@@ -144,8 +145,8 @@ impl Conv2d {
 
     /// The layer that does this convolution and then `bn` in evaluation mode; its weights are no variables.
     pub fn absorb_bn(&self, bn: &BatchNorm) -> Result<Self> {
-        let plain =
-            candle_nn::Conv2d::new(self.weight.clone(), self.bias.clone(), self.config).absorb_bn(bn)?;
+        let plain = candle_nn::Conv2d::new(self.weight.clone(), self.bias.clone(), self.config)
+            .absorb_bn(bn.as_candles())?;
         Ok(Self {
             name: self.name.clone(),
             weight: plain.weight().clone(),

@@ -1,6 +1,6 @@
 //! Linear layers: candle_nn's, tapped.
 
-use super::lora::Lora;
+use super::lora::{AdapterKind, Lora};
 use crate::tape::{Tap, Tape, affine};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -26,23 +26,24 @@ struct Adapters {
 }
 
 impl Linear {
-    /// A layer from its weight `[out, in]` and bias `[out]`.
+    /// A layer from its weight `[out, in]` and bias `[out]`. A bias of another shape, such as a single number, is broadcast over the
+    /// outputs; it is then in no Kronecker block.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
         Self::tapped(String::new(), weight, bias)
     }
 
-    fn tapped(name: String, weight: Tensor, bias: Option<Tensor>) -> Self {
+    pub(super) fn tapped(name: String, weight: Tensor, bias: Option<Tensor>) -> Self {
         let tap = Tape::tap(&name, &weight, bias.as_ref(), 1);
         Self { name, weight, bias, tap, adapters: None }
     }
 
     /// A layer with a name, which may get adapters: it is a constant then, and they are tapped.
     pub(super) fn named(name: String, weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        let Some(adapter) = Lora::adapter(&name, &weight)? else {
+        let Some(adapter) = Lora::adapter(AdapterKind::Linear, &name, &weight)? else {
             return Ok(Self::tapped(name, weight, bias));
         };
-        let part = |part: &str, weight: Tensor| Self::tapped(format!("{name}.{part}"), weight, None);
-        let (a, b) = (part("lora_A", adapter.a), part("lora_B", adapter.b));
+        let [of_a, of_b] = AdapterKind::Linear.parts().map(|part| format!("{name}.{part}"));
+        let (a, b) = (Self::tapped(of_a, adapter.a, None), Self::tapped(of_b, adapter.b, None));
         let adapters = Some(Box::new(Adapters { a, b, scale: adapter.scale }));
         Ok(Self { name, weight: weight.detach(), bias: bias.map(|bias| bias.detach()), tap: None, adapters })
     }
@@ -52,7 +53,7 @@ impl Linear {
         &self.weight
     }
 
-    /// The bias, `[out]`.
+    /// The bias, `[out]` or what is broadcast to it.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
@@ -85,4 +86,86 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<L
 /// [`linear`] or [`linear_no_bias`].
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
     if bias { linear(in_dim, out_dim, vb) } else { linear_no_bias(in_dim, out_dim, vb) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu::emulate::emulate;
+    use crate::nn::{Conv1d, Conv1dConfig, Conv2d, Conv2dConfig};
+    use crate::ops::testing::{assert_close, check_gradients, random_var, values};
+    use crate::tape::{Keep, Tape};
+
+    #[test]
+    fn biases_that_broadcast() -> Result<()> {
+        for (dims, bias) in [
+            (&[4, 3][..], &[][..]),
+            (&[4, 3], &[1]),
+            (&[4, 3], &[5]),
+            (&[4, 3], &[1, 5]),
+            (&[4, 3], &[4, 1]),
+            (&[2, 4, 3], &[]),
+            (&[2, 4, 3], &[4, 5]),
+        ] {
+            let vars = [random_var(0, dims)?, random_var(1, &[5, 3])?, random_var(2, bias)?];
+            let run = |a: &[Tensor]| Linear::new(a[1].clone(), Some(a[2].clone())).forward(&a[0]);
+            let x = vars[0].reshape(((), 3))?;
+            let y = x.matmul(&vars[1].t()?)?.reshape([&dims[..dims.len() - 1], &[5]].concat())?;
+            let tensors = vars.each_ref().map(|v| v.as_tensor().clone());
+            assert_close(&run(&tensors)?, &values(&y.broadcast_add(&vars[2])?)?, 1e-15);
+            check_gradients(&vars, run);
+            emulate(|| {
+                check_gradients(&vars, run);
+                Result::Ok(())
+            })?;
+        }
+        let (x, w) = (random_var(0, &[4, 3])?, random_var(1, &[5, 3])?);
+        let layer = Linear::new(w.as_tensor().clone(), Some(random_var(2, &[2])?.as_tensor().clone()));
+        assert!(layer.forward(&x).is_err());
+        Ok(())
+    }
+
+    /// One number for all outputs has no place in a block of a layer's own: it is none of the layer's.
+    #[test]
+    fn a_tapped_layer_leaves_such_a_bias_out() -> Result<()> {
+        let (w, b) = (random_var(0, &[5, 3])?, random_var(1, &[1])?);
+        let tape = Tape::new();
+        let layer = tape.build(|| Ok(Linear::new(w.as_tensor().clone(), Some(b.as_tensor().clone()))))?;
+        assert!(tape.layers().iter().all(|layer| layer.bias.is_none()));
+        let y = layer.forward(random_var(2, &[4, 3])?.as_tensor())?;
+        let kept = tape.reduce(&y, &y.ones_like()?, Keep::default())?;
+        assert_eq!(kept.0[0].1.grads.dims(), [4, 1, 5]);
+        Ok(())
+    }
+
+    #[test]
+    fn biases_of_convolutions() -> Result<()> {
+        let vars = [random_var(0, &[2, 3, 6])?, random_var(1, &[4, 3, 2])?, random_var(2, &[1])?];
+        let conv1d = |a: &[Tensor]| {
+            Conv1d::new(a[1].clone(), Some(a[2].clone()), Conv1dConfig::default()).forward(&a[0])
+        };
+        let conv2d = |a: &[Tensor], pooled: bool| {
+            let layer = Conv2d::new(a[1].unsqueeze(3)?, Some(a[2].clone()), Conv2dConfig::default());
+            let x = a[0].unsqueeze(3)?;
+            if pooled { layer.forward_pooled(&x, (2, 1), (2, 1), false) } else { layer.forward(&x) }
+        };
+        let tensors = vars.each_ref().map(|v| v.as_tensor().clone());
+        let plain = Conv1d::new(tensors[1].clone(), None, Conv1dConfig::default()).forward(&tensors[0])?;
+        let expected = values(&plain.broadcast_add(&vars[2])?)?;
+        let check = || -> Result<()> {
+            assert_close(&conv1d(&tensors)?, &expected, 1e-15);
+            assert_close(&conv2d(&tensors, false)?, &expected, 1e-15);
+            check_gradients(&vars, conv1d);
+            check_gradients(&vars, |a| conv2d(a, false));
+            check_gradients(&vars, |a| conv2d(a, true));
+            Ok(())
+        };
+        check()?;
+        emulate(check)?;
+        let wrong = Tensor::zeros(3, candle_core::DType::F64, vars[0].device())?;
+        let [x, w, _] = tensors;
+        let message = conv1d(&[x, w, wrong]).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(message.contains("expected a bias [4]"), "{message}");
+        Ok(())
+    }
 }

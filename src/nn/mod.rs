@@ -52,19 +52,26 @@
 //! A [`BatchNorm`] keeps its statistics as variables too, which are not to be trained: freeze them, as
 //! `Groups(vec![Group { frozen: true, ..Group::named("*running_*") }])` does.
 
+pub mod activation;
 pub mod attention;
+pub mod batch_norm;
 pub mod conv;
 mod conv_transpose;
 pub mod dropout;
 pub mod embedding;
+pub mod init;
 pub mod kv_cache;
 pub mod linear;
 pub mod lora;
+pub mod loss;
 pub mod norm;
 pub mod ops;
 pub mod rnn;
 pub mod rotary_emb;
+mod weighted_loss;
 
+pub use activation::Activation;
+pub use batch_norm::{BatchNorm, batch_norm};
 pub use candle_nn::*;
 pub use conv::{Conv1d, Conv2d, conv1d, conv1d_no_bias, conv2d, conv2d_no_bias};
 pub use conv_transpose::{ConvTranspose1d, conv_transpose1d, conv_transpose1d_no_bias};

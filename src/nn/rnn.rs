@@ -160,11 +160,54 @@ impl RNN for GRU {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Var;
     use candle_nn::VarMap;
 
     use super::*;
     use crate::ops::testing::{assert_close, check_gradients, random, random_var, values};
     use crate::tape::Tape;
+
+    /// A sequence whose graph is deeper than a thread's stack: its gradient against the recursion by hand, its records, and its end.
+    #[test]
+    fn a_long_sequence() -> Result<()> {
+        const STEPS: usize = 10_000;
+        let (map, tape) = (VarMap::new(), Tape::new());
+        let vb = VarBuilder::from_varmap(&map, DType::F64, &Device::Cpu);
+        let lstm = tape.build(|| lstm(1, 1, LSTMConfig::default(), vb))?;
+        for var in map.all_vars() {
+            var.set(&Tensor::zeros(var.dims(), DType::F64, &Device::Cpu)?)?;
+        }
+        let set = |name: &str, gates: [f64; 4]| -> Result<()> {
+            let data = map.data().lock().map_err(|_| candle_core::Error::Msg("poisoned".into()))?;
+            let var = data.get(name).cloned();
+            var.map_or(Ok(()), |var: Var| var.set(&Tensor::new(&gates, &Device::Cpu)?.reshape(var.shape())?))
+        };
+        // Input and output gates are sigmoid(0) = 1/2, the forget gate f = sigmoid(5): c' = f c + tanh(x) / 2, h = tanh(c) / 2.
+        set("bias_ih_l0", [0., 5., 0., 0.])?;
+        set("weight_ih_l0", [0., 0., 1., 0.])?;
+        crate::stack::deep(|| {
+            let x = Var::from_tensor(&Tensor::full(0.01f64, (1, STEPS, 1), &Device::Cpu)?)?;
+            let states = lstm.seq(&x)?;
+            let Some(last) = states.last() else { candle_core::bail!("no states") };
+            let grads = last.c().sum_all()?.backward()?;
+            let grad = grads.get(&x).map(values).transpose()?.unwrap_or_default();
+            let forget = 1. / (1. + (-5f64).exp());
+            for ago in [0, 1, 100, 2000] {
+                let slope = forget.powi(ago) * (1. - 0.01f64.tanh().powi(2)) / 2.;
+                assert!((grad[STEPS - 1 - ago as usize] - slope).abs() < 1e-14, "{ago}");
+            }
+            Ok::<_, candle_core::Error>(())
+        })?;
+        // The crate's own passes need no help; the graph's end does.
+        let x = Tensor::full(0.01f64, (1, STEPS, 1), &Device::Cpu)?;
+        let states = lstm.seq(&x)?;
+        let outputs = states.last().map(|state| state.h().clone());
+        let Some(outputs) = outputs else { candle_core::bail!("no states") };
+        let kept = tape.reduce(&outputs, &outputs.ones_like()?, crate::tape::Keep::default())?;
+        assert_eq!(kept.0.len(), 2 * STEPS);
+        crate::stack::deep(|| drop((outputs, states, kept)));
+        Ok(())
+    }
 
     #[test]
     fn candles_values_tapped_with_gradients() -> Result<()> {

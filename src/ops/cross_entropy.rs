@@ -13,16 +13,17 @@ use super::softmax::{Softmax, exponentials, log_sum_exp, rows_of_part};
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 /// The mean over the batch of `-log softmax(logits)[target]`, a scalar in the dtype of `logits [n, c]`; `targets [n]` are
-/// u32 or i64. The gradient is `(softmax - onehot) / n`. Fails on an empty batch and on a label outside `0..c`; on a GPU, where
-/// the host reads no label, such a label makes the loss and its row's gradient NaN.
+/// u8, u32 or i64. The gradient is `(softmax - onehot) / n`. Fails on an empty batch and on a label outside `0..c`; on a GPU, where
+/// the host reads no label, such a label makes the loss and its row's gradient NaN. A row of -inf alone makes the loss inf, and has a gradient of 0.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let &[n, c] = logits.dims() else {
         bail!("cross_entropy: expected logits [batch, classes], got {:?}", logits.dims())
     };
-    if targets.dims() != [n] || !matches!(targets.dtype(), DType::U32 | DType::I64) {
+    if targets.dims() != [n] || !matches!(targets.dtype(), DType::U8 | DType::U32 | DType::I64) {
         let (dims, dtype) = (targets.dims(), targets.dtype());
-        bail!("cross_entropy: expected targets [{n}] of u32 or i64, got {dims:?} of {dtype:?}")
+        bail!("cross_entropy: expected targets [{n}] of u8, u32 or i64, got {dims:?} of {dtype:?}")
     }
+    let targets = &if targets.dtype() == DType::U8 { targets.to_dtype(DType::U32)? } else { targets.clone() };
     if n == 0 {
         bail!("cross_entropy: the batch is empty")
     }
@@ -74,6 +75,10 @@ fn backward<T: Element>(logits: &[T], labels: &[usize], scale: f64) -> Vec<T> {
     let rows = grad.par_chunks_exact_mut(c).zip(logits.par_chunks_exact(c).zip(labels));
     rows.with_min_len(rows_of_part(c)).for_each_init(Vec::new, |exps, (grad, (row, &label))| {
         let one_over_sum = exponentials(row, exps);
+        // A row of -inf alone has no probabilities: its gradient stays 0.
+        if one_over_sum == T::Acc::ZERO {
+            return;
+        }
         grad.iter_mut().zip(&*exps).for_each(|(g, e)| *g = T::narrow(*e * one_over_sum * scale));
         grad[label] = T::narrow((exps[label] * one_over_sum - T::Acc::from_f64(1.)) * scale);
     });
@@ -267,6 +272,22 @@ mod tests {
             let third = 1. / 3.;
             let expected = [0.5, 0.5, -1., -0.5, 0.5, 0., -1., 1., 0.].map(|v| v * third);
             assert_close(&Tensor::new(&grad[..], &Device::Cpu)?, &expected, 1e-6);
+            Ok(())
+        };
+        check()?;
+        emulate(check)
+    }
+
+    /// A row of -inf alone: an infinite loss, as the label has probability 0, and no gradient. The other row has its own.
+    #[test]
+    fn a_row_wholly_masked() -> Result<()> {
+        let inf = f64::INFINITY;
+        let x = Var::new(&[[-inf, -inf, -inf], [0., 0., -inf]], &Device::Cpu)?;
+        let check = || -> Result<()> {
+            let loss = cross_entropy(&x, &Tensor::new(&[1u32, 0], &Device::Cpu)?)?;
+            assert_eq!(loss.to_scalar::<f64>()?, inf);
+            let grads = loss.backward()?;
+            assert_close(grads.get(&x).unwrap_or(&loss), &[0., 0., 0., -0.25, 0.25, 0.], 1e-15);
             Ok(())
         };
         check()?;

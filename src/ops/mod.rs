@@ -12,6 +12,7 @@ mod cross;
 pub(crate) mod cross_entropy;
 pub mod dense;
 pub(crate) mod dropout;
+pub(crate) mod dual;
 pub(crate) mod element;
 pub mod factor;
 mod factor_gpu;
@@ -40,6 +41,7 @@ pub(crate) mod rope;
 mod rows;
 pub mod sample;
 pub mod softmax;
+pub(crate) mod softplus;
 pub(crate) mod spatial;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -1,7 +1,8 @@
 //! Softmax over the last dimension and its logarithm: safe for large inputs, differentiable.
 //!
-//! For a row with largest entry `m`: `log softmax(x) = (x - m) - log sum exp(x - m)`. A row of -inf alone, or with a NaN or
-//! +inf, gives NaN, as in PyTorch.
+//! For a row with largest entry `m`: `log softmax(x) = (x - m) - log sum exp(x - m)`. A row with a NaN or +inf gives NaN, as in
+//! PyTorch. A row of -inf alone, which masks everything, has no probabilities to give: the softmax is 0, its logarithm -inf and
+//! the gradient of both 0, so that a row that the loss leaves out leaves the others alone (PyTorch has NaN).
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -32,19 +33,28 @@ pub(super) struct Softmax {
     pub(super) log: bool,
 }
 
-/// The largest entry `m` of a row, and `log sum exp(x - m)`: apart, since in the sum of the two a large `m` would swallow
-/// the other.
-pub(super) fn log_sum_exp<T: Element>(row: &[T]) -> (T::Acc, T::Acc) {
+/// What a row's exponentials are taken less: its largest entry, and 0 where all are -inf, less which they would be NaN. A NaN, which
+/// no maximum shows, is one in the sum of the exponentials all the same.
+fn shift<T: Element>(row: &[T]) -> T::Acc {
     let max = row.iter().fold(T::Acc::NEG_INFINITY, |m, v| m.max(v.widen()));
-    (max, sum(row, |v| (v - max).exp()).ln())
+    if max == T::Acc::NEG_INFINITY { T::Acc::ZERO } else { max }
 }
 
-/// The exponentials `exp(x - m)` of a row in `exps`, and one over their sum.
+/// The largest entry `m` of a row, and `log sum exp(x - m)`: apart, since in the sum of the two a large `m` would swallow
+/// the other. Both are 0 where all entries are -inf.
+pub(super) fn log_sum_exp<T: Element>(row: &[T]) -> (T::Acc, T::Acc) {
+    let shift = shift(row);
+    let total = sum(row, |v| (v - shift).exp());
+    (shift, if total == T::Acc::ZERO { total } else { total.ln() })
+}
+
+/// The exponentials `exp(x - m)` of a row in `exps`, and one over their sum; 0 where all are 0.
 pub(super) fn exponentials<T: Element>(row: &[T], exps: &mut Vec<T::Acc>) -> T::Acc {
-    let max = row.iter().fold(T::Acc::NEG_INFINITY, |m, v| m.max(v.widen()));
+    let shift = shift(row);
     exps.clear();
-    exps.extend(row.iter().map(|v| (v.widen() - max).exp()));
-    T::Acc::from_f64(1.) / sum(exps, |v| v)
+    exps.extend(row.iter().map(|v| (v.widen() - shift).exp()));
+    let total = sum(exps, |v| v);
+    if total == T::Acc::ZERO { total } else { T::Acc::from_f64(1.) / total }
 }
 
 /// Rows that are worth a task of their own.
@@ -70,11 +80,19 @@ impl Softmax {
         let wide = if dtype == DType::F64 { dtype } else { DType::F32 };
         let x = x.to_dtype(wide)?;
         // The largest entry moves nothing: no gradient need flow through it.
-        let x = x.broadcast_sub(&x.detach().max_keepdim(D::Minus1)?)?;
+        let max = x.detach().max_keepdim(D::Minus1)?;
+        // A row of -inf alone is taken less 0, and its sum is 1: its softmax is 0.
+        let masked = max.eq(f64::NEG_INFINITY)?;
+        let x = x.broadcast_sub(&masked.where_cond(&max.zeros_like()?, &max)?)?;
         let exp = x.exp()?;
-        let sum = exp.sum_keepdim(D::Minus1)?;
-        let y = if self.log { x.broadcast_sub(&sum.log()?)? } else { exp.broadcast_div(&sum)? };
-        y.to_dtype(dtype)
+        let sum = (exp.sum_keepdim(D::Minus1)? + masked.to_dtype(wide)?)?;
+        if !self.log {
+            return exp.broadcast_div(&sum)?.to_dtype(dtype);
+        }
+        let y = x.broadcast_sub(&sum.log()?)?;
+        // Constants there, without a gradient.
+        let masked = masked.broadcast_as(y.shape())?;
+        masked.where_cond(&y.detach(), &y)?.to_dtype(dtype)
     }
 
     fn forward<T: Element>(self, x: &[T], d: usize) -> Vec<T> {
@@ -92,7 +110,7 @@ impl Softmax {
         y
     }
 
-    /// `y (g - sum g y)`, and `g - exp(y) sum g` for the logarithm.
+    /// `y (g - sum g y)`, and `g - exp(y) sum g` for the logarithm, 0 where all of that is -inf.
     fn backward<T: Element>(self, y: &[T], gy: &[T], d: usize) -> Vec<T> {
         let mut gx = vec![T::narrow(T::Acc::ZERO); y.len()];
         let rows = gx.par_chunks_exact_mut(d).zip(y.par_chunks_exact(d).zip(gy.par_chunks_exact(d)));
@@ -100,6 +118,9 @@ impl Softmax {
             let pairs = gx.iter_mut().zip(y.iter().zip(gy));
             let pairs = pairs.map(|(gx, (y, g))| (gx, y.widen(), g.widen()));
             if self.log {
+                if y.iter().all(|y| y.widen() == T::Acc::NEG_INFINITY) {
+                    return;
+                }
                 let total = sum(gy, |v| v);
                 pairs.for_each(|(gx, y, g)| *gx = T::narrow(g - y.exp() * total));
             } else {
@@ -225,9 +246,75 @@ mod tests {
         let inf = f32::INFINITY;
         let x = Var::new(&[[1e4f32, 1e4, -1e4], [-1e30, -1e30, -inf], [0., 100., -100.]], &Device::Cpu)?;
         assert_close(&softmax_last_dim(&x)?, &[0.5, 0.5, 0., 0.5, 0.5, 0., 0., 1., 0.], 1e-7);
-        for bad in [[f32::NAN, 0.], [inf, 0.], [-inf, -inf]] {
+        for bad in [[f32::NAN, 0.], [inf, 0.], [-inf, f32::NAN], [-inf, inf]] {
             let p = values(&softmax_last_dim(&Tensor::new(&bad, &Device::Cpu)?)?)?;
             assert!(p.iter().any(|p| p.is_nan()), "{bad:?} gives {p:?}");
+        }
+        Ok(())
+    }
+
+    /// A row of -inf alone has weight 0 and gradient 0, short or long, in every dtype, natively, composed and in the kernels; the other
+    /// rows are as without it.
+    #[test]
+    fn a_row_wholly_masked() -> Result<()> {
+        for (d, dtype) in [1, 3, 33, 1000, 9001]
+            .into_iter()
+            .flat_map(|d| [DType::F32, DType::F64, DType::F16, DType::BF16].map(|dtype| (d, dtype)))
+        {
+            let free = random(0, &[2, d])?.to_dtype(dtype)?;
+            let masked = Tensor::full(f32::NEG_INFINITY, (1, d), &Device::Cpu)?.to_dtype(dtype)?;
+            let x = Var::from_tensor(&Tensor::cat(
+                &[&free.narrow(0, 0, 1)?, &masked, &free.narrow(0, 1, 1)?],
+                0,
+            )?)?;
+            let gy = random(1, &[3, d])?.to_dtype(dtype)?;
+            for log in [false, true] {
+                let softmax = Softmax { log };
+                let expected = values(&softmax.apply(&free)?)?;
+                let of_free = Var::from_tensor(&free)?;
+                let gy_free = Tensor::cat(&[gy.narrow(0, 0, 1)?, gy.narrow(0, 2, 1)?], 0)?;
+                let grads = softmax.apply(&of_free)?.mul(&gy_free)?.sum_all()?.backward()?;
+                let expected_grad = grads.get(&of_free).map(values).transpose()?.unwrap_or_default();
+                let check = |y: Tensor, tolerance: f64| -> Result<()> {
+                    // By the operation's own backward: a product with -inf has none.
+                    let y = values(&y)?;
+                    let nothing = if log { f64::NEG_INFINITY } else { 0. };
+                    assert_eq!(y[d..2 * d], vec![nothing; d], "{d} {dtype:?}");
+                    let others = [&y[..d], &y[2 * d..]].concat();
+                    assert_close(&Tensor::new(&others[..], &Device::Cpu)?, &expected, tolerance);
+                    Ok(())
+                };
+                let check_grad = |grad: &Tensor, tolerance: f64| -> Result<()> {
+                    let grad = values(grad)?;
+                    assert_eq!(grad[d..2 * d], vec![0.; d], "{d} {dtype:?} {log}");
+                    let others = [&grad[..d], &grad[2 * d..]].concat();
+                    assert_close(&Tensor::new(&others[..], &Device::Cpu)?, &expected_grad, tolerance);
+                    Ok(())
+                };
+                let tolerance = match dtype {
+                    DType::F64 => 1e-13,
+                    DType::F32 => 1e-5,
+                    DType::F16 => 1e-2,
+                    _ => 5e-2,
+                };
+                let native = || -> Result<()> {
+                    let y = softmax.apply(&x)?;
+                    check(y.clone(), tolerance)?;
+                    let grad = softmax.bwd(&x, &y, &gy)?;
+                    check_grad(grad.as_ref().unwrap_or(&y), tolerance)
+                };
+                native()?;
+                if d < 5000 || dtype == DType::F32 {
+                    emulate(native)?;
+                }
+                let y = softmax.compose(&x)?;
+                check(y.clone(), tolerance)?;
+                // The loss takes the free rows alone.
+                let free = Tensor::new(&[0u32, 2], &Device::Cpu)?;
+                let loss = y.index_select(&free, 0)?.mul(&gy_free)?.sum_all()?;
+                let grads = loss.backward()?;
+                check_grad(grads.get(&x).unwrap_or(&y), tolerance)?;
+            }
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! | [`NaturalGradient`] | the optimizer |
 //! | [`Params`] | its options, with the defaults of each member of the family |
 //! | [`Wake`] | the members and the mathematics in which they differ |
+//! | [`AdamW`], [`Sgd`] | first-order optimizers, to compare with |
 //! | [`Groups`], [`Schedule`], [`clip_gradients`], [`LossScale`] | what goes with any training |
 //!
 //! Within: `wake` and `params` are values, `state` is data that knows no step, `step` has the stages of a step, each for the host and for
@@ -12,6 +13,7 @@
 
 mod clip;
 mod engine;
+mod first_order;
 mod groups;
 mod loss_scale;
 mod numbers;
@@ -25,6 +27,7 @@ mod wake;
 pub use candle_nn::{Optimizer, ParamsAdamW};
 pub use clip::clip_gradients;
 pub use engine::{NaturalGradient, Outputs, Replay};
+pub use first_order::{AdamW, FirstOrder, ParamsSgd, Sgd, Update};
 pub use groups::{Group, Groups, UpdateRule};
 pub use loss_scale::LossScale;
 pub use params::{AdaptiveKl, Average, Bias, Decay, Every, NonFinite, Params, StepRule};

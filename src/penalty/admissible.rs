@@ -56,7 +56,11 @@ impl Grid {
         if !(1e-9..=1e-2).contains(&regularization) {
             bail!("grid of a prior: expected a regularization from 1e-9 to 1e-2, got {regularization}")
         }
-        if let Posterior::Gaussian(scales) = posterior {
+        let scales = match posterior {
+            Posterior::Dirac => None,
+            Posterior::Gaussian(scales) => Some(scales),
+        };
+        if let Some(scales) = scales {
             if scales.len() < 2 {
                 bail!("grid of a prior: {} scales of posteriors found, expected two or more", scales.len())
             }
@@ -78,8 +82,10 @@ impl Grid {
     }
 }
 
-/// Deconvolves the penalty `r(mu, s)` of one weight (`s = 0` for a Dirac). Fails where the grid does not fit the posteriors
-/// and where a penalty is NaN or beyond 1e100.
+/// Deconvolves the penalty `r(mu, s)` of one weight (`s = 0` for a Dirac).
+///
+/// # Errors
+/// Where the grid does not fit the posteriors, and where a penalty is NaN or beyond 1e100.
 ///
 /// ```
 /// use candle_core::Result;

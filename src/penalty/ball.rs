@@ -72,7 +72,10 @@ pub enum Set {
 }
 
 impl Set {
-    /// Refuses a radius, bound or sum that is negative, infinite or NaN. [`Set::project`] does so too.
+    /// Checks radius, bound or sum, as [`Set::project`] does too.
+    ///
+    /// # Errors
+    /// If it is negative, infinite or NaN.
     pub fn check(&self) -> Result<()> {
         let (Self::L2 { radius: k }
         | Self::Box { bound: k }
@@ -166,7 +169,9 @@ impl Set {
             Self::Simplex { sum: total } => {
                 worst(&mut x.iter().map(|v| -v.to_f64())).max((sum(x, |v| v) - total).abs())
             }
-            _ => self.excess_of(&cells.norms(x)),
+            Self::L2 { .. } | Self::GroupBall { .. } | Self::MaxNorm { .. } | Self::Sphere { .. } => {
+                self.excess_of(&cells.norms(x))
+            }
         }
     }
 
@@ -190,7 +195,11 @@ impl Set {
                 x.iter().all(|v| v.to_f64() >= 0.0) && (sum(x, |v| v) - total).abs() <= slack(total)
             }
             Self::Sphere { radius, .. } => self.excess(x, cells) <= slack(radius),
-            _ => self.excess(x, cells) == 0.0,
+            Self::L2 { .. }
+            | Self::Box { .. }
+            | Self::L1 { .. }
+            | Self::GroupBall { .. }
+            | Self::MaxNorm { .. } => self.excess(x, cells) == 0.0,
         }
     }
 

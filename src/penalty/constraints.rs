@@ -1,11 +1,10 @@
 //! What holds for which weights: a table from names to penalties, projections and multipliers.
 
 use super::ball::Set;
-use super::multiplier::{Dual, Multiplier, Omega, Report};
+use super::multiplier::{Bound, Dual, Multiplier, Omega, Report};
 use super::{Penalty, Spatial};
-use crate::ops::group::check_factor;
 use crate::pattern::matches;
-use candle_core::{DType, Error, Result, Tensor, Var, bail};
+use candle_core::{Error, Result, Tensor, Var, bail};
 use candle_nn::VarMap;
 use std::sync::Arc;
 
@@ -40,17 +39,31 @@ pub enum Rule {
         /// The set.
         set: Set,
     },
-    /// Sets weights to zero after each step, so that what was pruned stays away.
+    /// Sets weights to zero after each step, so that what was pruned stays away. Whatever a masked weight was, NaN or an infinity too, it
+    /// is 0 then; the others are not looked at.
     Mask {
         /// U8 in the Var's shape: 0 for the weights that are zero, anything else for the others.
         mask: Tensor,
     },
-    /// Adds to the loss what keeps `omega(w) <= bound` in the end, with a multiplier for each group.
+    /// Adds to the loss what keeps `omega(w)` at most at a bound, or equal to it, in the end, with a multiplier for each group.
     Multiply {
         /// The function that is bounded.
         omega: Omega,
         /// Its bound, zero or more.
-        bound: f64,
+        bound: Bound,
+        /// How the multipliers follow.
+        dual: Dual,
+    },
+    /// The same for all the Vars together: their groups of the same index are one group with one multiplier. With [`Grouping::Whole`] there
+    /// is one for all weights; with rows, of a layer's weight and bias, one for each unit. All Vars have as many groups, and are on
+    /// one device.
+    ///
+    /// [`Grouping::Whole`]: super::Grouping::Whole
+    LagrangianTotal {
+        /// The function that is bounded, of the groups that are made of all the Vars.
+        omega: Omega,
+        /// Its bound, zero or more.
+        bound: Bound,
         /// How the multipliers follow.
         dual: Dual,
     },
@@ -69,10 +82,11 @@ pub enum Rule {
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use kronwake::nn::{Optimizer, SGD, VarBuilder, VarMap};
-/// use kronwake::penalty::{Constraints, Dual, Grouping, Omega, Rule, Set};
+/// use kronwake::penalty::{Bound, Constraints, Dual, Grouping, Omega, Rule, Set};
 ///
 /// let target = Tensor::new(&[3f64, 4.], &Device::Cpu)?;
-/// let multiply = Rule::Multiply { omega: Omega::Norm(Grouping::Whole), bound: 1.0, dual: Dual::nu_pi(1.0, 0.1, 0.0) };
+/// let dual = Dual::nu_pi(1.0, 0.1, 0.0);
+/// let multiply = Rule::Multiply { omega: Omega::Norm(Grouping::Whole), bound: Bound::AtMost(1.0), dual };
 /// for rule in [Rule::Project { set: Set::L2 { radius: 1.0 } }, multiply] {
 ///     let varmap = VarMap::new();
 ///     let w = VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu).get(2, "w")?;
@@ -93,32 +107,34 @@ pub enum Rule {
 /// # candle_core::Result::Ok(())
 /// ```
 ///
-/// Proximal steps and projections are Euclidean whatever the optimizer's metric; projections of convex sets leave averages of
-/// parameters in the set.
+/// Proximal steps and projections are Euclidean whatever the optimizer's metric. An average of points of a convex set is in it; one of
+/// points of a sphere is not, nor one from before a mask was set: [`Constraints::let_through`] makes averages meet the rules too.
 ///
 /// **Half precision.** The optimizers of this crate keep an f32 master of each f16 or bf16 Var, from which the next step starts:
 /// [`Constraints::after_step`] changes the Var alone, and the next step would undo it. With those call
 /// [`NaturalGradient::constrain`](crate::optim::NaturalGradient::constrain) in its place, which projects the masters.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Constraints {
     entries: Vec<Entry>,
     arranged: Vec<Arranged>,
-}
-
-#[derive(Debug)]
-struct Entry {
-    name: String,
-    var: Var,
-    /// All rules of this Var alone but those in `multipliers`.
-    rules: Vec<Rule>,
-    multipliers: Vec<Multiplier>,
+    joint: Vec<Joint>,
 }
 
 /// The spatial penalty of several Vars.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Arranged {
     penalty: Spatial,
     factor: f64,
+    /// Their places among the entries.
+    places: Vec<usize>,
+}
+
+/// The multipliers of several Vars together.
+#[derive(Debug, Clone)]
+struct Joint {
+    /// Of the Vars' names.
+    pattern: String,
+    multiplier: Multiplier,
     /// Their places among the entries.
     places: Vec<usize>,
 }
@@ -127,6 +143,7 @@ struct Arranged {
 pub(crate) struct Changes {
     pub values: Vec<(Var, Tensor)>,
     multipliers: Vec<Vec<Multiplier>>,
+    joint: Vec<Multiplier>,
 }
 
 impl Constraints {
@@ -163,18 +180,28 @@ impl Constraints {
             }
             entries.push(entry);
         }
-        let matching = |pattern: &str| {
-            let places = entries.iter().enumerate().filter(|(_, entry)| matches(pattern, &entry.name));
-            places.map(|(place, _)| place).collect()
-        };
-        let arranged = rules.iter().filter_map(|(pattern, rule)| match *rule {
-            Rule::Arrange { penalty, factor } => {
-                Some(Arranged { penalty, factor, places: matching(pattern) })
+        let (mut arranged, mut joint) = (vec![], vec![]);
+        for (pattern, rule) in rules {
+            let matching = entries.iter().enumerate().filter(|(_, entry)| matches(pattern, &entry.name));
+            let places: Vec<usize> = matching.map(|(place, _)| place).collect();
+            match rule {
+                Rule::Arrange { penalty, factor } => {
+                    arranged.push(Arranged { penalty: *penalty, factor: *factor, places });
+                }
+                Rule::LagrangianTotal { omega, bound, dual } => {
+                    let vars: Vec<&Var> = places.iter().map(|&place| &entries[place].var).collect();
+                    let multiplier = total(*omega, *bound, *dual, &vars).map_err(|e| named(pattern, e))?;
+                    joint.push(Joint { pattern: (*pattern).to_string(), multiplier, places });
+                }
+                Rule::Free
+                | Rule::Penalize { .. }
+                | Rule::Proximal { .. }
+                | Rule::Project { .. }
+                | Rule::Mask { .. }
+                | Rule::Multiply { .. } => {}
             }
-            _ => None,
-        });
-        let arranged = arranged.collect();
-        Ok(Self { entries, arranged })
+        }
+        Ok(Self { entries, arranged, joint })
     }
 
     /// Proximal steps and projections, in the order of the rules, then a step of the multipliers. `lr` is the learning rate of the
@@ -192,7 +219,8 @@ impl Constraints {
         Ok(())
     }
 
-    /// Multipliers, excesses and slackness at the Vars' values, by name; those of several rules of a Var one after the other.
+    /// Multipliers, excesses, slackness and signs of infeasibility at the Vars' values, by name; those of several rules of a Var one after the
+    /// other, and at the end those of [`Rule::LagrangianTotal`] by its pattern.
     ///
     /// # Errors
     /// As for [`Constraints::loss`].
@@ -204,17 +232,66 @@ impl Constraints {
                 reports.push((entry.name.as_str(), report));
             }
         }
+        for joint in &self.joint {
+            let report =
+                joint.multiplier.total_report(&self.weights(&joint.places)).map_err(|e| joint.named(e))?;
+            reports.push((joint.pattern.as_str(), report));
+        }
         Ok(reports)
+    }
+
+    /// What the rules make of other values of the Vars, such as averages of theirs: [`Rule::Mask`] and [`Rule::Project`], in their order. Values
+    /// that meet the rules come back as they are; multipliers and the Vars do not change.
+    ///
+    /// `values` are by the Vars' names and of their shapes, in any floating point dtype, as many of the Vars as there are; what comes back has
+    /// their order and dtypes. A [`Rule::Proximal`] takes a step of length zero, which moves nothing but by a penalty that is a set's
+    /// indicator: the steps that the Vars have taken have done the shrinking.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use kronwake::nn::{VarBuilder, VarMap};
+    /// use kronwake::penalty::{Constraints, Grouping, Rule, Set};
+    ///
+    /// let varmap = VarMap::new();
+    /// VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu).get(2, "w")?;
+    /// let set = Set::Sphere { grouping: Grouping::Whole, radius: 1.0 };
+    /// let constraints = Constraints::new(&varmap, &[("w", Rule::Project { set })])?;
+    /// // The mean of (1, 0) and (0, 1) is not on the circle.
+    /// let mean = Tensor::new(&[0.5f64, 0.5], &Device::Cpu)?;
+    /// let average = &constraints.let_through(&[("w", &mean)])?[0];
+    /// assert!(average.to_vec1::<f64>()?.iter().all(|w| (w - 0.5f64.sqrt()).abs() < 1e-12));
+    /// # candle_core::Result::Ok(())
+    /// ```
+    ///
+    /// # Errors
+    /// If no Var has a name, a shape is not its Var's, or a value that is projected is NaN or infinite; the message names the Var.
+    pub fn let_through(&self, values: &[(&str, &Tensor)]) -> Result<Vec<Tensor>> {
+        let each = |(name, value): &(&str, &Tensor)| {
+            let Some(entry) = self.entries.iter().find(|entry| entry.name == *name) else {
+                bail!("constraints: {name}: no Var has this name")
+            };
+            let moved = entry.let_through(value).map_err(|e| named(name, e))?;
+            Ok(moved.unwrap_or_else(|| (*value).clone()))
+        };
+        values.iter().map(each).collect()
     }
 
     /// What [`Constraints::after_step`] is to change, where `at` gives a Var's value and learning rate.
     pub(crate) fn changes(&self, at: impl Fn(&Var) -> (Tensor, f64)) -> Result<Changes> {
-        let mut changes = Changes { values: vec![], multipliers: Vec::with_capacity(self.entries.len()) };
+        let mut changes = Changes { values: vec![], multipliers: vec![], joint: vec![] };
+        let mut values = Vec::with_capacity(self.entries.len());
         for entry in &self.entries {
             let (value, lr) = at(&entry.var);
             let (moved, multipliers) = entry.next(&value, lr).map_err(|e| named(&entry.name, e))?;
+            values.push(moved.clone().unwrap_or(value));
             changes.values.extend(moved.map(|moved| (entry.var.clone(), moved)));
             changes.multipliers.push(multipliers);
+        }
+        for joint in &self.joint {
+            let weights: Vec<&Tensor> = joint.places.iter().map(|&place| &values[place]).collect();
+            let mut multiplier = joint.multiplier.clone();
+            multiplier.total_update(&weights).map_err(|e| joint.named(e))?;
+            changes.joint.push(multiplier);
         }
         Ok(changes)
     }
@@ -224,94 +301,45 @@ impl Constraints {
         for (entry, multipliers) in self.entries.iter_mut().zip(changes.multipliers) {
             entry.multipliers = multipliers;
         }
+        for (joint, multiplier) in self.joint.iter_mut().zip(changes.joint) {
+            joint.multiplier = multiplier;
+        }
     }
+
+    fn weights(&self, places: &[usize]) -> Vec<&Tensor> {
+        places.iter().map(|&place| self.entries[place].var.as_tensor()).collect()
+    }
+}
+
+impl Joint {
+    fn named(&self, error: Error) -> Error {
+        named(&self.pattern, error)
+    }
+}
+
+/// The multipliers of several Vars together.
+fn total(omega: Omega, bound: Bound, dual: Dual, vars: &[&Var]) -> Result<Multiplier> {
+    if let [first, rest @ ..] = vars
+        && let Some(other) = rest.iter().find(|var| !var.device().same_device(first.device()))
+    {
+        bail!(
+            "multiplier: expected all Vars on one device, got {:?} and {:?}",
+            first.device().location(),
+            other.device().location()
+        )
+    }
+    let dims: Vec<&[usize]> = vars.iter().map(|var| var.dims()).collect();
+    Multiplier::total(omega, bound, dual, &dims)
 }
 
 fn named(name: &str, error: Error) -> Error {
     error.context(format!("constraints: {name}"))
 }
 
-/// Refuses what a penalty made of weights in another dtype or shape than theirs.
-fn check_like(penalty: &dyn Penalty, what: &str, made: &Tensor, weights: &Tensor) -> Result<()> {
-    if made.dims() != weights.dims() || made.dtype() != weights.dtype() {
-        bail!(
-            "{}: expected {what} in {:?} {:?}, got {:?} {:?}",
-            penalty.name(),
-            weights.dtype(),
-            weights.dims(),
-            made.dtype(),
-            made.dims()
-        )
-    }
-    Ok(())
-}
-
-impl Entry {
-    fn add(&mut self, rule: &Rule) -> Result<()> {
-        if !(self.var.dtype().is_float() || matches!(rule, Rule::Free)) {
-            bail!("expected a floating point Var, got {:?}", self.var.dtype())
-        }
-        match rule {
-            Rule::Free => {}
-            Rule::Arrange { penalty, factor } => check_factor(&penalty.name(), *factor)?,
-            Rule::Penalize { penalty, factor } | Rule::Proximal { penalty, factor } => {
-                check_factor(&penalty.name(), *factor)?;
-                self.rules.push(rule.clone());
-            }
-            Rule::Project { set } => {
-                set.check_for(self.var.dims())?;
-                self.rules.push(rule.clone());
-            }
-            Rule::Mask { mask } => {
-                if mask.dims() != self.var.dims() || mask.dtype() != DType::U8 {
-                    bail!(
-                        "expected a mask of U8 {:?}, got {:?} {:?}",
-                        self.var.dims(),
-                        mask.dtype(),
-                        mask.dims()
-                    )
-                }
-                // As factors: a product is fast on every device.
-                let mask = mask.ne(0u8)?.to_dtype(self.var.dtype())?.to_device(self.var.device())?;
-                self.rules.push(Rule::Mask { mask });
-            }
-            Rule::Multiply { omega, bound, dual } => {
-                self.multipliers.push(Multiplier::new(*omega, *bound, *dual, self.var.dims())?);
-            }
-        }
-        Ok(())
-    }
-
-    /// The value that the rules make of `value`, if another, and the multipliers there.
-    fn next(&self, value: &Tensor, lr: f64) -> Result<(Option<Tensor>, Vec<Multiplier>)> {
-        let mut moved: Option<Tensor> = None;
-        for rule in &self.rules {
-            let now = moved.as_ref().unwrap_or(value);
-            let next = match rule {
-                Rule::Proximal { penalty, factor } => {
-                    if !(lr.is_finite() && lr >= 0.0) {
-                        bail!("expected a finite learning rate of zero or more, got {lr}")
-                    }
-                    let next = penalty.prox(now, lr * factor)?;
-                    check_like(penalty.as_ref(), "a proximal step", &next, value)?;
-                    // A penalty may give back the weights themselves, which a Var does not take.
-                    Some(next.copy()?)
-                }
-                Rule::Project { set } => set.moved(now)?,
-                Rule::Mask { mask } => Some((now * mask.to_dtype(now.dtype())?)?),
-                Rule::Free | Rule::Penalize { .. } | Rule::Arrange { .. } | Rule::Multiply { .. } => None,
-            };
-            moved = next.or(moved);
-        }
-        let mut multipliers = self.multipliers.clone();
-        for multiplier in &mut multipliers {
-            multiplier.update(moved.as_ref().unwrap_or(value))?;
-        }
-        Ok((moved, multipliers))
-    }
-}
-
+mod entry;
 mod save;
 mod terms;
 #[cfg(test)]
 mod tests;
+
+use entry::{Entry, check_like};

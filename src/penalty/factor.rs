@@ -34,7 +34,10 @@ pub enum Init {
 
 impl Init {
     /// The variance for weights of shape `[out, in]` or, of a convolution, `[out, in, ..kernel]`, whose fans are `in` and
-    /// `out` times the kernel's elements. Fails for other shapes and empty ones: leave biases out.
+    /// `out` times the kernel's elements.
+    ///
+    /// # Errors
+    /// For other shapes and empty ones: leave biases out.
     pub fn variance(self, shape: &Shape) -> Result<f64> {
         let [outputs, inputs, kernel @ ..] = shape.dims() else {
             bail!("variance of an initialization: expected weights [out, in, ..kernel], got {shape:?}")
@@ -69,8 +72,10 @@ pub enum Family {
 }
 
 impl Family {
-    /// The factor, for a loss summed over the examples, whose prior has the given variance per weight. Fails unless the
-    /// variance is positive and finite and groups have a weight.
+    /// The factor, for a loss summed over the examples, whose prior has the given variance per weight.
+    ///
+    /// # Errors
+    /// Unless the variance is positive and finite and groups have a weight.
     pub fn factor(self, variance: f64) -> Result<f64> {
         if !(variance.is_finite() && variance > 0.) {
             bail!("predicted factor: expected a positive finite variance, got {variance}")
@@ -86,7 +91,10 @@ impl Family {
         })
     }
 
-    /// The prior of this penalty with that factor in a summed loss. Fails as [`Prior`]'s constructors do.
+    /// The prior of this penalty with that factor in a summed loss.
+    ///
+    /// # Errors
+    /// As [`Prior`]'s constructors.
     pub fn prior(self, factor: f64) -> Result<Prior> {
         match self {
             Self::L2 => Prior::l2(factor),
@@ -130,8 +138,10 @@ pub enum Factor {
 
 impl Factor {
     /// The factors of `weights`, given by name and shape, in their order, for a mean loss over `examples`; `family` says
-    /// which penalty a weight gets. Fails, with the weight's name, where no prediction can be made, and where the number of
-    /// examples is 0 or a factor negative or not finite.
+    /// which penalty a weight gets.
+    ///
+    /// # Errors
+    /// With the weight's name where no prediction can be made, and where the number of examples is 0 or a factor negative or not finite.
     pub fn of_layers(
         self,
         weights: &[(&str, &Shape)],

@@ -55,7 +55,7 @@ impl Lp {
         let name = match (self.l1 > 0., self.l2 > 0.) {
             (true, true) => "elastic net",
             (true, false) => "L1",
-            _ => "L2",
+            (false, true | false) => "L2",
         };
         Norms { name, l1: self.l1, l2: self.l2, group: 0., sized: false }
     }

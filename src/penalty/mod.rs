@@ -49,7 +49,7 @@ pub use factor::{Factor, Family, Init};
 pub use group::{GroupLasso, SparseGroupLasso};
 pub use groups::Grouping;
 pub use lp::Lp;
-pub use multiplier::{Dual, Kkt, Multiplier, Omega, Report};
+pub use multiplier::{AugmentedLagrangian, Bound, Dual, Kkt, Multiplier, Omega, Report};
 pub use prior::Prior;
 pub use scaled::ScaledProx;
 pub use spatial::Spatial;
@@ -66,14 +66,26 @@ pub trait Penalty: std::fmt::Debug + Send + Sync {
     /// In messages and tables.
     fn name(&self) -> String;
     /// The penalty as a scalar in f32 (f64 for f64), differentiable: a custom op whose backward is `gradient`.
+    ///
+    /// # Errors
+    /// If `w` is not a floating point tensor, of a shape that the penalty is not for, or, on the CPU, holds NaN or an infinity.
     fn value(&self, w: &Tensor) -> Result<Tensor>;
     /// A (sub)gradient in w's shape and dtype; zero at exact zeros.
+    ///
+    /// # Errors
+    /// As for `value`.
     fn gradient(&self, w: &Tensor) -> Result<Tensor>;
     /// Both times `factor`, outside of candle's graph. The penalties here make them of one evaluation, which costs little more than the
-    /// gradient; they refuse a factor that is negative or not finite.
+    /// gradient.
+    ///
+    /// # Errors
+    /// As for `value`; the penalties here also refuse a factor that is negative or not finite.
     fn value_and_gradient(&self, w: &Tensor, factor: f64) -> Result<(Tensor, Tensor)> {
         Ok(((self.value(w)?.detach() * factor)?, (self.gradient(w)? * factor)?))
     }
-    /// `argmin_x 1/2 ||x - w||^2 + step penalty(x)`; an error where there is no closed form.
+    /// `argmin_x 1/2 ||x - w||^2 + step penalty(x)`. A step of zero changes nothing, but for the indicator of a set.
+    ///
+    /// # Errors
+    /// As for `value`, where there is no closed form, and for a step that is negative or not finite.
     fn prox(&self, w: &Tensor, step: f64) -> Result<Tensor>;
 }

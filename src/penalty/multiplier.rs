@@ -1,70 +1,66 @@
 //! Lagrange multipliers of constraints on weights.
 
-use super::ball::finite;
 use super::cells::Cells;
-use super::groups::Grouping;
-use crate::gpu::{Gpu, tensor_of};
-use crate::ops::element::{Element, Host, float_dispatch};
-use crate::ops::group::{scaled, sums, value_dtype};
-use crate::ops::known;
-use candle_core::{DType, Device, Layout, Result, Storage, Tensor, bail};
+use crate::gpu::tensor_of;
+use crate::ops::dual::{NONE, Row};
+use candle_core::{Device, Result, Tensor, bail};
+use std::fmt;
+
+mod dual;
+mod kkt;
+mod omega;
+mod term;
+#[cfg(test)]
+mod tests;
+
+pub use dual::{AugmentedLagrangian, Dual};
+pub use kkt::Kkt;
+pub use omega::Omega;
 
 /// In messages.
 const NAME: &str = "multiplier";
 
-/// A function of each group of weights, `Omega_g(w)`, that a multiplier keeps at or below its bound.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Omega {
-    /// `||w_g||_2`.
-    Norm(Grouping),
-    /// `sum w_i^2`: with this one a multiplier is a factor of the L2 penalty, twice it a weight decay.
-    SquaredNorm(Grouping),
-    /// `sum |w_i|`. With blocks of one element it bounds every weight, with a multiplier for each.
-    L1(Grouping),
+/// What a multiplier holds an [`Omega`] to. A number is an upper bound: `1.0.into()` is `Bound::AtMost(1.0)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Bound {
+    /// `Omega_g(w) <= k`, with multipliers of zero or more.
+    AtMost(f64),
+    /// `Omega_g(w) = k`, with multipliers of either sign: below zero they lengthen the weights.
+    Equal(f64),
 }
 
-impl Omega {
-    /// `d Omega_g / d v` of a member `v` of a group with this value; zero at kinks.
-    #[inline(always)]
-    fn slope(self, v: f64, value: f64) -> f64 {
+impl Bound {
+    /// The number `k`.
+    pub fn value(self) -> f64 {
         match self {
-            _ if v == 0.0 => 0.0,
-            Self::Norm(_) => v / value,
-            Self::SquaredNorm(_) => 2.0 * v,
-            Self::L1(_) => v.signum(),
+            Self::AtMost(value) | Self::Equal(value) => value,
+        }
+    }
+
+    fn is_equality(self) -> bool {
+        match self {
+            Self::AtMost(_) => false,
+            Self::Equal(_) => true,
         }
     }
 }
 
-/// How multipliers follow the excess `e = Omega(w) - k`: the controller nuPI of Sohrabi et al. 2024, `alpha = [kappa_p xi + I]_+` with
-/// `I <- [I + kappa_i e]_+` and `xi <- nu xi + (1 - nu) e`, which starts as the first `e`.
-///
-/// Whatever its parameters, it rests only where `e = 0`, or `e < 0` and `alpha = 0`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Dual {
-    /// Factor of the averaged excess. It damps the oscillation of multiplier and weights about the solution.
-    pub kappa_p: f64,
-    /// Rate of ascent.
-    pub kappa_i: f64,
-    /// Weight of the past in the average, in `[0, 1)`.
-    pub nu: f64,
-    /// `c` of the augmented term `c/2 [e]_+^2` in the loss; 0 leaves it out.
-    pub augmented: f64,
-}
-
-impl Dual {
-    /// Projected gradient ascent, `alpha <- [alpha + rate e]_+` (Platt and Barr 1987).
-    pub fn ascent(rate: f64) -> Self {
-        Self { kappa_p: 0.0, kappa_i: rate, nu: 0.0, augmented: 0.0 }
-    }
-
-    /// The controller nuPI.
-    pub fn nu_pi(kappa_p: f64, kappa_i: f64, nu: f64) -> Self {
-        Self { kappa_p, kappa_i, nu, augmented: 0.0 }
+impl From<f64> for Bound {
+    fn from(value: f64) -> Self {
+        Self::AtMost(value)
     }
 }
 
-/// The multipliers of the constraints `Omega_g(w) <= k`, one a group, for one tensor of weights.
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AtMost(value) => write!(f, "<= {value}"),
+            Self::Equal(value) => write!(f, "= {value}"),
+        }
+    }
+}
+
+/// The multipliers of the constraints `Omega_g(w) <= k` or `Omega_g(w) = k`, one a group, for one tensor of weights.
 ///
 /// The weights descend the Lagrangian `J(w) + sum_g alpha_g (Omega_g(w) - k)`, the multipliers ascend it (Goodfellow, Bengio,
 /// Courville, *Deep Learning*, section 7.2; Gallego-Posada et al. 2025). Add [`Multiplier::term`] to the loss, and call
@@ -72,19 +68,27 @@ impl Dual {
 /// same optimum.
 ///
 /// The multipliers of weights on a GPU are there too, and no step of theirs waits for it. What would be an error, weights that are NaN or
-/// infinite, makes the term NaN then; and the weights' squares are to be within f64.
+/// infinite, makes the term NaN then and leaves the multiplier as it is; and the weights' squares are to be within f64.
+///
+/// One multiplier for several tensors together is [`Rule::LagrangianTotal`](super::Rule::LagrangianTotal).
 #[derive(Debug, Clone)]
 pub struct Multiplier {
     omega: Omega,
-    bound: f64,
+    bound: Bound,
     dual: Dual,
+    /// Tensors whose groups of the same index are one.
+    parts: Vec<Part>,
+    /// See [`DualStep`]; where the weights were last.
+    state: Tensor,
+    /// Whether there was an update, before which there is no average.
+    started: bool,
+}
+
+/// One of a multiplier's tensors.
+#[derive(Debug, Clone)]
+struct Part {
     dims: Vec<usize>,
     cells: Cells,
-    /// `[groups]` in f64, where the weights were last.
-    alpha: Tensor,
-    integral: Tensor,
-    /// None before the first update.
-    average: Option<Tensor>,
 }
 
 /// Multipliers and constraints at some weights, one number a group.
@@ -92,67 +96,101 @@ pub struct Multiplier {
 pub struct Report {
     /// The multipliers.
     pub alpha: Vec<f64>,
-    /// `Omega - k`; above zero is a violation.
+    /// `Omega - k`; above zero is a violation, of an equality also below zero.
     pub excess: Vec<f64>,
     /// Complementary slackness, `alpha (Omega - k)`: zero at a solution.
     pub slackness: Vec<f64>,
+    /// The factor `c` of the quadratic term, which grows under [`AugmentedLagrangian::growth`]; else [`Dual::augmented`].
+    pub penalty: Vec<f64>,
+    /// For how many updates the constraint has been violated, by more than a thousandth of the bound or of Omega, without its least violation
+    /// falling by a hundredth: 0 while constraints hold or come nearer.
+    pub stalled: Vec<u64>,
 }
 
-/// How far weights and multipliers are from the conditions of Karush, Kuhn and Tucker. Multipliers are never negative.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Kkt {
-    /// Norm of the least `grad J + sum alpha_g grad Omega_g`, over the subgradients where `Omega_g` has a kink.
-    pub stationarity: f64,
-    /// Largest `[Omega_g - k]_+`.
-    pub violation: f64,
-    /// Largest `|alpha_g (Omega_g - k)|`.
-    pub complementarity: f64,
+impl Report {
+    /// The groups that show a sign of an infeasible constraint: for `patience` updates or more their violation has not fallen, although the
+    /// multiplier has grown all the while. Either no weights satisfy all that is asked for (a sphere of radius 2 with a norm of at
+    /// most 1), or the multiplier is at its [`cap`](Dual::cap), or it is too slow.
+    ///
+    /// As `patience` take the steps in which training is to answer a multiplier: an epoch, say. A multiplier whose cap or rate is right
+    /// needs far fewer.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use kronwake::penalty::{Dual, Grouping, Multiplier, Omega};
+    ///
+    /// let w = Tensor::new(&[0f64, 2.], &Device::Cpu)?;
+    /// let mut multiplier = Multiplier::new(Omega::Norm(Grouping::Whole), 1.0, Dual::ascent(0.1), w.dims())?;
+    /// for _ in 0..100 {
+    ///     multiplier.update(&w)?; // weights that do not answer
+    /// }
+    /// assert_eq!(multiplier.report(&w)?.infeasible(50), [0]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    pub fn infeasible(&self, patience: u64) -> Vec<usize> {
+        let groups = self.stalled.iter().enumerate();
+        groups.filter(|(_, stalled)| **stalled >= patience.max(1)).map(|(group, _)| group).collect()
+    }
 }
 
 impl Multiplier {
-    /// Multipliers of zero for weights of these dimensions.
+    /// Multipliers of zero for weights of these dimensions. A number as `bound` is an upper one.
     ///
     /// # Errors
-    /// If the bound, or a parameter of `dual`, is negative or not finite, `nu` is not below 1, or the grouping makes no sense.
-    pub fn new(omega: Omega, bound: f64, dual: Dual, dims: &[usize]) -> Result<Self> {
-        let Dual { kappa_p, kappa_i, nu, augmented } = dual;
-        for (name, value) in [
-            ("bound", bound),
-            ("kappa_p", kappa_p),
-            ("kappa_i", kappa_i),
-            ("nu", nu),
-            ("augmented", augmented),
-        ] {
-            if !(value.is_finite() && value >= 0.0) {
-                bail!("multiplier: {name}: expected a finite number of zero or more, got {value}")
-            }
+    /// If the bound is negative or not finite, an option of `dual` is not in its range or contradicts another, which the message names, or the
+    /// grouping makes no sense.
+    pub fn new(omega: Omega, bound: impl Into<Bound>, dual: Dual, dims: &[usize]) -> Result<Self> {
+        Self::total(omega, bound.into(), dual, &[dims])
+    }
+
+    /// Multipliers for several tensors: their groups of the same index are one group.
+    ///
+    /// # Errors
+    /// As for [`Multiplier::new`], and if the tensors have different numbers of groups.
+    pub(super) fn total(omega: Omega, bound: Bound, dual: Dual, dims: &[&[usize]]) -> Result<Self> {
+        let k = bound.value();
+        if !(k.is_finite() && k >= 0.0) {
+            bail!("multiplier: bound: expected a finite number of zero or more, got {k}")
         }
-        if nu >= 1.0 {
-            bail!("multiplier: nu: expected less than 1, got {nu}")
+        dual.check(bound)?;
+        let part =
+            |dims: &&[usize]| Ok(Part { dims: dims.to_vec(), cells: Cells::of(omega.grouping(), dims)? });
+        let parts = dims.iter().map(part).collect::<Result<Vec<_>>>()?;
+        let counts: Vec<usize> = parts.iter().map(|part| part.cells.count()).collect();
+        let groups = counts.first().copied().unwrap_or(0);
+        if counts.iter().any(|count| *count != groups) {
+            bail!(
+                "multiplier: {omega:?} of several tensors joins groups of the same index, expected as many of each tensor, got {counts:?} of \
+                 tensors {dims:?}"
+            )
         }
-        if kappa_i == 0.0 {
-            bail!("multiplier: kappa_i: expected more than 0, without which no multiplier finds its value")
-        }
-        let (Omega::Norm(grouping) | Omega::SquaredNorm(grouping) | Omega::L1(grouping)) = omega;
-        let cells = Cells::of(grouping, dims)?;
-        let zeros = Tensor::zeros(cells.count(), DType::F64, &Device::Cpu)?;
-        let dims = dims.to_vec();
-        Ok(Self { omega, bound, dual, dims, cells, alpha: zeros.clone(), integral: zeros, average: None })
+        let initial = |row: Row| match row {
+            Row::Penalty => dual.step(bound).penalty,
+            Row::Least => NONE,
+            Row::Alpha | Row::Integral | Row::Average | Row::Stalled => 0.0,
+        };
+        let rows: Vec<f64> =
+            Row::ALL.into_iter().flat_map(|row| std::iter::repeat_n(initial(row), groups)).collect();
+        let state = Tensor::from_vec(rows, (Row::ALL.len(), groups), &Device::Cpu)?;
+        Ok(Self { omega, bound, dual, parts, state, started: false })
     }
 
     /// The multipliers, one a group, read from the weights' device.
+    ///
+    /// # Errors
+    /// If the device fails.
     pub fn alpha(&self) -> Result<Vec<f64>> {
-        self.alpha.to_vec1()
+        Row::Alpha.of(&self.state)?.to_vec1()
     }
 
-    /// `sum_g alpha_g e_g + c/2 [e_g]_+^2`, `e = Omega(w) - k`: a scalar in f32 (f64 for f64), differentiable once with respect to
-    /// `w`, which is to be what it was until the backward pass.
+    /// What [`Dual`] makes of the multipliers' excess, in the loss: `sum_g alpha_g e_g + c/2 [e_g]_+^2`, `e = Omega(w) - k`, of an equality
+    /// `c/2 e_g^2`, or the [`AugmentedLagrangian`]'s. A scalar in f32 (f64 for f64), differentiable once with respect to `w`, which is to be
+    /// what it was until the backward pass.
     ///
     /// # Errors
     /// If `w` has other dimensions, is not a floating point tensor, or, on the CPU, holds NaN or an infinity.
     pub fn term(&self, w: &Tensor) -> Result<Tensor> {
-        let (value, slope) = self.evaluate(w)?;
-        known::of_one(NAME, w, value, move |grad| slope.times(Some(grad)))
+        self.total_term(&[w])
     }
 
     /// [`Multiplier::term`] and its gradient, outside of candle's graph.
@@ -160,29 +198,8 @@ impl Multiplier {
     /// # Errors
     /// As for [`Multiplier::term`].
     pub fn term_and_gradient(&self, w: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (value, slope) = self.evaluate(w)?;
-        Ok((tensor_of(value, ()), slope.times(None)?))
-    }
-
-    fn evaluate(&self, w: &Tensor) -> Result<(Storage, Slope)> {
-        /// The gradient of a norm below it is shorter than 1, which also is a subgradient at zero.
-        const LEAST: f64 = 1e-290;
-        let weights = w.detach().contiguous()?;
-        let values = self.omegas(&weights)?;
-        let excess = (&values - self.bound)?;
-        let (alpha, over) = (self.alpha.to_device(w.device())?, excess.relu()?);
-        let value = ((&alpha * &excess)? + (over.sqr()? * (0.5 * self.dual.augmented))?)?.sum_all()?;
-        let factors = (alpha + (over * self.dual.augmented)?)?;
-        let (weights, factors) = match self.omega {
-            Omega::Norm(_) => {
-                (weights, (factors / values.broadcast_maximum(&Tensor::new(LEAST, w.device())?)?)?)
-            }
-            Omega::SquaredNorm(_) => (weights, (factors * 2.0)?),
-            Omega::L1(_) => (weights.sign()?, factors),
-        };
-        let value = value.to_dtype(value_dtype(w.dtype()))?;
-        let (storage, _) = value.storage_and_layout();
-        Ok((storage.try_clone(&Layout::contiguous(()))?, Slope { weights, factors, cells: self.cells }))
+        let (value, slopes) = self.evaluate(&[w])?;
+        Ok((tensor_of(value, ()), slopes.of(0, None)?))
     }
 
     /// One step of the multipliers at the weights `w`, which the optimizer has stepped.
@@ -190,210 +207,113 @@ impl Multiplier {
     /// # Errors
     /// As for [`Multiplier::term`]; nothing has changed then.
     pub fn update(&mut self, w: &Tensor) -> Result<()> {
-        let Dual { kappa_p, kappa_i, nu, .. } = self.dual;
-        let excess = (self.omegas(w)? - self.bound)?;
-        let average = match &self.average {
-            Some(average) => ((average.to_device(w.device())? * nu)? + (&excess * (1.0 - nu))?)?,
-            None => excess.clone(),
-        };
-        let integral = (self.integral.to_device(w.device())? + (excess * kappa_i)?)?.relu()?;
-        self.alpha = ((&average * kappa_p)? + &integral)?.relu()?;
-        (self.integral, self.average) = (integral, Some(average));
+        self.total_update(&[w])
+    }
+
+    /// [`Multiplier::update`] of several tensors.
+    pub(super) fn total_update(&mut self, weights: &[&Tensor]) -> Result<()> {
+        let omegas = self.omegas(weights)?;
+        let state = self.state.to_device(omegas.device())?;
+        self.state = self.dual.step(self.bound).run(&omegas, &state, !self.started)?;
+        self.started = true;
         Ok(())
     }
 
-    /// Multipliers, excesses and slackness at `w`.
+    /// Multipliers, excesses, slackness and signs of infeasibility at `w`.
     ///
     /// # Errors
     /// As for [`Multiplier::term`].
     pub fn report(&self, w: &Tensor) -> Result<Report> {
-        let excess = (self.omegas(w)? - self.bound)?.to_vec1::<f64>()?;
-        let alpha = self.alpha()?;
+        self.total_report(&[w])
+    }
+
+    /// [`Multiplier::report`] of several tensors.
+    pub(super) fn total_report(&self, weights: &[&Tensor]) -> Result<Report> {
+        let excess = (self.omegas(weights)? - self.bound.value())?.to_vec1::<f64>()?;
+        let [alpha, _, _, penalty, _, stalled] = self.rows()?;
         let slackness = alpha.iter().zip(&excess).map(|(a, e)| a * e).collect();
-        Ok(Report { alpha, excess, slackness })
+        let stalled = stalled.into_iter().map(|steps| steps as u64).collect();
+        Ok(Report { alpha, excess, slackness, penalty, stalled })
     }
 
-    /// What is missing to a solution at `w`, where `gradient` is that of the loss without [`Multiplier::term`].
-    ///
-    /// # Errors
-    /// As for [`Multiplier::term`], of `w` and of `gradient`; and if their dtypes differ.
-    pub fn kkt(&self, w: &Tensor, gradient: &Tensor) -> Result<Kkt> {
-        if w.dtype() != gradient.dtype() {
-            bail!("multiplier: expected a gradient in {:?}, got {:?}", w.dtype(), gradient.dtype())
-        }
-        let report = self.report(w)?;
-        let stationarity = float_dispatch!(NAME, w.dtype(), T => {
-            self.read(w, |x: &[T]| self.read(gradient, |g: &[T]| self.stationarity(&report.alpha, x, g)))
-        })?;
-        let largest = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
-        let slack: Vec<f64> = report.slackness.iter().map(|s| s.abs()).collect();
-        Ok(Kkt { stationarity, violation: largest(&report.excess), complementarity: largest(&slack) })
-    }
-
-    /// `Omega_g`, `[groups]` in f64 on the device of `w`.
-    fn omegas(&self, w: &Tensor) -> Result<Tensor> {
-        self.check(w)?;
-        if Gpu::of(w.device()).is_none() || w.elem_count() == 0 {
-            let values = float_dispatch!(NAME, w.dtype(), T => self.read(w, |x: &[T]| self.values(x)))?;
-            return Tensor::from_vec(values, self.cells.count(), w.device());
-        }
-        let sums = sums(NAME, &w.detach().contiguous()?, self.cells.tiles(), 0.0)?;
-        let column = |at: usize| sums.narrow(1, at, 1)?.contiguous()?.flatten_all();
-        match self.omega {
-            Omega::Norm(_) => column(0)?.sqrt(),
-            Omega::SquaredNorm(_) => column(0),
-            Omega::L1(_) => column(1),
-        }
+    /// The rows of the state, in the order of [`Row::ALL`].
+    fn rows(&self) -> Result<[Vec<f64>; Row::ALL.len()]> {
+        let all = self.state.to_vec2::<f64>()?;
+        let found = all.len();
+        all.try_into().or_else(|_| bail!("multiplier: a state of {found} rows, expected {}", Row::ALL.len()))
     }
 
     /// What is bounded, for comparison with a file's.
     pub(super) fn kind(&self) -> String {
-        format!("{:?} <= {}", self.omega, self.bound)
+        format!("{:?} {}", self.omega, self.bound)
     }
 
     /// The number of groups.
     pub(super) fn count(&self) -> usize {
-        self.cells.count()
+        self.parts.first().map_or(0, |part| part.cells.count())
     }
 
-    /// All that a step changes; no average before the first.
-    pub(super) fn state(&self) -> [(&'static str, Option<&Tensor>); 3] {
-        [("alpha", Some(&self.alpha)), ("integral", Some(&self.integral)), ("average", self.average.as_ref())]
+    /// All that a step changes, `[groups]` in f64 each on the CPU, by the names that files have; no average before the first step.
+    pub(super) fn state(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        let state = self.state.to_device(&Device::Cpu)?;
+        let kept = |row: &Row| self.started || *row != Row::Average;
+        Row::ALL.into_iter().filter(kept).map(|row| Ok((slot(row), row.of(&state)?.copy()?))).collect()
     }
 
-    /// Takes over the tensors of [`Multiplier::state`].
-    pub(super) fn set_state(&mut self, alpha: Tensor, integral: Tensor, average: Option<Tensor>) {
-        (self.alpha, self.integral, self.average) = (alpha, integral, average);
-    }
-
-    fn check(&self, w: &Tensor) -> Result<()> {
-        if w.dims() != self.dims {
-            bail!("multiplier: expected dimensions {:?}, got {:?}", self.dims, w.dims())
-        }
-        Ok(())
-    }
-
-    /// Gives `f` the elements of a tensor that has passed the checks.
-    fn read<T: Element, R>(&self, w: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
-        self.check(w)?;
-        let w = w.detach().to_device(&Device::Cpu)?;
-        let host = Host::of(&w);
-        let x = host.values::<T>()?;
-        finite(&x)?;
-        f(&x)
-    }
-
-    /// `Omega_g`.
-    fn values<T: Element>(&self, x: &[T]) -> Result<Vec<f64>> {
-        let values = match self.omega {
-            Omega::Norm(_) => self.cells.norms(x),
-            Omega::SquaredNorm(_) => self.cells.sums(x, |v| v * v),
-            Omega::L1(_) => self.cells.sums(x, f64::abs),
-        };
-        if let Some(group) = values.iter().position(|v| !v.is_finite()) {
-            bail!("multiplier: {:?} of group {group} is beyond f64", self.omega)
-        }
-        Ok(values)
-    }
-
-    /// The norm of the least subgradient of the Lagrangian: where `Omega_g` has a kink, that part of the loss's gradient `g` which
-    /// `alpha_g` times a subgradient (a ball for norms, an interval for L1) cannot cancel.
-    fn stationarity<T: Element>(&self, alpha: &[f64], x: &[T], g: &[T]) -> Result<f64> {
-        let (values, slopes) = (self.values(x)?, self.cells.norms(g));
-        let mut square = 0.0;
-        self.cells.each(|group, run| {
-            let alpha = alpha[group];
-            for (v, g) in x[run.clone()].iter().zip(&g[run]) {
-                let (v, g) = (v.to_f64(), g.to_f64());
-                let rest = match self.omega {
-                    Omega::L1(_) if v == 0.0 => (g.abs() - alpha).max(0.0),
-                    Omega::Norm(_) if values[group] == 0.0 => {
-                        if g == 0.0 {
-                            0.0
-                        } else {
-                            g * (1.0 - alpha / slopes[group]).max(0.0)
-                        }
-                    }
-                    _ => g + alpha * self.omega.slope(v, values[group]),
-                };
-                square += rest * rest;
+    /// The multiplier `name` with what `read` finds of the tensors of [`Multiplier::state`], `[groups]` in f64. What files of older versions lack begins
+    /// anew, and so does the factor of the quadratic term where it has not grown: it is an option then.
+    ///
+    /// # Errors
+    /// Those of `read`, and if there is no multiplier or no integral.
+    pub(super) fn resumed(
+        &self,
+        name: &str,
+        mut read: impl FnMut(&'static str) -> Result<Option<Tensor>>,
+    ) -> Result<Self> {
+        let mut rows = vec![];
+        let mut started = false;
+        let fresh = Self { started: false, ..Self::total(self.omega, self.bound, self.dual, &self.dims())? };
+        for row in Row::ALL {
+            let found = read(slot(row))?;
+            let needed = match row {
+                Row::Alpha | Row::Integral => true,
+                Row::Average | Row::Penalty | Row::Least | Row::Stalled => false,
+            };
+            if needed && found.is_none() {
+                bail!("{name}.{} is missing", slot(row))
             }
-        });
-        Ok(square.sqrt())
-    }
-}
-
-/// The gradient of a [`Multiplier::term`]: each weight, or its sign, times the factor of its group.
-struct Slope {
-    weights: Tensor,
-    factors: Tensor,
-    cells: Cells,
-}
-
-impl Slope {
-    fn times(&self, scale: Option<&Tensor>) -> Result<Tensor> {
-        let factors = match scale {
-            Some(scale) => self.factors.broadcast_mul(&scale.to_dtype(DType::F64)?)?,
-            None => self.factors.clone(),
-        };
-        scaled(&self.weights, self.cells.tiles(), 0.0, &factors)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::gpu::emulate::emulate;
-    use crate::ops::testing::{assert_close, random, values};
-    use candle_core::Var;
-
-    /// Steps of weights and multipliers, and all that is seen of them.
-    fn steps(omega: Omega, start: &Tensor) -> Result<Vec<Tensor>> {
-        let dual = Dual { augmented: 0.7, ..Dual::nu_pi(0.5, 0.3, 0.4) };
-        let mut multiplier = Multiplier::new(omega, 0.9, dual, start.dims())?;
-        let (mut w, mut seen) = (start.clone(), vec![]);
-        for _ in 0..4 {
-            multiplier.update(&w)?;
-            let var = Var::from_tensor(&w)?;
-            let term = (multiplier.term(&var)? * 3.0)?;
-            let (value, gradient) = multiplier.term_and_gradient(&w)?;
-            seen.extend(term.backward()?.get(&var).cloned());
-            seen.push((&w - (&gradient * 1e-4)?)?);
-            w = seen[seen.len() - 1].clone();
-            seen.extend([term, value, gradient, Tensor::new(multiplier.report(&w)?.slackness, w.device())?]);
+            started |= row == Row::Average && found.is_some();
+            let option = row == Row::Penalty && self.dual.augmented_lagrangian.is_none();
+            rows.push(match found {
+                Some(values) if !option => values,
+                Some(_) | None => row.of(&fresh.state)?,
+            });
         }
-        Ok(seen)
+        Ok(Self { state: Tensor::stack(&rows, 0)?, started, ..fresh })
     }
 
-    #[test]
-    fn on_the_device_as_on_the_host() -> Result<()> {
-        for (dims, grouping) in [
-            (vec![5, 7], Grouping::Rows),
-            (vec![5, 7], Grouping::Columns),
-            (vec![3, 4, 3, 3], Grouping::InputChannels),
-            (vec![6, 5], Grouping::Blocks { rows: 1, columns: 1 }),
-            (vec![40, 30], Grouping::Whole),
-            (vec![0, 3], Grouping::Rows),
-        ] {
-            for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-5), (DType::BF16, 3e-2)] {
-                let mut start = values(&random(0, &dims)?)?;
-                start.iter_mut().step_by(4).for_each(|w| *w = 0.0);
-                let start = Tensor::from_vec(start, &dims[..], &Device::Cpu)?.to_dtype(dtype)?;
-                for omega in [Omega::Norm(grouping), Omega::SquaredNorm(grouping), Omega::L1(grouping)] {
-                    let (found, expected) = (emulate(|| steps(omega, &start))?, steps(omega, &start)?);
-                    assert_eq!((found.len(), expected.len()), (24, 24));
-                    for (found, expected) in found.iter().zip(&expected) {
-                        assert_eq!(found.dtype(), expected.dtype());
-                        assert_close(found, &values(expected)?, tolerance);
-                    }
-                    // Of one evaluation, and with the factor of the backward pass.
-                    for seen in expected.chunks(6) {
-                        assert_close(&(&seen[4] * 3.0)?, &values(&seen[0])?, tolerance);
-                        assert_close(&(&seen[3] * 3.0)?, &values(&seen[2])?, 1e-6);
-                    }
-                }
+    fn dims(&self) -> Vec<&[usize]> {
+        self.parts.iter().map(|part| &part.dims[..]).collect()
+    }
+
+    fn check(&self, weights: &[&Tensor]) -> Result<()> {
+        for (part, w) in self.parts.iter().zip(weights) {
+            if w.dims() != part.dims {
+                bail!("multiplier: expected dimensions {:?}, got {:?}", part.dims, w.dims())
             }
         }
         Ok(())
+    }
+}
+
+/// The name of a row in files.
+fn slot(row: Row) -> &'static str {
+    match row {
+        Row::Alpha => "alpha",
+        Row::Integral => "integral",
+        Row::Average => "average",
+        Row::Penalty => "penalty",
+        Row::Least => "least",
+        Row::Stalled => "stalled",
     }
 }

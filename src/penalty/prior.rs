@@ -47,18 +47,27 @@ pub(super) enum Law {
 }
 
 impl Prior {
-    /// Of the penalty `factor w^2`: a Gaussian of precision `2 factor`. Fails unless the factor is positive and finite.
+    /// Of the penalty `factor w^2`: a Gaussian of precision `2 factor`.
+    ///
+    /// # Errors
+    /// Unless the factor is positive and finite.
     pub fn l2(factor: f64) -> Result<Self> {
         Ok(Self { law: Law::Gaussian { factor: positive("L2", "factor", factor)? } })
     }
 
-    /// Of the penalty `factor abs(w)`. Fails unless the factor is positive and finite.
+    /// Of the penalty `factor abs(w)`.
+    ///
+    /// # Errors
+    /// Unless the factor is positive and finite.
     pub fn l1(factor: f64) -> Result<Self> {
         Ok(Self { law: Law::Laplace { factor: positive("L1", "factor", factor)? } })
     }
 
     /// Of the penalty `factor norm(w)` of groups of `size` weights; a penalty weighted by `sqrt(size)` has `sqrt(size)`
-    /// times its own factor here. Fails unless the factor is positive and finite and the size positive.
+    /// times its own factor here.
+    ///
+    /// # Errors
+    /// Unless the factor is positive and finite and the size positive.
     pub fn group_lasso(factor: f64, size: usize) -> Result<Self> {
         if size == 0 {
             bail!("prior of group lasso: expected groups of one weight or more, got 0")
@@ -71,8 +80,11 @@ impl Prior {
     /// `N(mu, s^2)`.
     ///
     /// Without decay the density is periodic and has no integral: [`Prior::log_density`] gives it unnormalized then and the
-    /// other methods fail. Fails unless `-5 <= amplitude <= 5` (samples are drawn by rejection, with up to
-    /// `exp(2 abs(amplitude))` trials on average), the frequency is positive and the decay is zero or more.
+    /// other methods fail.
+    ///
+    /// # Errors
+    /// Unless `-5 <= amplitude <= 5` (samples are drawn by rejection, with up to `exp(2 abs(amplitude))` trials on average), the frequency is
+    /// positive and the decay is zero or more.
     pub fn cosine(amplitude: f64, frequency: f64, decay: f64) -> Result<Self> {
         if !(-5. ..=5.).contains(&amplitude) {
             bail!("cosine prior: expected an amplitude from -5 to 5, got {amplitude}")
@@ -88,7 +100,7 @@ impl Prior {
     pub fn size(&self) -> usize {
         match self.law {
             Law::GroupLasso { size, .. } => size,
-            _ => 1,
+            Law::Gaussian { .. } | Law::Laplace { .. } | Law::Cosine { .. } => 1,
         }
     }
 
@@ -104,8 +116,10 @@ impl Prior {
         }
     }
 
-    /// The sum over the blocks of `w` of the density's logarithm, normalized where it can be. Fails where `w` is not made of
-    /// whole blocks or has numbers that are not finite.
+    /// The sum over the blocks of `w` of the density's logarithm, normalized where it can be.
+    ///
+    /// # Errors
+    /// Where `w` is not made of whole blocks or has numbers that are not finite.
     pub fn log_density(&self, w: &[f64]) -> Result<f64> {
         let size = self.size();
         if !w.len().is_multiple_of(size) {
@@ -121,7 +135,10 @@ impl Prior {
 
     /// Whether the density has an integral: all but a cosine's without decay.
     pub fn is_proper(&self) -> bool {
-        !matches!(self.law, Law::Cosine { decay: 0., .. })
+        match self.law {
+            Law::Cosine { decay, .. } => decay != 0.,
+            Law::Gaussian { .. } | Law::Laplace { .. } | Law::GroupLasso { .. } => true,
+        }
     }
 
     fn check_proper(&self, what: &str) -> Result<()> {
@@ -131,7 +148,10 @@ impl Prior {
         Ok(())
     }
 
-    /// `log integral exp(-r(w)) dw` over a block. Fails where there is no integral.
+    /// `log integral exp(-r(w)) dw` over a block.
+    ///
+    /// # Errors
+    /// Where there is no integral.
     pub fn log_normalizer(&self) -> Result<f64> {
         self.check_proper("log normalizer")?;
         Ok(match self.law {
@@ -149,7 +169,10 @@ impl Prior {
         })
     }
 
-    /// The variance of each weight; the mean is 0. Fails where the density has no integral.
+    /// The variance of each weight; the mean is 0.
+    ///
+    /// # Errors
+    /// Where the density has no integral.
     pub fn variance(&self) -> Result<f64> {
         self.check_proper("variance")?;
         Ok(match self.law {
@@ -165,7 +188,10 @@ impl Prior {
     }
 
     /// Draws independent blocks that fill a tensor in row-major order: a function of `seed`, `stream` and the place alone
-    /// ([`rng`]). Fails where the density has no integral or the shape is not made of whole blocks.
+    /// ([`rng`]).
+    ///
+    /// # Errors
+    /// Where the density has no integral or the shape is not made of whole blocks.
     pub fn sample(
         &self,
         shape: impl Into<Shape>,

@@ -103,7 +103,10 @@ impl UnitLasso {
         })
     }
 
-    /// The gradients in both; zero for a unit without weights. Errors as for [`UnitLasso::value`].
+    /// The gradients in both; zero for a unit without weights.
+    ///
+    /// # Errors
+    /// As for [`UnitLasso::value`].
     pub fn gradient(&self, inward: &Tensor, outward: &Tensor) -> Result<(Tensor, Tensor)> {
         let (norms, pair) = (self.norms(), Pair::new(inward, outward)?);
         let [inward, outward] = pair.map(&norms, &pair.sums(&norms)?, Map::Gradient(None))?;

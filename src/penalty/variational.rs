@@ -27,8 +27,10 @@ use crate::ops::rng;
 /// `log_s`, which have equal shapes and dtypes.
 ///
 /// The divergence from a group-lasso prior is computed on the host, wherever the tensors are, at about a hundred evaluations
-/// of its integrand per group. Its arguments must be finite; elsewhere NaN gives NaN. Fails where shapes or dtypes differ,
-/// where there are no whole groups, and for a prior without an integral.
+/// of its integrand per group. Its arguments must be finite; elsewhere NaN gives NaN.
+///
+/// # Errors
+/// Where shapes or dtypes differ, where there are no whole groups, and for a prior without an integral.
 pub fn kl(prior: &Prior, mu: &Tensor, log_s: &Tensor) -> Result<Tensor> {
     if mu.dims() != log_s.dims() || mu.dtype() != log_s.dtype() {
         let (m, s) = ((mu.dims(), mu.dtype()), (log_s.dims(), log_s.dtype()));
@@ -151,8 +153,11 @@ pub struct MeanField {
 
 impl MeanField {
     /// New variables: the means start at `init`, every deviation at `scale`, in `init`'s dtype. Tensors of equal seed draw
-    /// equal noise: give each its own. Fails unless the scale is positive and finite, the dtype a float, `init` finite and
-    /// made of whole blocks of the prior, and the prior has an integral.
+    /// equal noise: give each its own.
+    ///
+    /// # Errors
+    /// Unless the scale is positive and finite, the dtype a float, `init` finite and made of whole blocks of the prior, and the prior has an
+    /// integral.
     pub fn new(init: &Tensor, scale: f64, prior: Prior, seed: u64) -> Result<Self> {
         if !(scale.is_finite() && scale > 0.) {
             bail!("mean field: expected a positive finite scale, got {scale}")
@@ -185,6 +190,9 @@ impl MeanField {
 
     /// Weights `mean + exp(log_scale) e`, differentiable in both, with standard normal `e` that are a function of the seed,
     /// the step and the place alone.
+    ///
+    /// # Errors
+    /// Those of candle's operations, where the device has no memory left.
     pub fn sample(&self, step: u64) -> Result<Tensor> {
         let noise = |i: usize| rng::normal(self.seed, step, i as u64);
         let noise: Vec<f64> =
@@ -196,14 +204,19 @@ impl MeanField {
     }
 
     /// The divergence from the prior, see [`kl`].
+    ///
+    /// # Errors
+    /// As for [`kl`].
     pub fn kl(&self) -> Result<Tensor> {
         kl(&self.prior, &self.mean, &self.log_scale)
     }
 }
 
 /// `mean_nll + sum kl / examples`, in the dtype of `mean_nll`: minus the evidence's lower bound per example, where `mean_nll`
-/// is the mean over the batch of minus the log likelihood under weights from [`MeanField::sample`]. Fails where `examples`,
-/// the number of training examples, is 0.
+/// is the mean over the batch of minus the log likelihood under weights from [`MeanField::sample`].
+///
+/// # Errors
+/// Where `examples`, the number of training examples, is 0.
 pub fn variational_loss(mean_nll: &Tensor, layers: &[&MeanField], examples: usize) -> Result<Tensor> {
     if examples == 0 {
         bail!("variational loss: there are no examples")

@@ -1,21 +1,40 @@
-//! The same function without dead units and inputs.
+//! The same function without dead units, channels and inputs.
 
-use crate::nn::{Conv2d, Conv2dConfig, Linear, Module};
+mod graph;
+mod layer;
+mod plan;
+mod shrink;
+
+use crate::checkpoint::Checkpoint;
+use crate::nn::{BatchNorm, Conv2d, Conv2dConfig, Linear, Module, ModuleT};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-/// A part of a stack of layers.
+/// A part of a net: a list of stages is one after the other.
 #[derive(Debug, Clone)]
 pub enum Stage {
     /// A linear layer on `[n, in]`.
     Linear(Weights),
-    /// A convolution in one group on `[n, in, h, w]`.
+    /// A convolution on `[n, in, h, w]`, in groups too (as many as channels in a depthwise one).
     Conv(Weights, Conv2dConfig),
+    /// A BatchNorm layer as it acts outside of training, on `[n, c]` or `[n, c, h, w]`.
+    BatchNorm(Norm),
     /// A function of each element, as ReLU.
     Map(fn(&Tensor) -> Result<Tensor>),
     /// The largest of windows (height, width), a stride (vertical, horizontal) apart.
     MaxPool((usize, usize), (usize, usize)),
+    /// The mean of windows (height, width), a stride (vertical, horizontal) apart.
+    AvgPool((usize, usize), (usize, usize)),
+    /// The mean of each channel, `[n, c, h, w]` to `[n, c]`.
+    GlobalAvgPool,
     /// `[n, c, h, w]` to `[n, c h w]`.
     Flatten,
+    /// The sum of two lists of stages on the same inputs; a list without stages hands them on.
+    Residual {
+        /// The layers of the block.
+        body: Vec<Stage>,
+        /// What goes around them: nothing, or a projection to as many channels.
+        shortcut: Vec<Stage>,
+    },
 }
 
 /// A layer's parameters.
@@ -23,23 +42,135 @@ pub enum Stage {
 pub struct Weights {
     /// In messages and files: `name.weight`, `name.bias`.
     pub name: String,
-    /// `[out, in]` or `[out, in, kh, kw]`.
+    /// `[out, in]` or `[out, in / groups, kh, kw]`.
     pub weight: Tensor,
     /// `[out]`
     pub bias: Option<Tensor>,
 }
 
+/// A BatchNorm layer's parameters and statistics, `[c]` each: `(x - running_mean) / sqrt(running_var + eps) weight + bias`.
+#[derive(Debug, Clone)]
+pub struct Norm {
+    /// In messages and files: `name.weight`, `name.bias`, `name.running_mean`, `name.running_var`.
+    pub name: String,
+    /// Factors and offsets, if it has them.
+    pub affine: Option<(Tensor, Tensor)>,
+    /// The mean of each channel.
+    pub running_mean: Tensor,
+    /// The variance of each channel.
+    pub running_var: Tensor,
+    /// Added to the variances.
+    pub eps: f64,
+}
+
+impl Weights {
+    /// The parameters `name.weight` and, if there is one, `name.bias` of a checkpoint.
+    ///
+    /// # Errors
+    /// When there is no `name.weight`.
+    pub fn of(file: &Checkpoint, name: &str) -> Result<Self> {
+        let bias = file.get(&format!("{name}.bias")).cloned();
+        Ok(Self { name: name.into(), weight: needed(file, name, "weight")?, bias })
+    }
+}
+
+impl Norm {
+    /// The BatchNorm layer `name` of a checkpoint; without `name.weight` and `name.bias` if it has none.
+    ///
+    /// # Errors
+    /// When `name.running_mean` or `name.running_var` is missing, or one of `name.weight` and `name.bias`.
+    pub fn of(file: &Checkpoint, name: &str, eps: f64) -> Result<Self> {
+        let affine = ["weight", "bias"].iter().any(|part| file.get(&format!("{name}.{part}")).is_some());
+        let affine = match affine {
+            true => Some((needed(file, name, "weight")?, needed(file, name, "bias")?)),
+            false => None,
+        };
+        let [running_mean, running_var] =
+            [needed(file, name, "running_mean")?, needed(file, name, "running_var")?];
+        Ok(Self { name: name.into(), affine, running_mean, running_var, eps })
+    }
+}
+
+fn needed(file: &Checkpoint, name: &str, part: &str) -> Result<Tensor> {
+    match file.get(&format!("{name}.{part}")) {
+        Some(tensor) => Ok(tensor.clone()),
+        None => bail!("compact: the checkpoint has no {name}.{part}"),
+    }
+}
+
 impl Stage {
+    /// [`Stage::Linear`] with `name.weight` and `name.bias` of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`Weights::of`].
+    pub fn linear(file: &Checkpoint, name: &str) -> Result<Self> {
+        Ok(Self::Linear(Weights::of(file, name)?))
+    }
+
+    /// [`Stage::Conv`] with `name.weight` and `name.bias` of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`Weights::of`].
+    pub fn conv2d(file: &Checkpoint, name: &str, config: Conv2dConfig) -> Result<Self> {
+        Ok(Self::Conv(Weights::of(file, name)?, config))
+    }
+
+    /// [`Stage::BatchNorm`] with the layer `name` of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`Norm::of`].
+    pub fn batch_norm(file: &Checkpoint, name: &str, eps: f64) -> Result<Self> {
+        Ok(Self::BatchNorm(Norm::of(file, name, eps)?))
+    }
+
     /// The stage's outputs for `x`.
+    ///
+    /// # Errors
+    /// When `x` is not of the shape that the stage takes.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Linear(w) => Linear::new(w.weight.clone(), w.bias.clone()).forward(x),
             Self::Conv(w, config) => Conv2d::new(w.weight.clone(), w.bias.clone(), *config).forward(x),
+            Self::BatchNorm(n) => {
+                let (count, mean, var) =
+                    (n.running_mean.elem_count(), n.running_mean.clone(), n.running_var.clone());
+                let layer = match n.affine.clone() {
+                    Some((weight, bias)) => BatchNorm::new(count, mean, var, weight, bias, n.eps)?,
+                    None => BatchNorm::new_no_bias(count, mean, var, n.eps)?,
+                };
+                layer.forward_t(x, false)
+            }
             Self::Map(f) => f(x),
             Self::MaxPool(kernel, stride) => crate::ops::pool::max_pool2d(x, *kernel, *stride),
+            Self::AvgPool(kernel, stride) => x.avg_pool2d_with_stride(*kernel, *stride),
+            Self::GlobalAvgPool => x.mean((2, 3)),
             Self::Flatten => x.flatten_from(1),
+            Self::Residual { body, shortcut } => run(body, x)? + run(shortcut, x)?,
         }
     }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Linear(_) => "Linear",
+            Self::Conv(..) => "Conv",
+            Self::BatchNorm(_) => "BatchNorm",
+            Self::Map(_) => "Map",
+            Self::MaxPool(..) => "MaxPool",
+            Self::AvgPool(..) => "AvgPool",
+            Self::GlobalAvgPool => "GlobalAvgPool",
+            Self::Flatten => "Flatten",
+            Self::Residual { .. } => "Residual",
+        }
+    }
+
+    /// Whether it has channels of its own: the inputs are picked before the first such stage.
+    fn has_channels(&self) -> bool {
+        matches!(self, Self::Linear(_) | Self::Conv(..) | Self::BatchNorm(_) | Self::Residual { .. })
+    }
+}
+
+fn run(stages: &[Stage], x: &Tensor) -> Result<Tensor> {
+    stages.iter().try_fold(x.clone(), |x, stage| stage.forward(&x))
 }
 
 /// What [`compact`] leaves.
@@ -49,31 +180,76 @@ pub struct Compacted {
     pub stages: Vec<Stage>,
     /// The inputs that are read, increasing: features, or channels before a convolution. The first layer expects these alone.
     pub inputs: Vec<usize>,
-    /// Of each layer with weights, in order, the units that are left, increasing.
+    /// Of each linear or convolutional layer, in order (of a [`Stage::Residual`] the body first), the units that are left, increasing.
     pub units: Vec<Vec<usize>>,
 }
 
 impl Compacted {
     /// Outputs for `x` `[n, in, ..]` with all inputs, of which the live ones are picked before the first layer.
+    ///
+    /// # Errors
+    /// When `x` is not of the shape that the first stage takes.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let inputs: Vec<u32> = self.inputs.iter().map(|&i| i as u32).collect();
         let inputs = Tensor::from_vec(inputs, self.inputs.len(), x.device())?;
-        let weighted = |stage: &Stage| matches!(stage, Stage::Linear(_) | Stage::Conv(..));
-        let first = self.stages.iter().position(weighted).unwrap_or(self.stages.len());
+        let first = self.stages.iter().position(Stage::has_channels).unwrap_or(self.stages.len());
         let (before, rest) = self.stages.split_at(first);
-        let run = |x: Tensor, stages: &[Stage]| stages.iter().try_fold(x, |x, stage| stage.forward(&x));
-        run(run(x.clone(), before)?.index_select(&inputs, 1)?, rest)
+        run(rest, &run(before, x)?.index_select(&inputs, 1)?)
     }
+
+    /// Parameters and statistics under the names they had, for a model of these sizes.
+    ///
+    /// # Errors
+    /// When two layers have the same name.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        let mut file = Checkpoint::default();
+        collect(&self.stages, &mut file)?;
+        Ok(file)
+    }
+}
+
+fn collect(stages: &[Stage], file: &mut Checkpoint) -> Result<()> {
+    for stage in stages {
+        let (name, tensors) = match stage {
+            Stage::Linear(w) | Stage::Conv(w, _) => {
+                (&w.name, vec![("weight", Some(&w.weight)), ("bias", w.bias.as_ref())])
+            }
+            Stage::BatchNorm(n) => {
+                let (weight, bias) = n.affine.as_ref().map(|(weight, bias)| (weight, bias)).unzip();
+                let statistics =
+                    [("running_mean", Some(&n.running_mean)), ("running_var", Some(&n.running_var))];
+                (&n.name, [[("weight", weight), ("bias", bias)], statistics].concat())
+            }
+            Stage::Residual { body, shortcut } => {
+                collect(body, file)?;
+                collect(shortcut, file)?;
+                continue;
+            }
+            _ => continue,
+        };
+        for (part, tensor) in tensors {
+            let full = format!("{name}.{part}");
+            if let Some(tensor) = tensor
+                && file.tensors.insert(full.clone(), tensor.clone()).is_some()
+            {
+                bail!("compact: two layers have a {full}; give them names that differ")
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Removes the hidden units, channels and inputs without which `stages` are the same function, to rounding:
 ///
-/// * a unit whose incoming weights are all zero is constant; what it adds to the next layer goes to the bias there (which a layer without one
-///   gets). Before a convolution with padding this is done only where the constant is zero, since it does not reach into the padding;
+/// * a unit whose incoming weights are all zero, or whose factor in a [`Stage::BatchNorm`] is, is constant; what it adds to the next layer goes
+///   to the bias there, or where there is none to the running mean of the BatchNorm behind it (a layer with neither gets a bias). Before a
+///   convolution with padding this is done only where the constant is zero, since it does not reach into the padding;
 /// * a unit whose outgoing weights are all zero;
 /// * an input whose outgoing weights are all zero.
 ///
-/// Removals are followed through all layers. The outputs stay; every layer keeps at least one unit, and the first one input.
+/// Removals are followed through all layers. Channels that are added up in a [`Stage::Residual`] go together: where no layer reads any of
+/// them. A depthwise convolution loses the channels that its inputs lose; one in groups loses whole groups, and of each group as many channels as
+/// of the group with the most live ones. The outputs stay; every layer keeps at least one unit, and the first one input.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -96,195 +272,50 @@ impl Compacted {
 /// # candle_core::Result::Ok(())
 /// ```
 ///
+/// A residual net is stated by the names of its layers:
+///
+/// ```
+/// use candle_core::{DType, Device, Result};
+/// use kronwake::checkpoint::Checkpoint;
+/// use kronwake::nn::{self, Conv2dConfig, VarBuilder, VarMap};
+/// use kronwake::prune::{Stage, compact};
+///
+/// # let vars = VarMap::new();
+/// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let config = Conv2dConfig { padding: 1, ..Default::default() };
+/// # nn::conv2d_no_bias(3, 8, 3, config, vb.pp("stem"))?;
+/// # nn::batch_norm(8, 1e-5, vb.pp("bn"))?;
+/// # nn::conv2d_no_bias(8, 4, 3, config, vb.pp("block.conv1"))?;
+/// # nn::batch_norm(4, 1e-5, vb.pp("block.bn1"))?;
+/// # nn::conv2d_no_bias(4, 8, 3, config, vb.pp("block.conv2"))?;
+/// # nn::batch_norm(8, 1e-5, vb.pp("block.bn2"))?;
+/// # nn::linear(8, 10, vb.pp("fc"))?;
+/// let file = Checkpoint::from_varmap(&vars)?;
+/// let conv = |name| Stage::conv2d(&file, name, config);
+/// let norm = |name| Stage::batch_norm(&file, name, 1e-5);
+/// let relu = || Stage::Map(|x| x.relu());
+/// let block = vec![conv("block.conv1")?, norm("block.bn1")?, relu(), conv("block.conv2")?, norm("block.bn2")?];
+/// let small = compact(&[
+///     conv("stem")?,
+///     norm("bn")?,
+///     relu(),
+///     Stage::Residual { body: block, shortcut: vec![] },
+///     relu(),
+///     Stage::GlobalAvgPool,
+///     Stage::linear(&file, "fc")?,
+/// ])?;
+/// let file = small.checkpoint()?; // what a model of the sizes that are left loads
+/// assert_eq!(file.tensors["block.conv1.weight"].dims(), [4, 8, 3, 3]); // nothing was zero
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
 /// # Errors
-/// If there is no layer with weights, or layers do not fit each other; the message names the layer.
+/// If there is no layer with weights, layers do not fit each other, or a stage is not what it says, as a [`Stage::Map`] of more than single
+/// elements; the message names the stage and the layer.
 pub fn compact(stages: &[Stage]) -> Result<Compacted> {
-    let mut layers = layers(stages)?;
-    for at in 1..layers.len() {
-        fold_constants(stages, &mut layers, at)?;
-    }
-    // From the end: a unit that goes takes the reads of the units before it along.
-    for at in (1..layers.len()).rev() {
-        let read = layers[at].columns_read()?;
-        let keep =
-            at_least_one(layers[at - 1].live.iter().zip(&read).map(|(live, read)| *live && *read).collect());
-        layers[at - 1].live = keep.clone();
-        layers[at - 1].clear_rows()?;
-        layers[at].inputs = keep;
-    }
-    let read = at_least_one(layers[0].columns_read()?);
-    layers[0].inputs = read;
-    let inputs = places(&layers[0].inputs);
-    let units = layers.iter().map(|layer| places(&layer.live)).collect();
-    let mut shrunk = layers.iter().map(Layer::shrunk);
-    let mut next = || shrunk.next().unwrap_or_else(|| bail!("compact: fewer layers than stages"));
-    let stages = stages.iter().map(|stage| {
-        Ok(match stage {
-            Stage::Linear(_) => Stage::Linear(next()?),
-            Stage::Conv(_, config) => Stage::Conv(next()?, *config),
-            other => other.clone(),
-        })
-    });
-    Ok(Compacted { stages: stages.collect::<Result<_>>()?, inputs, units })
-}
-
-/// A layer as `[out, in * run]`, where a `run` of columns belongs to one unit of the layer before.
-struct Layer {
-    stage: usize,
-    name: String,
-    weight: Tensor,
-    bias: Option<Tensor>,
-    out: usize,
-    run: usize,
-    inputs: Vec<bool>,
-    live: Vec<bool>,
-    padding: usize,
-    /// Of a convolution.
-    kernel: Vec<usize>,
-    dtype: DType,
-    device: Device,
-}
-
-fn layers(stages: &[Stage]) -> Result<Vec<Layer>> {
-    let mut layers: Vec<Layer> = vec![];
-    let mut flat = false;
-    for (stage, what) in stages.iter().enumerate() {
-        let (weights, config) = match what {
-            Stage::Linear(weights) => (weights, None),
-            Stage::Conv(weights, config) => (weights, Some(config)),
-            Stage::Flatten => {
-                flat = true;
-                continue;
-            }
-            Stage::Map(_) | Stage::MaxPool(..) => continue,
-        };
-        let name = weights.name.clone();
-        let dims = weights.weight.dims().to_vec();
-        let rank = if config.is_some() { 4 } else { 2 };
-        if dims.len() != rank || weights.weight.elem_count() == 0 || config.is_some_and(|c| c.groups != 1) {
-            bail!("compact: layer {name}: expected {rank} dimensions, none empty, in one group, got {dims:?}")
-        }
-        if let Some(bias) = weights.bias.as_ref().filter(|bias| bias.dims() != [dims[0]]) {
-            bail!("compact: layer {name}: expected a bias [{}], got {:?}", dims[0], bias.dims())
-        }
-        let kernel = dims[2..].to_vec();
-        let (mut columns, mut run) = (dims[1], kernel.iter().product());
-        if let Some(before) = layers.last() {
-            let of_conv = !before.kernel.is_empty();
-            // Only after a convolution are there pixels to flatten.
-            let pixels = of_conv && flat && config.is_none();
-            let fits = if pixels { columns % before.out == 0 } else { columns == before.out };
-            if !fits || (of_conv && config.is_none() && !flat) || (!of_conv && config.is_some()) {
-                bail!(
-                    "compact: layer {name} {dims:?} does not follow layer {} of {} units",
-                    before.name,
-                    before.out
-                )
-            }
-            if pixels {
-                run = columns / before.out;
-                columns = before.out;
-            }
-        }
-        flat = false;
-        layers.push(Layer {
-            stage,
-            name,
-            weight: host(&weights.weight)?.reshape((dims[0], columns, run))?,
-            bias: weights.bias.as_ref().map(host).transpose()?,
-            out: dims[0],
-            run,
-            inputs: vec![true; columns],
-            live: vec![true; dims[0]],
-            padding: config.map_or(0, |c| c.padding),
-            kernel,
-            dtype: weights.weight.dtype(),
-            device: weights.weight.device().clone(),
-        });
-    }
-    if layers.is_empty() {
-        bail!("compact: expected at least one layer with weights")
-    }
-    Ok(layers)
-}
-
-/// Moves what the constant units of layer `at - 1` add to layer `at` to the bias there.
-fn fold_constants(stages: &[Stage], layers: &mut [Layer], at: usize) -> Result<()> {
-    let (before, rest) = layers.split_at_mut(at);
-    let (Some(before), Some(layer)) = (before.last_mut(), rest.first_mut()) else { return Ok(()) };
-    let zeros = Tensor::zeros(before.out, DType::F64, &Device::Cpu)?;
-    let mut constant = before.bias.clone().unwrap_or(zeros).to_dtype(before.dtype)?;
-    for stage in &stages[before.stage + 1..layer.stage] {
-        if let Stage::Map(f) = stage {
-            constant = f(&constant)?;
-        }
-    }
-    let constant: Vec<f64> = host(&constant)?.to_vec1()?;
-    let reads = before.rows_read()?;
-    let mut columns = layer.weight.to_vec3::<f64>()?;
-    let mut bias = match &layer.bias {
-        Some(bias) => bias.to_vec1::<f64>()?,
-        None => vec![0.0; layer.out],
-    };
-    let mut folded = false;
-    for (unit, value) in constant.iter().enumerate().filter(|(unit, _)| !reads[*unit]) {
-        if *value != 0.0 && layer.padding > 0 {
-            continue;
-        }
-        for (row, bias) in columns.iter_mut().zip(&mut bias) {
-            let sum: f64 = row[unit].iter().sum();
-            // Not 0 times an infinite constant.
-            if sum != 0.0 {
-                *bias += sum * value;
-                folded |= *value != 0.0;
-            }
-            row[unit].fill(0.0);
-        }
-    }
-    layer.weight = Tensor::new(columns, &Device::Cpu)?;
-    if folded || layer.bias.is_some() {
-        layer.bias = Some(Tensor::new(bias, &Device::Cpu)?);
-    }
-    Ok(())
-}
-
-impl Layer {
-    /// Whether units of the layer before are read.
-    fn columns_read(&self) -> Result<Vec<bool>> {
-        let any = self.weight.ne(0f64)?.max(2)?.max(0)?.to_vec1::<u8>()?;
-        Ok(any.iter().map(|&any| any != 0).collect())
-    }
-
-    /// Whether units read anything.
-    fn rows_read(&self) -> Result<Vec<bool>> {
-        let any = self.weight.ne(0f64)?.max(2)?.max(1)?.to_vec1::<u8>()?;
-        Ok(any.iter().map(|&any| any != 0).collect())
-    }
-
-    /// Zeros the weights of units that go.
-    fn clear_rows(&mut self) -> Result<()> {
-        let keep: Vec<f64> = self.live.iter().map(|&live| f64::from(u8::from(live))).collect();
-        self.weight =
-            self.weight.broadcast_mul(&Tensor::new(keep, &Device::Cpu)?.reshape((self.out, 1, 1))?)?;
-        Ok(())
-    }
-
-    fn shrunk(&self) -> Result<Weights> {
-        let pick = |live: &[bool]| {
-            let places: Vec<u32> = places(live).into_iter().map(|i| i as u32).collect();
-            Tensor::new(places, &Device::Cpu)
-        };
-        let (rows, columns) = (pick(&self.live)?, pick(&self.inputs)?);
-        let weight = self.weight.index_select(&rows, 0)?.index_select(&columns, 1)?.contiguous()?;
-        let mut dims = vec![rows.elem_count(), columns.elem_count()];
-        match self.kernel.is_empty() {
-            true => dims[1] *= self.run,
-            false => dims.extend(&self.kernel),
-        }
-        let back = |t: Tensor| t.to_dtype(self.dtype)?.to_device(&self.device);
-        let bias = self.bias.as_ref().map(|bias| back(bias.index_select(&rows, 0)?)).transpose()?;
-        Ok(Weights { name: self.name.clone(), weight: back(weight.reshape(dims)?)?, bias })
-    }
+    let mut plan = plan::Plan::of(stages)?;
+    let keep = graph::keep(&mut plan);
+    shrink::shrunk(stages, &plan, &keep)
 }
 
 /// Where the list is true.
@@ -292,17 +323,8 @@ fn places(list: &[bool]) -> Vec<usize> {
     (0..list.len()).filter(|&i| list[i]).collect()
 }
 
-/// Tensors without elements are of little use.
-fn at_least_one(mut list: Vec<bool>) -> Vec<bool> {
-    let any = list.contains(&true);
-    if let Some(first) = list.first_mut() {
-        *first |= !any;
-    }
-    list
-}
-
-fn host(t: &Tensor) -> Result<Tensor> {
-    t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64)
+fn host(t: &Tensor) -> Result<Vec<f64>> {
+    crate::checkpoint::cast(&t.detach(), DType::F64, &Device::Cpu)?.flatten_all()?.to_vec1()
 }
 
 #[cfg(test)]

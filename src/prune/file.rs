@@ -2,7 +2,6 @@
 
 use crate::checkpoint::Checkpoint;
 use candle_core::{DType, Device, Result, Tensor, bail};
-use std::collections::BTreeMap;
 use std::path::Path;
 
 /// In the metadata before the name of a sparse tensor; its value is the shape, `300,784`.
@@ -20,7 +19,7 @@ const VALUES: &str = ".sparse_values";
 /// # Errors
 /// If a name is taken twice by this, a tensor has more than `2^32` elements, or the file cannot be written.
 pub fn write_sparse(checkpoint: &Checkpoint, path: impl AsRef<Path>) -> Result<()> {
-    let mut out = Checkpoint { tensors: BTreeMap::new(), metadata: checkpoint.metadata.clone() };
+    let mut out = Checkpoint { metadata: checkpoint.metadata.clone(), ..Default::default() };
     let reserved = |name: &str| name.ends_with(INDICES) || name.ends_with(VALUES);
     if let Some(name) = checkpoint.tensors.keys().find(|name| reserved(name)) {
         bail!("sparse file: the name {name} is one of those that sparse tensors get")
@@ -59,7 +58,8 @@ pub fn read_sparse(path: impl AsRef<Path>, device: &Device) -> Result<Checkpoint
     let broken = |name: &str, what: String| -> candle_core::Error {
         candle_core::Error::Msg(format!("{}: sparse tensor {name}: {what}", path.display()))
     };
-    let mut out = Checkpoint::default();
+    let skipped = std::mem::take(&mut file.skipped);
+    let mut out = Checkpoint { skipped, ..Default::default() };
     for (key, text) in std::mem::take(&mut file.metadata) {
         let Some(name) = key.strip_prefix(SHAPE) else {
             out.metadata.insert(key, text);

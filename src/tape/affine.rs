@@ -11,7 +11,8 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// `x W^T + b` for `x` of shape `[.., in]`, `weight` `[out, in]`, `bias` `[out]`: `[.., out]`.
+/// `x W^T + b` for `x` of shape `[.., in]`, `weight` `[out, in]`, `bias` `[out]`: `[.., out]`. A bias of another shape, as long as
+/// it broadcasts, is added apart.
 pub(crate) fn affine(
     name: &str,
     x: &Tensor,
@@ -19,7 +20,7 @@ pub(crate) fn affine(
     bias: Option<&Tensor>,
     tap: Option<Tap>,
 ) -> Result<Tensor> {
-    let (_, inputs) = weight.dims2()?;
+    let (out, inputs) = weight.dims2()?;
     if x.rank() < 2 || x.dims().last() != Some(&inputs) {
         bail!(
             "layer {name}: expected an input of shape [.., {inputs}] and rank 2 or more, got {:?}",
@@ -32,6 +33,7 @@ pub(crate) fn affine(
     let x = x.contiguous()?;
     let weight = if weight.is_contiguous() { weight.clone() } else { weight.contiguous()? };
     match bias {
+        Some(bias) if bias.dims() != [out] => x.apply_op2(&weight, Affine { tap })?.broadcast_add(bias),
         Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Affine { tap }),
         None => x.apply_op2(&weight, Affine { tap }),
     }

@@ -1,6 +1,6 @@
 //! The tapped convolution: forward, gradients and the record all speak of the same patches.
 
-use super::{Inputs, Owed, Tap};
+use super::{Inputs, Owed, Tap, per_output};
 use crate::gpu::{self, Gpu, Operand};
 use crate::ops::conv as op;
 use crate::ops::conv_kernels::{gradients, outputs, products};
@@ -28,8 +28,7 @@ pub(crate) fn conv(
         None => Mutex::default(),
     };
     let op = Conv { tap, shape, products };
-    // The kernels read a contiguous bias.
-    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let bias = bias.map(|bias| per_output(name, bias, weight)).transpose()?;
     let bias = bias.as_ref();
     match bias {
         Some(bias) => x.apply_op3(weight, bias, op),

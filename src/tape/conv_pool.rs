@@ -1,6 +1,6 @@
 //! The tapped convolution whose outputs are pooled, and rectified, in the same operation, on the CPU or an NVIDIA GPU.
 
-use super::{Inputs, Owed, Tap};
+use super::{Inputs, Owed, Tap, per_output};
 use crate::gpu::{self, Gpu, Operand};
 use crate::ops::conv_kernels::{gradients, products};
 use crate::ops::conv_pool::{PooledShape, conv_pool_cpu, grad_input, grad_output, grad_weight};
@@ -30,8 +30,7 @@ pub(crate) fn conv_pool(
         None => Mutex::default(),
     };
     let op = ConvPool { tap, shape, relu, products, at: OnceLock::new() };
-    // The kernels read a contiguous bias.
-    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let bias = bias.map(|bias| per_output(name, bias, weight)).transpose()?;
     let bias = bias.as_ref();
     match bias {
         Some(bias) => x.apply_op3(weight, bias, op),

@@ -58,21 +58,6 @@ pub(crate) enum Root {
 pub(crate) type Cotangents<'a> = Box<dyn Iterator<Item = Result<Tensor>> + 'a>;
 
 impl Likelihood {
-    /// The number of loss terms in `outputs`.
-    ///
-    /// # Errors
-    /// When `outputs` is a scalar or empty.
-    pub fn terms(&self, outputs: &Tensor) -> Result<usize> {
-        let classes = outputs.dims().last().copied().unwrap_or(0);
-        if classes == 0 || outputs.elem_count() == 0 {
-            bail!(
-                "observe: expected outputs of shape [.., classes] with at least one example, got {:?}",
-                outputs.dims()
-            )
-        }
-        Ok(outputs.elem_count() / classes)
-    }
-
     /// The mean of the distribution, in the outputs' shape; carries gradients.
     pub(crate) fn mean(&self, outputs: &Tensor) -> Result<Tensor> {
         match self {
@@ -144,7 +129,10 @@ impl Likelihood {
         key: DrawKey,
     ) -> Result<(Cotangents<'a>, f64)> {
         Ok(match (labels, fisher) {
-            (Some(labels), _) => (Box::new(std::iter::once(self.label_cotangent(outputs, labels))), 1.0),
+            (Some(labels), _) => {
+                self.check_labels(outputs, labels)?;
+                (Box::new(std::iter::once(self.label_cotangent(outputs, labels))), 1.0)
+            }
             (None, Fisher::Empirical) => {
                 bail!("factors: the empirical Fisher matrix needs labels, got none")
             }
@@ -188,14 +176,7 @@ impl Likelihood {
             Likelihood::Categorical => {
                 let classes = outputs.dim(D::Minus1)?;
                 let terms = self.terms(&outputs)?;
-                if labels.elem_count() != terms || !labels.dtype().is_int() {
-                    bail!(
-                        "labels: expected {terms} class numbers for outputs {:?}, got {:?} of {:?}",
-                        outputs.dims(),
-                        labels.dims(),
-                        labels.dtype()
-                    )
-                }
+                self.check_class_shape(&outputs, labels, terms)?;
                 let labels = labels.to_device(outputs.device())?.flatten_all()?.to_dtype(DType::U32)?;
                 if let Some(gpu) = Gpu::of(outputs.device()) {
                     let rows = outputs.reshape((terms, classes))?;

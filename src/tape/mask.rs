@@ -40,6 +40,17 @@ impl Mask {
         self.dims
     }
 
+    /// 1 where a position counts, else 0, `[batch, shared, 1]`, u8.
+    pub fn live(&self) -> &Tensor {
+        &self.live
+    }
+
+    /// That of some of the examples, in this order.
+    pub fn select(&self, examples: &Tensor) -> Result<Self> {
+        let live = self.live.squeeze(2)?;
+        Self::new(&live.index_select(&examples.to_device(live.device())?, 0)?)
+    }
+
     /// The live rows of `[batch, shared, features]` as examples of one position, `[live, 1, features]`.
     fn rows(&self, t: &Tensor) -> Result<Tensor> {
         let rows = self.rows.to_device(t.device())?;
@@ -47,7 +58,7 @@ impl Mask {
     }
 
     /// `[batch, shared, features]` with zeros where a position does not count.
-    fn zeroed(&self, t: &Tensor) -> Result<Tensor> {
+    pub fn zeroed(&self, t: &Tensor) -> Result<Tensor> {
         let live = self.live.to_device(t.device())?.broadcast_as(t.shape())?;
         // Not a product: what is left out may be infinite.
         live.where_cond(t, &t.zeros_like()?)

@@ -7,6 +7,7 @@
 mod affine;
 mod conv;
 mod conv_pool;
+mod labels;
 mod likelihood;
 mod mask;
 mod record;
@@ -55,6 +56,8 @@ pub struct Tape(Arc<Mutex<State>>);
 #[derive(Default)]
 struct State {
     layers: Vec<Arc<Layer>>,
+    /// Uses of these layers' weights with another bias than the first use's, or without one.
+    other_biases: Vec<Arc<Layer>>,
     pass: Option<Pass>,
     mask: Option<Arc<Mask>>,
 }
@@ -91,6 +94,12 @@ impl Tape {
     /// The tapped layers in order of construction.
     pub fn layers(&self) -> Vec<Arc<Layer>> {
         self.state().layers.clone()
+    }
+
+    /// The uses of layers' weights with another bias than the layer's own, or without one. Records say which bias was added: they come
+    /// with the use's layer.
+    pub(crate) fn other_biases(&self) -> Vec<Arc<Layer>> {
+        self.state().other_biases.clone()
     }
 
     /// Runs one backward pass of `<cotangent, outputs>` for its records alone: weight gradients are not computed.
@@ -133,7 +142,7 @@ impl Tape {
         }
         let root = (outputs * cotangent.detach())?.sum_all()?;
         self.arm(reducer, weight_grads)?;
-        let done = root.backward();
+        let done = crate::stack::deep(|| root.backward());
         let records = self.disarm();
         let grads = done?;
         if records? == 0 {
@@ -191,6 +200,16 @@ impl Tape {
         Ok(())
     }
 
+    /// The mask that holds at present.
+    pub(crate) fn current_mask(&self) -> Option<Arc<Mask>> {
+        self.state().mask.clone()
+    }
+
+    /// Puts a mask in place of the present one, which is returned.
+    pub(crate) fn replace_mask(&self, mask: Option<Arc<Mask>>) -> Option<Arc<Mask>> {
+        std::mem::replace(&mut self.state().mask, mask)
+    }
+
     /// The tap of a layer that is being built, if a tape is being recorded on this thread.
     pub(crate) fn tap(name: &str, weight: &Tensor, bias: Option<&Tensor>, groups: usize) -> Option<Tap> {
         Self::tap_as(Kind::Matrix, name, weight, bias, groups)
@@ -205,16 +224,26 @@ impl Tape {
         groups: usize,
     ) -> Option<Tap> {
         let tape = BUILDING.with(|b| b.borrow().clone())?;
+        // A bias that broadcasts over the outputs belongs to no block.
+        let bias = bias.filter(|bias| bias.dims() == &weight.dims()[..1]);
         let mut state = tape.state();
         let known = state.layers.iter().find(|l| l.is_use_of(weight.id(), kind)).cloned();
-        let layer = known.unwrap_or_else(|| {
-            let index = state.layers.len();
-            let name = if name.is_empty() { format!("layer{index}") } else { name.to_string() };
-            let layer = Layer { index, name, kind, weight: weight.clone(), bias: bias.cloned(), groups };
-            let layer = Arc::new(layer);
-            state.layers.push(layer.clone());
-            layer
-        });
+        let layer = match known {
+            Some(known) if known.bias.as_ref().map(Tensor::id) == bias.map(Tensor::id) => known,
+            Some(known) => {
+                let layer = Arc::new(Layer { bias: bias.cloned(), ..(*known).clone() });
+                state.other_biases.push(layer.clone());
+                layer
+            }
+            None => {
+                let index = state.layers.len();
+                let name = if name.is_empty() { format!("layer{index}") } else { name.to_string() };
+                let layer = Layer { index, name, kind, weight: weight.clone(), bias: bias.cloned(), groups };
+                let layer = Arc::new(layer);
+                state.layers.push(layer.clone());
+                layer
+            }
+        };
         drop(state);
         Some(Tap { tape, layer })
     }
@@ -223,6 +252,18 @@ impl Tape {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+/// The bias of a convolution, contiguous and one a channel, as its kernels read it; a single number serves all channels.
+fn per_output(name: &str, bias: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let out = weight.dim(0)?;
+    if bias.dims() == [out] {
+        return bias.contiguous();
+    }
+    if bias.elem_count() != 1 {
+        bail!("layer {name}: expected a bias [{out}], or one number for all channels, got {:?}", bias.dims())
+    }
+    bias.reshape(1)?.broadcast_as(out)?.contiguous()
 }
 
 /// A layer's line to its tape. Clones are the same layer: using it again shares its weights.

@@ -303,13 +303,12 @@ fn kernels_of_tensors() -> Result<()> {
         let problem = golden.problem()?;
         let file = Checkpoint::read(path(&format!("{name}.safetensors")), &Device::Cpu)?;
         let eight = golden.examples.select(&[0, 1, 2, 3, 4, 5, 6, 7])?;
-        let outputs = problem.outputs(&eight)?;
+        let pass = problem.pass(&eight)?;
         for (kind, likelihood) in [("K8", Likelihood::Gaussian), ("M8", Likelihood::Categorical)] {
-            let columns = likelihood.cotangents(&outputs, Root::PerOutput)?;
-            let rows = Rows::gather(&problem.tape, &outputs, columns, |layer| problem.tensors_of(layer))?;
+            let rows = pass.gather(likelihood.cotangents(&pass.outputs, Root::PerOutput)?, usize::MAX)?;
             for (index, p) in problem.parameters().iter().enumerate() {
                 let expected = file.tensors[&format!("{kind}.{}", p.name)].to_vec2::<f64>()?;
-                let of_one = rows.of_layer(p.of_layer, !p.is_bias, p.is_bias).expect("a layer");
+                let of_one = rows.of_tensors(|tensor| tensor == index).expect("a layer");
                 let ones = vec![super::super::log_det::Precision::Uniform(1.0); index + 1];
                 let found = of_one.shifted_kernel(1.0, &ones)?.to_vec2::<f64>()?;
                 for (i, row) in found.iter().enumerate() {

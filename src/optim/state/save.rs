@@ -167,7 +167,8 @@ impl Core {
         for Adam { param, steps, moments: _ } in adam {
             note(&format!("adam_steps.{}", vars[*param].name), steps.to_string());
         }
-        Checkpoint { tensors, metadata: [(KEY.to_string(), numbers)].into() }.write(path)
+        Checkpoint { tensors, metadata: [(KEY.to_string(), numbers)].into(), ..Default::default() }
+            .write(path)
     }
 }
 

@@ -17,7 +17,12 @@ pub(super) fn moved(set: &Set, w: &Tensor) -> Result<Option<Option<Tensor>>> {
     let excess = seen.excess(set)?;
     let enough = match *set {
         Set::Sphere { radius, .. } => slack(w.dtype(), w.elem_count(), radius),
-        _ => 0.0,
+        Set::L2 { .. }
+        | Set::Box { .. }
+        | Set::L1 { .. }
+        | Set::GroupBall { .. }
+        | Set::Simplex { .. }
+        | Set::MaxNorm { .. } => 0.0,
     };
     if excess <= enough {
         return Ok(Some(None));
@@ -67,7 +72,16 @@ impl Seen {
     /// Nothing where sums of squares do not say it all, or are not finite: the host finds the place.
     fn of(set: &Set, w: &Tensor) -> Result<Option<Self>> {
         let tiles = set.check_for(w.dims())?.tiles();
-        if matches!(set, Set::Simplex { .. }) || w.elem_count() == 0 || !w.dtype().is_float() {
+        let by_sums = match set {
+            Set::Simplex { .. } => false,
+            Set::L2 { .. }
+            | Set::Box { .. }
+            | Set::L1 { .. }
+            | Set::GroupBall { .. }
+            | Set::MaxNorm { .. }
+            | Set::Sphere { .. } => true,
+        };
+        if !by_sums || w.elem_count() == 0 || !w.dtype().is_float() {
             return Ok(None);
         }
         let w = w.detach().contiguous()?;
@@ -84,7 +98,11 @@ impl Seen {
         Ok(match *set {
             Set::Box { bound } => (largest(&self.w)? - bound).max(0.0),
             Set::L1 { radius } => (self.sizes.iter().sum::<f64>() - radius).max(0.0),
-            _ => set.excess_of(&self.norms),
+            Set::L2 { .. }
+            | Set::GroupBall { .. }
+            | Set::Simplex { .. }
+            | Set::MaxNorm { .. }
+            | Set::Sphere { .. } => set.excess_of(&self.norms),
         })
     }
 

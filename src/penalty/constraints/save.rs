@@ -9,19 +9,21 @@ use std::path::Path;
 const KEY: &str = "kronwake constraints";
 
 impl Constraints {
-    /// Writes multipliers, integrals and averages as safetensors, `[groups]` in f64 each, named `{Var}.{index}.alpha`, `.integral` and
-    /// (after a first step) `.average`, where `index` counts the Var's multipliers. Penalties and projections have no state, and the Vars are
-    /// not in it.
+    /// Writes the multipliers' state as safetensors, `[groups]` in f64 each: named `{Var}.{index}.alpha`, `.integral`, (after a first step)
+    /// `.average`, `.penalty`, the factor of the quadratic term, and `.least` and `.stalled`, of which the report says whether constraints look
+    /// infeasible. `index` counts the Var's multipliers; those of a [`Rule::LagrangianTotal`](super::Rule::LagrangianTotal) are named
+    /// `{pattern} together.{index}`. Penalties and projections have no state, and the Vars are not in it.
     ///
     /// ```
     /// # use candle_core::{DType, Device};
     /// # use kronwake::nn::{VarBuilder, VarMap};
-    /// use kronwake::penalty::{Constraints, Dual, Grouping, Omega, Rule};
+    /// use kronwake::penalty::{Bound, Constraints, Dual, Grouping, Omega, Rule};
     ///
     /// # let varmap = VarMap::new();
     /// # VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).get(2, "w")?;
     /// # let file = std::env::temp_dir().join(format!("kronwake-doc-constraints-{}", std::process::id()));
-    /// let rule = Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: 1.0, dual: Dual::ascent(0.1) };
+    /// let (omega, bound) = (Omega::Norm(Grouping::Rows), Bound::AtMost(1.0));
+    /// let rule = Rule::Multiply { omega, bound, dual: Dual::ascent(0.1) };
     /// let mut constraints = Constraints::new(&varmap, &[("w", rule)])?;
     /// constraints.after_step(0.1)?;
     /// constraints.save(&file)?;
@@ -37,10 +39,8 @@ impl Constraints {
         let mut lines = String::new();
         for (name, multiplier) in self.multipliers() {
             lines.push_str(&format!("{name} = {}\n", multiplier.kind()));
-            for (slot, values) in multiplier.state() {
-                if let Some(values) = values {
-                    file.tensors.insert(format!("{name}.{slot}"), values.to_device(&Device::Cpu)?);
-                }
+            for (slot, values) in multiplier.state()? {
+                file.tensors.insert(format!("{name}.{slot}"), values);
             }
         }
         file.metadata.insert(KEY.into(), lines);
@@ -48,7 +48,9 @@ impl Constraints {
     }
 
     /// Goes on from what [`Constraints::save`] wrote for constraints of the same functions and bounds on Vars of the same names and shapes: the
-    /// steps that follow are those that would have followed there. How the multipliers follow ([`Dual`](super::super::Dual)) may differ.
+    /// steps that follow are those that would have followed there. How the multipliers follow ([`Dual`](super::super::Dual)) may differ. Files of
+    /// versions that wrote multipliers, integrals and averages alone are read: penalties start at the first one, and stalls are counted from
+    /// here.
     ///
     /// # Errors
     /// When the file cannot be read or is another's; the message names the multiplier, and nothing has changed.
@@ -59,7 +61,7 @@ impl Constraints {
             bail!("{}: not a file of constraints: no metadata entry {KEY:?}", path.display())
         };
         let kinds: Vec<_> = lines.lines().filter_map(|line| line.split_once(" = ")).collect();
-        let mut states = vec![];
+        let mut resumed = vec![];
         for (name, multiplier) in self.multipliers() {
             let expected = multiplier.kind();
             match kinds.iter().find(|(other, _)| *other == name) {
@@ -70,47 +72,49 @@ impl Constraints {
                 None => bail!("{}: {name} is missing", path.display()),
             }
             let groups = multiplier.count();
-            let mut read = |slot: &str| -> Result<Option<Tensor>> {
+            let read = |slot: &'static str| -> Result<Option<Tensor>> {
                 let key = format!("{name}.{slot}");
                 let Some(values) = file.tensors.remove(&key) else { return Ok(None) };
                 if values.dims() != [groups] {
-                    bail!("{}: {key} is {:?}, expected [{groups}]", path.display(), values.dims())
+                    bail!("{key} is {:?}, expected [{groups}]", values.dims())
                 }
                 match values.to_vec1::<f64>() {
                     Ok(numbers) if numbers.iter().all(|v| v.is_finite()) => Ok(Some(values)),
-                    _ => bail!("{}: {key}: expected finite numbers in f64", path.display()),
+                    Ok(_) | Err(_) => bail!("{key}: expected finite numbers in f64"),
                 }
             };
-            // Multipliers that have not stepped have no average.
-            let (alpha, integral, average) = (read("alpha")?, read("integral")?, read("average")?);
-            match (alpha, integral) {
-                (Some(alpha), Some(integral)) => states.push((alpha, integral, average)),
-                (None, _) => bail!("{}: {name}.alpha is missing", path.display()),
-                (_, None) => bail!("{}: {name}.integral is missing", path.display()),
+            match multiplier.resumed(&name, read) {
+                Ok(multiplier) => resumed.push(multiplier),
+                Err(error) => bail!("{}: {error}", path.display()),
             }
         }
         if let Some((name, _)) = kinds.iter().find(|(name, _)| !self.multipliers().any(|(n, _)| n == *name)) {
             bail!("{}: {name} has no place here", path.display())
         }
-        let multipliers = self.entries.iter_mut().flat_map(|entry| &mut entry.multipliers);
-        multipliers.zip(states).for_each(|(multiplier, (alpha, integral, average))| {
-            multiplier.set_state(alpha, integral, average)
-        });
+        let own = self.entries.iter_mut().flat_map(|entry| &mut entry.multipliers);
+        let joint = self.joint.iter_mut().map(|joint| &mut joint.multiplier);
+        own.chain(joint).zip(resumed).for_each(|(old, new)| *old = new);
         Ok(())
     }
 
-    /// All multipliers by the Var's name and their index there.
+    /// All multipliers by the Var's name and their index there, and those of several Vars by pattern and index among their kind.
     fn multipliers(&self) -> impl Iterator<Item = (String, &Multiplier)> {
-        self.entries.iter().flat_map(|entry| {
+        let own = self.entries.iter().flat_map(|entry| {
             let each = entry.multipliers.iter().enumerate();
             each.map(|(index, multiplier)| (format!("{}.{index}", entry.name), multiplier))
-        })
+        });
+        let joint = self
+            .joint
+            .iter()
+            .enumerate()
+            .map(|(index, joint)| (format!("{} together.{index}", joint.pattern), &joint.multiplier));
+        own.chain(joint)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::{Dual, Grouping, Omega, Rule};
+    use super::super::super::{AugmentedLagrangian, Bound, Dual, Grouping, Omega, Rule};
     use super::*;
     use candle_core::Var;
     use candle_nn::VarMap;
@@ -127,10 +131,22 @@ mod tests {
             let var = Var::from_vec(start, (rows, 3), &Device::Cpu)?;
             varmap.data().lock().unwrap().insert((*name).into(), var);
         }
-        let multiply = |omega, dual| Rule::Multiply { omega, bound, dual };
+        let multiply = |omega, dual| Rule::Multiply { omega, bound: bound.into(), dual };
         let rules = [
             ("*", multiply(Omega::Norm(Grouping::Rows), Dual::nu_pi(0.5, 0.1, 0.9))),
-            ("*", multiply(Omega::L1(Grouping::Columns), Dual::ascent(0.05))),
+            ("*", multiply(Omega::L1(Grouping::Columns), Dual { cap: Some(0.3), ..Dual::ascent(0.05) })),
+            (
+                "*",
+                Rule::LagrangianTotal {
+                    omega: Omega::SquaredNorm(Grouping::Whole),
+                    bound: Bound::Equal(2.),
+                    dual: Dual::augmented_lagrangian(AugmentedLagrangian {
+                        penalty: 0.1,
+                        growth: 1.01,
+                        ..Default::default()
+                    }),
+                },
+            ),
         ];
         let constraints = Constraints::new(&varmap, &rules)?;
         Ok(Setup { varmap, constraints })
@@ -158,7 +174,10 @@ mod tests {
             for (_, var) in self.varmap.data().lock().unwrap().iter() {
                 all.extend(var.flatten_all()?.to_vec1::<f64>()?);
             }
-            all.extend(self.constraints.report()?.into_iter().flat_map(|(_, report)| report.alpha));
+            for (_, report) in self.constraints.report()? {
+                all.extend(report.alpha.into_iter().chain(report.penalty));
+                all.extend(report.stalled.into_iter().map(|steps| steps as f64));
+            }
             let mut bits: Vec<_> = all.into_iter().map(f64::to_bits).collect();
             bits.sort_unstable();
             Ok(bits)
@@ -181,6 +200,9 @@ mod tests {
             assert_eq!(whole.bits()?, resumed.bits()?);
             let reports = whole.constraints.report()?;
             assert!(reports.iter().any(|(_, report)| report.alpha.iter().any(|a| *a > 0.)));
+            let (name, together) = &reports[4];
+            assert!(*name == "*" && together.penalty[0] > 0.1 && together.penalty[0] < 1e4, "{together:?}");
+            assert!(reports.iter().any(|(_, report)| report.stalled.iter().any(|steps| *steps > 0)));
         }
         let mut empty = setup(0, 1., &["a"])?.constraints;
         empty.after_step(0.1)?;
@@ -201,6 +223,26 @@ mod tests {
             assert!(error.starts_with(&format!("{file}: {message}")), "{error}");
             assert_eq!(other.bits()?, before);
         }
+        // What older versions wrote: no penalties, and no stalls.
+        let (mut whole, mut resumed) = (setup(4, 1., &["a", "b"])?, setup(4, 1., &["a", "b"])?);
+        whole.step(50)?;
+        whole.constraints.save(&path)?;
+        let mut old = Checkpoint::read(&path, &Device::Cpu)?;
+        let kept = ["alpha", "integral", "average"];
+        old.tensors.retain(|name, _| kept.iter().any(|slot| name.ends_with(slot)));
+        old.write(&path)?;
+        resumed.constraints.resume(&path)?;
+        let alphas = |setup: &Setup| -> Result<Vec<Vec<f64>>> {
+            Ok(setup.constraints.report()?.into_iter().map(|(_, report)| report.alpha).collect())
+        };
+        assert_eq!(alphas(&whole)?, alphas(&resumed)?);
+        let reports = resumed.constraints.report()?;
+        assert!(reports.iter().all(|(_, report)| report.stalled.iter().all(|steps| *steps == 0)));
+        assert_eq!(reports[4].1.penalty, [0.1]);
+        old.tensors.remove("b.1.integral");
+        old.write(&path)?;
+        let error = resumed.constraints.resume(&path).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{file}: b.1.integral is missing")), "{error}");
         Checkpoint::default().write(&path)?;
         let error = setup(4, 1., &["a"])?.constraints.resume(&path).unwrap_err().to_string();
         assert!(error.contains("not a file of constraints"), "{error}");

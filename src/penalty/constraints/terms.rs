@@ -1,6 +1,7 @@
 //! What constraints add to the loss: as a term of it, or as gradients beside its own.
 
 use super::{Arranged, Constraints, Entry, Rule, check_like, named};
+use crate::penalty::Penalty;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -18,6 +19,10 @@ impl Constraints {
         }
         for arranged in &self.arranged {
             total = Some(plus(total, (arranged.penalty.total(&self.layers(arranged))? * arranged.factor)?)?);
+        }
+        for joint in &self.joint {
+            let weights = self.weights(&joint.places);
+            total = Some(plus(total, joint.multiplier.total_term(&weights).map_err(|e| joint.named(e))?)?);
         }
         self.or_zero(total)
     }
@@ -81,6 +86,15 @@ impl Constraints {
                 add(place, gradient).map_err(|e| named(&self.entries[place].name, e))?;
             }
         }
+        for joint in &self.joint {
+            let weights = self.weights(&joint.places);
+            let (value, gradients) =
+                joint.multiplier.total_gradients(&weights).map_err(|e| joint.named(e))?;
+            total = Some(plus(total, value)?);
+            for (&place, gradient) in joint.places.iter().zip(gradients) {
+                add(place, gradient).map_err(|e| joint.named(e))?;
+            }
+        }
         let total = self.or_zero(total)?;
         for (entry, sum) in self.entries.iter().zip(sums) {
             if let Some(sum) = sum {
@@ -118,12 +132,24 @@ fn plus(total: Option<Tensor>, term: Tensor) -> Result<Tensor> {
 }
 
 impl Entry {
+    /// The penalties that are terms of the loss, with their factors.
+    fn penalties(&self) -> impl Iterator<Item = (&dyn Penalty, f64)> {
+        self.rules.iter().filter_map(|rule| match rule {
+            Rule::Penalize { penalty, factor } => Some((penalty.as_ref(), *factor)),
+            Rule::Free
+            | Rule::Arrange { .. }
+            | Rule::Proximal { .. }
+            | Rule::Project { .. }
+            | Rule::Mask { .. }
+            | Rule::Multiply { .. }
+            | Rule::LagrangianTotal { .. } => None,
+        })
+    }
+
     fn terms(&self) -> Result<Vec<Tensor>> {
         let mut terms = vec![];
-        for rule in &self.rules {
-            if let Rule::Penalize { penalty, factor } = rule {
-                terms.push((penalty.value(&self.var)? * *factor)?);
-            }
+        for (penalty, factor) in self.penalties() {
+            terms.push((penalty.value(&self.var)? * factor)?);
         }
         for multiplier in &self.multipliers {
             terms.push(multiplier.term(&self.var)?);
@@ -134,12 +160,10 @@ impl Entry {
     /// [`Entry::terms`] with their gradients.
     fn gradients(&self) -> Result<Vec<(Tensor, Tensor)>> {
         let mut all = vec![];
-        for rule in &self.rules {
-            if let Rule::Penalize { penalty, factor } = rule {
-                let (value, gradient) = penalty.value_and_gradient(&self.var, *factor)?;
-                check_like(penalty.as_ref(), "a gradient", &gradient, &self.var)?;
-                all.push((value, gradient));
-            }
+        for (penalty, factor) in self.penalties() {
+            let (value, gradient) = penalty.value_and_gradient(&self.var, factor)?;
+            check_like(penalty, "a gradient", &gradient, &self.var)?;
+            all.push((value, gradient));
         }
         for multiplier in &self.multipliers {
             all.push(multiplier.term_and_gradient(&self.var)?);

@@ -1,8 +1,13 @@
 use super::super::{GroupLasso, Grouping, Lp, SparseGroupLasso};
 use super::*;
+use crate::gpu::emulate::emulate;
 use crate::ops::testing::{assert_close, random, values};
-use candle_core::Device;
+use crate::penalty::AugmentedLagrangian;
+use candle_core::{DType, Device};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD};
+
+mod through;
+mod total;
 
 /// `sum |w|`.
 #[derive(Debug)]
@@ -52,7 +57,7 @@ fn ball(radius: f64) -> Rule {
 }
 
 fn multiply() -> Rule {
-    Rule::Multiply { omega: Omega::Norm(Grouping::Whole), bound: 1.0, dual: Dual::ascent(0.5) }
+    Rule::Multiply { omega: Omega::Norm(Grouping::Whole), bound: Bound::AtMost(1.0), dual: Dual::ascent(0.5) }
 }
 
 #[test]
@@ -119,8 +124,8 @@ fn gradients_are_those_of_the_loss() -> Result<()> {
         ("c", penalize(Arc::new(Spatial::default()))),
         ("c", lasso(0.2)),
         ("*.w", Rule::Arrange { penalty: Spatial::default(), factor: 0.1 }),
-        ("a.w", Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: 0.5, dual }),
-        ("d", Rule::Multiply { omega: Omega::L1(Grouping::Whole), bound: 9.0, dual }),
+        ("a.w", Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: Bound::AtMost(0.5), dual }),
+        ("d", Rule::Multiply { omega: Omega::L1(Grouping::Whole), bound: Bound::AtMost(9.0), dual }),
     ];
     let mut constraints = Constraints::new(&map, &rules)?;
     constraints.after_step(0.1)?;
@@ -226,7 +231,11 @@ fn refusals_name_the_vars() {
         Rule::Project {
             set: Set::MaxNorm { grouping: Grouping::Blocks { rows: 0, columns: 1 }, radius: 1.0 },
         },
-        Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: f64::NAN, dual: Dual::ascent(1.0) },
+        Rule::Multiply {
+            omega: Omega::Norm(Grouping::Rows),
+            bound: Bound::AtMost(f64::NAN),
+            dual: Dual::ascent(1.0),
+        },
     ] {
         let error = refused(&map, &[("*", Rule::Free), ("b*", rule)]);
         assert!(error.starts_with("constraints: b.w"), "{error}");
@@ -266,6 +275,27 @@ fn masked_weights_stay_zero() -> Result<()> {
             constraints.after_step(f64::NAN)?; // the learning rate is the proximal steps' alone
             let found: Vec<f64> = w.to_dtype(DType::F64)?.to_vec1()?;
             assert!(found[1] == 0.0 && found[2] == 0.0 && found[0] > 3.0 && found[3] > 1.0, "{found:?}");
+        }
+    }
+    // Zero times NaN is NaN; a masked weight is zero all the same, on a GPU too, and so is what a rule after the mask sees.
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+        for rules in [1, 2] {
+            let step = || -> Result<Vec<f64>> {
+                let (nan, inf) = (f64::NAN, f64::INFINITY);
+                let start = Tensor::new(&[3.0, nan, -inf, inf, 4.0], &Device::Cpu)?.to_dtype(dtype)?;
+                let map = VarMap::new();
+                map.data().lock().unwrap().insert("w".into(), Var::from_tensor(&start)?);
+                let mask = Tensor::new(&[1u8, 0, 0, 0, 1], &Device::Cpu)?;
+                let rules = &[("w", Rule::Mask { mask }), ("w", ball(1.0))][..rules];
+                Constraints::new(&map, rules)?.after_step(0.1)?;
+                let w = map.data().lock().unwrap()["w"].clone();
+                values(&w)
+            };
+            let kept = if rules == 1 { [3.0, 4.0] } else { [0.6, 0.8] };
+            for found in [step()?, emulate(step)?] {
+                assert_eq!(found[1..4].iter().map(|v| v.to_bits()).collect::<Vec<_>>(), [0; 3], "{found:?}");
+                assert!((found[0] - kept[0]).abs() + (found[4] - kept[1]).abs() < 0.01, "{found:?}");
+            }
         }
     }
     let map = varmap(&[("w", &[1.0, 2.0])]);

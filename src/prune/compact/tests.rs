@@ -2,6 +2,8 @@ use super::*;
 use crate::ops::pool::relu;
 use crate::ops::testing::{assert_close, random, values};
 
+mod nets;
+
 /// Random weights of which whole rows, whole columns and single ones are zero.
 fn weights(name: &str, seed: u64, dims: &[usize], bias: bool) -> Result<Weights> {
     let (out, per_row) = (dims[0], dims[1..].iter().product::<usize>());
@@ -16,10 +18,6 @@ fn weights(name: &str, seed: u64, dims: &[usize], bias: bool) -> Result<Weights>
     }
     let bias = if bias { Some(random(seed + 200, &[out])?) } else { None };
     Ok(Weights { name: name.into(), weight: Tensor::from_vec(w, dims, &Device::Cpu)?, bias })
-}
-
-fn run(stages: &[Stage], x: &Tensor) -> Result<Tensor> {
-    stages.iter().try_fold(x.clone(), |x, stage| stage.forward(&x))
 }
 
 fn sizes(stages: &[Stage]) -> Vec<Vec<usize>> {

@@ -1,0 +1,189 @@
+//! The command line.
+
+use crate::model::Spec;
+use crate::values::{Choice, Place, count, dtype, not_negative, one_of, positive};
+use candle_core::{DType, Result, bail};
+use clap::Parser;
+use kronwake::optim::{AdaptiveKl, StepRule};
+use std::path::{Path, PathBuf};
+
+/// Fine-tune a model from a safetensors checkpoint with the optimizers of kronwake.
+///
+/// Without arguments: trains a small CNN on classes 0 to 4 of a bundled subset of Fashion-MNIST, saves it, reads it back, and fine-tunes it on
+/// classes 5 to 9, with a new last layer, by KLD-WRM, SO-KLD-WRM and AdamW from the same parameters on the same batches.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "finetune", allow_negative_numbers = true)]
+pub struct Args {
+    /// How to fine-tune; `compare` runs kldwrm, so and adamw
+    #[arg(long, default_value = "compare", value_parser = one_of(&CHOICES))]
+    pub optimizer: Choice,
+    /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh] | vit, a vision transformer | decoder, a small Llama that learns this project's Rust and is
+    /// tuned on its CUDA | bert, which needs --checkpoint and --data
+    #[arg(long, default_value = "lenet5")]
+    pub model: Net,
+    /// Parameters to start from (safetensors, an index of several, or a folder with either) [default: a base that is trained first]; for bert the
+    /// folder also has config.json and tokenizer.json
+    #[arg(long, value_name = "PATH")]
+    pub checkpoint: Option<PathBuf>,
+    /// Sentences for bert: a sentence, a tab and a label a line; every fifth is a test
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Start from random parameters, without a base
+    #[arg(long, conflicts_with = "checkpoint")]
+    pub scratch: bool,
+    /// Element type of parameters and activations: f32 | f64 | bf16 | f16, which is trained with a scaled loss
+    #[arg(long, default_value = "f32", value_parser = dtype)]
+    pub dtype: DType,
+    /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
+    #[arg(long, default_value = "cpu")]
+    pub device: Place,
+    /// Worker threads [default: one a core]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub threads: Option<usize>,
+
+    /// Passes over the training set of the fine-tuning
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = count)]
+    pub epochs: usize,
+    /// Passes over that of the base, where one is trained
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = count, conflicts_with_all = ["checkpoint", "scratch"])]
+    pub base_epochs: usize,
+    /// Examples a step
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = count)]
+    pub batch: usize,
+    /// Highest learning rate; for kldwrm the fraction of a step's length [default: kldwrm 1, so and kfac 0.05, adamw 0.004, but for bert 0.00005 or
+    /// with --lora 0.001]
+    #[arg(long, value_parser = positive)]
+    pub lr: Option<f64>,
+    /// Divergence of kldwrm's first step, in nats; later ones find theirs [default: 0.02, but for bert 0.002]
+    #[arg(long, value_name = "KL", value_parser = positive)]
+    pub kl_target: Option<f64>,
+    /// Bound on the squared length of so's and kfac's steps in the metric of the curvature [default: none, but for bert 0.001]
+    #[arg(long, value_name = "KL", value_parser = positive)]
+    pub kl_clip: Option<f64>,
+    /// Weight decay, decoupled
+    #[arg(long, default_value_t = 0.01, value_parser = not_negative)]
+    pub weight_decay: f64,
+    /// Steps in which the learning rate rises to --lr; then it falls by half a cosine to 5 %
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub warmup: usize,
+    /// Largest norm of all gradients together
+    #[arg(long, value_name = "NORM", value_parser = positive)]
+    pub clip: Option<f64>,
+    /// Parameters that are not trained: names in which * stands for any run of characters; may be repeated
+    #[arg(long, value_name = "PATTERN")]
+    pub freeze: Vec<String>,
+    /// Train adapters of this rank beside the layers, and the new last layer, and nothing else; they are merged at the end
+    #[arg(long, value_name = "RANK", value_parser = count)]
+    pub lora: Option<usize>,
+    /// The adapters' product is multiplied by this / RANK
+    #[arg(long, default_value_t = 16.0, value_parser = positive, requires = "lora")]
+    pub alpha: f64,
+    /// Measure on every fifth training example, which is not trained on, in place of the test set: to choose options by
+    #[arg(long)]
+    pub hold_out: bool,
+    /// Of the new layer's first values, the adapters', the order of the examples and sampled labels
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Folder of base.safetensors, tuned-OPTIMIZER.safetensors and finetune.svg, made if missing
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub out: PathBuf,
+    /// Write parameters and state to DIR/state-OPTIMIZER.safetensors after every N steps, replaced at once
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub save_every: Option<usize>,
+    /// Go on from those files, where they are there
+    #[arg(long, requires = "save_every")]
+    pub resume: bool,
+}
+
+/// What `--optimizer` takes.
+const CHOICES: [Choice; 5] = [Choice::Kldwrm, Choice::So, Choice::Kfac, Choice::Adamw, Choice::Compare];
+
+/// What `--model` takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Net {
+    Of(Spec),
+    Vit,
+    Decoder,
+    Bert,
+}
+
+impl std::str::FromStr for Net {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "vit" => Ok(Self::Vit),
+            "decoder" => Ok(Self::Decoder),
+            "bert" => Ok(Self::Bert),
+            _ => text.parse().map(Self::Of).map_err(|e| format!("{e}, or vit, decoder, bert")),
+        }
+    }
+}
+
+impl Args {
+    /// The highest learning rate.
+    pub fn lr(&self, choice: Choice) -> f64 {
+        let usual = match choice {
+            Choice::Kldwrm => 1.0,
+            Choice::So | Choice::Kfac => 0.05,
+            _ => match (&self.model, self.lora) {
+                (Net::Bert, None) => 5e-5,
+                (Net::Bert, Some(_)) => 1e-3,
+                _ => 4e-3,
+            },
+        };
+        self.lr.unwrap_or(usual)
+    }
+
+    /// What is to be run, one after the other.
+    pub fn runs(&self) -> &[Choice] {
+        match &self.optimizer {
+            Choice::Compare => &[Choice::Kldwrm, Choice::So, Choice::Adamw],
+            one => std::slice::from_ref(one),
+        }
+    }
+
+    /// Refuses options that nothing that is run would use.
+    pub fn check(&self) -> Result<()> {
+        let runs = |choices: &[Choice]| self.runs().iter().any(|choice| choices.contains(choice));
+        if self.data.is_some() && self.model != Net::Bert {
+            bail!("--data is for --model bert; the other models are trained on what is bundled")
+        }
+        if self.kl_target.is_some() && !runs(&[Choice::Kldwrm]) {
+            bail!("--kl-target is for kldwrm, and --optimizer is {}", self.optimizer.name())
+        }
+        if self.kl_clip.is_some() && !runs(&[Choice::So, Choice::Kfac]) {
+            bail!("--kl-clip is for so and kfac, and --optimizer is {}", self.optimizer.name())
+        }
+        Ok(())
+    }
+
+    fn for_bert(&self, default: f64) -> Option<f64> {
+        (self.model == Net::Bert).then_some(default)
+    }
+
+    /// What `rule` has, with the divergence of the first step. Blocks take no account of each other, and the many layers of a pretrained
+    /// encoder all change the same few logits: a step goes further there than the blocks say.
+    pub fn step_rule(&self, rule: StepRule) -> StepRule {
+        match (rule, self.kl_target.or(self.for_bert(0.002))) {
+            (StepRule::AdaptiveKl(rule), Some(initial)) => {
+                StepRule::AdaptiveKl(AdaptiveKl { initial, ..rule })
+            }
+            (rule, _) => rule,
+        }
+    }
+
+    /// The bound on steps of rules that have a learning rate.
+    pub fn kl_clip(&self, rule: StepRule) -> Option<f64> {
+        self.kl_clip.or(self.for_bert(0.001)).filter(|_| rule == StepRule::LearningRate)
+    }
+
+    /// The folder and the sentences of `--model bert`.
+    pub fn sentences(&self) -> Result<(&Path, &Path)> {
+        match (&self.checkpoint, &self.data) {
+            (Some(checkpoint), Some(data)) => Ok((checkpoint, data)),
+            _ => bail!("--model bert needs --checkpoint DIR and --data FILE"),
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Fine-tunes a model from a safetensors checkpoint; `cargo run --release --example finetune -- --help` lists what can be chosen.
+
+mod args;
+mod images;
+mod optimizer;
+mod sentences;
+mod task;
+mod text;
+mod train;
+
+use crate::{curves, program};
+use args::{Args, Net};
+use candle_core::{Result, bail};
+use clap::Parser;
+use std::process::ExitCode;
+use task::Task;
+
+/// The program.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    program::start(args.threads, || work(&args))
+}
+
+fn work(args: &Args) -> Result<()> {
+    args.check()?;
+    program::make_folder("--out", &args.out)?;
+    let device = args.device.open()?;
+    let task: Box<dyn Task> = match &args.model {
+        Net::Of(spec) => Box::new(images::Images::new(args, Some(spec.clone()), &device)?),
+        Net::Vit => Box::new(images::Images::new(args, None, &device)?),
+        Net::Decoder => Box::new(text::Text::new(args, &device)?),
+        Net::Bert => {
+            let (folder, data) = args.sentences()?;
+            Box::new(sentences::Sentences::new(args, folder, data, &device)?)
+        }
+    };
+    println!("{}", task.title());
+    let base = match &args.checkpoint {
+        Some(path) => Some(path.clone()),
+        None if args.scratch => None,
+        None => {
+            let path = args.out.join("base.safetensors");
+            task.train_base(args, &path)?;
+            Some(path)
+        }
+    };
+    let mut runs = Vec::new();
+    for &choice in args.runs() {
+        println!();
+        runs.push(train::tune(choice, args, task.as_ref(), base.as_deref(), &device)?);
+    }
+    println!();
+    println!("{}", train::comparison(&runs));
+    let path = args.out.join("finetune.svg");
+    curves::curves(&path, "step", "test loss", |by_time, accuracy| {
+        runs.iter().map(|run| run.line(by_time, accuracy)).collect()
+    })?;
+    println!("curves: {}", path.display());
+    Ok(())
+}

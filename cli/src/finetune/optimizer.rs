@@ -1,0 +1,68 @@
+//! The optimizers as the command line asks for them, and what is done to gradients first.
+
+use super::args::Args;
+use crate::optimizer::{Optimizer, seeded};
+use crate::values::Choice;
+use candle_core::{DType, Result, Tensor, Var, bail};
+use kronwake::nn::VarMap;
+use kronwake::optim::{Decay, LossScale, NonFinite, Params, ParamsAdamW, Wake, clip_gradients};
+use kronwake::tape::Tape;
+
+/// An optimizer with what is done to its gradients.
+pub struct Tuner {
+    pub optimizer: Optimizer,
+    vars: Vec<Var>,
+    tape: Tape,
+    clip: Option<f64>,
+    /// For f16.
+    scale: Option<LossScale>,
+}
+
+impl Tuner {
+    /// The optimizer `choice` of all of `vars`, which belong to a model that was built on `tape`.
+    pub fn new(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<Self> {
+        if args.clip.is_some() && args.dtype == DType::F16 {
+            bail!("--clip does not go with --dtype f16, whose gradients are scaled; bf16 needs no scale")
+        }
+        let (lr, weight_decay) = (args.lr(choice), args.weight_decay);
+        let optimizer = match choice.wake() {
+            Some(wake) => Optimizer::natural(vars, params(wake, args, lr, tape))?,
+            None => Optimizer::adamw(vars, ParamsAdamW { lr, weight_decay, ..Default::default() })?,
+        };
+        let scale = (args.dtype == DType::F16).then(LossScale::default);
+        Ok(Self { optimizer, vars: vars.all_vars(), tape: tape.clone(), clip: args.clip, scale })
+    }
+
+    /// A step on a batch's logits and mean loss at the learning rate `lr`; `mask`: which of its positions count.
+    pub fn step(&mut self, logits: &Tensor, loss: &Tensor, mask: Option<&Tensor>, lr: f64) -> Result<()> {
+        self.optimizer.set_learning_rate(lr);
+        self.tape.mask(mask)?;
+        self.optimizer.observe(logits)?;
+        if let Some(scale) = &mut self.scale {
+            return self.optimizer.step_scaled(loss, scale).map(drop);
+        }
+        let mut grads = loss.backward()?;
+        if let Some(norm) = self.clip {
+            clip_gradients(&mut grads, &self.vars, norm)?;
+        }
+        self.optimizer.apply(&grads)
+    }
+}
+
+/// The defaults of the wake with what the command line says.
+fn params(wake: Wake, args: &Args, lr: f64, tape: &Tape) -> Params {
+    let default = Params::of(wake, tape);
+    Params {
+        lr,
+        weight_decay: args.weight_decay,
+        decay: Decay::Decoupled,
+        fisher: seeded(default.fisher, args.seed),
+        step_rule: args.step_rule(default.step_rule),
+        kl_clip: args.kl_clip(default.step_rule).or(default.kl_clip),
+        // Adapters start from zero: their curvature grows fast.
+        early_refresh: default.early_refresh || args.lora.is_some(),
+        // A scaled loss overflows now and then.
+        non_finite: if args.dtype == DType::F16 { NonFinite::Skip } else { NonFinite::Error },
+        ..default
+    }
+}

@@ -1,0 +1,179 @@
+//! The optimizers of all programs, chosen at run time.
+
+use candle_core::{Result, Tensor, backprop::GradStore};
+use kronwake::nn::VarMap;
+use kronwake::optim::{
+    AdamW, LossScale, NaturalGradient, Optimizer as _, Params, ParamsAdamW, ParamsSgd, Sgd,
+};
+use kronwake::penalty::Constraints;
+use kronwake::tape::{Fisher, Likelihood};
+use std::path::Path;
+use tracing::info_span;
+
+/// One of the library's optimizers.
+pub enum Optimizer {
+    Sgd(Sgd),
+    AdamW(AdamW),
+    Natural(Box<NaturalGradient>),
+}
+
+/// A batch that has been through the model.
+pub struct Pass<'a> {
+    /// `[n, classes]`
+    pub logits: &'a Tensor,
+    /// The mean over the batch.
+    pub loss: &'a Tensor,
+    /// The logits at the parameters' current values, without dropout.
+    pub logits_now: &'a dyn Fn() -> Result<Tensor>,
+    /// The loss at the parameters' current values, with the dropout of `loss`.
+    pub loss_now: &'a dyn Fn() -> Result<Tensor>,
+}
+
+/// What all of them have under the same name.
+macro_rules! each {
+    ($of:expr, $one:ident => $what:expr) => {
+        match $of {
+            Optimizer::Sgd($one) => $what,
+            Optimizer::AdamW($one) => $what,
+            Optimizer::Natural($one) => $what,
+        }
+    };
+}
+
+impl Optimizer {
+    pub fn sgd(vars: &VarMap, params: ParamsSgd) -> Result<Self> {
+        Sgd::from_varmap(vars, params).map(Self::Sgd)
+    }
+
+    pub fn adamw(vars: &VarMap, params: ParamsAdamW) -> Result<Self> {
+        AdamW::from_varmap(vars, params).map(Self::AdamW)
+    }
+
+    /// Of parameters that belong to a model which was built on the tape of `params`.
+    pub fn natural(vars: &VarMap, params: Params) -> Result<Self> {
+        Ok(Self::Natural(Box::new(NaturalGradient::from_varmap(vars, params)?)))
+    }
+
+    /// Which parameter is in which block of the curvature, as a table.
+    pub fn summary(&self) -> Option<String> {
+        match self {
+            Self::Natural(natural) => Some(natural.summary().to_string()),
+            _ => None,
+        }
+    }
+
+    /// Bytes of its state.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Sgd(sgd) => sgd.bytes(),
+            Self::AdamW(adamw) => adamw.bytes(),
+            Self::Natural(natural) => natural.summary().bytes(),
+        }
+    }
+
+    /// Steps taken, those before a resume included.
+    pub fn steps(&self) -> usize {
+        each!(self, one => one.steps())
+    }
+
+    pub fn learning_rate(&self) -> f64 {
+        each!(self, one => one.learning_rate())
+    }
+
+    pub fn set_learning_rate(&mut self, lr: f64) {
+        each!(self, one => one.set_learning_rate(lr));
+    }
+
+    /// One step; whether it was taken, and not left out because a number in it was not finite.
+    pub fn step(&mut self, pass: &Pass) -> Result<bool> {
+        if let Self::Natural(natural) = self {
+            return natural_step(natural, pass);
+        }
+        let grads = info_span!("backward").in_scope(|| pass.loss.backward())?;
+        info_span!("step").in_scope(|| self.apply(&grads)).map(|()| true)
+    }
+
+    /// Shows the curvature a batch's logits, before their loss goes to [`Self::apply`] or [`Self::step_scaled`].
+    pub fn observe(&mut self, logits: &Tensor) -> Result<()> {
+        match self {
+            Self::Natural(natural) => natural.observe(logits, Likelihood::Categorical),
+            _ => Ok(()),
+        }
+    }
+
+    /// A step by gradients.
+    pub fn apply(&mut self, grads: &GradStore) -> Result<()> {
+        each!(self, one => one.step(grads))
+    }
+
+    /// A step by way of the scaled loss, or none.
+    pub fn step_scaled(&mut self, loss: &Tensor, scale: &mut LossScale) -> Result<bool> {
+        each!(self, one => one.backward_step_scaled(loss, scale))
+    }
+
+    /// What `constraints` say of the parameters after the step.
+    pub fn constrain(&mut self, constraints: &mut Constraints) -> Result<()> {
+        match self {
+            Self::Natural(natural) => natural.constrain(constraints),
+            _ => constraints.after_step(self.learning_rate()),
+        }
+    }
+
+    /// Runs `f` at the averaged parameters, where there are such.
+    pub fn at_average<T>(&mut self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        match self {
+            Self::Natural(natural) => natural.at_average(f),
+            _ => f(),
+        }
+    }
+
+    /// Makes the averaged parameters the model's.
+    pub fn adopt_average(&mut self) -> Result<()> {
+        match self {
+            Self::Natural(natural) => natural.adopt_average(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes parameters and state.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        each!(self, one => one.save(path))
+    }
+
+    /// Sets parameters and state.
+    pub fn resume(&mut self, path: &Path) -> Result<()> {
+        each!(self, one => one.resume(path))
+    }
+}
+
+/// [`Optimizer::step`] with curvature.
+pub fn natural_step(natural: &mut NaturalGradient, pass: &Pass) -> Result<bool> {
+    let before = natural.skipped();
+    natural.observe(pass.logits, Likelihood::Categorical)?;
+    match natural.params().wake.inner() {
+        Some(_) => natural.step_with(pass.loss, Likelihood::Categorical, &mut || (pass.logits_now)())?,
+        None => natural.backward_step(pass.loss)?,
+    }
+    if natural.wants_loss_after() {
+        natural.adapt_damping(&(pass.loss_now)()?)?;
+    }
+    Ok(natural.skipped() == before)
+}
+
+/// A Fisher whose labels, if they are sampled, follow from `seed`.
+pub fn seeded(fisher: Fisher, seed: u64) -> Fisher {
+    match fisher {
+        Fisher::Sampled { draws, .. } => Fisher::Sampled { draws, seed },
+        other => other,
+    }
+}
+
+/// A Fisher in words.
+pub fn fisher_in_words(fisher: Fisher) -> String {
+    match fisher {
+        Fisher::Empirical => "Fisher of the data's labels".into(),
+        Fisher::Sampled { draws: 1, .. } => "Fisher of a sampled label".into(),
+        Fisher::Sampled { draws, .. } => format!("Fisher of {draws} sampled labels"),
+        Fisher::Exact => "Fisher of all labels".into(),
+    }
+}

@@ -1,0 +1,190 @@
+//! A forward pass over some examples, and the backward passes that follow it.
+
+use super::data_fit::{DataFit, Targets};
+use super::examples::Examples;
+use super::log_det::sum_of;
+use super::problem::Problem;
+use super::rows::Rows;
+use crate::tape::{Likelihood, Root};
+use candle_core::{DType, Result, Tensor, bail};
+
+/// The outputs for some examples.
+pub(crate) struct Pass<'a> {
+    problem: &'a Problem<'a>,
+    examples: &'a Examples,
+    pub outputs: Tensor,
+    /// Of every term, where not all count once.
+    weights: Option<Vec<f64>>,
+    /// The outputs, zero where a term does not count.
+    counted: Tensor,
+}
+
+/// Examples that a problem can be asked about.
+pub(crate) struct Checked {
+    /// With the tape's mask.
+    pub examples: Examples,
+    /// Columns of the root of an example's Hessian.
+    pub columns: usize,
+}
+
+impl Problem<'_> {
+    /// Runs the model on some examples.
+    ///
+    /// # Errors
+    /// As the model's forward, and when the outputs are not finite where they count or have another batch.
+    pub(crate) fn pass<'a>(&'a self, examples: &'a Examples) -> Result<Pass<'a>> {
+        let outputs = self.model.forward(examples.x())?;
+        if outputs.dims().first() != Some(&examples.len()) || outputs.rank() < 2 || outputs.elem_count() == 0
+        {
+            bail!(
+                "evidence: expected outputs [{}, .., classes] for inputs {:?}, got {:?}",
+                examples.len(),
+                examples.x().dims(),
+                outputs.dims()
+            )
+        }
+        let weights = examples.term_weights(outputs.dims(), self.likelihood == Likelihood::Categorical)?;
+        let counted = counted(&outputs, weights.as_deref())?;
+        if !sum_of(&counted.to_dtype(DType::F64)?.abs()?)?.is_finite() {
+            bail!("evidence: the outputs are not finite: look for NaN in the parameters or the inputs")
+        }
+        Ok(Pass { problem: self, examples, outputs, weights, counted })
+    }
+
+    /// Checks labels, weights and masks of all examples, and that the model does not mix them, before anything is computed.
+    ///
+    /// # Errors
+    /// Says what is wrong with them.
+    pub(crate) fn checked(&self, examples: &Examples) -> Result<Checked> {
+        let examples = examples.masked_by(&self.tape)?;
+        let categorical = self.likelihood == Likelihood::Categorical;
+        if categorical {
+            examples.class_numbers()?;
+        }
+        let some = examples.narrow(0, examples.len().min(FIRST))?;
+        let pass = self.pass(&some)?;
+        pass.refuse_mixing()?;
+        let mut dims = pass.outputs.dims().to_vec();
+        dims[0] = examples.len();
+        let weights = examples.term_weights(&dims, categorical)?;
+        if weights.as_ref().is_some_and(|weights| weights.iter().all(|w| *w == 0.0)) {
+            bail!("evidence: no term counts: all are of weight 0, masked, or of the label that is ignored")
+        }
+        Targets::of(self.likelihood, &examples, &dims, weights.as_deref())?;
+        let columns = self.likelihood.cotangents(&pass.counted, Root::Reduced)?.len();
+        Ok(Checked { examples, columns })
+    }
+}
+
+/// Examples of the pass that is looked at first.
+const FIRST: usize = 256;
+
+/// Numbers a term `[n, ..]` for outputs `[n, .., classes]`, as `[n, .., 1]`.
+fn per_term<T: candle_core::WithDType>(values: Vec<T>, outputs: &Tensor) -> Result<Tensor> {
+    let mut dims = outputs.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = 1;
+    }
+    Tensor::from_vec(values, dims, outputs.device())
+}
+
+/// The outputs, zero where a term does not count.
+fn counted(outputs: &Tensor, weights: Option<&[f64]>) -> Result<Tensor> {
+    let outputs = outputs.detach();
+    let Some(weights) = weights else { return Ok(outputs) };
+    let counts: Vec<u8> = weights.iter().map(|&w| u8::from(w > 0.0)).collect();
+    let counts = per_term(counts, &outputs)?.broadcast_as(outputs.shape())?;
+    // Not a product: what does not count may be infinite.
+    counts.where_cond(&outputs, &outputs.zeros_like()?)
+}
+
+impl Pass<'_> {
+    /// The fit of the outputs to the labels.
+    pub fn fit(&self) -> Result<DataFit> {
+        let (likelihood, weights) = (self.problem.likelihood, self.weights.as_deref());
+        let targets = Targets::of(likelihood, self.examples, self.outputs.dims(), weights)?;
+        DataFit::of(likelihood, &self.counted, &targets, weights)
+    }
+
+    /// The columns of a root of the Hessian by the outputs, with the weights of the terms.
+    pub fn columns(&self, root: Root) -> Result<impl ExactSizeIterator<Item = Result<Tensor>>> {
+        let roots = match &self.weights {
+            Some(weights) => {
+                let roots = weights.iter().map(|w| w.sqrt()).collect();
+                Some(per_term(roots, &self.outputs)?.to_dtype(self.outputs.dtype())?)
+            }
+            None => None,
+        };
+        let columns = self.problem.likelihood.cotangents(&self.counted, root)?;
+        Ok(columns.map(move |column| match &roots {
+            Some(roots) => column?.broadcast_mul(roots),
+            None => column,
+        }))
+    }
+
+    /// The rows of all parameters for some cotangents, of which there are no more than `columns`; refused where they would take more than
+    /// `memory` bytes.
+    pub fn gather(
+        &self,
+        cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
+        memory: usize,
+    ) -> Result<Rows> {
+        let Self { problem, examples, outputs, .. } = self;
+        let before = problem.tape.replace_mask(examples.mask().cloned());
+        let rows = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), memory);
+        problem.tape.replace_mask(before);
+        Ok(Rows { weights: self.example_weights()?, ..rows? })
+    }
+
+    /// The mean weight of each example's terms, of those that no mask leaves out, `[examples, 1, 1]` in f64, where not all count once.
+    fn example_weights(&self) -> Result<Option<Tensor>> {
+        let Some(weights) = &self.weights else { return Ok(None) };
+        let live = self.examples.live_terms(self.outputs.dims())?;
+        let each = (weights.len() / self.examples.len().max(1)).max(1);
+        let mean = |(example, weights): (usize, &[f64])| {
+            let live = live.as_ref().and_then(|live| live.get(example * each..(example + 1) * each));
+            let live = live.map_or(weights.len(), |live| live.iter().filter(|live| **live != 0).count());
+            weights.iter().sum::<f64>() / live.max(1) as f64
+        };
+        let means: Vec<f64> = weights.chunks(each).enumerate().map(mean).collect();
+        Tensor::from_vec(means, (self.examples.len(), 1, 1), self.outputs.device()).map(Some)
+    }
+
+    /// Compares outputs of a few of the examples alone with those among all.
+    pub fn refuse_mixing(&self) -> Result<()> {
+        let n = self.examples.len();
+        if n < 2 {
+            return Ok(());
+        }
+        let (start, len) = (n / 2, (n - n / 2).min(2));
+        let few = self.examples.narrow(start, len)?;
+        // A model that takes this very batch alone cannot be asked.
+        let Ok(alone) = self.problem.model.forward(few.x()) else { return Ok(()) };
+        let among = self.counted.narrow(0, start, len)?;
+        let tolerance = match alone.dtype() {
+            DType::F64 => 1e-7,
+            DType::F32 => 1e-3,
+            _ => 3e-2,
+        };
+        let largest = |t: &Tensor| -> Result<f64> { t.to_dtype(DType::F64)?.abs()?.max_all()?.to_scalar() };
+        let scale = largest(&among)?;
+        let apart = if alone.dims() == among.dims() {
+            let categorical = self.problem.likelihood == Likelihood::Categorical;
+            let weights = few.term_weights(alone.dims(), categorical)?;
+            let alone = counted(&alone, weights.as_deref())?;
+            largest(&(alone.to_dtype(DType::F64)? - among.to_dtype(DType::F64)?)?)?
+        } else {
+            f64::INFINITY
+        };
+        // Written so that NaN is refused.
+        if apart <= tolerance * scale.max(f64::MIN_POSITIVE) {
+            return Ok(());
+        }
+        bail!(
+            "evidence: the outputs for examples {start} to {} are others alone than among {n} examples (by up to {apart:.1e}, of up to \
+             {scale:.1e}): the model mixes examples, as BatchNorm in training mode does, or is random, as dropout is; take it in \
+             evaluation mode",
+            start + len - 1
+        )
+    }
+}
