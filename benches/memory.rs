@@ -26,7 +26,8 @@ impl Model {
 
     /// Bytes of state and those of a step beside it.
     fn bytes(&self, wake: impl Into<Wake>, change: impl Fn(Params) -> Params) -> Result<[usize; 2]> {
-        let summary = NaturalGradient::from_varmap(&self.vars, change(Params::of(wake, &self.tape)))?.summary();
+        let summary =
+            NaturalGradient::from_varmap(&self.vars, change(Params::of(wake, &self.tape)))?.summary();
         Ok([summary.bytes(), summary.workspace_bytes])
     }
 }
@@ -91,11 +92,18 @@ fn report(name: &str, model: &Model) -> Result<()> {
         ("SO, diagonal", limited(FactorLimit::DIAGONAL)?),
         (
             "SO, pi damping, Cholesky",
-            model.bytes(So::default(), |p| Params { damping: Damping::Pi(0.003), inverse: Inverse::Cholesky, ..p })?,
+            model.bytes(So::default(), |p| Params {
+                damping: Damping::Pi(0.003),
+                inverse: Inverse::Cholesky,
+                ..p
+            })?,
         ),
     ];
     if has_tables {
-        rows.push(("SO, tables by Adam", model.bytes(So::default(), |p| Params { groups: tables.clone(), ..p })?));
+        rows.push((
+            "SO, tables by Adam",
+            model.bytes(So::default(), |p| Params { groups: tables.clone(), ..p })?,
+        ));
     }
     println!("\n{name}: {} parameters, AdamW {} MiB\n", model.elements(), mib(adamw));
     println!("| optimizer | state, MiB | times AdamW's | beside it in a step, MiB |\n|---|---|---|---|");

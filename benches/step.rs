@@ -155,12 +155,7 @@ fn adamw(group: Group, case: &Case, name: &str, build: fn(VarBuilder) -> Result<
     Ok(())
 }
 
-fn natural(
-    group: Group,
-    case: &Case,
-    name: &str,
-    options: impl Fn(&Tape) -> Params,
-) -> Result<()> {
+fn natural(group: Group, case: &Case, name: &str, options: impl Fn(&Tape) -> Params) -> Result<()> {
     for period in PERIODS {
         let s = setup(case, case.build)?;
         let every = Every { factors: period, inverses: period };

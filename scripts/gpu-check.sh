@@ -5,7 +5,7 @@
 #     DIR/gpu-check.sh --out OUT [PART..]           # on the machine with the GPU
 #
 # Parts, all of them by default:
-#     tests       tests/cuda_*.rs and cli/tests/cli/cuda.rs, with KRONWAKE_REQUIRE_CUDA=1
+#     tests       tests/cuda and cli/tests/cli/cuda.rs, with KRONWAKE_REQUIRE_CUDA=1
 #     sanitizer   compute-sanitizer's memcheck and racecheck over the operations and a short training
 #     kernels     `benches/kernels`: ceilings and single operations
 #     lenet300, stack   its training steps, and those of benches/peers/torch_kfac.py where python3 has torch with CUDA
@@ -17,9 +17,9 @@
 # $CUDA_COMPUTE_CAP and processors of $KRONWAKE_TARGET_CPU (x86-64-v3), not for those of the machine that builds.
 set -euo pipefail
 
-# Test programs, and which tests of them where not all are of the GPU.
-tests=(cuda_ops cuda_linalg cuda_optim cuda_evidence cli)
-declare -A only=([cli]=cuda::)
+# Test programs, and what of each is run by itself.
+tests=(cuda cli)
+declare -A subjects=([cuda]='ops:: linalg:: optim:: evidence::' [cli]=cuda::)
 parts=(tests sanitizer kernels lenet300 stack)
 python=${PYTHON:-python3}
 seconds=${KRONWAKE_SECONDS:-500}
@@ -108,9 +108,12 @@ PYTHON
 }
 
 run_tests() {
+    local name subject
     for name in "${tests[@]}"; do
-        # One at a time: they would share the device, and its memory, without need.
-        attempt tests "$name" "$programs/$name" --test-threads=1 --nocapture ${only[$name]:-}
+        for subject in ${subjects[$name]}; do
+            # One at a time: they would share the device, and its memory, without need.
+            attempt tests "$name, $subject" "$programs/$name" --test-threads=1 --nocapture "$subject"
+        done
     done
 }
 
@@ -123,8 +126,8 @@ run_sanitizer() {
     fi
     mkdir -p "$work/training"
     for tool in memcheck racecheck; do
-        attempt sanitizer "$tool, operations" "$sanitizer" --tool "$tool" --error-exitcode 9 "$programs/cuda_ops" \
-            --test-threads=1 --skip wrong_device
+        attempt sanitizer "$tool, operations" "$sanitizer" --tool "$tool" --error-exitcode 9 "$programs/cuda" \
+            --test-threads=1 ops:: --skip wrong_device
         attempt sanitizer "$tool, training" "$sanitizer" --tool "$tool" --error-exitcode 9 "$programs/mnist" --device cuda \
             --optimizer q --steps 4 --batch 100 --factor-every 2 --inverse-every 2 --out "$work/training"
     done
@@ -189,7 +192,7 @@ check() { # parts
     say "commit: $(cat "$programs/commit")"
     say "GPU: ${gpu:-none that nvidia-smi shows}"
     local missing part
-    missing=$(ldd "$programs/cuda_ops" 2>/dev/null | sed -n 's/^[[:space:]]*\([^ ]*\) => not found$/\1/p' | sort -u | tr '\n' ' ')
+    missing=$(ldd "$programs/cuda" 2>/dev/null | sed -n 's/^[[:space:]]*\([^ ]*\) => not found$/\1/p' | sort -u | tr '\n' ' ')
     [[ -z $missing ]] || say "libraries that are missing: $missing"
     for part in "$@"; do
         case $part in

@@ -5,7 +5,7 @@
 # is a number, from which an order in between follows. Freed and fresh memory is full of NaN. Needs a C++ compiler, and the CUDA headers:
 #
 #     source ~/.cache/kronwake/cuda-13.0/env.sh     # written by scripts/install-cuda-toolkit.sh
-#     scripts/host-gpu.sh cargo test --features cuda --test cuda_optim
+#     scripts/host-gpu.sh cargo test --features cuda --test cuda optim::
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 

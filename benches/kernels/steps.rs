@@ -258,7 +258,14 @@ fn all(options: &Options, report: &mut Report, model: &Model, dtype: DType) -> R
     };
     for &period in periods {
         let results = [
-            natural(options, report, (model, dtype, &format!("SO, {period}")), adamw, period, Params::so_kld_wrm),
+            natural(
+                options,
+                report,
+                (model, dtype, &format!("SO, {period}")),
+                adamw,
+                period,
+                Params::so_kld_wrm,
+            ),
             natural(
                 options,
                 report,

@@ -143,7 +143,7 @@ fn nothing_changes_when_one_does_not_fit() -> Result<()> {
     };
     let f64s = |values: &[f64]| Tensor::new(values, &CPU);
     let large = f64s(&[70000., 1., -65520., 65519.])?;
-    let bf16 = f64s(&[3.3961775e38, 1e39, -3.39e38, 1.])?;
+    let bf16 = f64s(&[3.39618e38, 1e39, -3.39e38, 1.])?;
     let f32 = f64s(&[3.5e38, f64::INFINITY, f64::NAN, 1.])?;
     for (value, dtype, part) in [
         (large.clone(), DType::F16, "m is F64 with 2 of 4 elements beyond the largest number of F16"),
@@ -243,7 +243,8 @@ fn buffers_are_left_and_ties_resolve() -> Result<()> {
     let vars =
         model(&[("bn.num_batches_tracked", zeros(&[], DType::I64)?), ("count", zeros(&[], DType::I64)?)])?;
     let message = file.load_into(&vars).expect_err("refused").to_string();
-    assert!(message.ends_with("missing count []; unexpected wte.weight"), "{message}");
+    let first = message.lines().next().unwrap_or_default();
+    assert!(first.ends_with("missing count []; unexpected wte.weight"), "{message}");
     Ok(())
 }
 

@@ -128,6 +128,15 @@ impl Posterior {
         Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names })
     }
 
+    /// Refuses another problem, and no inputs.
+    pub(super) fn check_inputs(&self, problem: &Problem<'_>, x: &Tensor) -> Result<()> {
+        self.check(problem)?;
+        if x.dims().first().is_none_or(|&n| n == 0) {
+            bail!("posterior: no inputs to predict for, got {:?}", x.dims())
+        }
+        Ok(())
+    }
+
     /// Refuses another problem than that of the fit.
     pub(super) fn check(&self, problem: &Problem<'_>) -> Result<()> {
         let names: Vec<&str> = problem.parameters().iter().map(|p| p.name.as_str()).collect();
@@ -148,10 +157,7 @@ impl Posterior {
     /// # Errors
     /// When the outputs are not `[n, classes]`, not finite, or the forward fails.
     pub fn predict(&self, problem: &Problem<'_>, x: &Tensor) -> Result<Predictive> {
-        self.check(problem)?;
-        if x.dims().first().is_none_or(|&n| n == 0) {
-            bail!("posterior: no inputs to predict for, got {:?}", x.dims())
-        }
+        self.check_inputs(problem, x)?;
         let (mut means, mut covariances) = (Vec::new(), Vec::new());
         let inputs = Examples::new(x.clone(), x.clone())?.masked_by(&problem.tape)?;
         for some in inputs.passes() {
@@ -238,7 +244,7 @@ impl Posterior {
     }
 
     /// `1 / (s value + precision)`.
-    fn scale(&self, block: &Eigenbasis) -> Result<Tensor> {
+    pub(super) fn scale(&self, block: &Eigenbasis) -> Result<Tensor> {
         let values = &block.values;
         let deltas =
             precision_of(&self.precisions, block.tensor)?.flat(values.elem_count(), values.device())?;

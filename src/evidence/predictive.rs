@@ -37,11 +37,7 @@ impl Predictive {
     /// # Errors
     /// When a tensor operation fails.
     pub fn probit(&self) -> Result<Tensor> {
-        if self.likelihood == Likelihood::Gaussian {
-            return Ok(self.mean.clone());
-        }
-        let scale = ((self.variance()? * (std::f64::consts::PI / 8.0))? + 1.0)?.sqrt()?;
-        self.likelihood.mean(&(&self.mean / scale)?)
+        probit_of(self.likelihood, &self.mean, &crate::linalg::kron::diagonal(&self.covariance)?)
     }
 
     /// The prediction by the mean over `draws` draws of the outputs, `[n, classes]`, the same for the same seed.
@@ -60,10 +56,7 @@ impl Predictive {
             let z: Vec<f64> = (0..n * classes).map(|i| normal(seed, draw as u64, i as u64)).collect();
             let z = Tensor::from_vec(z, (n, classes, 1), self.mean.device())?;
             let outputs = (&self.mean + root.matmul(&z)?.squeeze(2)?)?;
-            let part = match self.likelihood {
-                Likelihood::Categorical => softmax_last_dim(&outputs)?,
-                other => other.mean(&outputs)?,
-            };
+            let part = sum_of_draws(self.likelihood, &outputs.unsqueeze(0)?)?;
             sum = Some(match sum {
                 Some(sum) => (sum + part)?,
                 None => part,
@@ -74,6 +67,24 @@ impl Predictive {
             None => bail!("posterior: no draws"),
         }
     }
+}
+
+/// The mean by MacKay's probit approximation of outputs with these means and variances, `[n, classes]`.
+pub(super) fn probit_of(likelihood: Likelihood, mean: &Tensor, variance: &Tensor) -> Result<Tensor> {
+    if likelihood == Likelihood::Gaussian {
+        return Ok(mean.clone());
+    }
+    let scale = ((variance * (std::f64::consts::PI / 8.0))? + 1.0)?.sqrt()?;
+    likelihood.mean(&(mean / scale)?)
+}
+
+/// The sum over draws `[draws, n, classes]` of the outputs of the likelihood's means.
+pub(super) fn sum_of_draws(likelihood: Likelihood, outputs: &Tensor) -> Result<Tensor> {
+    let means = match likelihood {
+        Likelihood::Categorical => softmax_last_dim(outputs)?,
+        other => other.mean(outputs)?,
+    };
+    means.sum(0)
 }
 
 /// `R` with `R R^T` the covariance of an input's outputs, f64: a Cholesky factor, or where outputs that always move together make the

@@ -67,7 +67,8 @@ impl<'a> Problem<'a> {
     /// one, and none of those that begin with `!`. All others are constants: they have no prior and no uncertainty, and their layers stay
     /// in the forward pass and out of the determinant. With exclusions alone, all other Vars are meant.
     ///
-    /// The last layer is `&["fc3.*"]`, the adapters of a [`Lora`](crate::nn::Lora) `&["*lora*"]`, everything but norms `&["!*norm*"]`.
+    /// The last layer is `&["fc3.*"]`, everything but norms `&["!*norm*"]`, the adapters of a [`Lora`](crate::nn::Lora) `&["*"]` of its
+    /// [`varmap`](crate::nn::Lora::varmap).
     /// The statistics of a BatchNorm are Vars of no layer: leave them and its weights out.
     ///
     /// ```

@@ -144,6 +144,9 @@ impl Conv2d {
     }
 
     /// The layer that does this convolution and then `bn` in evaluation mode; its weights are no variables.
+    ///
+    /// # Errors
+    /// When `bn` has no weight and bias, or is of another number of channels.
     pub fn absorb_bn(&self, bn: &BatchNorm) -> Result<Self> {
         let plain = candle_nn::Conv2d::new(self.weight.clone(), self.bias.clone(), self.config)
             .absorb_bn(bn.as_candles())?;
@@ -222,4 +225,35 @@ pub fn conv2d_no_bias(
     let dims = (out_channels, in_channels / cfg.groups.max(1), kernel_size, kernel_size);
     let weight = vb.get_with_hints(dims, "weight", DEFAULT_KAIMING_NORMAL)?;
     Ok(Conv2d::named(vb.prefix(), weight, None, cfg))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, ModuleT};
+
+    use super::*;
+    use crate::ops::testing::{assert_close, random, random_var, values};
+
+    /// The layer that has absorbed a batch norm is the two in evaluation mode.
+    #[test]
+    fn a_batch_norm_that_is_absorbed() -> Result<()> {
+        let x = random_var(0, &[2, 4, 5, 6])?;
+        for (groups, biased) in [(1, true), (1, false), (2, true), (2, false)] {
+            let config = Conv2dConfig { padding: 1, stride: 2, dilation: 1, groups, ..Default::default() };
+            let weight = random_var(1, &[6, 4 / groups, 3, 3])?.as_tensor().clone();
+            let bias = biased.then(|| random(2, &[6])).transpose()?;
+            let conv = Conv2d::new(weight, bias, config);
+            let variance = (random(3, &[6])?.abs()? + 0.1)?;
+            let bn = BatchNorm::new(6, random(4, &[6])?, variance, random(5, &[6])?, random(6, &[6])?, 1e-3)?;
+            let absorbed = conv.absorb_bn(&bn)?;
+            let expected = bn.forward_t(&conv.forward(&x)?, false)?;
+            assert_close(&absorbed.forward(&x)?, &values(&expected)?, 1e-13);
+            assert_eq!((absorbed.config().stride, absorbed.config().groups), (2, groups));
+        }
+        let conv = Conv2d::new(random(1, &[6, 4, 3, 3])?, None, Conv2dConfig::default());
+        let ones = Tensor::ones(6, candle_core::DType::F64, &Device::Cpu)?;
+        // candle absorbs those with weights alone.
+        assert!(conv.absorb_bn(&BatchNorm::new_no_bias(6, ones.zeros_like()?, ones, 1e-3)?).is_err());
+        Ok(())
+    }
 }

@@ -105,6 +105,41 @@ mod tests {
     use super::*;
     use crate::ops::testing::{assert_close, check_gradients, random_var, values};
 
+    /// The functions that build a layer: names, shapes, first values and the layer that comes of them.
+    #[test]
+    fn from_variables() -> Result<()> {
+        use candle_core::{DType, Device};
+        let config = ConvTranspose1dConfig { stride: 2, groups: 2, ..Default::default() };
+        for biased in [true, false] {
+            let map = candle_nn::VarMap::new();
+            let vb = VarBuilder::from_varmap(&map, DType::F64, &Device::Cpu);
+            let layer = match biased {
+                true => conv_transpose1d(4, 6, 3, config, vb.pp("up"))?,
+                false => conv_transpose1d_no_bias(4, 6, 3, config, vb.pp("up"))?,
+            };
+            assert_eq!((layer.weight().dims(), layer.config().stride), (&[4, 3, 3][..], 2));
+            assert_eq!(layer.bias().map(|b| b.dims().to_vec()), biased.then(|| vec![6]));
+            let names: Vec<String> = {
+                let data = map.data().lock().map_err(|_| candle_core::Error::Msg("poisoned".into()))?;
+                let mut names: Vec<String> = data.keys().cloned().collect();
+                names.sort();
+                names
+            };
+            let expected = ["up.bias", "up.weight"];
+            assert_eq!(names, expected[usize::from(!biased)..]);
+            // Uniform in 1 / sqrt(outputs times taps), and not all the same.
+            let bound = 1. / 18f64.sqrt();
+            let weight = values(layer.weight())?;
+            assert!(weight.iter().all(|w| w.abs() <= bound) && weight.iter().any(|w| w.abs() > bound / 2.));
+            let x = random_var(0, &[2, 4, 5])?;
+            let same = ConvTranspose1d::new(layer.weight().clone(), layer.bias().cloned(), config);
+            assert_close(&layer.forward(&x)?, &values(&same.forward(&x)?)?, 0.);
+            let grads = layer.forward(&x)?.sum_all()?.backward()?;
+            assert!(map.all_vars().iter().all(|var| grads.get(var).is_some()));
+        }
+        Ok(())
+    }
+
     #[test]
     fn values_against_loops_and_gradients() -> Result<()> {
         for (k, padding, output_padding, stride, dilation, groups) in [

@@ -114,23 +114,29 @@ impl KvCache {
 }
 
 /// The last keys and values. With a gradient it takes one append between resets: reset before each training pass.
+///
+/// A query sees the last `max_seq_len` positions up to its own, however many are appended at once. (candle's mask lets it see one more where more
+/// are appended than the buffer holds, and its positions are turned where as many are.)
 #[derive(Debug, Clone)]
-pub struct RotatingKvCache(candle_nn::kv_cache::RotatingKvCache);
+pub struct RotatingKvCache {
+    buffer: candle_nn::kv_cache::RotatingKvCache,
+    max_seq_len: usize,
+}
 
 impl RotatingKvCache {
     /// A cache of `max_seq_len` positions along dimension `dim`.
     pub fn new(dim: usize, max_seq_len: usize) -> Self {
-        Self(candle_nn::kv_cache::RotatingKvCache::new(dim, max_seq_len))
+        Self { buffer: candle_nn::kv_cache::RotatingKvCache::new(dim, max_seq_len), max_seq_len }
     }
 
     /// The keys in the buffer, without their graph.
     pub fn k(&self) -> Result<Option<Tensor>> {
-        self.0.k()
+        self.buffer.k()
     }
 
     /// The values in the buffer, without their graph.
     pub fn v(&self) -> Result<Option<Tensor>> {
-        self.0.v()
+        self.buffer.v()
     }
 
     /// Appends keys and values and gives those that queries of the new positions may look at, in the buffer's order.
@@ -145,33 +151,49 @@ impl RotatingKvCache {
                 self.current_seq_len()
             )
         }
-        let all = self.0.append(&k.detach(), &v.detach())?;
+        let all = self.buffer.append(&k.detach(), &v.detach())?;
         Ok(if tracked { (k.clone(), v.clone()) } else { all })
     }
 
     /// The index at which the buffer is written next.
     pub fn offset(&self) -> usize {
-        self.0.offset()
+        self.buffer.offset()
     }
 
     /// Positions so far, also those that are no longer in the buffer.
     pub fn current_seq_len(&self) -> usize {
-        self.0.current_seq_len()
+        self.buffer.current_seq_len()
     }
 
-    /// The mask of `seq_len` queries that are appended next: 1 where they may not look.
+    /// The mask of `seq_len` queries that are appended next, `[seq_len, keys]` of u8: 1 where they may not look. None for a single query, which
+    /// may look anywhere. Call it before the append.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
     pub fn attn_mask(&self, seq_len: usize, device: &Device) -> Result<Option<Tensor>> {
-        self.0.attn_mask(seq_len, device)
+        if seq_len == 1 {
+            return Ok(None);
+        }
+        let (before, positions) = (self.current_seq_len(), self.positions(seq_len));
+        let hidden = |query: usize| {
+            positions.iter().map(move |&key| u8::from(key > query || key + self.max_seq_len <= query))
+        };
+        let mask: Vec<u8> = (before..before + seq_len).flat_map(hidden).collect();
+        Tensor::from_vec(mask, (seq_len, positions.len()), device).map(Some)
     }
 
-    /// The positions of what the next append of `seq_len` gives.
+    /// The positions of what the next append of `seq_len` gives. Call it before the append.
     pub fn positions(&self, seq_len: usize) -> Vec<usize> {
-        self.0.positions(seq_len)
+        if seq_len >= self.max_seq_len {
+            // What is appended is given as it is.
+            return (self.current_seq_len()..self.current_seq_len() + seq_len).collect();
+        }
+        self.buffer.positions(seq_len)
     }
 
     /// Empties the cache.
     pub fn reset(&mut self) {
-        self.0.reset();
+        self.buffer.reset();
     }
 }
 
@@ -209,6 +231,44 @@ mod tests {
         }
         ours.reset();
         assert!(ours.k()?.is_none() && ours.v()?.is_none() && ours.current_seq_len() == 0);
+        Ok(())
+    }
+
+    /// The values that come back are those of the positions, and a query at `p` sees those of them that lie in `p - max_seq_len + 1 ..= p`.
+    #[test]
+    fn masks_of_a_rotating_cache() -> Result<()> {
+        for max in [3usize, 4, 8] {
+            for before in 0..10 {
+                for seq_len in 1..=max + 2 {
+                    let mut cache = RotatingKvCache::new(2, max);
+                    // Each position's own number.
+                    let at = |from: usize, n: usize| {
+                        Tensor::arange(from as f64, (from + n) as f64, &Device::Cpu)?.reshape((1, 1, n, 1))
+                    };
+                    for position in 0..before {
+                        cache.append(&at(position, 1)?, &at(position, 1)?)?;
+                    }
+                    let positions = cache.positions(seq_len);
+                    let mask = cache.attn_mask(seq_len, &Device::Cpu)?;
+                    let (keys, _) = cache.append(&at(before, seq_len)?, &at(before, seq_len)?)?;
+                    let found: Vec<usize> = values(&keys)?.into_iter().map(|v| v as usize).collect();
+                    assert_eq!(positions, found, "{max} {before} {seq_len}");
+                    let Some(mask) = mask else {
+                        // A single query is the last position, which sees all.
+                        assert_eq!(seq_len, 1);
+                        continue;
+                    };
+                    assert_eq!(mask.dims(), [seq_len, positions.len()]);
+                    for (i, row) in mask.to_vec2::<u8>()?.into_iter().enumerate() {
+                        for (&hidden, &position) in row.iter().zip(&positions) {
+                            let query = before + i;
+                            let seen = (query + 1).saturating_sub(max)..=query;
+                            assert_eq!(hidden == 0, seen.contains(&position), "{max} {before} {seq_len} {i}");
+                        }
+                    }
+                }
+            }
+        }
         Ok(())
     }
 

@@ -206,4 +206,35 @@ mod tests {
         assert_eq!(layer.bias().map(values).transpose()?, Some(vec![3., 3.]));
         Ok(())
     }
+
+    /// Without a bias, and the root mean square in its version with gradients, against loops and differences.
+    #[test]
+    fn without_a_bias() -> Result<()> {
+        use crate::ops::testing::{assert_close, check_gradients, random_var, values};
+        let vars = [random_var(0, &[3, 5])?, random_var(1, &[5])?];
+        let expected = |center: bool| -> Result<Vec<f64>> {
+            let (x, w) = (values(&vars[0])?, values(&vars[1])?);
+            Ok(x.chunks(5)
+                .flat_map(|row| {
+                    let mean = if center { row.iter().sum::<f64>() / 5. } else { 0. };
+                    let scale = (row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 5. + 1e-3).sqrt();
+                    row.iter().zip(&w).map(|(v, w)| (v - mean) / scale * w).collect::<Vec<_>>()
+                })
+                .collect())
+        };
+        let no_bias = |a: &[Tensor]| {
+            let layer = LayerNorm::new_no_bias(a[1].clone(), 1e-3);
+            assert!(layer.bias().is_none() && layer.remove_mean() && layer.eps() == 1e-3);
+            layer.forward(&a[0])
+        };
+        let diff = |a: &[Tensor]| RmsNorm::new(a[1].clone(), 1e-3).forward_diff(&a[0]);
+        let tensors = vars.each_ref().map(|v| v.as_tensor().clone());
+        assert_close(&no_bias(&tensors)?, &expected(true)?, 1e-14);
+        assert_close(&diff(&tensors)?, &expected(false)?, 1e-14);
+        check_gradients(&vars, no_bias);
+        check_gradients(&vars, diff);
+        let candles = candle_nn::RmsNorm::new(tensors[1].clone(), 1e-3).forward_diff(&tensors[0])?;
+        assert_close(&diff(&tensors)?, &values(&candles)?, 1e-14);
+        Ok(())
+    }
 }

@@ -26,8 +26,8 @@ fn compose(x: &Tensor) -> Result<Tensor> {
     let fraction = (u.log()? / rounded.where_cond(&over.ones_like()?, &over)?)?;
     let log = rounded.where_cond(&e, &(&e * fraction)?)?;
     let value = (at.relu()? + log)?;
-    // 1 / (1 + e^-x) by way of tanh, which cannot overflow.
-    let slope = (((at * 0.5)?.tanh()? * 0.5)? + 0.5)?;
+    // 1 / (1 + e^-x), or e^x / (1 + e^x) below 0: neither overflows.
+    let slope = (at.lt(0.)?.where_cond(&e, &e.ones_like()?)? / &u)?;
     let zero = (x - x.detach())?;
     value + (zero * slope)?
 }

@@ -1,6 +1,6 @@
 //! Euclidean projections onto sets of weights.
 
-use super::cells::{Cells, sum};
+use super::group_layout::{GroupLayout, sum};
 use super::groups::Grouping;
 use super::simplex::height;
 use crate::gpu::Gpu;
@@ -15,10 +15,10 @@ use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use kronwake::penalty::{Grouping, Set};
+/// use kronwake::penalty::{Grouping, FeasibleSet};
 ///
 /// let w = Tensor::new(&[[3f32, 4.], [0.3, 0.4]], &Device::Cpu)?;
-/// let set = Set::MaxNorm { grouping: Grouping::Rows, radius: 1.0 };
+/// let set = FeasibleSet::MaxNorm { grouping: Grouping::Rows, radius: 1.0 };
 /// assert!((set.violation(&w)? - 4.0).abs() < 1e-6);
 /// let inside = set.project(&w)?; // the first row is scaled to norm 1, the second stays
 /// assert_eq!(set.violation(&inside)?, 0.0);
@@ -26,7 +26,7 @@ use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 /// # candle_core::Result::Ok(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Set {
+pub enum FeasibleSet {
     /// `||w||_2 <= radius` over the whole tensor.
     L2 {
         /// Largest norm.
@@ -71,8 +71,8 @@ pub enum Set {
     },
 }
 
-impl Set {
-    /// Checks radius, bound or sum, as [`Set::project`] does too.
+impl FeasibleSet {
+    /// Checks radius, bound or sum, as [`FeasibleSet::project`] does too.
     ///
     /// # Errors
     /// If it is negative, infinite or NaN.
@@ -90,22 +90,22 @@ impl Set {
         Ok(())
     }
 
-    /// [`Set::check`], also of the grouping, for weights of these dimensions.
-    pub(crate) fn check_for(&self, dims: &[usize]) -> Result<Cells> {
+    /// [`FeasibleSet::check`], also of the grouping, for weights of these dimensions.
+    pub(crate) fn check_for(&self, dims: &[usize]) -> Result<GroupLayout> {
         self.check()?;
-        Cells::of(self.grouping(), dims)
+        GroupLayout::of(self.grouping(), dims)
     }
 
     /// The nearest point of the set, in `w`'s shape, dtype and device; not differentiable. `w` itself, bit for bit, if it lies in the
     /// set, and nothing else, so that a second projection changes nothing.
     ///
-    /// Norms and sums are computed in f64. What is scaled is rounded so that it stays within the radius; [`Set::Simplex`] and
-    /// [`Set::Sphere`], which are equalities, are met to the rounding of `w`'s dtype. Weights on a GPU stay there, and only sums and norms
-    /// of groups come to the host; but [`Set::Simplex`], a sphere's groups of zeros, and weights whose squares f64 does not hold or whose
+    /// Norms and sums are computed in f64. What is scaled is rounded so that it stays within the radius; [`FeasibleSet::Simplex`] and
+    /// [`FeasibleSet::Sphere`], which are equalities, are met to the rounding of `w`'s dtype. Weights on a GPU stay there, and only sums and norms
+    /// of groups come to the host; but [`FeasibleSet::Simplex`], a sphere's groups of zeros, and weights whose squares f64 does not hold or whose
     /// sum is above a million times an L1 ball's radius, are projected on the host.
     ///
     /// # Errors
-    /// If the set makes no sense ([`Set::check`]) or not for this shape, if `w` is not a floating point tensor, or holds NaN or an
+    /// If the set makes no sense ([`FeasibleSet::check`]) or not for this shape, if `w` is not a floating point tensor, or holds NaN or an
     /// infinity.
     pub fn project(&self, w: &Tensor) -> Result<Tensor> {
         match self.moved(w)? {
@@ -114,18 +114,18 @@ impl Set {
         }
     }
 
-    /// How far `w` is outside: norm or sum above the radius, the largest of all groups; of [`Set::Simplex`] the larger of the sum's
+    /// How far `w` is outside: norm or sum above the radius, the largest of all groups; of [`FeasibleSet::Simplex`] the larger of the sum's
     /// deviation and the most negative element. Zero in the set.
     ///
     /// # Errors
-    /// As for [`Set::project`].
+    /// As for [`FeasibleSet::project`].
     pub fn violation(&self, w: &Tensor) -> Result<f64> {
         if Gpu::of(w.device()).is_some()
             && let Some(excess) = device::violation(self, w)?
         {
             return Ok(excess);
         }
-        float_dispatch!("violation", w.dtype(), T => self.with(w, |x: &[T], cells| Ok(self.excess(x, cells))))
+        float_dispatch!("violation", w.dtype(), T => self.with(w, |x: &[T], layout| Ok(self.excess(x, layout))))
     }
 
     /// The projection, where it is not `w`.
@@ -136,20 +136,24 @@ impl Set {
             return Ok(moved);
         }
         float_dispatch!("project", w.dtype(), T => {
-            let out = self.with(w, |x: &[T], cells| {
-                if self.holds(x, cells) { Ok(None) } else { self.nearest(x, cells).map(Some) }
+            let out = self.with(w, |x: &[T], layout| {
+                if self.holds(x, layout) { Ok(None) } else { self.nearest(x, layout).map(Some) }
             })?;
             out.map(|out| Tensor::from_vec(out, w.shape(), w.device())).transpose()
         })
     }
 
-    fn with<T: WithDType, R>(&self, w: &Tensor, f: impl FnOnce(&[T], &Cells) -> Result<R>) -> Result<R> {
-        let cells = self.check_for(w.dims())?;
+    fn with<T: WithDType, R>(
+        &self,
+        w: &Tensor,
+        f: impl FnOnce(&[T], &GroupLayout) -> Result<R>,
+    ) -> Result<R> {
+        let layout = self.check_for(w.dims())?;
         let w = w.detach().to_device(&Device::Cpu)?;
         let host = Host::of(&w);
         let x = host.values::<T>()?;
         finite(&x)?;
-        f(&x, &cells)
+        f(&x, &layout)
     }
 
     fn grouping(&self) -> Grouping {
@@ -161,7 +165,7 @@ impl Set {
         }
     }
 
-    fn excess<T: WithDType>(&self, x: &[T], cells: &Cells) -> f64 {
+    fn excess<T: WithDType>(&self, x: &[T], layout: &GroupLayout) -> f64 {
         let worst = |excess: &mut dyn Iterator<Item = f64>| excess.fold(0.0, f64::max);
         match *self {
             Self::Box { bound } => worst(&mut x.iter().map(|v| v.to_f64().abs() - bound)),
@@ -170,7 +174,7 @@ impl Set {
                 worst(&mut x.iter().map(|v| -v.to_f64())).max((sum(x, |v| v) - total).abs())
             }
             Self::L2 { .. } | Self::GroupBall { .. } | Self::MaxNorm { .. } | Self::Sphere { .. } => {
-                self.excess_of(&cells.norms(x))
+                self.excess_of(&layout.norms(x))
             }
         }
     }
@@ -188,26 +192,26 @@ impl Set {
     }
 
     /// Whether `x` lies in the set; for equalities to rounding.
-    fn holds<T: WithDType>(&self, x: &[T], cells: &Cells) -> bool {
+    fn holds<T: WithDType>(&self, x: &[T], layout: &GroupLayout) -> bool {
         let slack = |k: f64| slack(T::DTYPE, x.len(), k);
         match *self {
             Self::Simplex { sum: total } => {
                 x.iter().all(|v| v.to_f64() >= 0.0) && (sum(x, |v| v) - total).abs() <= slack(total)
             }
-            Self::Sphere { radius, .. } => self.excess(x, cells) <= slack(radius),
+            Self::Sphere { radius, .. } => self.excess(x, layout) <= slack(radius),
             Self::L2 { .. }
             | Self::Box { .. }
             | Self::L1 { .. }
             | Self::GroupBall { .. }
-            | Self::MaxNorm { .. } => self.excess(x, cells) == 0.0,
+            | Self::MaxNorm { .. } => self.excess(x, layout) == 0.0,
         }
     }
 
-    fn nearest<T: WithDType>(&self, x: &[T], cells: &Cells) -> Result<Vec<T>> {
+    fn nearest<T: WithDType>(&self, x: &[T], layout: &GroupLayout) -> Result<Vec<T>> {
         match *self {
             Self::L2 { radius } | Self::MaxNorm { radius, .. } => {
-                let norms = norms(x, cells)?;
-                Ok(shrink(x, cells, &norms, &vec![radius; norms.len()]))
+                let norms = norms(x, layout)?;
+                Ok(shrink(x, layout, &norms, &vec![radius; norms.len()]))
             }
             Self::Box { bound } => {
                 let bound = at_most::<T>(bound);
@@ -223,12 +227,12 @@ impl Set {
                 }))
             }
             Self::GroupBall { radius, .. } => {
-                let norms = norms(x, cells)?;
+                let norms = norms(x, layout)?;
                 let lengths = below(norms.iter().copied(), radius);
                 Ok(within(T::DTYPE, |keep| {
                     let lengths: Vec<f64> = lengths.iter().map(|length| length * keep).collect();
-                    let out = shrink(x, cells, &norms, &lengths);
-                    (cells.norms(&out).iter().sum::<f64>() <= radius).then_some(out)
+                    let out = shrink(x, layout, &norms, &lengths);
+                    (layout.norms(&out).iter().sum::<f64>() <= radius).then_some(out)
                 }))
             }
             Self::Simplex { sum: total } => {
@@ -238,10 +242,10 @@ impl Set {
                 Ok(below(x.iter().map(|v| v.to_f64()), total).into_iter().map(T::from_f64).collect())
             }
             Self::Sphere { radius, .. } => {
-                let norms = norms(x, cells)?;
+                let norms = norms(x, layout)?;
                 let mut out = x.to_vec();
-                cells.each(|group, run| {
-                    let equal = radius / (cells.size(group) as f64).sqrt();
+                layout.each(|group, run| {
+                    let equal = radius / (layout.size(group) as f64).sqrt();
                     for v in &mut out[run] {
                         let scaled = v.to_f64() / norms[group] * radius;
                         *v = T::from_f64(if norms[group] > 0.0 { scaled } else { equal });
@@ -261,8 +265,8 @@ pub(crate) fn finite<T: WithDType>(x: &[T]) -> Result<()> {
     Ok(())
 }
 
-fn norms<T: WithDType>(x: &[T], cells: &Cells) -> Result<Vec<f64>> {
-    let norms = cells.norms(x);
+fn norms<T: WithDType>(x: &[T], layout: &GroupLayout) -> Result<Vec<f64>> {
+    let norms = layout.norms(x);
     if let Some(group) = norms.iter().position(|n| !n.is_finite()) {
         bail!("the norm of group {group} is beyond f64")
     }
@@ -317,11 +321,11 @@ fn below(values: impl Iterator<Item = f64> + Clone, total: f64) -> Vec<f64> {
 }
 
 /// Every group that is longer than its `length` scaled to it, and rounded so that it is not longer.
-fn shrink<T: WithDType>(x: &[T], cells: &Cells, norms: &[f64], lengths: &[f64]) -> Vec<T> {
+fn shrink<T: WithDType>(x: &[T], layout: &GroupLayout, norms: &[f64], lengths: &[f64]) -> Vec<T> {
     let mut out = x.to_vec();
     let mut long: Vec<bool> = norms.iter().zip(lengths).map(|(norm, length)| norm > length).collect();
     within(T::DTYPE, |keep| {
-        cells.each(|group, run| {
+        layout.each(|group, run| {
             if long[group] {
                 let length = lengths[group] * keep;
                 for (out, v) in out[run.clone()].iter_mut().zip(&x[run]) {
@@ -329,7 +333,7 @@ fn shrink<T: WithDType>(x: &[T], cells: &Cells, norms: &[f64], lengths: &[f64]) 
                 }
             }
         });
-        let now = cells.norms(&out);
+        let now = layout.norms(&out);
         long.iter_mut()
             .zip(now.iter().zip(lengths))
             .for_each(|(long, (norm, length))| *long &= norm > length);

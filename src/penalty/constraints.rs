@@ -1,6 +1,6 @@
 //! What holds for which weights: a table from names to penalties, projections and multipliers.
 
-use super::ball::Set;
+use super::ball::FeasibleSet;
 use super::multiplier::{Bound, Dual, Multiplier, Omega, Report};
 use super::{Penalty, Spatial};
 use crate::pattern::matches;
@@ -21,7 +21,7 @@ pub enum Rule {
         factor: f64,
     },
     /// Adds `factor` times [`Spatial::total`] of all the Vars together to the loss.
-    Arrange {
+    SpatialTotal {
         /// The penalty.
         penalty: Spatial,
         /// Its factor, zero or more.
@@ -37,7 +37,7 @@ pub enum Rule {
     /// Moves the weights to the nearest point of a set after each step.
     Project {
         /// The set.
-        set: Set,
+        set: FeasibleSet,
     },
     /// Sets weights to zero after each step, so that what was pruned stays away. Whatever a masked weight was, NaN or an infinity too, it
     /// is 0 then; the others are not looked at.
@@ -46,7 +46,7 @@ pub enum Rule {
         mask: Tensor,
     },
     /// Adds to the loss what keeps `omega(w)` at most at a bound, or equal to it, in the end, with a multiplier for each group.
-    Multiply {
+    Lagrangian {
         /// The function that is bounded.
         omega: Omega,
         /// Its bound, zero or more.
@@ -82,12 +82,12 @@ pub enum Rule {
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use kronwake::nn::{Optimizer, SGD, VarBuilder, VarMap};
-/// use kronwake::penalty::{Bound, Constraints, Dual, Grouping, Omega, Rule, Set};
+/// use kronwake::penalty::{Bound, Constraints, Dual, Grouping, Omega, Rule, FeasibleSet};
 ///
 /// let target = Tensor::new(&[3f64, 4.], &Device::Cpu)?;
 /// let dual = Dual::nu_pi(1.0, 0.1, 0.0);
-/// let multiply = Rule::Multiply { omega: Omega::Norm(Grouping::Whole), bound: Bound::AtMost(1.0), dual };
-/// for rule in [Rule::Project { set: Set::L2 { radius: 1.0 } }, multiply] {
+/// let lagrangian = Rule::Lagrangian { omega: Omega::Norm(Grouping::Whole), bound: Bound::AtMost(1.0), dual };
+/// for rule in [Rule::Project { set: FeasibleSet::L2 { radius: 1.0 } }, lagrangian] {
 ///     let varmap = VarMap::new();
 ///     let w = VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu).get(2, "w")?;
 ///     let mut constraints = Constraints::new(&varmap, &[("w", rule)])?;
@@ -116,13 +116,13 @@ pub enum Rule {
 #[derive(Debug, Clone)]
 pub struct Constraints {
     entries: Vec<Entry>,
-    arranged: Vec<Arranged>,
-    joint: Vec<Joint>,
+    spatial_totals: Vec<SpatialTotal>,
+    lagrangian_totals: Vec<LagrangianTotal>,
 }
 
 /// The spatial penalty of several Vars.
 #[derive(Debug, Clone)]
-struct Arranged {
+struct SpatialTotal {
     penalty: Spatial,
     factor: f64,
     /// Their places among the entries.
@@ -131,7 +131,7 @@ struct Arranged {
 
 /// The multipliers of several Vars together.
 #[derive(Debug, Clone)]
-struct Joint {
+struct LagrangianTotal {
     /// Of the Vars' names.
     pattern: String,
     multiplier: Multiplier,
@@ -143,7 +143,7 @@ struct Joint {
 pub(crate) struct Changes {
     pub values: Vec<(Var, Tensor)>,
     multipliers: Vec<Vec<Multiplier>>,
-    joint: Vec<Multiplier>,
+    lagrangian_totals: Vec<Multiplier>,
 }
 
 impl Constraints {
@@ -180,28 +180,32 @@ impl Constraints {
             }
             entries.push(entry);
         }
-        let (mut arranged, mut joint) = (vec![], vec![]);
+        let (mut spatial_totals, mut lagrangian_totals) = (vec![], vec![]);
         for (pattern, rule) in rules {
             let matching = entries.iter().enumerate().filter(|(_, entry)| matches(pattern, &entry.name));
             let places: Vec<usize> = matching.map(|(place, _)| place).collect();
             match rule {
-                Rule::Arrange { penalty, factor } => {
-                    arranged.push(Arranged { penalty: *penalty, factor: *factor, places });
+                Rule::SpatialTotal { penalty, factor } => {
+                    spatial_totals.push(SpatialTotal { penalty: *penalty, factor: *factor, places });
                 }
                 Rule::LagrangianTotal { omega, bound, dual } => {
                     let vars: Vec<&Var> = places.iter().map(|&place| &entries[place].var).collect();
                     let multiplier = total(*omega, *bound, *dual, &vars).map_err(|e| named(pattern, e))?;
-                    joint.push(Joint { pattern: (*pattern).to_string(), multiplier, places });
+                    lagrangian_totals.push(LagrangianTotal {
+                        pattern: (*pattern).to_string(),
+                        multiplier,
+                        places,
+                    });
                 }
                 Rule::Free
                 | Rule::Penalize { .. }
                 | Rule::Proximal { .. }
                 | Rule::Project { .. }
                 | Rule::Mask { .. }
-                | Rule::Multiply { .. } => {}
+                | Rule::Lagrangian { .. } => {}
             }
         }
-        Ok(Self { entries, arranged, joint })
+        Ok(Self { entries, spatial_totals, lagrangian_totals })
     }
 
     /// Proximal steps and projections, in the order of the rules, then a step of the multipliers. `lr` is the learning rate of the
@@ -232,10 +236,10 @@ impl Constraints {
                 reports.push((entry.name.as_str(), report));
             }
         }
-        for joint in &self.joint {
+        for total in &self.lagrangian_totals {
             let report =
-                joint.multiplier.total_report(&self.weights(&joint.places)).map_err(|e| joint.named(e))?;
-            reports.push((joint.pattern.as_str(), report));
+                total.multiplier.total_report(&self.weights(&total.places)).map_err(|e| total.named(e))?;
+            reports.push((total.pattern.as_str(), report));
         }
         Ok(reports)
     }
@@ -250,11 +254,11 @@ impl Constraints {
     /// ```
     /// use candle_core::{DType, Device, Tensor};
     /// use kronwake::nn::{VarBuilder, VarMap};
-    /// use kronwake::penalty::{Constraints, Grouping, Rule, Set};
+    /// use kronwake::penalty::{Constraints, Grouping, Rule, FeasibleSet};
     ///
     /// let varmap = VarMap::new();
     /// VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu).get(2, "w")?;
-    /// let set = Set::Sphere { grouping: Grouping::Whole, radius: 1.0 };
+    /// let set = FeasibleSet::Sphere { grouping: Grouping::Whole, radius: 1.0 };
     /// let constraints = Constraints::new(&varmap, &[("w", Rule::Project { set })])?;
     /// // The mean of (1, 0) and (0, 1) is not on the circle.
     /// let mean = Tensor::new(&[0.5f64, 0.5], &Device::Cpu)?;
@@ -278,7 +282,7 @@ impl Constraints {
 
     /// What [`Constraints::after_step`] is to change, where `at` gives a Var's value and learning rate.
     pub(crate) fn changes(&self, at: impl Fn(&Var) -> (Tensor, f64)) -> Result<Changes> {
-        let mut changes = Changes { values: vec![], multipliers: vec![], joint: vec![] };
+        let mut changes = Changes { values: vec![], multipliers: vec![], lagrangian_totals: vec![] };
         let mut values = Vec::with_capacity(self.entries.len());
         for entry in &self.entries {
             let (value, lr) = at(&entry.var);
@@ -287,11 +291,11 @@ impl Constraints {
             changes.values.extend(moved.map(|moved| (entry.var.clone(), moved)));
             changes.multipliers.push(multipliers);
         }
-        for joint in &self.joint {
-            let weights: Vec<&Tensor> = joint.places.iter().map(|&place| &values[place]).collect();
-            let mut multiplier = joint.multiplier.clone();
-            multiplier.total_update(&weights).map_err(|e| joint.named(e))?;
-            changes.joint.push(multiplier);
+        for total in &self.lagrangian_totals {
+            let weights: Vec<&Tensor> = total.places.iter().map(|&place| &values[place]).collect();
+            let mut multiplier = total.multiplier.clone();
+            multiplier.total_update(&weights).map_err(|e| total.named(e))?;
+            changes.lagrangian_totals.push(multiplier);
         }
         Ok(changes)
     }
@@ -301,8 +305,8 @@ impl Constraints {
         for (entry, multipliers) in self.entries.iter_mut().zip(changes.multipliers) {
             entry.multipliers = multipliers;
         }
-        for (joint, multiplier) in self.joint.iter_mut().zip(changes.joint) {
-            joint.multiplier = multiplier;
+        for (total, multiplier) in self.lagrangian_totals.iter_mut().zip(changes.lagrangian_totals) {
+            total.multiplier = multiplier;
         }
     }
 
@@ -311,7 +315,7 @@ impl Constraints {
     }
 }
 
-impl Joint {
+impl LagrangianTotal {
     fn named(&self, error: Error) -> Error {
         named(&self.pattern, error)
     }

@@ -17,22 +17,23 @@
 //! none, and [`Factor`] is the factor that the prior predicts.
 //!
 //! `J + alpha Omega` and `min J` subject to `Omega <= k` have the same optima (Goodfellow, Bengio, Courville, *Deep Learning*, section
-//! 7.2): a [`Set`] is projected on after the step, a [`Multiplier`] finds the `alpha` that belongs to a `k`, and [`Constraints`] says
+//! 7.2): a [`FeasibleSet`] is projected on after the step, a [`Multiplier`] finds the `alpha` that belongs to a `k`, and [`Constraints`] says
 //! which of all this holds for which Vars of a model, beside any optimizer.
 
-mod admissible;
+mod admissibility;
 mod ball;
 mod by_norms;
-mod cells;
 mod constraints;
 mod factor;
 mod fft;
 mod group;
+mod group_layout;
 mod groups;
 mod lp;
 mod multiplier;
 mod norms;
 mod prior;
+mod prior_of_penalty;
 mod scaled;
 mod simplex;
 mod spatial;
@@ -40,10 +41,9 @@ mod spatial;
 mod tests;
 mod unit;
 mod variational;
-mod verdict;
 
-pub use admissible::{Grid, Posterior, deconvolve};
-pub use ball::Set;
+pub use admissibility::{Admissibility, Failure};
+pub use ball::FeasibleSet;
 pub use constraints::{Constraints, Rule};
 pub use factor::{Factor, Family, Init};
 pub use group::{GroupLasso, SparseGroupLasso};
@@ -51,11 +51,11 @@ pub use groups::Grouping;
 pub use lp::Lp;
 pub use multiplier::{AugmentedLagrangian, Bound, Dual, Kkt, Multiplier, Omega, Report};
 pub use prior::Prior;
+pub use prior_of_penalty::{Grid, Posterior, deconvolve};
 pub use scaled::ScaledProx;
 pub use spatial::Spatial;
 pub use unit::UnitLasso;
 pub use variational::{MeanField, kl, variational_loss};
-pub use verdict::{Failure, Verdict};
 
 use candle_core::{Result, Tensor};
 

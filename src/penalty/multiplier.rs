@@ -1,6 +1,6 @@
 //! Lagrange multipliers of constraints on weights.
 
-use super::cells::Cells;
+use super::group_layout::GroupLayout;
 use crate::gpu::tensor_of;
 use crate::ops::dual::{NONE, Row};
 use candle_core::{Device, Result, Tensor, bail};
@@ -88,7 +88,7 @@ pub struct Multiplier {
 #[derive(Debug, Clone)]
 struct Part {
     dims: Vec<usize>,
-    cells: Cells,
+    layout: GroupLayout,
 }
 
 /// Multipliers and constraints at some weights, one number a group.
@@ -153,10 +153,11 @@ impl Multiplier {
             bail!("multiplier: bound: expected a finite number of zero or more, got {k}")
         }
         dual.check(bound)?;
-        let part =
-            |dims: &&[usize]| Ok(Part { dims: dims.to_vec(), cells: Cells::of(omega.grouping(), dims)? });
+        let part = |dims: &&[usize]| {
+            Ok(Part { dims: dims.to_vec(), layout: GroupLayout::of(omega.grouping(), dims)? })
+        };
         let parts = dims.iter().map(part).collect::<Result<Vec<_>>>()?;
-        let counts: Vec<usize> = parts.iter().map(|part| part.cells.count()).collect();
+        let counts: Vec<usize> = parts.iter().map(|part| part.layout.count()).collect();
         let groups = counts.first().copied().unwrap_or(0);
         if counts.iter().any(|count| *count != groups) {
             bail!(
@@ -250,7 +251,7 @@ impl Multiplier {
 
     /// The number of groups.
     pub(super) fn count(&self) -> usize {
-        self.parts.first().map_or(0, |part| part.cells.count())
+        self.parts.first().map_or(0, |part| part.layout.count())
     }
 
     /// All that a step changes, `[groups]` in f64 each on the CPU, by the names that files have; no average before the first step.

@@ -1,5 +1,6 @@
 //! The same function without dead units, channels and inputs.
 
+mod fold;
 mod graph;
 mod layer;
 mod plan;
@@ -8,6 +9,8 @@ mod shrink;
 use crate::checkpoint::Checkpoint;
 use crate::nn::{BatchNorm, Conv2d, Conv2dConfig, Linear, Module, ModuleT};
 use candle_core::{DType, Device, Result, Tensor, bail};
+
+pub use fold::fold_norms;
 
 /// A part of a net: a list of stages is one after the other.
 #[derive(Debug, Clone)]
@@ -88,6 +91,28 @@ impl Norm {
         let [running_mean, running_var] =
             [needed(file, name, "running_mean")?, needed(file, name, "running_var")?];
         Ok(Self { name: name.into(), affine, running_mean, running_var, eps })
+    }
+}
+
+impl Norm {
+    /// Factors, offsets, means and variances on the host.
+    fn parts(&self) -> Result<[Vec<f64>; 4]> {
+        let (mean, var) = (host(&self.running_mean)?, host(&self.running_var)?);
+        if let Some(wrong) = var.iter().find(|var| !(**var + self.eps > 0.)) {
+            bail!(
+                "compact: BatchNorm {}: running_var holds {wrong}, expected more than {}",
+                self.name,
+                -self.eps
+            )
+        }
+        let (weight, bias) = match &self.affine {
+            Some((weight, bias)) => (host(weight)?, host(bias)?),
+            None => (vec![1.; mean.len()], vec![0.; mean.len()]),
+        };
+        if [&weight, &bias, &var].iter().any(|part| part.len() != mean.len()) {
+            bail!("compact: BatchNorm {}: expected all parts of [{}]", self.name, mean.len())
+        }
+        Ok([weight, bias, mean, var])
     }
 }
 

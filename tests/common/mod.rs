@@ -1,7 +1,7 @@
 //! What several test files share.
-#![allow(dead_code)] // each test file uses its own part
 
-pub mod device;
+pub mod nets;
+pub mod wakes;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use faer::{Mat, linalg::solvers::Solve};

@@ -1,5 +1,4 @@
 //! Small nets with every kind of layer, and their Jacobians a backward pass each.
-#![allow(dead_code)] // each test file uses its own part
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use kronwake::evidence::{Examples, Problem};

@@ -1,7 +1,6 @@
 //! The nets of the wake tests, and the matrices that their rules solve with, dense.
-#![allow(dead_code)] // each test file uses its own part
 
-use super::common::*;
+use super::*;
 use candle_core::{DType, Result, Tensor};
 use faer::Mat;
 use kronwake::curvature::{Damping, FactorLimit, Sharing};

@@ -7,7 +7,7 @@ mod train;
 use crate::data::Data;
 use crate::program;
 use crate::values::{count, not_negative, positive};
-use candle_core::{Result, bail};
+use candle_core::Result;
 use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -6,7 +6,7 @@ use crate::measure;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kronwake::nn::{self, Linear, Module, Optimizer, SGD, VarBuilder, VarMap, init, loss};
 use kronwake::optim::Schedule;
-use kronwake::penalty::{Constraints, Dual, Grouping, Lp, Omega, Report, Rule, Set};
+use kronwake::penalty::{Constraints, Dual, FeasibleSet, Grouping, Lp, Omega, Report, Rule};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -31,15 +31,15 @@ impl Method {
 
     fn rules(self, args: &Args) -> Vec<(&'static str, Rule)> {
         let (grouping, radius) = (Grouping::Rows, args.radius);
-        let project = Rule::Project { set: Set::MaxNorm { grouping, radius } };
+        let project = Rule::Project { set: FeasibleSet::MaxNorm { grouping, radius } };
         let dual = Dual::nu_pi(0.05, 1e-3, 0.9);
-        let multiply = Rule::Multiply { omega: Omega::Norm(grouping), bound: radius.into(), dual };
+        let lagrangian = Rule::Lagrangian { omega: Omega::Norm(grouping), bound: radius.into(), dual };
         let penalize = Rule::Penalize { penalty: Arc::new(Lp::l2()), factor: args.decay };
         match self {
             Self::Nothing => vec![("*", Rule::Free)],
             Self::Decay => vec![("*.bias", Rule::Free), ("*.weight", penalize)],
             Self::MaxNorm => vec![("*", Rule::Free), ("fc1.weight", project)],
-            Self::Multipliers => vec![("*", Rule::Free), ("fc1.weight", multiply)],
+            Self::Multipliers => vec![("*", Rule::Free), ("fc1.weight", lagrangian)],
         }
     }
 }

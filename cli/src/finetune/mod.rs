@@ -10,7 +10,7 @@ mod train;
 
 use crate::{curves, program};
 use args::{Args, Net};
-use candle_core::{Result, bail};
+use candle_core::Result;
 use clap::Parser;
 use std::process::ExitCode;
 use task::Task;

@@ -12,7 +12,7 @@ use crate::data::Data;
 use crate::values::Choice;
 use crate::{curves, program, trace};
 use args::Args;
-use candle_core::{Result, bail};
+use candle_core::Result;
 use std::process::ExitCode;
 
 /// The program.

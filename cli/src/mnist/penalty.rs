@@ -107,7 +107,7 @@ impl Penalized {
             Spec::Spatial(kappa) => {
                 let penalty = Spatial::new(kappa, SPATIAL_GAMMA)?;
                 let factor = factors.first().copied().unwrap_or(0.0);
-                rules.push(("*.weight", Rule::Arrange { penalty, factor }));
+                rules.push(("*.weight", Rule::SpatialTotal { penalty, factor }));
             }
             _ => rules.extend(shapes.iter().zip(factors).map(|((name, _), factor)| {
                 let penalty = penalty.clone();

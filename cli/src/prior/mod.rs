@@ -4,9 +4,9 @@ mod plot;
 
 use crate::program;
 use crate::values::{count, not_negative, positive};
-use candle_core::{Result, Shape, bail};
+use candle_core::{Result, Shape};
 use clap::{Parser, ValueEnum};
-use kronwake::penalty::{Family, Grid, Init, Posterior, Verdict, deconvolve};
+use kronwake::penalty::{Admissibility, Family, Grid, Init, Posterior, deconvolve};
 use std::f64::consts::{E, TAU};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -85,7 +85,7 @@ impl Args {
         penalty - entropy
     }
 
-    fn verdict(&self) -> Result<Verdict> {
+    fn admissibility(&self) -> Result<Admissibility> {
         let scales = [160.0, 80.0, 40.0].map(|part| self.width / part);
         let posterior = match self.posterior {
             Posteriors::Dirac => Posterior::Dirac,
@@ -115,24 +115,24 @@ impl Args {
 }
 
 /// What was found, in sentences.
-fn report(verdict: &Verdict) -> String {
-    if !verdict.admissible() {
-        let reasons: Vec<_> = verdict.failures.iter().map(ToString::to_string).collect();
+fn report(admissibility: &Admissibility) -> String {
+    if !admissibility.admissible() {
+        let reasons: Vec<_> = admissibility.failures.iter().map(ToString::to_string).collect();
         return format!("no prior: {}", reasons.join("; "));
     }
     format!(
         "a prior: {:.1e} of its mass or less lies outside, scales of the posterior change it by {:.1e}, the regularization by {:.1e}",
-        verdict.outside, verdict.deviation, verdict.change
+        admissibility.outside, admissibility.deviation, admissibility.change
     )
 }
 
 fn work(args: &Args) -> Result<()> {
-    let verdict = args.verdict()?;
-    println!("{}", report(&verdict));
-    if verdict.admissible() {
+    let admissibility = args.admissibility()?;
+    println!("{}", report(&admissibility));
+    if admissibility.admissible() {
         program::make_folder("--out", &args.out)?;
         let path = args.out.join("prior.svg");
-        plot::density(&path, &verdict)?;
+        plot::density(&path, &admissibility)?;
         println!("density: {}", path.display());
     }
     println!("{}", args.prediction()?);
@@ -166,12 +166,12 @@ mod tests {
             ("--penalty cauchy --posterior dirac", "a prior: "),
             ("--penalty cauchy --posterior dirac --factor 0.4", "no prior: the prior has no integral"),
         ] {
-            let report = report(&read(line).verdict()?);
+            let report = report(&read(line).admissibility()?);
             assert!(report.starts_with(found), "{line}: {report}");
         }
         // The normal density at its middle: precision 2 b.
-        let verdict = read("--penalty l2 --factor 2").verdict()?;
-        let middle = verdict.log_density[verdict.x.len() / 2].exp();
+        let admissibility = read("--penalty l2 --factor 2").admissibility()?;
+        let middle = admissibility.log_density[admissibility.x.len() / 2].exp();
         assert!((middle - (4.0 / TAU).sqrt()).abs() < 1e-4, "{middle}");
         Ok(())
     }

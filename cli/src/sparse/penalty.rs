@@ -66,11 +66,11 @@ impl Choice {
 
     /// What is added to the loss.
     pub fn rules(self, factor: f64) -> Result<Option<(&'static str, Rule)>> {
-        let arrange = |penalty| Ok(Some(("*.weight", Rule::Arrange { penalty, factor })));
+        let total = |penalty| Ok(Some(("*.weight", Rule::SpatialTotal { penalty, factor })));
         let penalty: Arc<dyn Penalty> = match self {
             Self::None => return Ok(None),
-            Self::Spatial => return arrange(Spatial::default()),
-            Self::Spatial0 => return arrange(Spatial::new(0.0, 6.0)?),
+            Self::Spatial => return total(Spatial::default()),
+            Self::Spatial0 => return total(Spatial::new(0.0, 6.0)?),
             Self::L2 => Arc::new(Lp::l2()),
             Self::L1 => Arc::new(Lp::l1()),
             Self::Group => Arc::new(GroupLasso { grouping: Grouping::Columns, size_weighted: true }),

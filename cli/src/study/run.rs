@@ -8,7 +8,7 @@ use crate::data::{self, Data, Part};
 use crate::measure::{self, mean_loss};
 use crate::model::{Dropout, Model};
 use crate::optimizer::{Optimizer, Pass};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result};
 use kronwake::nn::{VarBuilder, VarMap, init};
 use kronwake::optim::Every;
 use kronwake::tape::Tape;

@@ -144,7 +144,10 @@ pub fn examples(args: &Args, device: &Device) -> Result<Loaded> {
         loaded.train = Examples::new(loaded.train.x().clone(), y)?;
     }
     if !whole && loaded.likelihood == Likelihood::Categorical {
-        bail!("--likelihood categorical needs labels of whole numbers, got {}", loaded.train.y().dtype().as_str())
+        bail!(
+            "--likelihood categorical needs labels of whole numbers, got {}",
+            loaded.train.y().dtype().as_str()
+        )
     }
     Ok(loaded)
 }

@@ -32,7 +32,9 @@ fn work(args: &Args) -> Result<()> {
     let order = match &args.checkpoint {
         Some(path) => net.load(path)?,
         None if loaded.likelihood != Likelihood::Categorical => {
-            bail!("without --checkpoint a classifier is trained first: give --checkpoint for another likelihood")
+            bail!(
+                "without --checkpoint a classifier is trained first: give --checkpoint for another likelihood"
+            )
         }
         None => {
             net.train(args, &loaded.train)?;

@@ -93,7 +93,7 @@ impl Lora {
             ("lora_alpha".to_string(), self.params.alpha.to_string()),
             (METADATA.to_string(), config.clone()),
         ]);
-        Checkpoint { tensors, metadata }.write(&path)?;
+        Checkpoint { tensors, metadata, ..Default::default() }.write(&path)?;
         if path.file_name().is_some_and(|name| name == TENSORS) {
             write_text(&path.with_file_name(CONFIG), &config)?;
         }
@@ -133,7 +133,7 @@ impl Lora {
                 }
             }
         }
-        let adapters = Checkpoint { tensors: file.tensors, metadata: HashMap::new() };
+        let adapters = Checkpoint { tensors: file.tensors, ..Default::default() };
         match adapters.load_into(&self.varmap) {
             Err(error) => bail!("{}: {error}", file.shown),
             done => done,
@@ -154,9 +154,12 @@ impl File {
     fn read(path: &Path) -> Result<Self> {
         let path = in_folder(path);
         let shown = path.display().to_string();
-        let Checkpoint { tensors: all, metadata } = Checkpoint::read(&path, &Device::Cpu)?;
+        let Checkpoint { tensors: all, metadata, .. } = Checkpoint::read(&path, &Device::Cpu)?;
         let beside = path.with_file_name(CONFIG);
-        let config = match (metadata.get(METADATA), beside.exists(), metadata.get("lora_alpha")) {
+        // PEFT reads what is beside a file of this name, and so what somebody changed there.
+        let of_folder = path.file_name().is_some_and(|name| name == TENSORS) && beside.exists();
+        let own = metadata.get(METADATA).filter(|_| !of_folder);
+        let config = match (own, beside.exists(), metadata.get("lora_alpha")) {
             (Some(text), ..) => Some(Config::parse(&shown, text)?),
             (None, true, _) => match std::fs::read_to_string(&beside) {
                 Ok(text) => Some(Config::parse(&beside.display().to_string(), &text)?),

@@ -1,6 +1,6 @@
 //! Projections of weights on a GPU: they stay there, and sums of their groups come to the host.
 
-use super::{Set, at_most, below, slack, within};
+use super::{FeasibleSet, at_most, below, slack, within};
 use crate::ops::element::float_dispatch;
 use crate::ops::group::{Tiles, scaled, sums};
 use candle_core::{DType, Result, Tensor};
@@ -11,32 +11,32 @@ const NAME: &str = "project";
 /// An L1 ball's radius may be smaller than the weights' sum by this: what f64 keeps of a threshold beside them.
 const FAR: f64 = 1e6;
 
-/// What [`Set::moved`] has on the host; nothing where only that can tell.
-pub(super) fn moved(set: &Set, w: &Tensor) -> Result<Option<Option<Tensor>>> {
+/// What [`FeasibleSet::moved`] has on the host; nothing where only that can tell.
+pub(super) fn moved(set: &FeasibleSet, w: &Tensor) -> Result<Option<Option<Tensor>>> {
     let Some(seen) = Seen::of(set, w)? else { return Ok(None) };
     let excess = seen.excess(set)?;
     let enough = match *set {
-        Set::Sphere { radius, .. } => slack(w.dtype(), w.elem_count(), radius),
-        Set::L2 { .. }
-        | Set::Box { .. }
-        | Set::L1 { .. }
-        | Set::GroupBall { .. }
-        | Set::Simplex { .. }
-        | Set::MaxNorm { .. } => 0.0,
+        FeasibleSet::Sphere { radius, .. } => slack(w.dtype(), w.elem_count(), radius),
+        FeasibleSet::L2 { .. }
+        | FeasibleSet::Box { .. }
+        | FeasibleSet::L1 { .. }
+        | FeasibleSet::GroupBall { .. }
+        | FeasibleSet::Simplex { .. }
+        | FeasibleSet::MaxNorm { .. } => 0.0,
     };
     if excess <= enough {
         return Ok(Some(None));
     }
     let near = match *set {
-        Set::L2 { radius } | Set::MaxNorm { radius, .. } => {
+        FeasibleSet::L2 { radius } | FeasibleSet::MaxNorm { radius, .. } => {
             Some(seen.shrink(&vec![radius; seen.norms.len()])?)
         }
-        Set::Box { bound } => {
+        FeasibleSet::Box { bound } => {
             let bound = float_dispatch!("project", w.dtype(), T => at_most::<T>(bound));
             Some(seen.w.clamp(-bound, bound)?)
         }
-        Set::L1 { radius } => seen.in_l1(radius)?,
-        Set::GroupBall { radius, .. } => {
+        FeasibleSet::L1 { radius } => seen.in_l1(radius)?,
+        FeasibleSet::GroupBall { radius, .. } => {
             let lengths = below(seen.norms.iter().copied(), radius);
             let attempt = |keep: f64| -> Result<Option<Tensor>> {
                 let lengths: Vec<f64> = lengths.iter().map(|length| length * keep).collect();
@@ -45,18 +45,18 @@ pub(super) fn moved(set: &Set, w: &Tensor) -> Result<Option<Option<Tensor>>> {
             };
             Some(within(w.dtype(), |keep| attempt(keep).transpose())?)
         }
-        Set::Sphere { .. } if seen.norms.contains(&0.0) => None,
-        Set::Sphere { radius, .. } => {
+        FeasibleSet::Sphere { .. } if seen.norms.contains(&0.0) => None,
+        FeasibleSet::Sphere { radius, .. } => {
             let factors: Vec<f64> = seen.norms.iter().map(|norm| radius / norm).collect();
             Some(seen.scaled(0.0, &factors)?)
         }
-        Set::Simplex { .. } => None,
+        FeasibleSet::Simplex { .. } => None,
     };
     Ok(near.map(Some))
 }
 
-/// What [`Set::violation`] has on the host; nothing where only that can tell.
-pub(super) fn violation(set: &Set, w: &Tensor) -> Result<Option<f64>> {
+/// What [`FeasibleSet::violation`] has on the host; nothing where only that can tell.
+pub(super) fn violation(set: &FeasibleSet, w: &Tensor) -> Result<Option<f64>> {
     Seen::of(set, w)?.map(|seen| seen.excess(set)).transpose()
 }
 
@@ -70,16 +70,16 @@ struct Seen {
 
 impl Seen {
     /// Nothing where sums of squares do not say it all, or are not finite: the host finds the place.
-    fn of(set: &Set, w: &Tensor) -> Result<Option<Self>> {
+    fn of(set: &FeasibleSet, w: &Tensor) -> Result<Option<Self>> {
         let tiles = set.check_for(w.dims())?.tiles();
         let by_sums = match set {
-            Set::Simplex { .. } => false,
-            Set::L2 { .. }
-            | Set::Box { .. }
-            | Set::L1 { .. }
-            | Set::GroupBall { .. }
-            | Set::MaxNorm { .. }
-            | Set::Sphere { .. } => true,
+            FeasibleSet::Simplex { .. } => false,
+            FeasibleSet::L2 { .. }
+            | FeasibleSet::Box { .. }
+            | FeasibleSet::L1 { .. }
+            | FeasibleSet::GroupBall { .. }
+            | FeasibleSet::MaxNorm { .. }
+            | FeasibleSet::Sphere { .. } => true,
         };
         if !by_sums || w.elem_count() == 0 || !w.dtype().is_float() {
             return Ok(None);
@@ -94,15 +94,15 @@ impl Seen {
         Ok(Some(Self { w, tiles, norms, sizes }))
     }
 
-    fn excess(&self, set: &Set) -> Result<f64> {
+    fn excess(&self, set: &FeasibleSet) -> Result<f64> {
         Ok(match *set {
-            Set::Box { bound } => (largest(&self.w)? - bound).max(0.0),
-            Set::L1 { radius } => (self.sizes.iter().sum::<f64>() - radius).max(0.0),
-            Set::L2 { .. }
-            | Set::GroupBall { .. }
-            | Set::Simplex { .. }
-            | Set::MaxNorm { .. }
-            | Set::Sphere { .. } => set.excess_of(&self.norms),
+            FeasibleSet::Box { bound } => (largest(&self.w)? - bound).max(0.0),
+            FeasibleSet::L1 { radius } => (self.sizes.iter().sum::<f64>() - radius).max(0.0),
+            FeasibleSet::L2 { .. }
+            | FeasibleSet::GroupBall { .. }
+            | FeasibleSet::Simplex { .. }
+            | FeasibleSet::MaxNorm { .. }
+            | FeasibleSet::Sphere { .. } => set.excess_of(&self.norms),
         })
     }
 

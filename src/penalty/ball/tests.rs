@@ -3,15 +3,15 @@ use crate::gpu::emulate::emulate;
 use crate::ops::testing::random;
 use proptest::prelude::*;
 
-fn sets(k: f64, grouping: Grouping) -> [Set; 7] {
+fn sets(k: f64, grouping: Grouping) -> [FeasibleSet; 7] {
     [
-        Set::L2 { radius: k },
-        Set::Box { bound: k },
-        Set::L1 { radius: k },
-        Set::GroupBall { grouping, radius: k },
-        Set::Simplex { sum: k },
-        Set::MaxNorm { grouping, radius: k },
-        Set::Sphere { grouping, radius: k },
+        FeasibleSet::L2 { radius: k },
+        FeasibleSet::Box { bound: k },
+        FeasibleSet::L1 { radius: k },
+        FeasibleSet::GroupBall { grouping, radius: k },
+        FeasibleSet::Simplex { sum: k },
+        FeasibleSet::MaxNorm { grouping, radius: k },
+        FeasibleSet::Sphere { grouping, radius: k },
     ]
 }
 
@@ -67,7 +67,7 @@ proptest! {
         for set in sets(k, grouping) {
             let p = values(&set.project(&w).unwrap());
             let z = values(&set.project(&other_w).unwrap());
-            if matches!(set, Set::Sphere { .. }) {
+            if matches!(set, FeasibleSet::Sphere { .. }) {
                 // Not convex: no point of it is nearer.
                 prop_assert!(distance(&x, &p) <= distance(&x, &z) + 1e-12 * unit, "{set:?}");
                 continue;
@@ -97,7 +97,7 @@ proptest! {
                 let p = set.project(&w).unwrap();
                 prop_assert_eq!((p.dims(), p.dtype()), (w.dims(), dtype));
                 let slack = match set {
-                    Set::Simplex { .. } | Set::Sphere { .. } => {
+                    FeasibleSet::Simplex { .. } | FeasibleSet::Sphere { .. } => {
                         4.0 * relative * k + n * f64::EPSILON * k + n * smallest
                     }
                     _ => 0.0,
@@ -121,35 +121,37 @@ fn by_hand() {
     let w = Tensor::new(&[[3.0, -4.0], [0.0, 0.5]], &Device::Cpu).unwrap();
     let rows = Grouping::Rows;
     for (set, expected) in [
-        (Set::Box { bound: 2.0 }, [2.0, -2.0, 0.0, 0.5]),
+        (FeasibleSet::Box { bound: 2.0 }, [2.0, -2.0, 0.0, 0.5]),
         // Threshold 2.5: 0.5 and 1.5 stay.
-        (Set::L1 { radius: 2.0 }, [0.5, -1.5, 0.0, 0.0]),
+        (FeasibleSet::L1 { radius: 2.0 }, [0.5, -1.5, 0.0, 0.0]),
         // Norms 5 and 0.5 less 0.25 make 5.
-        (Set::GroupBall { grouping: rows, radius: 5.0 }, [2.85, -3.8, 0.0, 0.25]),
-        (Set::Simplex { sum: 1.0 }, [1.0, 0.0, 0.0, 0.0]),
-        (Set::MaxNorm { grouping: rows, radius: 1.0 }, [0.6, -0.8, 0.0, 0.5]),
-        (Set::Sphere { grouping: rows, radius: 1.0 }, [0.6, -0.8, 0.0, 1.0]),
-        (Set::L2 { radius: 0.0 }, [0.0; 4]),
+        (FeasibleSet::GroupBall { grouping: rows, radius: 5.0 }, [2.85, -3.8, 0.0, 0.25]),
+        (FeasibleSet::Simplex { sum: 1.0 }, [1.0, 0.0, 0.0, 0.0]),
+        (FeasibleSet::MaxNorm { grouping: rows, radius: 1.0 }, [0.6, -0.8, 0.0, 0.5]),
+        (FeasibleSet::Sphere { grouping: rows, radius: 1.0 }, [0.6, -0.8, 0.0, 1.0]),
+        (FeasibleSet::L2 { radius: 0.0 }, [0.0; 4]),
     ] {
         let p = values(&set.project(&w).unwrap());
         assert!(distance(&p, &expected) < 1e-14, "{set:?} {p:?}");
     }
     let zero = w.zeros_like().unwrap();
-    let equal = values(&Set::Sphere { grouping: rows, radius: 2.0 }.project(&zero).unwrap());
+    let equal = values(&FeasibleSet::Sphere { grouping: rows, radius: 2.0 }.project(&zero).unwrap());
     assert!(distance(&equal, &[2f64.sqrt(); 4]) < 1e-14);
-    assert_eq!(values(&Set::Simplex { sum: 2.0 }.project(&zero).unwrap()), [0.5; 4]);
+    assert_eq!(values(&FeasibleSet::Simplex { sum: 2.0 }.project(&zero).unwrap()), [0.5; 4]);
 }
 
 /// A view is read in its own order, and large values beside a small radius keep it.
 #[test]
 fn views_and_far_points() {
     let w = Tensor::new(&[[3f32, 0.1], [4., 0.2]], &Device::Cpu).unwrap().t().unwrap();
-    let p = Set::MaxNorm { grouping: Grouping::Rows, radius: 1.0 }.project(&w).unwrap();
+    let p = FeasibleSet::MaxNorm { grouping: Grouping::Rows, radius: 1.0 }.project(&w).unwrap();
     assert!(distance(&values(&p), &[0.6, 0.8, 0.1, 0.2]) < 1e-6);
     let far = Tensor::new(&[1e20, -1e20, 1.0], &Device::Cpu).unwrap();
-    assert!(distance(&values(&Set::L1 { radius: 1.0 }.project(&far).unwrap()), &[0.5, -0.5, 0.0]) < 1e-15);
+    assert!(
+        distance(&values(&FeasibleSet::L1 { radius: 1.0 }.project(&far).unwrap()), &[0.5, -0.5, 0.0]) < 1e-15
+    );
     let far = Tensor::new(&[3e200, -4e200], &Device::Cpu).unwrap();
-    assert!(distance(&values(&Set::L2 { radius: 5.0 }.project(&far).unwrap()), &[3.0, -4.0]) < 1e-14);
+    assert!(distance(&values(&FeasibleSet::L2 { radius: 5.0 }.project(&far).unwrap()), &[3.0, -4.0]) < 1e-14);
 }
 
 #[test]
@@ -171,7 +173,7 @@ fn refusals() {
         }
     }
     let whole = Tensor::new(&[1u32], &Device::Cpu).unwrap();
-    assert!(Set::Box { bound: 1.0 }.project(&whole).is_err());
+    assert!(FeasibleSet::Box { bound: 1.0 }.project(&whole).is_err());
 }
 
 /// Where the weights stay on the device the same comes out, in the set, and there it stays; composed of the loops of the CPU and of the
@@ -191,7 +193,7 @@ fn on_the_device_as_on_the_host() {
                 Grouping::Blocks { rows: 3, columns: 4 },
             ];
             for set in groupings.into_iter().flat_map(|grouping| sets(k, grouping)) {
-                if matches!(set, Set::Simplex { .. }) {
+                if matches!(set, FeasibleSet::Simplex { .. }) {
                     assert!(
                         device::moved(&set, &w).unwrap().is_none()
                             && device::violation(&set, &w).unwrap().is_none()
@@ -215,7 +217,7 @@ fn on_the_device_as_on_the_host() {
                     // The sums of the two are not added up in the same order.
                     let (left, order) =
                         (set.violation(&found).unwrap(), w.elem_count() as f64 * f64::EPSILON * k);
-                    let sphere = matches!(set, Set::Sphere { .. });
+                    let sphere = matches!(set, FeasibleSet::Sphere { .. });
                     let slack = if sphere { slack(dtype, w.elem_count(), k) } else { order };
                     assert!(left <= slack, "{set:?} {dtype:?} {left}");
                 };
@@ -231,18 +233,18 @@ fn on_the_device_as_on_the_host() {
 /// What sums of squares in f64 do not tell is left to the host, and so are its messages.
 #[test]
 fn what_only_the_host_can_tell() {
-    let project = |set: Set, w: &[f64]| {
+    let project = |set: FeasibleSet, w: &[f64]| {
         emulate(|| set.project(&Tensor::new(w, &Device::Cpu)?)).map(|p| values(&p)).map_err(|e| e.to_string())
     };
     let whole = Grouping::Whole;
     for (set, w, expected) in [
-        (Set::L1 { radius: 1.0 }, [1e20, -1e20, 1.0], [0.5, -0.5, 0.0]),
-        (Set::L1 { radius: 0.0 }, [1.0, -2.0, 0.0], [0.0; 3]),
-        (Set::L2 { radius: 5.0 }, [3e200, -4e200, 0.0], [3.0, -4.0, 0.0]),
-        (Set::L2 { radius: 5e-200 }, [3e-199, -4e-199, 0.0], [3e-200, -4e-200, 0.0]),
-        (Set::Sphere { grouping: whole, radius: 3f64.sqrt() }, [0.0; 3], [1.0; 3]),
-        (Set::Simplex { sum: 1.0 }, [3.0, -4.0, 0.5], [1.0, 0.0, 0.0]),
-        (Set::Box { bound: 1e200 }, [3e200, -1e199, 0.0], [1e200, -1e199, 0.0]),
+        (FeasibleSet::L1 { radius: 1.0 }, [1e20, -1e20, 1.0], [0.5, -0.5, 0.0]),
+        (FeasibleSet::L1 { radius: 0.0 }, [1.0, -2.0, 0.0], [0.0; 3]),
+        (FeasibleSet::L2 { radius: 5.0 }, [3e200, -4e200, 0.0], [3.0, -4.0, 0.0]),
+        (FeasibleSet::L2 { radius: 5e-200 }, [3e-199, -4e-199, 0.0], [3e-200, -4e-200, 0.0]),
+        (FeasibleSet::Sphere { grouping: whole, radius: 3f64.sqrt() }, [0.0; 3], [1.0; 3]),
+        (FeasibleSet::Simplex { sum: 1.0 }, [3.0, -4.0, 0.5], [1.0, 0.0, 0.0]),
+        (FeasibleSet::Box { bound: 1e200 }, [3e200, -1e199, 0.0], [1e200, -1e199, 0.0]),
     ] {
         let found = project(set, &w).unwrap();
         assert!(distance(&found, &expected) <= 1e-14 * norm(&expected), "{set:?} {found:?}");

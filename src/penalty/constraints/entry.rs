@@ -37,17 +37,17 @@ impl Entry {
         match rule {
             Rule::Free => {}
             Rule::Penalize { .. }
-            | Rule::Arrange { .. }
+            | Rule::SpatialTotal { .. }
             | Rule::Proximal { .. }
             | Rule::Project { .. }
             | Rule::Mask { .. }
-            | Rule::Multiply { .. }
+            | Rule::Lagrangian { .. }
             | Rule::LagrangianTotal { .. }
                 if !float =>
             {
                 bail!("expected a floating point Var, got {:?}", self.var.dtype())
             }
-            Rule::Arrange { penalty, factor } => check_factor(&penalty.name(), *factor)?,
+            Rule::SpatialTotal { penalty, factor } => check_factor(&penalty.name(), *factor)?,
             Rule::Penalize { penalty, factor } | Rule::Proximal { penalty, factor } => {
                 check_factor(&penalty.name(), *factor)?;
                 self.rules.push(rule.clone());
@@ -68,7 +68,7 @@ impl Entry {
                 let mask = mask.to_device(self.var.device())?.contiguous()?;
                 self.rules.push(Rule::Mask { mask });
             }
-            Rule::Multiply { omega, bound, dual } => {
+            Rule::Lagrangian { omega, bound, dual } => {
                 self.multipliers.push(Multiplier::new(*omega, *bound, *dual, self.var.dims())?);
             }
             // The table's, which knows the other Vars.
@@ -117,8 +117,8 @@ impl Entry {
                 }
                 Rule::Free
                 | Rule::Penalize { .. }
-                | Rule::Arrange { .. }
-                | Rule::Multiply { .. }
+                | Rule::SpatialTotal { .. }
+                | Rule::Lagrangian { .. }
                 | Rule::LagrangianTotal { .. } => None,
             };
             moved = next.or(moved);

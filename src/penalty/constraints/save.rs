@@ -23,7 +23,7 @@ impl Constraints {
     /// # VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu).get(2, "w")?;
     /// # let file = std::env::temp_dir().join(format!("kronwake-doc-constraints-{}", std::process::id()));
     /// let (omega, bound) = (Omega::Norm(Grouping::Rows), Bound::AtMost(1.0));
-    /// let rule = Rule::Multiply { omega, bound, dual: Dual::ascent(0.1) };
+    /// let rule = Rule::Lagrangian { omega, bound, dual: Dual::ascent(0.1) };
     /// let mut constraints = Constraints::new(&varmap, &[("w", rule)])?;
     /// constraints.after_step(0.1)?;
     /// constraints.save(&file)?;
@@ -92,8 +92,8 @@ impl Constraints {
             bail!("{}: {name} has no place here", path.display())
         }
         let own = self.entries.iter_mut().flat_map(|entry| &mut entry.multipliers);
-        let joint = self.joint.iter_mut().map(|joint| &mut joint.multiplier);
-        own.chain(joint).zip(resumed).for_each(|(old, new)| *old = new);
+        let totals = self.lagrangian_totals.iter_mut().map(|total| &mut total.multiplier);
+        own.chain(totals).zip(resumed).for_each(|(old, new)| *old = new);
         Ok(())
     }
 
@@ -103,12 +103,12 @@ impl Constraints {
             let each = entry.multipliers.iter().enumerate();
             each.map(|(index, multiplier)| (format!("{}.{index}", entry.name), multiplier))
         });
-        let joint = self
-            .joint
+        let totals = self
+            .lagrangian_totals
             .iter()
             .enumerate()
-            .map(|(index, joint)| (format!("{} together.{index}", joint.pattern), &joint.multiplier));
-        own.chain(joint)
+            .map(|(index, total)| (format!("{} together.{index}", total.pattern), &total.multiplier));
+        own.chain(totals)
     }
 }
 
@@ -131,10 +131,10 @@ mod tests {
             let var = Var::from_vec(start, (rows, 3), &Device::Cpu)?;
             varmap.data().lock().unwrap().insert((*name).into(), var);
         }
-        let multiply = |omega, dual| Rule::Multiply { omega, bound: bound.into(), dual };
+        let lagrangian = |omega, dual| Rule::Lagrangian { omega, bound: bound.into(), dual };
         let rules = [
-            ("*", multiply(Omega::Norm(Grouping::Rows), Dual::nu_pi(0.5, 0.1, 0.9))),
-            ("*", multiply(Omega::L1(Grouping::Columns), Dual { cap: Some(0.3), ..Dual::ascent(0.05) })),
+            ("*", lagrangian(Omega::Norm(Grouping::Rows), Dual::nu_pi(0.5, 0.1, 0.9))),
+            ("*", lagrangian(Omega::L1(Grouping::Columns), Dual { cap: Some(0.3), ..Dual::ascent(0.05) })),
             (
                 "*",
                 Rule::LagrangianTotal {

@@ -1,6 +1,6 @@
 //! What constraints add to the loss: as a term of it, or as gradients beside its own.
 
-use super::{Arranged, Constraints, Entry, Rule, check_like, named};
+use super::{Constraints, Entry, Rule, SpatialTotal, check_like, named};
 use crate::penalty::Penalty;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor};
@@ -17,12 +17,15 @@ impl Constraints {
                 total = Some(plus(total, term)?);
             }
         }
-        for arranged in &self.arranged {
-            total = Some(plus(total, (arranged.penalty.total(&self.layers(arranged))? * arranged.factor)?)?);
+        for spatial in &self.spatial_totals {
+            total = Some(plus(total, (spatial.penalty.total(&self.layers(spatial))? * spatial.factor)?)?);
         }
-        for joint in &self.joint {
-            let weights = self.weights(&joint.places);
-            total = Some(plus(total, joint.multiplier.total_term(&weights).map_err(|e| joint.named(e))?)?);
+        for lagrangian in &self.lagrangian_totals {
+            let weights = self.weights(&lagrangian.places);
+            total = Some(plus(
+                total,
+                lagrangian.multiplier.total_term(&weights).map_err(|e| lagrangian.named(e))?,
+            )?);
         }
         self.or_zero(total)
     }
@@ -78,21 +81,21 @@ impl Constraints {
                 add(place, gradient).map_err(|e| named(&entry.name, e))?;
             }
         }
-        for arranged in &self.arranged {
+        for spatial in &self.spatial_totals {
             let (value, gradients) =
-                arranged.penalty.total_and_gradients(&self.layers(arranged), arranged.factor)?;
+                spatial.penalty.total_and_gradients(&self.layers(spatial), spatial.factor)?;
             total = Some(plus(total, value)?);
-            for (&place, gradient) in arranged.places.iter().zip(gradients) {
+            for (&place, gradient) in spatial.places.iter().zip(gradients) {
                 add(place, gradient).map_err(|e| named(&self.entries[place].name, e))?;
             }
         }
-        for joint in &self.joint {
-            let weights = self.weights(&joint.places);
+        for lagrangian in &self.lagrangian_totals {
+            let weights = self.weights(&lagrangian.places);
             let (value, gradients) =
-                joint.multiplier.total_gradients(&weights).map_err(|e| joint.named(e))?;
+                lagrangian.multiplier.total_gradients(&weights).map_err(|e| lagrangian.named(e))?;
             total = Some(plus(total, value)?);
-            for (&place, gradient) in joint.places.iter().zip(gradients) {
-                add(place, gradient).map_err(|e| joint.named(e))?;
+            for (&place, gradient) in lagrangian.places.iter().zip(gradients) {
+                add(place, gradient).map_err(|e| lagrangian.named(e))?;
             }
         }
         let total = self.or_zero(total)?;
@@ -104,8 +107,8 @@ impl Constraints {
         Ok(total)
     }
 
-    fn layers(&self, arranged: &Arranged) -> Vec<(&str, Tensor)> {
-        let entries = arranged.places.iter().map(|&place| &self.entries[place]);
+    fn layers(&self, spatial: &SpatialTotal) -> Vec<(&str, Tensor)> {
+        let entries = spatial.places.iter().map(|&place| &self.entries[place]);
         entries.map(|entry| (entry.name.as_str(), entry.var.as_tensor().clone())).collect()
     }
 
@@ -137,11 +140,11 @@ impl Entry {
         self.rules.iter().filter_map(|rule| match rule {
             Rule::Penalize { penalty, factor } => Some((penalty.as_ref(), *factor)),
             Rule::Free
-            | Rule::Arrange { .. }
+            | Rule::SpatialTotal { .. }
             | Rule::Proximal { .. }
             | Rule::Project { .. }
             | Rule::Mask { .. }
-            | Rule::Multiply { .. }
+            | Rule::Lagrangian { .. }
             | Rule::LagrangianTotal { .. } => None,
         })
     }

@@ -53,17 +53,21 @@ fn prox(factor: f64) -> Rule {
 }
 
 fn ball(radius: f64) -> Rule {
-    Rule::Project { set: Set::L2 { radius } }
+    Rule::Project { set: FeasibleSet::L2 { radius } }
 }
 
-fn multiply() -> Rule {
-    Rule::Multiply { omega: Omega::Norm(Grouping::Whole), bound: Bound::AtMost(1.0), dual: Dual::ascent(0.5) }
+fn lagrangian() -> Rule {
+    Rule::Lagrangian {
+        omega: Omega::Norm(Grouping::Whole),
+        bound: Bound::AtMost(1.0),
+        dual: Dual::ascent(0.5),
+    }
 }
 
 #[test]
 fn rules_apply_in_order_to_all_that_match() -> Result<()> {
     let map = varmap(&[("a.w", &[3.0, 4.5]), ("b.w", &[6.0, 8.0]), ("b.bias", &[7.0])]);
-    let rules = [("*.w", prox(5.0)), ("a.*", ball(1.0)), ("*.bias", Rule::Free), ("b.w", multiply())];
+    let rules = [("*.w", prox(5.0)), ("a.*", ball(1.0)), ("*.bias", Rule::Free), ("b.w", lagrangian())];
     let mut constraints = Constraints::new(&map, &rules)?;
     constraints.after_step(0.1)?;
     // a.w: (2.5, 4) after the threshold of 0.5, then norm 1. b.w: (5.5, 7.5).
@@ -86,7 +90,7 @@ fn rules_apply_in_order_to_all_that_match() -> Result<()> {
 #[test]
 fn the_loss_adds_up() -> Result<()> {
     let map = varmap(&[("a", &[3.0, -4.0]), ("b", &[2.0])]);
-    let mut constraints = Constraints::new(&map, &[("*", lasso(0.5)), ("a", multiply())])?;
+    let mut constraints = Constraints::new(&map, &[("*", lasso(0.5)), ("a", lagrangian())])?;
     assert_eq!(constraints.loss()?.to_scalar::<f64>()?, 4.5);
     constraints.after_step(0.1)?; // alpha = 2
     let loss = constraints.loss()?;
@@ -123,9 +127,9 @@ fn gradients_are_those_of_the_loss() -> Result<()> {
         ("b.w", penalize(Arc::new(sparse))),
         ("c", penalize(Arc::new(Spatial::default()))),
         ("c", lasso(0.2)),
-        ("*.w", Rule::Arrange { penalty: Spatial::default(), factor: 0.1 }),
-        ("a.w", Rule::Multiply { omega: Omega::Norm(Grouping::Rows), bound: Bound::AtMost(0.5), dual }),
-        ("d", Rule::Multiply { omega: Omega::L1(Grouping::Whole), bound: Bound::AtMost(9.0), dual }),
+        ("*.w", Rule::SpatialTotal { penalty: Spatial::default(), factor: 0.1 }),
+        ("a.w", Rule::Lagrangian { omega: Omega::Norm(Grouping::Rows), bound: Bound::AtMost(0.5), dual }),
+        ("d", Rule::Lagrangian { omega: Omega::L1(Grouping::Whole), bound: Bound::AtMost(9.0), dual }),
     ];
     let mut constraints = Constraints::new(&map, &rules)?;
     constraints.after_step(0.1)?;
@@ -145,13 +149,13 @@ fn gradients_are_those_of_the_loss() -> Result<()> {
         assert_eq!(found.dims(), var.dims(), "{name}");
     }
     // The Vars of one pattern together, and no others.
-    let arrange = Rule::Arrange { penalty: Spatial::default(), factor: 0.1 };
-    let arranged = Constraints::new(&map, &[("*", Rule::Free), ("*.w", arrange)])?.loss()?;
+    let total = Rule::SpatialTotal { penalty: Spatial::default(), factor: 0.1 };
+    let together = Constraints::new(&map, &[("*", Rule::Free), ("*.w", total)])?.loss()?;
     let layer = |name: &str| {
         let var = &vars.iter().find(|(n, _)| n == name).unwrap().1;
         Spatial::default().value(var)?.to_scalar::<f64>()
     };
-    assert_close(&arranged, &[0.1 * (layer("a.w")?.exp() + layer("b.w")?.exp()).ln()], 1e-14);
+    assert_close(&together, &[0.1 * (layer("a.w")?.exp() + layer("b.w")?.exp()).ln()], 1e-14);
     // Nothing is added where something is wrong.
     let broken = varmap(&[("a", &[1.0, 2.0]), ("b", &[1.0, f64::NAN])]);
     let constraints = Constraints::new(&broken, &[("*", penalize(Arc::new(Lp::l2())))])?;
@@ -196,7 +200,7 @@ fn any_optimizer() -> Result<()> {
     let found = run(&here, sgd(&here)?, prox(0.5), &target)?;
     solved(&found, [1.5, 0.0, -1.0], 1e-9);
     assert_eq!(found[1], 0.0);
-    let side = Set::Box { bound: 1.0 };
+    let side = FeasibleSet::Box { bound: 1.0 };
     for exact in [true, false] {
         let here = map();
         let rule = Rule::Project { set: side };
@@ -226,12 +230,12 @@ fn refusals_name_the_vars() {
     for rule in [
         lasso(-1.0),
         prox(f64::NAN),
-        Rule::Arrange { penalty: Spatial::default(), factor: -1.0 },
+        Rule::SpatialTotal { penalty: Spatial::default(), factor: -1.0 },
         ball(-1.0),
         Rule::Project {
-            set: Set::MaxNorm { grouping: Grouping::Blocks { rows: 0, columns: 1 }, radius: 1.0 },
+            set: FeasibleSet::MaxNorm { grouping: Grouping::Blocks { rows: 0, columns: 1 }, radius: 1.0 },
         },
-        Rule::Multiply {
+        Rule::Lagrangian {
             omega: Omega::Norm(Grouping::Rows),
             bound: Bound::AtMost(f64::NAN),
             dual: Dual::ascent(1.0),
@@ -248,7 +252,7 @@ fn refusals_name_the_vars() {
 #[test]
 fn all_or_nothing() -> Result<()> {
     let map = varmap(&[("a", &[3.0, 4.0]), ("b", &[3.0, 4.0]), ("c", &[1.0, f64::NAN])]);
-    let rules = [("a", ball(1.0)), ("b", multiply()), ("c", ball(1.0))];
+    let rules = [("a", ball(1.0)), ("b", lagrangian()), ("c", ball(1.0))];
     let mut constraints = Constraints::new(&map, &rules)?;
     let error = constraints.after_step(0.1).unwrap_err().to_string();
     assert!(error.contains("constraints: c") && error.contains("finite"), "{error}");

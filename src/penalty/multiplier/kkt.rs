@@ -41,10 +41,10 @@ impl Multiplier {
     /// The norm of the least subgradient of the Lagrangian: where `Omega_g` has a kink, that part of the loss's gradient `g` which
     /// `alpha_g` times a subgradient (a ball for norms, an interval for L1) cannot cancel.
     fn stationarity<T: Element>(&self, alpha: &[f64], x: &[T], g: &[T]) -> Result<f64> {
-        let cells = &self.parts[0].cells;
-        let (values, slopes) = (self.values(0, x)?, cells.norms(g));
+        let layout = &self.parts[0].layout;
+        let (values, slopes) = (self.values(0, x)?, layout.norms(g));
         let mut square = 0.0;
-        cells.each(|group, run| {
+        layout.each(|group, run| {
             let (alpha, value, slope) = (alpha[group], values[group], slopes[group]);
             for (v, g) in x[run.clone()].iter().zip(&g[run]) {
                 let (v, g) = (v.to_f64(), g.to_f64());

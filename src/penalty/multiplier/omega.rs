@@ -42,7 +42,7 @@ impl Multiplier {
         if Gpu::of(device).is_some() && self.count() > 0 {
             let mut total: Option<Tensor> = None;
             for (part, w) in self.parts.iter().zip(weights) {
-                let sums = sums(NAME, &w.detach().contiguous()?, part.cells.tiles(), 0.0)?;
+                let sums = sums(NAME, &w.detach().contiguous()?, part.layout.tiles(), 0.0)?;
                 total = Some(match total {
                     Some(total) => (total + sums)?,
                     None => sums,
@@ -74,11 +74,11 @@ impl Multiplier {
 
     /// `Omega_g` of one of the tensors.
     pub(super) fn values<T: Element>(&self, part: usize, x: &[T]) -> Result<Vec<f64>> {
-        let cells = &self.parts[part].cells;
+        let layout = &self.parts[part].layout;
         let values = match self.omega {
-            Omega::Norm(_) => cells.norms(x),
-            Omega::SquaredNorm(_) => cells.sums(x, |v| v * v),
-            Omega::L1(_) => cells.sums(x, f64::abs),
+            Omega::Norm(_) => layout.norms(x),
+            Omega::SquaredNorm(_) => layout.sums(x, |v| v * v),
+            Omega::L1(_) => layout.sums(x, f64::abs),
         };
         if let Some(group) = values.iter().position(|v| !v.is_finite()) {
             bail!("multiplier: {:?} of group {group} is beyond f64", self.omega)

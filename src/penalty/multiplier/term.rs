@@ -102,6 +102,6 @@ impl Slopes {
             Some(scale) => self.factors.broadcast_mul(&scale.to_dtype(DType::F64)?)?,
             None => self.factors.clone(),
         };
-        scaled(&self.weights[part], self.parts[part].cells.tiles(), 0.0, &factors)
+        scaled(&self.weights[part], self.parts[part].layout.tiles(), 0.0, &factors)
     }
 }

@@ -260,14 +260,7 @@ impl Plan {
         if signal.form == Form::Pixels {
             bail!("compact: BatchNorm {name}: after Flatten of maps it is not supported, only before")
         }
-        let (mean, var) = (host(&norm.running_mean)?, host(&norm.running_var)?);
-        let (weight, bias) = match &norm.affine {
-            Some((weight, bias)) => (host(weight)?, host(bias)?),
-            None => (vec![1.; count], vec![0.; count]),
-        };
-        if let Some(wrong) = var.iter().find(|var| !(**var + norm.eps > 0.)) {
-            bail!("compact: BatchNorm {name}: running_var holds {wrong}, expected more than {}", -norm.eps)
-        }
+        let [weight, bias, mean, var] = norm.parts()?;
         self.dtype = norm.running_mean.dtype();
         let shift = self.shift.take().unwrap_or_else(|| vec![0.; count]);
         let mean: Vec<f64> = mean.iter().zip(shift).map(|(mean, shift)| mean - shift).collect();

@@ -84,6 +84,6 @@ impl Next<'_> {
 }
 
 /// Values in the type and on the device of another tensor.
-fn like(old: &Tensor, values: Vec<f64>, dims: &[usize]) -> Result<Tensor> {
+pub(super) fn like(old: &Tensor, values: Vec<f64>, dims: &[usize]) -> Result<Tensor> {
     Tensor::from_vec(values, dims, &Device::Cpu)?.to_dtype(old.dtype())?.to_device(old.device())
 }

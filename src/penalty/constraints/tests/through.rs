@@ -13,7 +13,8 @@ fn averages_meet_the_rules() -> Result<()> {
         }
         let mask = Tensor::new(&[[1u8, 0, 1], [0, 1, 1]], &Device::Cpu)?;
         let rows = Grouping::Rows;
-        let (sphere, ball) = (Set::Sphere { grouping: rows, radius: 2.0 }, Set::L2 { radius: 0.5 });
+        let (sphere, ball) =
+            (FeasibleSet::Sphere { grouping: rows, radius: 2.0 }, FeasibleSet::L2 { radius: 0.5 });
         let rules = [
             ("*", Rule::Free),
             ("round", Rule::Project { set: sphere }),
@@ -21,7 +22,7 @@ fn averages_meet_the_rules() -> Result<()> {
             ("cut", Rule::Project { set: ball }),
             ("cut", prox(0.5)),
             ("ball", Rule::Project { set: ball }),
-            ("ball", multiply()),
+            ("ball", lagrangian()),
         ];
         let mut constraints = Constraints::new(&map, &rules)?;
         constraints.after_step(0.0)?;

@@ -269,6 +269,40 @@ fn norm(name: &str, weight: &[f64], bias: &[f64]) -> Result<Norm> {
     })
 }
 
+/// Norms inside of the layers before them, before or after zeros are removed; one that follows a sum stays.
+#[test]
+fn norms_fold() -> Result<()> {
+    let (vars, net) = random_net(20, DType::F64)?;
+    silence(&vars, "layer1.conv1", &[2, 4], true)?;
+    silence(&vars, "stem", &[1], false)?;
+    let x = random(90, &[2, 3, 8, 8])?;
+    let expected = values(&net.forward(&x)?)?;
+    let stages = stages(&Checkpoint::from_varmap(&vars)?)?;
+    let folded = fold_norms(&stages)?;
+    assert_close(&run(&folded, &x)?, &expected, 1e-12);
+    let (before, after) = (fold_norms(&compact(&stages)?.stages)?, compact(&folded)?);
+    assert_close(&run(&before, &x)?, &expected, 1e-12);
+    assert_close(&after.forward(&x)?, &expected, 1e-12);
+    let file = after.checkpoint()?;
+    assert!(file.tensors.keys().all(|name| !name.contains(".bn.")));
+    assert_eq!(dims(&file, "layer1.conv2"), [8, 4, 3, 3]);
+    let with = [
+        Stage::Residual { body: vec![Stage::Linear(layer("a", 1, &[3, 3], true)?)], shortcut: vec![] },
+        Stage::BatchNorm(norm("bn", &[1., -1., 2.], &[0.1, 0.7, -0.2])?),
+        Stage::Linear(layer("b", 2, &[2, 3], false)?),
+        Stage::BatchNorm(norm("bn", &[1., 3.], &[0.1, 0.7])?),
+    ];
+    let x = random(7, &[4, 3])?;
+    let folded = fold_norms(&with)?;
+    assert_eq!(folded.len(), 3);
+    assert_close(&run(&folded, &x)?, &values(&run(&with, &x)?)?, 1e-13);
+    let wrong =
+        [Stage::Linear(layer("b", 2, &[2, 3], false)?), Stage::BatchNorm(norm("bn", &[1.; 3], &[0.; 3])?)];
+    let message = fold_norms(&wrong).err().map(|e| e.to_string()).unwrap_or_default();
+    assert!(message.contains("BatchNorm bn of 3 channels follows layer b of 2 units"), "{message}");
+    Ok(())
+}
+
 /// A constant goes into the running mean of a norm behind a layer without bias, and into the bias of one with it.
 #[test]
 fn constants_go_where_there_is_a_place() -> Result<()> {

@@ -1,0 +1,10 @@
+//! Kronecker factors, dampings and inverses against dense matrices.
+
+mod ekfac;
+mod empirical;
+mod exact;
+mod golden;
+mod gradient_only;
+mod large;
+mod mask;
+mod sketch;

@@ -1,0 +1,3 @@
+//! Checkpoints.
+
+mod checkpoint;

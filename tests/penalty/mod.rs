@@ -1,0 +1,4 @@
+//! Penalties, constraints with multipliers, priors.
+
+mod kkt;
+mod prior;
