@@ -50,6 +50,9 @@ impl NaturalGradient {
     /// [`observe`](Self::observe) with given labels in place of drawn ones: one pass, whatever [`crate::optim::Params::fisher`] says.
     ///
     /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
+    ///
+    /// # Errors
+    /// As [`observe`](Self::observe), and when the labels do not fit the outputs.
     pub fn observe_labels(
         &mut self,
         outputs: &Tensor,
