@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 use kronwake::nn::{self, Module, VarBuilder, VarMap, init, loss::cross_entropy};
 use kronwake::optim::{AdamW, Optimizer, ParamsAdamW};
-use kronwake::penalty::{Constraints, Dual, FeasibleSet, Grouping, Omega, Rule};
+use kronwake::penalty::{Bound, Constraints, Dual, FeasibleSet, Grouping, Omega, Rule};
 
 /// Points `[n, 2]` of a square, and whether each is in a black field of a chessboard of 3 x 3 fields.
 fn chessboard(n: usize) -> Result<(Tensor, Tensor)> {
@@ -19,8 +19,11 @@ fn main() -> Result<()> {
     const BOUND: f64 = 3.0;
     let (x, y) = chessboard(24)?;
     let grouping = Grouping::Rows; // the weights into a unit
-    let multiply =
-        Rule::Lagrangian { omega: Omega::Norm(grouping), bound: BOUND, dual: Dual::nu_pi(0.02, 1e-3, 0.9) };
+    let multiply = Rule::Lagrangian {
+        omega: Omega::Norm(grouping),
+        bound: Bound::AtMost(BOUND),
+        dual: Dual::nu_pi(0.02, 1e-3, 0.9),
+    };
     let project = Rule::Project { set: FeasibleSet::MaxNorm { grouping, radius: BOUND } };
     for (name, rule) in [("no bound", Rule::Free), ("projected", project), ("with multipliers", multiply)] {
         let vars = VarMap::new();

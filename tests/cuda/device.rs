@@ -1,7 +1,7 @@
 //! Where the `cuda_*` tests run, and how near to f64 a result has to be there.
 
 use crate::common::*;
-use candle_core::bail;
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 
 /// The first GPU. Without one the tests say so and pass, unless `KRONWAKE_REQUIRE_CUDA` is 1.
 pub fn cuda() -> Option<Device> {

@@ -1,6 +1,6 @@
 //! Trajectories of an independent PyTorch implementation in f64 (tests/golden/README.md): every optimizer, every convention.
 
-use crate::common::{assert_close, golden, root};
+use crate::common::{Checkpoint, assert_close, golden, root};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use kronwake::curvature::Damping;
 use kronwake::nn::{self, Conv2d, Linear, Module, VarBuilder, VarMap};
@@ -18,7 +18,7 @@ struct Net {
     forward: Forward,
 }
 
-fn net(init: &common::Checkpoint, build: impl FnOnce(VarBuilder) -> Result<Forward>) -> Result<Net> {
+fn net(init: &Checkpoint, build: impl FnOnce(VarBuilder) -> Result<Forward>) -> Result<Net> {
     let varmap = VarMap::new();
     {
         let mut data = varmap.data().lock().unwrap();

@@ -4,7 +4,7 @@ use crate::common::*;
 use candle_core::{DType, Device, Result, Tensor};
 use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::{self, Lora, Module, ParamsLora, VarBuilder, VarMap};
-use kronwake::optim::{KFac, KFacRule, Natural, Params};
+use kronwake::optim::{NaturalGradient, Params};
 use kronwake::tape::Tape;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -230,7 +230,7 @@ fn embeddings() -> Result<()> {
     assert_eq!(lora.layers(), ["block.fc1", "emb", "fc1"]);
     let plain = Model::new(vb)?;
     assert_eq!(flat(&model.forward(&tokens()?)?), flat(&plain.forward(&tokens()?)?));
-    let opt: KFac = Natural::from_varmap(lora.varmap(), Params::<KFacRule>::on(&tape))?;
+    let opt = NaturalGradient::from_varmap(lora.varmap(), Params::k_fac(&tape))?;
     let blocks = opt.block_names();
     for name in ["emb.lora_embedding_A", "emb.lora_embedding_B"] {
         assert!(blocks.iter().any(|block| *block == name), "{blocks:?}");

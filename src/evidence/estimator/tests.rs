@@ -230,7 +230,9 @@ fn single_outputs() -> Result<()> {
                     part: examples,
                     data: &mut data,
                     weight: 1.0,
+                    columns: 9,
                     memory: 1 << 30,
+                    for_rows: 1 << 30,
                 };
                 let mut sum = 0.0;
                 for (weight, rows) in &read.kernels(outputs, draw)? {
