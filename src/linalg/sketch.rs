@@ -30,6 +30,9 @@ use crate::ops::rng::bits;
 ///
 /// Element `(i, j)` is `(2 w + 1 - 2^23) / 2^23` with `w` the upper 23 bits of word `e mod 4` of `bits(0, dim, e / 4)`,
 /// `e = i dim + j`. Only the span of its rows matters.
+///
+/// # Errors
+/// When the device cannot hold it, or `dtype` is no floating point type.
 pub fn test_matrix(dim: usize, rank: usize, dtype: DType, device: &Device) -> Result<Tensor> {
     const SHARE: usize = 1 << 12;
     const HALF: f32 = (1 << 23) as f32;

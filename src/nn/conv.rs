@@ -174,6 +174,9 @@ fn bias_init(in_channels: usize) -> Init {
 }
 
 /// A 1-D convolution with bias from the variables `weight` and `bias` of `vb`.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn conv1d(
     in_channels: usize,
     out_channels: usize,
@@ -188,6 +191,9 @@ pub fn conv1d(
 }
 
 /// A 1-D convolution without bias from the variable `weight` of `vb`.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn conv1d_no_bias(
     in_channels: usize,
     out_channels: usize,
@@ -201,6 +207,9 @@ pub fn conv1d_no_bias(
 }
 
 /// A 2-D convolution with bias from the variables `weight` and `bias` of `vb`.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn conv2d(
     in_channels: usize,
     out_channels: usize,
@@ -215,6 +224,9 @@ pub fn conv2d(
 }
 
 /// A 2-D convolution without bias from the variable `weight` of `vb`.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn conv2d_no_bias(
     in_channels: usize,
     out_channels: usize,

@@ -70,6 +70,9 @@ impl Module for ConvTranspose1d {
 }
 
 /// A layer with bias from the variables `weight` and `bias` of `vb`, initialized as candle_nn does it.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn conv_transpose1d(
     in_channels: usize,
     out_channels: usize,
@@ -83,6 +86,9 @@ pub fn conv_transpose1d(
 }
 
 /// A layer without bias from the variable `weight` of `vb`.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn conv_transpose1d_no_bias(
     in_channels: usize,
     out_channels: usize,

@@ -28,8 +28,10 @@ impl Dropout {
         Self { drop_p, seed: None, step: Arc::default() }
     }
 
-    /// The reproducible kind, at step 0. Layers of equal seed drop equal places: give each its own. Fails unless `drop_p`
-    /// is in [0, 1).
+    /// The reproducible kind, at step 0. Layers of equal seed drop equal places: give each its own.
+    ///
+    /// # Errors
+    /// Unless `drop_p` is in [0, 1).
     pub fn seeded(drop_p: f32, seed: u64) -> Result<Self> {
         let layer = Self { seed: Some(seed), ..Self::new(drop_p) };
         layer.check()?;
@@ -54,6 +56,9 @@ impl Dropout {
     }
 
     /// Drops elements of `xs` if `train`.
+    ///
+    /// # Errors
+    /// In training unless `drop_p` is in [0, 1), and for a tensor that is not of a floating point type.
     pub fn forward(&self, xs: &Tensor, train: bool) -> Result<Tensor> {
         if !train {
             return Ok(xs.clone());

@@ -74,6 +74,9 @@ impl Module for Embedding {
 }
 
 /// A layer from the variable `weight` of `vb`, drawn from a standard normal distribution as candle_nn does it.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn embedding(in_size: usize, out_size: usize, vb: VarBuilder) -> Result<Embedding> {
     let weight = vb.get_with_hints((in_size, out_size), "weight", Init::Randn { mean: 0., stdev: 1. })?;
     Embedding::named(&vb.prefix(), weight, out_size)

@@ -43,6 +43,9 @@ impl ConcatKvCache {
     }
 
     /// Appends keys and values and gives all so far.
+    ///
+    /// # Errors
+    /// When the shapes do not fit those so far in all dimensions but the one along which the cache grows.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let after = |past: Option<&Tensor>, new: &Tensor| match past {
             Some(past) => Tensor::cat(&[past, new], self.dim),
@@ -79,11 +82,17 @@ impl KvCache {
     }
 
     /// The keys so far.
+    ///
+    /// # Errors
+    /// When the device fails.
     pub fn k(&self) -> Result<Option<Tensor>> {
         self.tracked.k().map_or_else(|| self.plain.k(), |k| Ok(Some(k.clone())))
     }
 
     /// The values so far.
+    ///
+    /// # Errors
+    /// When the device fails.
     pub fn v(&self) -> Result<Option<Tensor>> {
         self.tracked.v().map_or_else(|| self.plain.v(), |v| Ok(Some(v.clone())))
     }
@@ -94,6 +103,9 @@ impl KvCache {
     }
 
     /// Appends keys and values and gives all so far.
+    ///
+    /// # Errors
+    /// When the shapes do not fit those so far in all dimensions but the one along which the cache grows.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         if self.tracked.is_empty() {
             if !k.track_op() && !v.track_op() {
@@ -130,11 +142,17 @@ impl RotatingKvCache {
     }
 
     /// The keys in the buffer, without their graph.
+    ///
+    /// # Errors
+    /// When the device fails.
     pub fn k(&self) -> Result<Option<Tensor>> {
         self.buffer.k()
     }
 
     /// The values in the buffer, without their graph.
+    ///
+    /// # Errors
+    /// When the device fails.
     pub fn v(&self) -> Result<Option<Tensor>> {
         self.buffer.v()
     }

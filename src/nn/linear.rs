@@ -70,6 +70,9 @@ impl Module for Linear {
 }
 
 /// A linear layer with bias from the variables `weight` and `bias` of `vb`; initialized as candle_nn does it.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn linear(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Linear> {
     let weight = vb.get_with_hints((out_dim, in_dim), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
     let bound = 1. / (in_dim as f64).sqrt();
@@ -78,12 +81,18 @@ pub fn linear(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Linear> {
 }
 
 /// A linear layer without bias from the variable `weight` of `vb`.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Linear> {
     let weight = vb.get_with_hints((out_dim, in_dim), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
     Linear::named(vb.prefix(), weight, None)
 }
 
 /// [`linear`] or [`linear_no_bias`].
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
     if bias { linear(in_dim, out_dim, vb) } else { linear_no_bias(in_dim, out_dim, vb) }
 }

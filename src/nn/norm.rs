@@ -50,6 +50,9 @@ impl LayerNorm {
     }
 
     /// Without mean and bias.
+    ///
+    /// # Errors
+    /// When the builder has no such variable, or one of another shape.
     pub fn rms_norm(weight: Tensor, eps: f64) -> Self {
         Self::named("", weight, None, false, eps)
     }
@@ -85,6 +88,9 @@ impl Module for LayerNorm {
 
 /// A layer over `size` features from `vb`: `weight` (or `gamma`, where the builder holds that) starts at 1, `bias` (or
 /// `beta`) at 0 and exists if `config.affine`.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn layer_norm<C: Into<LayerNormConfig>>(size: usize, config: C, vb: VarBuilder) -> Result<LayerNorm> {
     let config = config.into();
     let get = |name: &'static str, old_name: &'static str, init: f64| {
@@ -97,6 +103,9 @@ pub fn layer_norm<C: Into<LayerNormConfig>>(size: usize, config: C, vb: VarBuild
 }
 
 /// [`layer_norm`] without a bias.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder) -> Result<LayerNorm> {
     layer_norm(size, LayerNormConfig { eps, remove_mean: true, affine: false }, vb)
 }
@@ -127,6 +136,9 @@ impl RmsNorm {
     }
 
     /// The same as `forward`; in candle_nn, the version with gradients.
+    ///
+    /// # Errors
+    /// When `xs` has another last dimension or dtype than the weight.
     pub fn forward_diff(&self, xs: &Tensor) -> Result<Tensor> {
         self.0.forward(xs)
     }
@@ -139,6 +151,9 @@ impl Module for RmsNorm {
 }
 
 /// A layer over `size` features from `vb`; its `weight` starts at 1.
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
     let config = LayerNormConfig { eps, remove_mean: false, affine: false };
     Ok(RmsNorm(layer_norm(size, config, vb)?))

@@ -93,11 +93,17 @@ pub fn selu(xs: &Tensor, alpha: f32, gamma: f32) -> Result<Tensor> {
 }
 
 /// [`rms_norm`](crate::ops::norm::rms_norm) with candle's signature: `alpha` is the weight.
+///
+/// # Errors
+/// As that one.
 pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
     crate::ops::norm::rms_norm(xs, alpha, eps.into())
 }
 
 /// [`layer_norm`](crate::ops::norm::layer_norm) with candle's signature: `alpha` is the weight, `beta` the bias.
+///
+/// # Errors
+/// As that one.
 pub fn layer_norm(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Result<Tensor> {
     crate::ops::norm::layer_norm(xs, alpha, Some(beta), eps.into())
 }

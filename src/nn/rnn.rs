@@ -64,6 +64,9 @@ pub struct LSTM {
 impl LSTM {
     /// From the variables `weight_ih_l{n}`, `weight_hh_l{n}` and, unless the configuration has none, `bias_ih_l{n}` and `bias_hh_l{n}` of `vb`, with
     /// `_reverse` after them for the backward direction.
+    ///
+    /// # Errors
+    /// When the builder has no such variable, or one of another shape.
     pub fn new(in_dim: usize, hidden_dim: usize, config: LSTMConfig, vb: VarBuilder) -> Result<Self> {
         let direction = match config.direction {
             Direction::Forward => "",
@@ -81,6 +84,9 @@ impl LSTM {
 }
 
 /// [`LSTM::new`].
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn lstm(in_dim: usize, hidden_dim: usize, config: LSTMConfig, vb: VarBuilder) -> Result<LSTM> {
     LSTM::new(in_dim, hidden_dim, config, vb)
 }
@@ -118,6 +124,9 @@ pub struct GRU {
 
 impl GRU {
     /// From the variables `weight_ih_l0`, `weight_hh_l0` and, unless the configuration has none, `bias_ih_l0` and `bias_hh_l0` of `vb`.
+    ///
+    /// # Errors
+    /// When the builder has no such variable, or one of another shape.
     pub fn new(in_dim: usize, hidden_dim: usize, config: GRUConfig, vb: VarBuilder) -> Result<Self> {
         let (weights, biases) = ([config.w_ih_init, config.w_hh_init], [config.b_ih_init, config.b_hh_init]);
         Ok(Self { gates: Gates::new((3, in_dim, hidden_dim), "l0", weights, biases, &vb)?, config })
@@ -130,6 +139,9 @@ impl GRU {
 }
 
 /// [`GRU::new`].
+///
+/// # Errors
+/// When the builder has no such variable, or one of another shape.
 pub fn gru(in_dim: usize, hidden_dim: usize, config: GRUConfig, vb: VarBuilder) -> Result<GRU> {
     GRU::new(in_dim, hidden_dim, config, vb)
 }

@@ -1,7 +1,7 @@
 //! candle_nn's rotary position embeddings with gradients, for the inputs and, where they are variables, for the angles.
 //!
 //! `cos` and `sin` are `[positions, d / 2]`, or `[batch, positions, d / 2]` with angles for each example; tables may hold more
-//! positions than `xs`. Each function fails when shapes or dtypes do not fit. Any layout is read, where candle wants contiguous ones.
+//! positions than `xs`. Any layout is read, where candle wants contiguous ones.
 
 use candle_core::{Result, Tensor};
 
@@ -10,16 +10,25 @@ use crate::ops::rope::Rope;
 pub use candle_nn::rotary_emb::{rope_i_slow, rope_slow};
 
 /// Turns the pairs `(i, i + d / 2)` of `xs` `[batch, heads, positions, d]`.
+///
+/// # Errors
+/// When shapes or dtypes do not fit.
 pub fn rope(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Rope { interleaved: false, heads_last: false }.apply(xs, cos, sin)
 }
 
 /// Turns the pairs `(2 i, 2 i + 1)` of `xs` `[batch, heads, positions, d]`.
+///
+/// # Errors
+/// When shapes or dtypes do not fit.
 pub fn rope_i(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Rope { interleaved: true, heads_last: false }.apply(xs, cos, sin)
 }
 
 /// Turns the pairs `(i, i + d / 2)` of `xs` `[batch, positions, heads, d]`.
+///
+/// # Errors
+/// When shapes or dtypes do not fit.
 pub fn rope_thd(xs: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     Rope { interleaved: false, heads_last: true }.apply(xs, cos, sin)
 }

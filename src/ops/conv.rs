@@ -16,7 +16,10 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail
 use rayon::prelude::*;
 
 /// Convolution of CPU storages of any layout, for the body of a custom op: `x [n, c, h, w]`, `w [o, c / groups, kh, kw]`
-/// and `bias [o]` give `[n, o, oh, ow]`. Fails where dimensions differ from `shape`, or dtypes from each other.
+/// and `bias [o]` give `[n, o, oh, ow]`.
+///
+/// # Errors
+/// When dimensions differ from `shape`, or dtypes from each other.
 pub fn conv_cpu(
     x: &CpuStorage,
     x_layout: &Layout,
@@ -48,6 +51,9 @@ pub fn conv_cpu(
 }
 
 /// [`conv_cpu`] from candle's own operations: differentiable, on any device.
+///
+/// # Errors
+/// When dimensions differ from `shape`.
 pub fn conv_compose(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, shape: &ConvShape) -> Result<Tensor> {
     let n = shape.input_batch("conv2d", x.dims())?;
     shape.check_weight("conv2d", w.dims())?;
@@ -85,6 +91,9 @@ pub fn conv_compose(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, shape: &ConvS
 }
 
 /// `dL/dx [n, c, h, w]` from `gy = dL/dy [n, o, oh, ow]` and the weight `[o, c / groups, kh, kw]`. Not differentiable.
+///
+/// # Errors
+/// When dimensions differ from `shape`, or dtypes from each other.
 pub fn grad_input(gy: &Tensor, w: &Tensor, shape: &ConvShape) -> Result<Tensor> {
     let n = shape.output_batch("grad_input", gy.dims())?;
     shape.check_weight("grad_input", w.dims())?;
@@ -112,6 +121,9 @@ fn grad_input_compose(gy: &Tensor, w: &Tensor, shape: &ConvShape) -> Result<Tens
 
 /// `dL/dw [o, c / groups, kh, kw]` from the input `x [n, c, h, w]` and `gy = dL/dy [n, o, oh, ow]`, summed over the batch.
 /// Not differentiable.
+///
+/// # Errors
+/// When dimensions differ from `shape`, or batch sizes or dtypes from each other.
 pub fn grad_weight(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Tensor> {
     let n = shape.output_batch("grad_weight", gy.dims())?;
     if shape.input_batch("grad_weight", x.dims())? != n {
@@ -143,6 +155,9 @@ fn grad_weight_compose(x: &Tensor, gy: &Tensor, shape: &ConvShape) -> Result<Ten
 }
 
 /// `dL/db [o]` from `gy = dL/dy [n, o, oh, ow]`: its sum over batch and positions. Not differentiable.
+///
+/// # Errors
+/// When `gy` does not have four dimensions.
 pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
     let (n, o, oh, ow) = gy.dims4()?;
     if let Some(gpu) = Gpu::of(gy.device()) {

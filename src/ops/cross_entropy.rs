@@ -13,8 +13,11 @@ use super::softmax::{Softmax, exponentials, log_sum_exp, rows_of_part};
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 /// The mean over the batch of `-log softmax(logits)[target]`, a scalar in the dtype of `logits [n, c]`; `targets [n]` are
-/// u8, u32 or i64. The gradient is `(softmax - onehot) / n`. Fails on an empty batch and on a label outside `0..c`; on a GPU, where
-/// the host reads no label, such a label makes the loss and its row's gradient NaN. A row of -inf alone makes the loss inf, and has a gradient of 0.
+/// u8, u32 or i64. The gradient is `(softmax - onehot) / n`. A row of -inf alone makes the loss inf, and has a gradient of 0.
+///
+/// # Errors
+/// On an empty batch, when shapes or dtypes do not fit, and on the CPU for a label outside `0..c`. On a GPU, where the host reads no label, such a
+/// label makes the loss and its row's gradient NaN.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let &[n, c] = logits.dims() else {
         bail!("cross_entropy: expected logits [batch, classes], got {:?}", logits.dims())

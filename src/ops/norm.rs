@@ -16,13 +16,18 @@ use super::element::{Element, Host, Real, contiguous, dot, float_dispatch, sum};
 use crate::gpu::{self, Gpu};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension, with the biased variance; `weight` and
-/// `bias` are `[d]`, in the dtype of `x [.., d]`. Fails where dimensions or dtypes differ.
+/// `bias` are `[d]`, in the dtype of `x [.., d]`.
+///
+/// # Errors
+/// When dimensions or dtypes differ.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
     Norm { name: "layer_norm", center: true, eps }.apply(x, weight, bias)
 }
 
-/// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension; `weight` is `[d]`, in the dtype of `x [.., d]`. Fails where
-/// dimensions or dtypes differ.
+/// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension; `weight` is `[d]`, in the dtype of `x [.., d]`.
+///
+/// # Errors
+/// When dimensions or dtypes differ.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     Norm { name: "rms_norm", center: false, eps }.apply(x, weight, None)
 }

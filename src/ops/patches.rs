@@ -33,8 +33,10 @@ pub struct ConvShape {
 }
 
 impl ConvShape {
-    /// The shape for an input and a weight of these dimensions. `layer` names the layer in errors: wrong ranks, channels
-    /// that do not fit the groups, a zero stride, dilation or size, a kernel larger than the padded input.
+    /// The shape for an input and a weight of these dimensions. `layer` names the layer in errors.
+    ///
+    /// # Errors
+    /// On wrong ranks, channels that do not fit the groups, a zero stride, dilation or size, and a kernel larger than the padded input.
     pub fn new(
         layer: &str,
         x: &[usize],
@@ -220,6 +222,9 @@ pub(crate) fn fold_plane<T: Copy + std::ops::AddAssign>(shape: &ConvShape, patch
 ///
 /// It is the transposed view of a contiguous `[n, c * kh * kw, t]`, which is also how the factors read it fastest. Not
 /// differentiable: the result is detached.
+///
+/// # Errors
+/// When `x` has other dimensions than `shape` says.
 pub fn patches(x: &Tensor, shape: &ConvShape) -> Result<Tensor> {
     let n = shape.input_batch("patches", x.dims())?;
     if let Some(gpu) = Gpu::of(x.device()) {

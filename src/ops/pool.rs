@@ -206,7 +206,10 @@ pub(crate) fn pooled_size(
 /// The maxima of windows of `kernel` (height, width), `stride` apart, without padding: `[n, c, h, w]` to
 /// `[n, c, (h - kh) / stride + 1, (w - kw) / stride + 1]`. The gradient goes to the first maximum of a window in row-major
 /// order, as in PyTorch. A NaN in a window is its maximum. (On devices other than the CPU and NVIDIA's, ties and NaN go
-/// where the device's argmax says.) Fails on a zero kernel or stride and on a kernel larger than the input.
+/// where the device's argmax says.)
+///
+/// # Errors
+/// On a zero kernel or stride, on a kernel larger than the input, and when `x` does not have four dimensions.
 pub fn max_pool2d(x: &Tensor, kernel: (usize, usize), stride: (usize, usize)) -> Result<Tensor> {
     let &[_, _, h, w] = x.dims() else {
         bail!("max-pool2d: expected an input [batch, channels, height, width], got {:?}", x.dims())

@@ -73,6 +73,9 @@ impl CustomOp1 for Relu {
 }
 
 /// `max(x, 0)` element by element, of any shape, with derivative 0 at 0 (candle's own has 1). A NaN stays one.
+///
+/// # Errors
+/// When `x` is not of a floating point type.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
     if Gpu::of(x.device()).is_some() {
         return x.contiguous()?.apply_op1(Relu);

@@ -47,7 +47,10 @@ fn rows(what: &str, logits: &Tensor) -> Result<((usize, usize), Vec<f64>)> {
 }
 
 /// One class a row from softmax(`logits [n, c]`), by inverting the distribution function in f64 at one uniform number a
-/// row. A logit of -inf has probability 0. Fails on a NaN or +inf, and on a row without a finite logit.
+/// row. A logit of -inf has probability 0.
+///
+/// # Errors
+/// On a logit that is NaN or +inf, and on a row without a finite logit.
 pub fn categorical(logits: &Tensor, key: DrawKey) -> Result<Vec<u32>> {
     if let Some(gpu) = Gpu::of(logits.device()) {
         let labels = gpu_labels(&gpu, logits, key)?.to_vec1()?;
@@ -87,7 +90,9 @@ fn no_distribution<T>(row: usize) -> Result<T> {
 }
 
 /// Independent 0/1 draws with probabilities sigmoid(`logits [n, c]`), in the shape, dtype and device of `logits`.
-/// Fails on a NaN; on a GPU the draw is NaN there.
+///
+/// # Errors
+/// On a logit that is NaN; on a GPU the draw is NaN there.
 pub fn bernoulli(logits: &Tensor, key: DrawKey) -> Result<Tensor> {
     if let Some(gpu) = Gpu::of(logits.device()) {
         return gpu_draw(&gpu, "bernoulli", logits, key);
@@ -108,6 +113,9 @@ pub fn bernoulli(logits: &Tensor, key: DrawKey) -> Result<Tensor> {
 
 /// Independent standard normal draws in the shape `[n, c]`, dtype and device of `like`; its values are not read.
 /// `outputs + normal(outputs, key)` is a sample of a model with Gaussian outputs of unit variance.
+///
+/// # Errors
+/// When `like` does not have two dimensions.
 pub fn normal(like: &Tensor, key: DrawKey) -> Result<Tensor> {
     if let Some(gpu) = Gpu::of(like.device()) {
         return gpu_draw(&gpu, "normal", like, key);

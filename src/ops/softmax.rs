@@ -17,13 +17,18 @@ use crate::gpu::{self, Gpu, Module, Operand, args, typed};
 
 pub use super::cross_entropy::cross_entropy;
 
-/// `exp(x) / sum exp(x)` over the last dimension, in the shape and dtype of `x`. Fails on a tensor without elements in
-/// that dimension.
+/// `exp(x) / sum exp(x)` over the last dimension, in the shape and dtype of `x`.
+///
+/// # Errors
+/// When there are no elements in that dimension, or `x` is not of a floating point type.
 pub fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     Softmax { log: false }.apply(x)
 }
 
-/// `log softmax(x)` over the last dimension, in the shape and dtype of `x`. Fails as [`softmax_last_dim`] does.
+/// `log softmax(x)` over the last dimension, in the shape and dtype of `x`.
+///
+/// # Errors
+/// As [`softmax_last_dim`].
 pub fn log_softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     Softmax { log: true }.apply(x)
 }

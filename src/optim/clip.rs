@@ -4,8 +4,8 @@ use super::numbers::numbers;
 use crate::curvature::wide;
 use candle_core::{DType, Result, Tensor, Var, backprop::GradStore, bail};
 
-/// Scales the gradients of `vars` so that their joint L2 norm is at most `max_norm`, for [`Optimizer::step`](super::Optimizer::step) of any
-/// optimizer. Returns the norm before; Vars without a gradient do not count.
+/// Scales the gradients of `vars` so that their joint L2 norm is at most `max_norm`. Returns the norm before. Vars without a gradient do not
+/// count. Any optimizer takes the gradients: [`Optimizer::step`](super::Optimizer::step).
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -20,8 +20,8 @@ use candle_core::{DType, Result, Tensor, Var, backprop::GradStore, bail};
 /// ```
 ///
 /// # Errors
-/// If `max_norm` is not a finite number above 0, or the norm is not finite, which says the place of the first such Var in `vars`; the
-/// gradients are then as they were.
+/// If `max_norm` is not a finite number above 0. If a gradient is not finite: the message names the place of the first such Var in `vars`.
+/// The gradients are then as they were.
 pub fn clip_gradients(grads: &mut GradStore, vars: &[Var], max_norm: f64) -> Result<f64> {
     if !(max_norm.is_finite() && max_norm > 0.0) {
         bail!("clip: expected a largest norm above 0, got {max_norm}")

@@ -9,13 +9,17 @@ use candle_core::{Result, bail};
 pub enum UpdateRule {
     /// Its layer's Kronecker block; the default of tapped linear layers, convolutions and embeddings.
     Kronecker,
-    /// A Kronecker block from its own gradient alone, for Vars of layers that are not tapped: models that are built with plain candle_nn,
-    /// weights of two or more dimensions, `[out, ..]`. The factors are averages of `M M^T` and `M^T M`, `M` the gradient `[out, columns]`
-    /// of a mean loss, scaled such that their product estimates the Fisher matrix (Gupta, Koren & Singer 2018; Morwani et al. 2024). With
-    /// [`Fisher::Sampled`](crate::tape::Fisher::Sampled) the labels of that loss are drawn, which takes a backward pass a draw; else it is
-    /// the loss of the step, whose mean gradient then counts as curvature. A gradient of a batch is one draw, of low rank, where a tapped
-    /// layer has one for each example, so average over more steps (a `stat_decay` of 0.95), and do not leave the length of steps to such
-    /// factors: K-FAC and SO with a learning rate and a KL clip train with them, KLD-WRM's steps that find their own length grow too long.
+    /// A Kronecker block from its own gradient alone, for layers that are not tapped, as in models of plain candle_nn. The weight has two or
+    /// more dimensions, `[out, ..]`.
+    ///
+    /// The factors are averages of `M M^T` and `M^T M`, with `M` the gradient `[out, columns]` of a mean loss, scaled such that their product
+    /// estimates the Fisher matrix (Gupta, Koren & Singer 2018; Morwani et al. 2024). With
+    /// [`Fisher::Sampled`](crate::tape::Fisher::Sampled) the labels of that loss are drawn, which takes a backward pass a draw. Otherwise it
+    /// is the loss of the step, whose mean gradient then counts as curvature.
+    ///
+    /// The gradient of a batch is one draw, of low rank; a tapped layer has one draw for each example. So average over more steps, with a
+    /// `stat_decay` of 0.95. And do not leave the length of steps to such factors: K-FAC and SO train with them by a learning rate and a KL
+    /// clip, but KLD-WRM's steps, which find their own length, grow too long.
     GradientFactors,
     /// Adam, see [`super::Params::fallback_adam`]; the default of everything else.
     Adam,
@@ -32,12 +36,13 @@ pub struct Group {
     pub weight_decay: Option<f64>,
     /// Frozen Vars are not updated and may lack a gradient.
     pub frozen: bool,
-    /// Whether Vars may take no part in a step: experts without a token, skipped layers, heads by turns. Where such a Var has no gradient,
-    /// it sits the step out with its Kronecker block: no decay, no wake, no average, no statistics. The blocks of others are not
-    /// concerned. What sits out is said once, by a `tracing` event. A block that was never there when curvature was due sits out
-    /// until it is. Not with [`super::Params::overlap`]; on a GPU the step then takes the general path.
+    /// Whether Vars may take no part in a step: experts without a token, skipped layers, heads by turns; not by default.
+    ///
+    /// Where such a Var has no gradient, it sits the step out with its Kronecker block: no decay, no wake, no average, no statistics. Other
+    /// blocks are not concerned. What sits out is said once, by a `tracing` event. A block whose curvature has never been seen sits out
+    /// until it is seen. Does not go with [`super::Params::overlap`]. On a GPU such an optimizer takes the host's path.
     pub optional: bool,
-    /// Replaces the rule.
+    /// Replaces the update that the Vars get by default.
     pub rule: Option<UpdateRule>,
     /// Replaces [`super::Params::factor_limit`]; a folded bias follows its weight.
     pub factor_limit: Option<FactorLimit>,

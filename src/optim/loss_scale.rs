@@ -5,8 +5,8 @@ use crate::curvature::wide;
 use crate::stack::deep;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 
-/// A factor on the loss, so that gradients too small for half precision are not rounded to zero: halved when a gradient overflows, doubled
-/// after `interval` steps in a row without. Needed for f16; bf16 has the exponents of f32.
+/// A factor on the loss, so that gradients too small for half precision are not rounded to zero. It is halved when a gradient overflows, and
+/// doubled after `interval` steps in a row without. Models in f16 need it; bf16 has the exponents of f32.
 ///
 /// Source: Micikevicius et al., "Mixed precision training" (ICLR 2018), with PyTorch's `GradScaler`'s schedule.
 ///
@@ -25,9 +25,9 @@ use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 pub struct LossScale {
     /// The factor as it is now; 65,536 at first.
     pub scale: f64,
-    /// Steps without an overflow after which it is doubled; 2,000.
+    /// Steps without an overflow after which the factor is doubled; 2,000 by default.
     pub interval: usize,
-    /// Such steps since the factor last changed.
+    /// Steps without an overflow since the factor last changed.
     pub good_steps: usize,
 }
 
@@ -38,8 +38,9 @@ impl Default for LossScale {
 }
 
 impl LossScale {
-    /// The gradients of `loss`, a scalar, by way of the scaled loss: those of `vars` are divided again, and of half types in f32. `None`
-    /// where one is not finite: leave that step out, the next has a smaller scale. For the optimizers of this crate see
+    /// Computes the gradients of the scalar `loss` times the scale, and divides those of `vars` by the scale again, half types in f32.
+    ///
+    /// Returns `None` where one is not finite: leave that step out. The scale of the next is smaller. With the optimizer of this crate use
     /// [`NaturalGradient::backward_step_scaled`](super::NaturalGradient::backward_step_scaled).
     ///
     /// # Errors

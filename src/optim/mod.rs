@@ -9,7 +9,7 @@
 //! | [`Groups`], [`Schedule`], [`clip_gradients`], [`LossScale`] | what goes with any training |
 //!
 //! Within: `wake` and `params` are values, `state` is data that knows no step, `step` has the stages of a step, each for the host and for
-//! a GPU, and `engine` is the optimizer that runs them. Imports go up this list, never down.
+//! a GPU, and `engine` is the optimizer that runs them. Each uses those that are named before it, never those after it.
 
 mod clip;
 mod engine;

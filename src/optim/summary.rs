@@ -27,9 +27,9 @@ pub struct SummaryBlock {
     pub name: String,
     /// Groups, rows (outputs) and columns (inputs, with the bias's 1) of its gradient matrix.
     pub dims: [usize; 3],
-    /// Rows of its factors' runs, `G`'s and `A`'s: `dims[1]` and `dims[2]` of full factors, 1 of diagonal ones.
+    /// Rows of the blocks on the diagonals of its factors `G` and `A`: `dims[1]` and `dims[2]` where they are full, 1 where they are diagonal.
     pub runs: [usize; 2],
-    /// Ranks of its factors, `G`'s and `A`'s, where they are low.
+    /// Ranks of its factors `G` and `A`, where they are of low rank.
     pub ranks: [Option<usize>; 2],
     /// Whether its factors come from its gradient alone.
     pub gradient_only: bool,
@@ -39,11 +39,11 @@ pub struct SummaryBlock {
     pub inverse_bytes: usize,
     /// Bytes of its other state in steady operation: carry, averaged models, last step, momentum, second moments.
     pub other_bytes: usize,
-    /// Bytes of the arrays with which its inverse is made, about; blocks have them one after the other, except small ones on a
-    /// GPU.
+    /// About how many bytes the making of its inverse takes beside the factors and the inverse. Blocks take them one after the other; small
+    /// ones on a GPU together.
     pub workspace_bytes: usize,
-    /// Multiplications of one factor update, for every row (example, or position of one) of the batch; in all where its gradient
-    /// makes the factors.
+    /// Multiplications of one update of the factors for each row of the batch, a row being an example or a position of one. Where the
+    /// gradient alone makes the factors, multiplications in all.
     pub factor_cost: usize,
     /// Multiplications of one update of the inverse, to leading order.
     pub inverse_cost: usize,
@@ -62,14 +62,14 @@ pub struct Summary {
     pub blocks: Vec<SummaryBlock>,
     /// Bytes of the Adam moments, single-precision masters, averaged parameters and stored models.
     pub other_bytes: usize,
-    /// Bytes that a step needs beside the state, about: the new inverses until they replace the old ones, the matrices of a
-    /// step, what decompositions work with at a time, and what is kept for those beside the steps. Factors of a batch and records of
+    /// About how many bytes a step needs beside the state: the new inverses until they replace the old ones, the matrices of a step, what
+    /// decompositions work with at a time, and copies for inverses that are made in the background. Factors of a batch and records of
     /// layers are not counted.
     pub workspace_bytes: usize,
 }
 
 impl Summary {
-    /// That of an optimizer before or after any step.
+    /// The summary of an optimizer, before or after any step.
     pub(super) fn of(core: &Core) -> Self {
         let rule = |index: usize| {
             let block = core.blocks.iter().find(|b| b.params.contains(&index));

@@ -28,7 +28,7 @@ use crate::curvature::{Damping, DampingKind};
 use candle_core::{Error, Result, bail};
 use std::str::FromStr;
 
-/// Which member of the family an optimizer is, with the options that are its own.
+/// Says which member of the family an optimizer is, with the options that are that member's own.
 ///
 /// ```
 /// use kronwake::optim::{So, TwoRate, Wake};
@@ -98,7 +98,7 @@ pub struct Inner {
     pub lr: f64,
     /// Their momentum, started anew at each outer step; 0.5 by default.
     pub momentum: f64,
-    /// Models in the wake, the current one included, 2 or more and 2 by default; each other costs a copy of the parameters and a forward
+    /// Models in the wake, the current one included: 2 or more, 2 by default. Each of the others costs a copy of the parameters and a forward
     /// pass a step. The inner steps begin once as many have been seen.
     pub models: usize,
     /// Multiplies the divergences; 1, the default, is the theory's.
@@ -152,12 +152,12 @@ impl Default for Inner {
 pub struct TwoRate {
     /// `rho_m`, the decay of the wake of models, in [0, 1); 0.8 by default.
     pub model_decay: f64,
-    /// `rho_d`, the decay of the wake of distances, in [0, 1); 0.5 by default. Apart from the averages' `stat_decay`.
+    /// `rho_d`, the decay of the wake of distances, in [0, 1); 0.5 by default. It is apart from the `stat_decay` of the factors' averages.
     pub wake_decay: f64,
     /// The models of the loss; linear by default.
     pub model: Model,
-    /// Whether rates are multiplied by `1 / (1 - wake_decay)`, so that the mean step in a steady state does not depend on
-    /// the decays: it is then that of K-FAC at the same rate. So it is by default.
+    /// Whether rates are multiplied by `1 / (1 - wake_decay)`; yes by default. The mean step in a steady state is then that of K-FAC at the
+    /// same rate, whatever the decays.
     pub steady: bool,
 }
 
@@ -226,11 +226,11 @@ pub enum QSolve {
 /// end elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Carry {
-    /// `g + B s` (SO: `g`), with the step really taken: the published form.
+    /// `g + B s` (SO: `g`), with the step really taken. This is the published form.
     #[default]
     Gradient,
-    /// `g - wake_gradient - lambda F_bar s` with the damped average: what the objective says for any step `s`. Costs a
-    /// product with both factors a step.
+    /// `g - wake_gradient - lambda F_bar s` with the damped average. This is what the objective says for any step `s`. It costs a product with
+    /// both factors a step.
     Literal,
 }
 
@@ -285,7 +285,7 @@ impl Wake {
         }
     }
 
-    /// What the rate is multiplied by before it is used; `1 / (1 - rho_d)` makes the steady-state step independent of `rho_d`.
+    /// The factor on the rate. `1 / (1 - rho_d)` makes the step in a steady state independent of `rho_d`.
     pub fn rate_scale(&self) -> f64 {
         match self {
             Wake::KFac | Wake::So(_) | Wake::Q(_) | Wake::Qe(_) => 1.0,

@@ -87,6 +87,9 @@ impl Tape {
     }
 
     /// Runs `build`, tapping every layer of [`crate::nn`] that it constructs on this thread.
+    ///
+    /// # Errors
+    /// Those of `build`.
     pub fn build<M>(&self, build: impl FnOnce() -> Result<M>) -> Result<M> {
         within(&BUILDING, self.clone(), build)
     }

@@ -126,6 +126,9 @@ impl Inputs {
 /// The tensors of a record belong to no graph. Reduce them at once: keeping them keeps a layer's inputs in memory.
 pub trait Reduce: Send {
     /// Takes one record. A layer that is used `k` times in a forward pass makes `k` records.
+    ///
+    /// # Errors
+    /// What the reader makes of the record; the pass ends then.
     fn record(&mut self, layer: &Layer, record: &Record) -> Result<()>;
 }
 

@@ -14,11 +14,11 @@ pub(super) struct Accumulated {
 }
 
 impl NaturalGradient {
-    /// The gradients of a micro-batch, added up for [`step_accumulated`](Self::step_accumulated). `loss` is the mean over its `terms`
-    /// loss terms (examples, for a classifier). Call `observe` before, as for a step.
+    /// Adds the gradients of a micro-batch up for [`step_accumulated`](Self::step_accumulated). `loss` is the mean over the `terms` loss terms
+    /// of the micro-batch (examples, for a classifier). Call `observe` before, as for a step.
     ///
     /// # Errors
-    /// When there are no terms, or as `backward_step`; what was accumulated before is then forgotten.
+    /// When there are no terms, or as `backward_step`. What was accumulated before is then forgotten.
     pub fn accumulate(&mut self, loss: &Tensor, terms: usize) -> Result<()> {
         self.no_closure("accumulate")?;
         if terms == 0 {
@@ -50,7 +50,7 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// The step on the accumulated micro-batches: the one that their union would give.
+    /// Takes the step on the accumulated micro-batches. It is the one that their union would give.
     ///
     /// # Errors
     /// When nothing was accumulated, or as any step.

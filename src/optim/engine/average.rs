@@ -4,13 +4,13 @@ use super::NaturalGradient;
 use candle_core::{Result, Tensor};
 
 impl NaturalGradient {
-    /// The averaged parameters by name, once a step was taken under [`crate::optim::Params::average`]; else nothing.
+    /// The averaged parameters by name, once a step was taken under [`crate::optim::Params::average`]; before that an empty list.
     pub fn averages(&self) -> Vec<(&str, &Tensor)> {
         self.core.vars.iter().map(|param| param.name.as_str()).zip(&self.core.averages).collect()
     }
 
-    /// Puts the averaged parameters into the Vars for good: the model to keep when training is over. Without averages nothing
-    /// happens. Steps that follow start there, and the averages go on.
+    /// Puts the averaged parameters into the Vars for good. They are the model to keep when training is over. Steps that follow start there,
+    /// and the averages go on. Without averages nothing happens.
     ///
     /// # Errors
     /// When a Var cannot be written.
@@ -21,7 +21,8 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// Runs `f` with the averaged parameters in the Vars, and puts the stepped ones back; without averages it just runs `f`.
+    /// Runs `f` with the averaged parameters in the Vars, and puts the stepped ones back whatever `f` returns. Without averages it just runs
+    /// `f`.
     ///
     /// # Errors
     /// Those of `f`, and when a Var cannot be written.

@@ -29,13 +29,14 @@ struct Trained<'a> {
 }
 
 impl NaturalGradient {
-    /// An optimizer of every float Var of `varmap`, which also gives their names. Prefer this to `new`: state is saved and
-    /// groups are matched by name, and a `Vec<Var>` has none for Vars outside tapped layers.
+    /// Makes an optimizer of every float Var of `varmap`, which also gives their names. Prefer this to `new`: state is saved and groups are
+    /// matched by name, and in a `Vec<Var>` only those of tapped layers have one.
     ///
     /// # Errors
-    /// When an option is senseless; when a group matches no Var; when no Var gets a Kronecker block, most likely since the model was not
-    /// built inside [`Tape::build`](crate::tape::Tape::build), unless a group asks for [`UpdateRule::Adam`]; or when state and work
-    /// space take more memory than they may.
+    /// - When an option is senseless, or a group matches no Var.
+    /// - When no Var gets a Kronecker block, unless a group asks for [`UpdateRule::Adam`]: most likely the model was not built inside
+    ///   [`Tape::build`](crate::tape::Tape::build).
+    /// - When state and work space take more memory than they may.
     pub fn from_varmap(varmap: &VarMap, params: Params) -> Result<Self> {
         let mut vars: Vec<(String, Var)> = match varmap.data().lock() {
             Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),

@@ -7,17 +7,18 @@ use crate::penalty::Constraints;
 use candle_core::{Result, Tensor};
 
 impl NaturalGradient {
-    /// [`Constraints::after_step`] at this optimizer's learning rate (times that of the Var's group), in place of it: where a Var is in
-    /// half precision, the f32 master from which the next step starts is stepped and projected, and the Var becomes its rounding,
-    /// which may be outside of a set by that much. Under [`StepRule`](crate::optim::StepRule)s that find the length of the step, the rate is
-    /// still the one that proximal steps are in proportion to.
+    /// Does what [`Constraints::after_step`] does, at this optimizer's learning rate times that of the Var's group. Call it in place of that.
+    ///
+    /// Where a Var is in half precision, its f32 master, from which the next step starts, is stepped and projected. The Var becomes the
+    /// master's rounding, which may be outside of a set by that much. Proximal steps are in proportion to the learning rate, also where a
+    /// [`StepRule`](crate::optim::StepRule) finds the length of the optimizer's own step.
     ///
     /// Averaged parameters ([`Params::average`](crate::optim::Params::average)) are those of what the constraints let through, and are let
     /// through themselves ([`Constraints::let_through`]). With a plain `after_step` they are neither; there see
     /// [`adopt_average_through`](Self::adopt_average_through).
     ///
     /// # Errors
-    /// As for [`Constraints::after_step`]; nothing has changed then.
+    /// As for [`Constraints::after_step`]. Nothing has changed then.
     pub fn constrain(&mut self, constraints: &mut Constraints) -> Result<()> {
         let changes = constraints.changes(|var| {
             let param = self.core.vars.iter().find(|param| param.var.id() == var.id());

@@ -13,8 +13,8 @@ use candle_core::{Result, Tensor, backprop::GradStore, bail};
 pub(super) type Backward = (Option<f64>, Vec<Option<Tensor>>);
 
 impl NaturalGradient {
-    /// [`backward_step`](super::Optimizer::backward_step) by way of the scaled loss, for models in f16. Whether there was a step: none is taken
-    /// where a gradient overflows, and what was observed for it is forgotten.
+    /// Does as [`backward_step`](super::Optimizer::backward_step), by way of the scaled loss: for models in f16. Returns whether there was a
+    /// step. Where a gradient overflows none is taken, and what was observed for it is forgotten.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};

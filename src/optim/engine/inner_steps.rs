@@ -16,8 +16,10 @@ use candle_nn::Optimizer;
 pub type Outputs<'a> = dyn FnMut() -> Result<Tensor> + 'a;
 
 impl NaturalGradient {
-    /// A step of any member; only QE evaluates the model again. `loss` is the mean over loss terms; `outputs` returns the model's outputs (what `likelihood` takes) on the
-    /// batch of `loss` at the Vars' values of the moment, with their graph, and draws nothing at random: no dropout.
+    /// Takes a step of any member. QE, which evaluates the model again, has no other.
+    ///
+    /// `loss` is the mean over loss terms. `outputs` runs the model on the batch of `loss`, at the values that the Vars have at the moment, and
+    /// returns what `likelihood` takes, with its graph. It must draw nothing at random: no dropout.
     ///
     /// # Errors
     /// As for any step, and when two calls of `outputs` differ. Parameters and state are then unchanged.

@@ -88,12 +88,12 @@ impl NaturalGradient {
         &self.core.params
     }
 
-    /// Replaces the options between two steps, for schedules of anything but the rate (for that see
-    /// `set_learning_rate`). A damping takes effect at the next update of the inverses.
+    /// Replaces the options between two steps, for schedules of anything but the rate. (For the rate there is `set_learning_rate`.) A damping
+    /// takes effect at the next update of the inverses.
     ///
     /// # Errors
-    /// When a value is senseless, or when tape, groups, bias, limits, sharing, ekfac or the member of the family change: they made the
-    /// blocks.
+    /// When a value is senseless. When tape, groups, bias, limits, sharing, ekfac or the member of the family differ from what the optimizer
+    /// was built with.
     pub fn set_params(&mut self, params: Params) -> Result<()> {
         params.check()?;
         let (name, old) = (self.core.name(), &self.core.params);
@@ -130,17 +130,17 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// Steps taken so far; on a GPU those left out count too.
+    /// Steps taken so far. On a GPU, steps that were left out count too.
     pub fn steps(&self) -> usize {
         self.core.steps
     }
 
-    /// Steps left out under [`NonFinite::Skip`](super::NonFinite::Skip); on a GPU as far as [`settle`](Self::settle) has seen.
+    /// Steps left out under [`NonFinite::Skip`](super::NonFinite::Skip). On a GPU the number is that of the last [`settle`](Self::settle).
     pub fn skipped(&self) -> usize {
         self.core.skipped
     }
 
-    /// The KL divergence that the steps aim at as it is now (on a GPU, as [`settle`](Self::settle) saw it), at `lr` 1; `None` where a
+    /// The KL divergence that the steps aim at now, at `lr` 1. On a GPU it is that of the last [`settle`](Self::settle). `None` where a
     /// learning rate decides.
     pub fn kl_target(&self) -> Option<f64> {
         Some(self.core.params.step_rule.target()? * self.core.slopes.length.powi(2))
@@ -151,7 +151,7 @@ impl NaturalGradient {
         self.core.damping
     }
 
-    /// Which Var is in which block, with bytes and cost; known before the first step.
+    /// Says which Var is in which block, with bytes and cost. Known before the first step.
     pub fn summary(&self) -> Summary {
         Summary::of(&self.core)
     }
@@ -161,25 +161,27 @@ impl NaturalGradient {
         self.core.blocks.iter().map(|b| b.name.as_str()).collect()
     }
 
-    /// The averaged factors `A` `[groups, in, in]` and `G` `[groups, out, out]` of a block, once observed: `A` of the columns of its
-    /// gradient's matrix, `G` of the rows. An embedding's table has a row for each of its own, so there `G` belongs to the inputs and
-    /// `A` to the outputs. A factor beyond its limit is `[groups n, r, r]`, `n` runs of `r` rows, the last one filled up with zeros,
-    /// or its sketch `[groups, rank + 1, d]` (its products with `rank` fixed vectors, and its diagonal).
+    /// The averaged factors `A` `[groups, in, in]` and `G` `[groups, out, out]` of a block, once curvature was observed.
+    ///
+    /// `A` belongs to the columns of the gradient's matrix, `G` to the rows. The matrix of an embedding has a row for each row of its table:
+    /// there `G` belongs to the inputs and `A` to the outputs. A factor beyond its limit has another form: block-diagonal, `[groups n, r, r]`
+    /// with `n` blocks of `r` rows, the last one filled up with zeros; or of low rank, `[groups, rank + 1, d]`, its products with `rank`
+    /// fixed vectors and its diagonal.
     pub fn factors(&self, block: &str) -> Option<(Tensor, Tensor)> {
         let state = &self.core.blocks.iter().find(|b| b.name == block)?.state;
         Some((state.factor_a.clone()?, state.factor_g.clone()?))
     }
 
-    /// Whether the step just taken is one whose loss is to be measured again, under [`Damping::Adaptive`].
+    /// Whether the loss is to be measured again after the step just taken, under [`Damping::Adaptive`].
     pub fn wants_loss_after(&self) -> bool {
         self.core.predicted.is_some()
     }
 
-    /// Takes the loss after the last step, on that step's batch, and adapts the damping. No effect unless
+    /// Adapts the damping to `loss_after`, the loss after the last step on that step's batch. No effect unless
     /// [`wants_loss_after`](Self::wants_loss_after).
     ///
     /// # Errors
-    /// When the loss is no scalar.
+    /// When the loss is not a scalar.
     pub fn adapt_damping(&mut self, loss_after: &Tensor) -> Result<()> {
         if let (Some(predicted), Some(adaptive)) = (self.core.predicted, self.core.adaptive()) {
             let actual = scalar(loss_after)? - predicted.loss;
@@ -189,11 +191,11 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// Writes parameters and state to a safetensors file; a file that is already there is replaced at once or not at all.
+    /// Writes parameters and state to a safetensors file. A file that is already there is replaced at once or not at all.
     ///
     /// # Errors
-    /// When a Var has no name (build with [`from_varmap`](Self::from_varmap)), when micro-batches or an observation wait for their
-    /// step, or when the file cannot be written.
+    /// When a Var has no name: build with [`from_varmap`](Self::from_varmap). When micro-batches or an observation wait for their step. When
+    /// the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.core.check_named()?;
         if self.accumulated.is_some() || self.observed.is_some() {
@@ -203,8 +205,8 @@ impl NaturalGradient {
         self.core.save(path.as_ref(), seen.slopes, seen.previous_rate, seen.skipped)
     }
 
-    /// Restores parameters and state, the learning rate included, from a file that [`save`](Self::save) wrote with the same
-    /// optimizer on the same model: the steps that follow are the ones that would have followed there.
+    /// Restores parameters and state, the learning rate included, from a file that [`save`](Self::save) wrote with the same member on the same
+    /// model. The steps that follow are those that would have followed there.
     ///
     /// # Errors
     /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.

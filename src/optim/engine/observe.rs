@@ -38,19 +38,22 @@ impl NaturalGradient {
 
     /// Shows the optimizer the outputs of the forward pass whose step comes next. No work unless curvature is due.
     ///
-    /// `outputs` are what the likelihood takes, `[.., classes]`, with their graph. With the empirical Fisher the
-    /// backward pass that follows is listened to; its loss must be the mean over loss terms, and on a GPU what its layers
-    /// saw must not be overwritten in place before the step. Otherwise the passes for the curvature run here.
+    /// `outputs` are what the likelihood takes, `[.., classes]`, with their graph. The passes for the curvature run here, unless the Fisher is
+    /// empirical: then the backward pass of the step serves, whose loss must be the mean over loss terms. On a GPU, what its layers saw must
+    /// not be overwritten in place before the step.
     ///
     /// # Errors
-    /// When the batch is empty, the outputs hold no graph to a tapped layer although one has a block, or are not finite.
+    /// When the batch is empty, when the outputs are not finite, or when no graph leads from them to a tapped layer although one has a block.
     pub fn observe(&mut self, outputs: &Tensor, likelihood: Likelihood) -> Result<()> {
         self.observe_pass(outputs, likelihood, None)
     }
 
-    /// [`observe`](Self::observe) with given labels in place of drawn ones: one pass, whatever [`crate::optim::Params::fisher`] says.
+    /// Does as [`observe`](Self::observe) with given labels in place of drawn ones: one pass, whatever [`crate::optim::Params::fisher`] says.
     ///
-    /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
+    /// `labels` are class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
+    ///
+    /// # Errors
+    /// As [`observe`](Self::observe), and when the labels do not fit the outputs.
     pub fn observe_labels(
         &mut self,
         outputs: &Tensor,

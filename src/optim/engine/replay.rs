@@ -7,14 +7,18 @@ use crate::optim::step::inverses::takes_pending;
 use crate::optim::wake::Model;
 use candle_core::{Result, Tensor};
 
-/// Training steps that are recorded once and then repeated as one CUDA graph, so that the host launches a step at once instead of its
-/// kernels one by one. Meant for short steps: small models, small batches.
+/// Records a training step once and then repeats it as one CUDA graph: the host launches the step at once instead of its kernels one by one.
+/// Meant for short steps: small models, small batches.
 ///
-/// A step is forward, [`NaturalGradient::observe`], backward and the optimizer's step, all in one closure, on tensors that stay where they are:
-/// new batches are copied into the old one's tensors, of one shape. What the closure returns (the loss, say) is written anew by
-/// every repetition. Steps that renew curvature, and those before the first inverse, run as they are; so does everything where it cannot
-/// be recorded: on other devices, and with quadratic wakes. Nothing in the closure may ask the device for a value, or depend on the step's number:
-/// dropout would repeat its masks. [`NaturalGradient::constrain`] moves f32 masters, so it does not go with recorded steps of half-precision models.
+/// A step is forward, [`NaturalGradient::observe`], backward and the optimizer's step, all in one closure. What the closure has to keep to:
+///
+/// - Its tensors stay where they are. A new batch is copied into the tensors of the old one, which has the same shape.
+/// - It asks the device for no value.
+/// - It does not depend on the step's number: dropout would repeat its masks.
+/// - It does not call [`NaturalGradient::constrain`] on a half-precision model, whose f32 masters that moves.
+///
+/// What it returns (the loss, say) is written anew by every repetition. Steps that renew curvature, and those before the first inverse, run
+/// as they are. So does everything where nothing can be recorded: on other devices, and with quadratic wakes.
 ///
 /// ```
 /// use kronwake::nn::{self, Module, VarBuilder, VarMap};
@@ -59,12 +63,12 @@ struct Recorded<T> {
 }
 
 impl<T: Clone> Replay<T> {
-    /// Nothing recorded yet.
+    /// Begins with nothing recorded.
     pub fn new() -> Self {
         Self { recorded: None, warm: false }
     }
 
-    /// One training step, `pass`: run, recorded or repeated. See [`Replay`].
+    /// Takes one training step, `pass`: runs it, records it, or repeats it. See [`Replay`].
     ///
     /// # Errors
     /// What `pass` reports; and when a step that is being recorded asks the device for a value.

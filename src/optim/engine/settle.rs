@@ -17,11 +17,11 @@ pub(crate) struct Seen {
 }
 
 impl NaturalGradient {
-    /// Brings what the host knows up to date with the steps that a GPU has taken, waiting for them. Elsewhere nothing happens.
+    /// Waits for the steps that a GPU has queued, and brings what the host knows of them up to date. Elsewhere nothing happens.
     ///
     /// # Errors
-    /// When one of those steps had a gradient with NaN or infinite elements, unless such steps are skipped: the message names
-    /// step and tensor, and parameters and state are as that step found them.
+    /// When one of those steps had a gradient with NaN or infinite elements, unless such steps are skipped. The message names step and tensor.
+    /// Parameters and state are as that step found them.
     pub fn settle(&mut self) -> Result<()> {
         let seen = self.seen();
         let Some(device) = &self.device else { return Ok(()) };

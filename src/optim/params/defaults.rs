@@ -132,7 +132,7 @@ impl Params {
         Self { lr: 1.0, step_rule: StepRule::FixedKl { target }, kl_clip: None, ..self }
     }
 
-    /// The same options with steps whose KL finds itself, at full length and without a clip; see [`AdaptiveKl`].
+    /// The same options with steps whose KL follows the slopes along them, at full length and without a clip; see [`AdaptiveKl`].
     pub fn adaptive_kl(self, rule: AdaptiveKl) -> Self {
         Self { lr: 1.0, step_rule: StepRule::AdaptiveKl(rule), kl_clip: None, ..self }
     }

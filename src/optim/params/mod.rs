@@ -35,11 +35,11 @@ pub enum Bias {
 /// Where weight decay `wd theta` enters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Decay {
-    /// Added to the wake gradient, after the recursion: preconditioned, but not looked back at. The wake subtracts a part of
-    /// the mean gradient and none of the decay, so the fixed point is that of an L2 penalty of `wd / (1 - wake_decay)`.
+    /// Added to the wake gradient, after the recursion: it is preconditioned, but not looked back at. The wake subtracts a part of the mean
+    /// gradient and none of the decay, so the fixed point is that of an L2 penalty of `wd / (1 - wake_decay)`.
     #[default]
     AfterWake,
-    /// Added to the gradient of the loss, as an L2 penalty is: it passes through the wake.
+    /// Added to the gradient of the loss, as an L2 penalty is. It passes through the wake.
     Loss,
     /// Subtracted from the parameters as `lr wd theta`, past curvature and clips (Loshchilov & Hutter 2019).
     Decoupled,
@@ -51,7 +51,7 @@ pub enum NonFinite {
     /// An error that names the tensor; parameters and state stay as they were.
     #[default]
     Error,
-    /// The step is left out and counted, see [`NaturalGradient::skipped`](super::NaturalGradient::skipped).
+    /// The step is left out and counted: [`NaturalGradient::skipped`](super::NaturalGradient::skipped).
     Skip,
 }
 
@@ -68,12 +68,13 @@ pub enum NonFinite {
 /// | `qe-kld-wrm` | 0.076 | learning rate | eigenvalue 0.0013 | 0.5 | 0.01 | empirical | no | no |
 /// | `kld-wrm` | 1 | adaptive KL | relative | 0.5 | none | sampled, draws: 1 | yes | yes |
 ///
-/// Those that all share stand at the fields.
+/// The defaults that all members share stand at the fields.
 #[derive(Debug, Clone)]
 pub struct Params {
     /// The tape on which the model was built.
     pub tape: Tape,
-    /// Learning rate; `1 / lr` is the weight `lambda` of the wake. Under [`StepRule::FixedKl`] a fraction of the step's length.
+    /// Learning rate; `1 / lr` is the weight `lambda` of the wake. Under [`StepRule::FixedKl`] and [`StepRule::AdaptiveKl`] it is a fraction of
+    /// the step's length.
     pub lr: f64,
     /// How long a step is.
     pub step_rule: StepRule,
@@ -81,9 +82,9 @@ pub struct Params {
     pub damping: Damping,
     /// How the damped factors are inverted; [`Inverse::Eigen`] by default.
     pub inverse: Inverse,
-    /// Whether the eigenbasis scaling is corrected with the second moments of the per-example gradients (EKFAC); needs
+    /// Whether the scaling in the eigenbasis comes from the second moments of the per-example gradients (EKFAC); not by default. Needs
     /// [`DampingKind::Eigenvalue`](crate::curvature::DampingKind::Eigenvalue). Keeps the records of a refresh in memory until its step.
-    /// Tables keep the scaling of their product. Not by default.
+    /// Embeddings keep the scaling of their Kronecker product.
     pub ekfac: bool,
     /// Eigenvalues of the factors at or below this count as 0, under
     /// [`DampingKind::Eigenvalue`](crate::curvature::DampingKind::Eigenvalue); 0 by default.
@@ -95,11 +96,12 @@ pub struct Params {
     /// Whether factors and inverses are also renewed at the steps 1, 2, 4, 8, .. until their periods take over. In its first
     /// steps a net's curvature grows many times over, and a step that trusts an old one is many times too long.
     pub early_refresh: bool,
-    /// Steps that an update of the inverses may take beside the training: on a thread of its own, on a GPU on a second stream. The inverses of
-    /// the factors of step `k` are used from step `k + overlap` on, or from where the next ones are due if that is sooner, so those that a
-    /// step uses are up to `every.inverses + overlap - 1` steps old. What is used when does not depend on how long they took: a step waits for
-    /// inverses that are not ready. With 0, the default, each update is waited for; so are the first ones always. Q and QE, whose
-    /// inverses hold the factors of the very step, take 0 alone.
+    /// Steps that an update of the inverses may take in the background: on a thread of its own, on a GPU on a second stream. With 0, the
+    /// default, each update is waited for; the first ones always are.
+    ///
+    /// The inverses of the factors of step `k` are used from step `k + overlap` on, or from where the next ones are due if that is sooner. So
+    /// a step uses inverses that are up to `every.inverses + overlap - 1` steps old. Which ones it uses does not depend on how long they
+    /// took: a step waits for inverses that are not ready. Q and QE take 0 alone, since their inverses hold the factors of the very step.
     pub overlap: usize,
     /// The labels of the Fisher matrix.
     pub fisher: Fisher,
@@ -107,11 +109,11 @@ pub struct Params {
     pub sharing: Sharing,
     /// Whether biases share the block of their weight; [`Bias::Folded`] by default.
     pub bias: Bias,
-    /// What becomes of large factors, where a group of [`Params::groups`] says nothing else: of those with more than 4096 rows,
-    /// blocks on the diagonal. Of a table that is a linear layer's weight too, the rows' factor is diagonal beyond the limit.
+    /// What becomes of large factors, where a group of [`Params::groups`] says nothing else. By default those with more than 4,096 rows are
+    /// block-diagonal. Where an embedding's table is a linear layer's weight too, the factor of its rows is diagonal beyond the limit.
     pub factor_limit: FactorLimit,
-    /// Bytes that state and work space may take ([`Summary::peak_bytes`](super::Summary::peak_bytes)): an optimizer that needs more is
-    /// refused before its first step. On a GPU its free memory is such a limit in any case.
+    /// Bytes that state and work space may take, [`Summary::peak_bytes`](super::Summary::peak_bytes); no limit by default. An optimizer that
+    /// needs more is refused when it is built. On a GPU its free memory is such a limit in any case.
     pub memory_limit: Option<usize>,
     /// Heavy-ball momentum on the preconditioned direction: `v <- momentum v + V`; 0, none, by default.
     pub momentum: f64,
@@ -127,8 +129,8 @@ pub struct Params {
     pub non_finite: NonFinite,
     /// Rates, decay, freezing and rules by name pattern; none by default.
     pub groups: Groups,
-    /// Adam, for Vars that have no Kronecker block: candle's defaults without weight decay. Its rate keeps its ratio to `lr` when that is
-    /// changed; where an optimizer begins with `lr` 0, for a warm-up, it is the rate at the largest `lr` so far.
+    /// Adam's options for Vars that have no Kronecker block: candle's defaults without weight decay. Its rate keeps its ratio to `lr` when
+    /// that changes. Where an optimizer begins with `lr` 0, for a warm-up, it is the rate at the largest `lr` so far.
     pub fallback_adam: ParamsAdamW,
     /// What the wake looks back at, where a step is not the objective's minimizer; [`Carry::Gradient`] by default.
     pub carry: Carry,
@@ -140,11 +142,11 @@ pub struct Params {
 
 /// An average of the parameters over the steps, `theta_bar_k = sum_i w_i theta_i / sum_i w_i` with `w_i ~ i^power`.
 ///
-/// It is where a wake without a model leads: `theta_bar` minimizes `sum_i w_i D(theta_i, theta)` as far as `D` is quadratic
-/// with one curvature. The noise of single steps cancels in it, so it is the better model to evaluate and to keep, most of
-/// all while steps are long. The weights (polynomial-decay averaging, Shamir & Zhang 2013) reach back over about the last
-/// `1 / power` of all steps, so there is no time constant to choose. Costs a copy of the parameters and an
-/// addition a step; training itself is not changed.
+/// It is where a wake without a model leads: `theta_bar` minimizes `sum_i w_i D(theta_i, theta)` as far as `D` is quadratic with one
+/// curvature. The noise of single steps cancels in it. So it is the better model to evaluate and to keep, most of all while steps are long.
+///
+/// The weights (polynomial-decay averaging, Shamir & Zhang 2013) reach back over about the last `1 / power` of all steps, so there is no time
+/// constant to choose. It costs a copy of the parameters and an addition a step. Training itself is not changed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Average {
     /// The exponent of the weights, 8 by default; 0 weighs all steps alike.

@@ -8,16 +8,17 @@ pub enum StepRule {
     /// `s = -lr V`, `V` the direction.
     #[default]
     LearningRate,
-    /// `s = -alpha V` with the `alpha` for which the quadratic prediction of the KL divergence between the models before and
-    /// after the step, `1/2 s^T (F_bar + la) s`, is `target lr^2`, but at most the full step `alpha = 1`. So `lr` is no rate
-    /// but a schedule's fraction of the step's length, 1 at most times. Weight decay, where it is a penalty, counts into the
-    /// damping `la` with its own curvature. `alpha` is the `1 / lambda` of the theory; what the wake looks back at takes
-    /// it as constant from one step to the next, and a quadratic wake solves with the last step's.
+    /// `s = -alpha V`, with the `alpha` for which the predicted KL divergence between the models before and after the step,
+    /// `1/2 s^T (F_bar + la) s`, is `target lr^2`; at most the full step `alpha = 1`.
+    ///
+    /// So `lr` is no rate but a schedule's fraction of the step's length, 1 at most times. Weight decay, where it is a penalty, counts into
+    /// the damping `la` with its own curvature. `alpha` is the `1 / lambda` of the theory. The wake takes it as constant from one step to
+    /// the next, and a quadratic wake solves with the last step's.
     FixedKl {
         /// The predicted divergence in nats, a mean over loss terms; about 0.0075.
         target: f64,
     },
-    /// As `FixedKl`, with a target that finds itself; see [`AdaptiveKl`].
+    /// As `FixedKl`, with a target that follows the slopes along the steps; see [`AdaptiveKl`].
     AdaptiveKl(AdaptiveKl),
 }
 
@@ -49,7 +50,7 @@ impl StepRule {
     }
 }
 
-/// A step's length from the slopes before and after it.
+/// Finds a step's length from the slopes before and after it.
 ///
 /// With `g_k` the gradients and `s_k` the steps, `<s_k, g_k>` is the loss's slope along a step where it begins, and `<s_k, g_{k+1}>`,
 /// on the next batch, where it ends. Their quotient
@@ -66,13 +67,13 @@ impl StepRule {
 /// products a step and a copy of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdaptiveKl {
-    /// The divergence of the first step in nats, a mean over loss terms. Little depends on it from random parameters: 0.0005 to 0.2
-    /// train. A pretrained net of many layers wants less, 0.002: its layers all change the same few outputs, which blocks do not see,
+    /// The divergence of the first step in nats, a mean over loss terms; 0.02 by default. From random parameters little depends on it: 0.0005
+    /// to 0.2 train. A pretrained net of many layers wants less, 0.002. Its layers all change the same few outputs, which blocks do not see,
     /// and the length follows too slowly to call back a first step that was too long.
     pub initial: f64,
-    /// The quotient of slopes to aim at, in [-1, 1].
+    /// The quotient of slopes to aim at, in [-1, 1]; 0.1 by default.
     pub slope: f64,
-    /// How fast the length follows, in [0, 1].
+    /// How fast the length follows, in [0, 1]; 0.05 by default.
     pub pace: f64,
 }
 

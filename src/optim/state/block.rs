@@ -112,7 +112,7 @@ impl Block {
         Ok(parts)
     }
 
-    /// Tells its averages to those of its layer: what [`Block::refreshed`] takes from there.
+    /// Copies this block's averages into `layer`; the inverse of [`Block::refreshed`].
     pub fn last_factors(&self, layer: &mut LayerFactors) {
         let (a, g) = (self.state.factor_a.clone(), self.state.factor_g.clone());
         match self.part {

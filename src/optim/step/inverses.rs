@@ -15,7 +15,7 @@ use candle_core::Result;
 pub(super) struct Inverses {
     /// The damping of the inverses that this step uses.
     pub damping: f64,
-    /// Inverses that no step has used after this one.
+    /// Inverses still pending after this step.
     pub pending: Option<PendingInverses>,
     /// Whether this step is the first to use inverses that were made beside the steps.
     pub takes_pending: bool,
