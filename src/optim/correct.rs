@@ -3,7 +3,7 @@
 use super::block::{Block, BlockState, Part};
 use super::natural::Natural;
 use super::rule::WakeRule;
-use crate::curvature::{LayerFactors, Preconditioner, moments, turned_moments};
+use crate::curvature::{LayerFactors, Preconditioner, moments, moments_above_rounding, turned_moments};
 use crate::ops::factor::ema;
 use candle_core::{Result, Tensor};
 
@@ -13,7 +13,7 @@ impl<R: WakeRule> Natural<R> {
         &self,
         block: &Block,
         state: &mut BlockState,
-        refresh: Option<(&LayerFactors, usize)>,
+        refresh: Option<(&LayerFactors, f64)>,
         damping: f64,
     ) -> Result<()> {
         let Some(Preconditioner::Basis { basis_a, basis_g, .. }) = &state.preconditioner else {
@@ -37,17 +37,23 @@ impl<R: WakeRule> Natural<R> {
                 _ => None,
             };
             match (refresh, last) {
-                (Some((layer, terms)), last) => {
+                (Some((layer, total)), last) => {
                     let folded = block.part == Part::Folded;
                     let (a, g) = ((&basis_a, block.columns), (&basis_g, block.rows));
-                    let current = moments(&layer.kept, a, g, block.groups, folded, terms)?;
+                    let current = moments(&layer.kept, a, g, block.groups, folded, total)?;
                     ema(last.as_ref(), &current, self.params.stat_decay)?
                 }
                 (None, Some(last)) => last,
                 (None, None) => return Ok(()),
             }
         };
-        let scale = (&scaled + damping)?.recip()?;
+        let known = match (&state.factor_a, &state.factor_g) {
+            (Some(a), Some(g)) if block.part != Part::Bias => {
+                moments_above_rounding(&scaled, (a, &basis_a), (g, &basis_g))?
+            }
+            _ => scaled.clone(),
+        };
+        let scale = (known + damping)?.recip()?;
         state.moments = Some(scaled);
         state.preconditioner = Some(Preconditioner::Basis { basis_a, basis_g, scale });
         Ok(())

@@ -36,8 +36,8 @@ pub(super) struct Renewed<'a> {
     pub average: Factors,
     /// A quadratic model's: those of this batch where there are any, else the averages.
     pub factors: Factors,
-    /// What was recorded for this step, with its number of loss terms.
-    records: Option<(&'a LayerFactors, usize)>,
+    /// What was recorded for this step, with what sums over loss terms are divided by.
+    records: Option<(&'a LayerFactors, f64)>,
     /// Whether this step is the first with the inverse.
     pub fresh: bool,
 }
@@ -53,7 +53,7 @@ impl<R: WakeRule> Natural<R> {
             return self.blocks.iter().map(|block| self.renewed(block, None, None)).collect();
         };
         let current = self.current_factors(refresh, grads)?;
-        let records = |block: &Block| Some((refresh.layers.get(block.layer?)?, refresh.terms));
+        let records = |block: &Block| Some((refresh.layers.get(block.layer?)?, refresh.counts.total));
         let pairs = self.blocks.iter().zip(current);
         pairs.map(|(block, current)| self.renewed(block, records(block), Some(current))).collect()
     }
@@ -61,7 +61,7 @@ impl<R: WakeRule> Natural<R> {
     fn renewed<'a>(
         &self,
         block: &Block,
-        records: Option<(&'a LayerFactors, usize)>,
+        records: Option<(&'a LayerFactors, f64)>,
         current: Option<Current>,
     ) -> std::result::Result<Renewed<'a>, Refusal> {
         let mut state = block.state.clone();

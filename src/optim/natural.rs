@@ -65,13 +65,13 @@ pub struct Natural<R> {
     pub(super) closure_checked: bool,
 }
 
-/// Gradients of micro-batches, each times its number of loss terms.
+/// Gradients of micro-batches, each times its total of loss terms.
 #[derive(Debug)]
 pub(super) struct Accumulated {
     pub grads: Vec<Tensor>,
     /// Where it is read.
     pub loss: Option<f64>,
-    pub terms: usize,
+    pub total: f64,
 }
 
 /// A step whose effect on the loss is to be compared with the quadratic model's.
@@ -159,43 +159,54 @@ impl<R: WakeRule> Natural<R> {
     /// The gradients of a micro-batch, added up for [`Natural::step_accumulated`]. `loss` is the mean over its `terms` loss
     /// terms (examples, for a classifier). Call `observe` before, as for a step.
     pub fn accumulate(&mut self, loss: &Tensor, terms: usize) -> Result<()> {
-        self.no_closure("accumulate")?;
         if terms == 0 {
             bail!("{}: a micro-batch without loss terms", R::NAME)
         }
-        let result = self.add_micro_batch(loss, terms);
+        self.accumulate_weighted(loss, terms as f64)
+    }
+
+    /// [`Natural::accumulate`] of a weighted loss, `sum_n w_n l_n / total` with that `total`: [`crate::tape::Terms::total`] of what
+    /// `observe_weighted` was shown. Over all micro-batches the loss is then the sum of all `w_n l_n` over the sum of the totals.
+    ///
+    /// # Errors
+    /// When the total is not positive and finite, and as for a step.
+    pub fn accumulate_weighted(&mut self, loss: &Tensor, total: f64) -> Result<()> {
+        self.no_closure("accumulate")?;
+        if !(total.is_finite() && total > 0.0) {
+            bail!("{}: expected a micro-batch with a positive total of loss terms, got {total}", R::NAME)
+        }
+        let result = self.add_micro_batch(loss, total);
         if result.is_err() {
             self.forget();
         }
         result
     }
 
-    fn add_micro_batch(&mut self, loss: &Tensor, terms: usize) -> Result<()> {
+    fn add_micro_batch(&mut self, loss: &Tensor, weight: f64) -> Result<()> {
         let (value, grads) = self.backward(loss)?;
         self.close_pass()?;
-        let weight = terms as f64;
         let weighted = |g: &Tensor| crate::curvature::wide(g)? * weight;
         let grads = grads.iter().map(weighted).collect::<Result<Vec<_>>>()?;
         let value = value.map(|value| value * weight);
-        let (grads, loss, terms) = match self.accumulated.take() {
-            None => (grads, value, terms),
+        let (grads, loss, total) = match self.accumulated.take() {
+            None => (grads, value, weight),
             Some(sum) => {
                 let grads = sum.grads.iter().zip(&grads).map(|(a, b)| a + b).collect::<Result<_>>()?;
                 let loss = sum.loss.zip(value).map(|(sum, value)| sum + value);
-                (grads, loss, sum.terms + terms)
+                (grads, loss, sum.total + weight)
             }
         };
-        self.accumulated = Some(Accumulated { grads, loss, terms });
+        self.accumulated = Some(Accumulated { grads, loss, total });
         Ok(())
     }
 
     /// The step on the accumulated micro-batches: the one that their union would give.
     pub fn step_accumulated(&mut self) -> Result<()> {
-        let Some(Accumulated { grads, loss, terms }) = self.accumulated.take() else {
+        let Some(Accumulated { grads, loss, total }) = self.accumulated.take() else {
             bail!("{}: nothing was accumulated", R::NAME)
         };
-        let grads = grads.into_iter().map(|g| g / terms as f64).collect::<Result<Vec<_>>>()?;
-        self.advance(grads, loss.map(|loss| loss / terms as f64))
+        let grads = grads.into_iter().map(|g| g / total).collect::<Result<Vec<_>>>()?;
+        self.advance(grads, loss.map(|loss| loss / total))
     }
 
     /// The loss's value and gradients, one a param. A step on a GPU has no use for the value, and does not wait for it.

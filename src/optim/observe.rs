@@ -6,11 +6,11 @@ use super::natural::Natural;
 use super::params::NonFinite;
 use super::rule::{Model, WakeRule};
 use super::step::{Refresh, Refusal, numbers, sum};
-use crate::curvature::{FactorSums, LayerFactors, gradient_factors, wide};
+use crate::curvature::{FactorSums, LayerFactors, Pass, gradient_factors, wide};
 use crate::gpu::Gpu;
 use crate::linalg::traces::traces;
 use crate::ops::sample::DrawKey;
-use crate::tape::{Cotangents, Fisher, Likelihood};
+use crate::tape::{Cotangents, Fisher, Head, Likelihood, TermWeights, Terms};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::sync::{Arc, Mutex};
 
@@ -55,34 +55,87 @@ impl<R: WakeRule> Natural<R> {
     /// backward pass that follows is listened to; its loss must be the mean over loss terms, and on a GPU what its layers
     /// saw must not be overwritten in place before the step. Otherwise the passes for the curvature run here.
     ///
+    /// Called several times before a step, as for the parts of a batch, it gives the Fisher of the *mean* of all terms that it was shown.
+    /// Where the loss is the sum of those of several heads, see [`Natural::observe_heads`]; where terms have weights or some are ignored,
+    /// [`Natural::observe_weighted`].
+    ///
     /// # Errors
     /// When the batch is empty, the outputs hold no graph to a tapped layer although one has a block, or are not finite.
     pub fn observe(&mut self, outputs: &Tensor, likelihood: Likelihood) -> Result<()> {
-        self.observe_pass(outputs, likelihood, None)
+        self.observe_heads(&[Head::new(outputs, likelihood)])
     }
 
     /// [`Natural::observe`] with given labels in place of drawn ones: one pass, whatever [`super::Params::fisher`] says.
     ///
     /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
+    ///
+    /// # Errors
+    /// As [`Natural::observe`], and when the labels do not fit (see [`Likelihood::check_labels`]).
     pub fn observe_labels(
         &mut self,
         outputs: &Tensor,
         likelihood: Likelihood,
         labels: &Tensor,
     ) -> Result<()> {
-        self.observe_pass(outputs, likelihood, Some(labels))
+        self.observe_heads(&[Head { labels: Some(labels), ..Head::new(outputs, likelihood) }])
     }
 
-    fn observe_pass(
+    /// [`Natural::observe`] where the loss is a weighted mean of its terms, `sum_n w_n l_n / sum_n w_n` or over a given total: the curvature
+    /// is of that very loss, with terms of weight 0 ignored. For micro-batches see [`Natural::accumulate_weighted`].
+    ///
+    /// # Errors
+    /// As [`Natural::observe`], and when the weights do not fit the outputs, or none is above 0 and no total is given.
+    pub fn observe_weighted(
         &mut self,
         outputs: &Tensor,
         likelihood: Likelihood,
-        labels: Option<&Tensor>,
+        terms: &Terms,
     ) -> Result<()> {
-        let terms = likelihood.terms(outputs)?;
-        if !self.curvature_due() {
-            return Ok(());
+        self.observe_heads(&[Head { terms: terms.clone(), ..Head::new(outputs, likelihood) }])
+    }
+
+    /// [`Natural::observe`] of all heads of a model whose losses, each the weighted mean of its terms, are added with the heads' weights:
+    /// `loss = sum_h weight_h loss_h`, and the Fisher is the same sum of theirs.
+    ///
+    /// Among micro-batches the call counts as the first head's total of terms. With the empirical Fisher several heads need labels: the
+    /// backward pass of their sum does not tell their gradients apart.
+    ///
+    /// # Errors
+    /// As [`Natural::observe`] and [`Natural::observe_weighted`] for each head, and when there is none. What was observed for the step before
+    /// is then forgotten.
+    pub fn observe_heads(&mut self, heads: &[Head<'_>]) -> Result<()> {
+        let due = self.curvature_due();
+        let mut passes = Vec::with_capacity(heads.len());
+        let mut share = None;
+        for head in heads {
+            if !due {
+                head.likelihood.terms(head.outputs)?;
+                continue;
+            }
+            if heads.len() > 1 && head.labels.is_none() && self.params.fisher == Fisher::Empirical {
+                bail!("{}: the empirical Fisher of several heads needs the labels of each", R::NAME)
+            }
+            let weights = head.weights(share)?;
+            passes.push((head, if share.is_none() { weights.total } else { 0.0 }, Arc::new(weights)));
+            share = share.or(passes.last().map(|(_, total, _)| *total));
         }
+        if heads.is_empty() {
+            bail!("{}: expected at least one head to observe, got none", R::NAME)
+        }
+        for (index, (head, share, weights)) in passes.into_iter().enumerate() {
+            if let Err(error) = self.observe_pass(head, share, weights) {
+                if index > 0 {
+                    self.forget();
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Shows a head whose terms add `share` to what sums over terms are divided by.
+    fn observe_pass(&mut self, head: &Head<'_>, share: f64, weights: Arc<TermWeights>) -> Result<()> {
+        let Head { outputs, likelihood, labels, .. } = *head;
         let _span = tracing::info_span!("factors").entered();
         let sums = match &self.observed {
             Some(observed) if observed.armed => {
@@ -104,8 +157,11 @@ impl<R: WakeRule> Natural<R> {
         // Blocks without a layer: the gradients of labels that are drawn, or given, make their factors.
         let draws = labels.is_some() || matches!(self.params.fisher, Fisher::Sampled { .. });
         let drawing = draws && self.blocks.iter().any(|block| block.layer.is_none());
+        let begin = |scale: f64, fresh: bool, of_loss: bool| {
+            lock(&sums).begin(Pass { weights: weights.clone(), share, scale, fresh, of_loss });
+        };
         let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<GradStore> {
-            lock(&sums).begin(terms, scale, fresh);
+            begin(scale, fresh, false);
             let grads = match untapped {
                 true => (outputs * cotangent.detach())?.sum_all()?.backward()?,
                 false => tape.reduce_with(outputs, cotangent, sums.clone(), drawing)?,
@@ -118,19 +174,19 @@ impl<R: WakeRule> Natural<R> {
         let (passes, scale) = match (labels, self.params.fisher) {
             // The step's gradients make the factors; it needs the number of their loss terms.
             _ if untapped && !drawing => {
-                lock(&sums).begin(terms, 1.0, true);
+                begin(1.0, true, true);
                 (none(), 1.0)
             }
             (None, Fisher::Empirical) => {
-                lock(&sums).begin(terms, terms as f64, true);
+                begin(weights.total, true, true);
                 tape.arm(sums.clone(), true)?;
                 armed = true;
                 (none(), 1.0)
             }
             (labels, fisher) => {
-                let first_row = lock(&sums).terms() as u64;
+                let first_row = lock(&sums).counts().terms as u64;
                 let key = DrawKey { seed: 0, step: self.steps as u64, draw: 0, first_row };
-                likelihood.passes(fisher, outputs, labels, key)?
+                likelihood.passes(fisher, outputs, labels, &weights, key)?
             }
         };
         let (mut drawn, unusable) =
@@ -198,7 +254,7 @@ impl<R: WakeRule> Natural<R> {
         self.accumulated = None;
     }
 
-    /// The factors of the coming step with their number of loss terms, when they are due.
+    /// The factors of the coming step with what their sums were divided by, when they are due.
     pub(super) fn take_factors(&mut self) -> std::result::Result<Option<Refresh>, Refusal> {
         self.close_pass()?;
         let observed = self.observed.take();
@@ -220,14 +276,14 @@ impl<R: WakeRule> Natural<R> {
         else {
             return Err(failed("the observed curvature is still in use".into()));
         };
-        let (terms, averaged) = (sums.terms(), sums.averages());
-        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, terms, drawn: observed.drawn }))
+        let (counts, averaged) = (sums.counts(), sums.averages());
+        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, counts, drawn: observed.drawn }))
     }
 
     /// The factors of a batch, a pair a block, or their averages.
     pub(super) fn current_factors(
         &self,
-        Refresh { layers, averaged, terms, drawn }: &Refresh,
+        Refresh { layers, averaged, counts, drawn }: &Refresh,
         grads: &[Tensor],
     ) -> std::result::Result<Vec<Current>, Refusal> {
         let mut factors = Vec::with_capacity(self.blocks.len());
@@ -238,11 +294,12 @@ impl<R: WakeRule> Natural<R> {
                 None => {
                     let drawn: Vec<_> = drawn.iter().filter_map(|draw| draw.get(without_layer)).collect();
                     without_layer += 1;
-                    let gradient = match drawn.is_empty() {
-                        true => block.matrix(|i| wide(&grads[i]))?,
-                        false => (Tensor::cat(&drawn, 0)? / *terms as f64)?,
+                    // Drawn gradients are of terms times the roots of their weights, the step's of the weighted ones.
+                    let (gradient, terms) = match drawn.is_empty() {
+                        true => (block.matrix(|i| wide(&grads[i]))?, counts.effective()),
+                        false => ((Tensor::cat(&drawn, 0)? / counts.total)?, counts.total),
                     };
-                    gradient_factors(&gradient, block.rows, block.columns, *terms, &block.name)?
+                    gradient_factors(&gradient, block.rows, block.columns, terms, &block.name)?
                 }
             };
             factors.push(Current { factors: (a, g), averaged: *averaged && block.layer.is_some() });

@@ -5,7 +5,7 @@ use super::rule::{Defaults, Model, QSolve, WakeRule, check_quadratic, check_wake
 use super::step::{Proposal, sum};
 use crate::curvature::{Damping, factor_product};
 use crate::ops::dense::{dot, mix};
-use crate::tape::{Fisher, Likelihood};
+use crate::tape::{Fisher, Likelihood, Terms};
 use candle_core::{Result, Tensor, bail};
 
 /// The steps on the exact divergence.
@@ -112,6 +112,21 @@ impl Natural<Qe> {
         likelihood: Likelihood,
         outputs: &mut Outputs<'_>,
     ) -> Result<()> {
+        self.step_with_weighted(loss, likelihood, &Terms::equal(), outputs)
+    }
+
+    /// [`Natural::step_with`] where the loss is a weighted mean of its terms, as `observe_weighted` was shown: the divergences from earlier
+    /// models are then weighted means over terms too.
+    ///
+    /// # Errors
+    /// As [`Natural::step_with`], and when the weights do not fit the outputs.
+    pub fn step_with_weighted(
+        &mut self,
+        loss: &Tensor,
+        likelihood: Likelihood,
+        terms: &Terms,
+        outputs: &mut Outputs<'_>,
+    ) -> Result<()> {
         let (value, grads) = match self.backward(loss) {
             Ok(found) => found,
             Err(error) => {
@@ -126,7 +141,7 @@ impl Natural<Qe> {
         let mut models = self.models.clone();
         models.push(before.clone());
         if models.len() >= self.params.wake.inner.models && proposal.rate > 0.0 {
-            let moved = self.inner_steps(&proposal, &models, &mut values, likelihood, outputs);
+            let moved = self.inner_steps(&proposal, &models, &mut values, (likelihood, terms), outputs);
             // The Vars hold trial values now. Whatever happened, they go back first.
             for (param, value) in self.vars.iter().zip(&before) {
                 param.show(value)?;
@@ -149,7 +164,7 @@ impl Natural<Qe> {
         proposal: &Proposal,
         models: &[Vec<Tensor>],
         values: &mut [Tensor],
-        likelihood: Likelihood,
+        terms: (Likelihood, &Terms),
         outputs: &mut Outputs<'_>,
     ) -> Result<Vec<Tensor>> {
         let _span = tracing::info_span!("inner").entered();
@@ -172,7 +187,7 @@ impl Natural<Qe> {
         let mut before = f64::INFINITY;
         for index in 0..inner.steps {
             self.show_all(values)?;
-            let distance = (wake_distance(likelihood, &outputs()?, &wake)? * (inner.scale / lr))?;
+            let distance = (wake_distance(terms, &outputs()?, &wake)? * (inner.scale / lr))?;
             if index == 0 {
                 before = scalar(&distance)? + self.modelled(proposal, &steps)?;
             }
@@ -204,7 +219,7 @@ impl Natural<Qe> {
             return Ok(steps);
         }
         self.show_all(values)?;
-        let reached = scalar(&wake_distance(likelihood, &outputs()?, &wake)?)? * inner.scale / lr;
+        let reached = scalar(&wake_distance(terms, &outputs()?, &wake)?)? * inner.scale / lr;
         let lower = reached + self.modelled(proposal, &steps)? <= before;
         if !lower {
             values.clone_from_slice(&from_q);
@@ -243,15 +258,19 @@ impl Natural<Qe> {
     }
 }
 
-/// `sum_j w_j D_j`, the mean over loss terms of symmetric divergences. For an exponential family with natural parameters
-/// `z` and means `p` half the sum of both divergences is `1/2 <p - q, z - z_j>`: the log-normalizers cancel.
-fn wake_distance(likelihood: Likelihood, outputs: &Tensor, wake: &[(f64, Tensor)]) -> Result<Tensor> {
-    let terms = likelihood.terms(outputs)? as f64;
+/// `sum_j w_j D_j`, the mean over loss terms of symmetric divergences, weighted as the loss is. For an exponential family with natural
+/// parameters `z` and means `p` half the sum of both divergences is `1/2 <p - q, z - z_j>`: the log-normalizers cancel.
+fn wake_distance(
+    (likelihood, terms): (Likelihood, &Terms),
+    outputs: &Tensor,
+    wake: &[(f64, Tensor)],
+) -> Result<Tensor> {
+    let terms = terms.of(likelihood, outputs)?;
     let mean = likelihood.mean(outputs)?;
     let mut total: Option<Tensor> = None;
     for (weight, old) in wake {
-        let apart = ((&mean - likelihood.mean(old)?)? * (outputs - old)?)?.sum_all()?;
-        let part = (apart * (0.5 * weight / terms))?;
+        let apart = ((&mean - likelihood.mean(old)?)? * (outputs - old)?)?;
+        let part = (terms.times(&apart)?.sum_all()? * (0.5 * weight / terms.total))?;
         total = Some(match total {
             Some(total) => (total + part)?,
             None => part,

@@ -9,7 +9,7 @@ use super::overlap::{Ahead, Overlapped};
 use super::params::{Decay, NonFinite};
 use super::rest::Adam;
 use super::rule::{Carry, Model, WakeRule};
-use crate::curvature::{LayerFactors, damped_product, factor_product, wide};
+use crate::curvature::{Counts, LayerFactors, damped_product, factor_product, wide};
 use crate::ops::dense::{dot, mix};
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -74,8 +74,8 @@ pub(super) struct Refresh {
     pub layers: Vec<LayerFactors>,
     /// Whether they are the averages with the batch's in them, and not those of the batch alone.
     pub averaged: bool,
-    /// Loss terms.
-    pub terms: usize,
+    /// What its sums over loss terms were divided by.
+    pub counts: Counts,
     /// For each pass with labels of its own, the gradients of the summed loss of the blocks without a layer. Without such passes these
     /// blocks take the step's gradients.
     pub drawn: Vec<Vec<Tensor>>,
