@@ -183,12 +183,12 @@ fn kron(file: &mut Reading, problem: &Problem<'_>) -> Vec<Eigenbasis> {
         let is_weight = layer.weight.id() == p.tensor.id();
         let out = layer.out_features();
         let (inputs, grads) = match (layer.kind, is_weight) {
-            (Kind::Matrix, true) => {
+            (Kind::Linear, true) => {
                 let (groups, columns) = (layer.groups, layer.in_features());
                 let rows = out / groups.max(1);
                 (Some([groups, columns, columns]), Some([groups, rows, rows]))
             }
-            (Kind::Matrix, false) | (Kind::Table, true) => (None, Some([1, out, out])),
+            (Kind::Linear, false) | (Kind::Embedding, true) => (None, Some([1, out, out])),
             _ => (None, None),
         };
         let mut read = |slot: &str, dims: Option<[usize; 3]>| {

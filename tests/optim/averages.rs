@@ -98,7 +98,8 @@ fn of_masked_weights_are_zero() -> Result<()> {
     let keep: Vec<u8> = (0..net.var(&name).elem_count()).map(|i| (i % 3 == 0).into()).collect();
     let mask = Tensor::from_vec(keep.clone(), net.var(&name).dims(), &Device::Cpu)?;
     let zero: Vec<bool> = keep.iter().map(|&keep| keep == 0).collect();
-    let mut constraints = Constraints::new(&net.varmap, &[("*", Rule::Free), (name.as_str(), Rule::Mask { mask })])?;
+    let mut constraints =
+        Constraints::new(&net.varmap, &[("*", Rule::Free), (name.as_str(), Rule::Mask { mask })])?;
     // Pruned in the middle of the training, when the averages are full.
     for k in 0..12 {
         step(&net, &mut opt, k)?;
@@ -119,7 +120,8 @@ fn after_a_plain_after_step_go_through_by_hand() -> Result<()> {
     let net = Net::of(DType::F64, 1, small)?;
     let name = weight(&net);
     let mut opt = trained(&net)?;
-    let mut constraints = Constraints::new(&net.varmap, &[("*", Rule::Free), (name.as_str(), Rule::Project { set })])?;
+    let mut constraints =
+        Constraints::new(&net.varmap, &[("*", Rule::Free), (name.as_str(), Rule::Project { set })])?;
     for k in 0..8 {
         step(&net, &mut opt, k)?;
         constraints.after_step(1.0)?;

@@ -112,9 +112,13 @@ impl Core {
     }
 
     fn has_new_block(&self) -> bool {
-        let waits = |block: &Block| block.params.iter().any(|&index| self.vars[index].optional);
         let new = |block: &Block| block.state.factor_a.is_none() || block.state.preconditioner.is_none();
-        self.blocks.iter().any(|block| new(block) && !waits(block))
+        self.blocks.iter().any(|block| new(block) && !self.is_optional(block))
+    }
+
+    /// Whether a block may take no part in a step.
+    pub fn is_optional(&self, block: &Block) -> bool {
+        block.params.iter().any(|&index| self.vars[index].optional)
     }
 
     /// Inverses are renewed every `inverses` steps. A quadratic wake's matrix holds the factors of the step itself, which

@@ -92,7 +92,7 @@ impl Core {
         let mut states = vec![];
         for block in &self.blocks {
             // A block that may sit out steps may have none yet.
-            let started = started && !block.params.iter().any(|&index| self.vars[index].optional);
+            let started = started && !self.is_optional(block);
             let known = reader.knows_state_of(&block.name);
             states.push(known.then(|| reader.block(block, dtype(block), started, needs)));
         }
