@@ -204,7 +204,7 @@ const NON_FINITE: &[(Bad, &str)] = &[
             opt.observe_labels(&z, Likelihood::Gaussian, &labels)?;
             opt.backward_step(&loss(&z)?)
         },
-        "factor G of block conv has NaN",
+        "target NaN of loss term 0",
     ),
     (
         |net, opt| {

@@ -61,7 +61,10 @@ fn params(wake: Wake, tape: &Tape) -> Params {
     let groups = Groups(vec![Group { optional: true, ..Group::named("expert*") }]);
     let every = Every { factors: 1, inverses: 1 };
     let (fisher, weight_decay) = (Fisher::Exact, 0.01);
-    Params { groups, every, fisher, weight_decay, momentum: 0.3, ..Params::of(wake, tape) }
+    let defaults = Params::of(wake, tape);
+    // KLD-WRM's is a share of a length that it finds itself.
+    let lr = if defaults.lr == 1.0 { 1.0 } else { defaults.lr.min(0.05) };
+    Params { lr, groups, every, fisher, weight_decay, momentum: 0.3, ..defaults }
 }
 
 fn step(net: &Mixture, opt: &mut NaturalGradient, expert: usize, k: u64) -> Result<f64> {
