@@ -15,7 +15,7 @@ impl<T: 'static> Drop for Restore<T> {
     }
 }
 
-/// Runs `build` with `value` in the place.
+/// FactorShape `build` with `value` in the place.
 pub(crate) fn within<T: 'static, M>(
     building: &'static Building<T>,
     value: T,

@@ -48,7 +48,7 @@
 //! `rayon::ThreadPoolBuilder::new().use_current_thread().build_global()`. **Feature** `cuda`: tensors on NVIDIA GPUs. **Processor**: set
 //! `RUSTFLAGS="-C target-cpu=native"`, or loops of convolutions use the least that the target has.
 
-#![warn(missing_docs)]
+#![warn(missing_docs, clippy::missing_errors_doc)]
 
 mod building;
 pub mod checkpoint;
@@ -56,8 +56,10 @@ pub mod curvature;
 pub mod evidence;
 mod gpu;
 pub mod guide;
+#[doc(hidden)] // no user's interface: benches and tests reach it
 pub mod linalg;
 pub mod nn;
+#[doc(hidden)] // as `linalg`
 pub mod ops;
 pub mod optim;
 mod pattern;

@@ -1,6 +1,6 @@
 //! The factors of a model over a data set, for other uses than an optimizer's.
 
-use super::{FactorSums, LayerFactors, Pass, Runs, Sharing, Want, WantWeight};
+use super::{FactorShape, FactorSums, LayerFactors, Pass, Sharing, Want, WantWeight};
 use crate::ops::sample::DrawKey;
 use crate::tape::{Fisher, Head, Layer, Likelihood, Tape, Terms};
 use candle_core::{Result, Tensor, bail};
@@ -70,8 +70,8 @@ impl Collect {
         }
         let want = |layer: &Arc<Layer>| {
             let (folded, groups) = (layer.bias.is_some(), layer.groups.max(1));
-            let a = Runs::full(layer.in_features() + usize::from(folded));
-            let weight = WantWeight { folded, a, g: Runs::full(layer.out_features() / groups) };
+            let a = FactorShape::full(layer.in_features() + usize::from(folded));
+            let weight = WantWeight { folded, a, g: FactorShape::full(layer.out_features() / groups) };
             let want = Want { weight: Some(weight), bias: None, keep: false, optional: false };
             (layer.kind.is_linear()).then_some(want)
         };

@@ -4,7 +4,7 @@
 //! `S_ij = 1/N sum_n (Qg^T D_n Qa)_ij^2` with `D_n` the n-th example's weight gradient, is the best diagonal in that basis
 //! (George et al. 2018, equation 11 and theorem 2).
 
-use super::runs::{Runs, sandwich};
+use super::factor_shape::{FactorShape, sandwich};
 use crate::ops::factor::cross_square;
 use candle_core::{Result, Tensor};
 
@@ -13,8 +13,8 @@ use candle_core::{Result, Tensor};
 /// `total` is what sums over loss terms are divided by.
 pub(crate) fn moments(
     kept: &[(Tensor, Tensor)],
-    (basis_a, columns): (&Tensor, Runs),
-    (basis_g, rows): (&Tensor, Runs),
+    (basis_a, columns): (&Tensor, FactorShape),
+    (basis_g, rows): (&Tensor, FactorShape),
     groups: usize,
     folded: bool,
     total: f64,
@@ -36,7 +36,7 @@ pub(crate) fn moments(
 }
 
 /// `x Q` for every group of features, with a homogeneous 1 appended to each where the bias is folded in.
-fn turn(x: &Tensor, basis: &Tensor, runs: Runs, groups: usize, folded: bool) -> Result<Tensor> {
+fn turn(x: &Tensor, basis: &Tensor, runs: FactorShape, groups: usize, folded: bool) -> Result<Tensor> {
     let x = if runs.is_full() { x.clone() } else { runs.arranged(x, groups, folded)? };
     let folded = folded && runs.is_full();
     let (n, t, features) = x.dims3()?;

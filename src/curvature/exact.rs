@@ -1,7 +1,7 @@
 //! The exact solve of the quadratic wake: the inverse of a sum of two Kronecker products.
 
+use super::factor_shape::{Damped, is_diagonal, pi_damped};
 use super::inverse::{Preconditioner, joined};
-use super::runs::{Damped, is_diagonal, pi_damped};
 use crate::linalg::eigh::{Eigh, generalized_eigh, generalized_eigh_two};
 use crate::linalg::kron::inverse_spectrum;
 use crate::linalg::low_rank::{LowRank, low_rank_all};
@@ -77,7 +77,7 @@ pub(crate) fn sum_inverse(
     }
     let (basis_a, basis_g, root_a, root_g) = (a.basis, g.basis, a.root, g.root);
     Ok(match is_sketch(bar.0) || is_sketch(bar.1) {
-        true => Preconditioner::Split { basis_a, basis_g, scale, root_a, root_g },
+        true => Preconditioner::LowRank { basis_a, basis_g, scale, root_a, root_g },
         false => Preconditioner::Basis { basis_a, basis_g, scale },
     })
 }

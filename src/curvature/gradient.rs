@@ -13,17 +13,17 @@
 //! product divided by the trace is one step of the power iteration for the best Kronecker product (Morwani et al. 2024). It is inverted
 //! as the factors of a tapped layer are, so damping, clips and steps of fixed KL mean what they mean there.
 
-use super::Runs;
+use super::FactorShape;
 use crate::linalg::sketch::diagonal_of;
 use crate::ops::factor::ema;
-use crate::ops::moments::{Average, Moments};
+use crate::ops::moment_queue::{Average, Moments};
 use candle_core::{Result, Tensor};
 
 /// `A = N M^T M` and `G = M M^T / tr(M M^T)`, means over draws of gradients `[draws, rows, columns]`; a `G` of zeros where all are zero.
 pub(crate) fn gradient_factors(
     gradient: &Tensor,
-    rows: Runs,
-    columns: Runs,
+    rows: FactorShape,
+    columns: FactorShape,
     terms: f64,
     name: &str,
 ) -> Result<(Tensor, Tensor)> {
@@ -64,7 +64,9 @@ mod tests {
     fn a_product_is_found_exactly() -> Result<()> {
         let (u, v) = (random(0, &[5, 3])?, random(1, &[4, 2])?);
         let terms = 7.0;
-        for (rows, columns) in [(Runs::full(3), Runs::full(2)), (Runs::of(3, 2), Runs::diagonal(2))] {
+        for (rows, columns) in
+            [(FactorShape::full(3), FactorShape::full(2)), (FactorShape::of(3, 2), FactorShape::diagonal(2))]
+        {
             let mut average: Option<(Tensor, Tensor)> = None;
             for k in 0..20 {
                 let m = u.get(k / 4)?.unsqueeze(1)?.matmul(&v.get(k % 4)?.unsqueeze(0)?)?.unsqueeze(0)?;
@@ -91,8 +93,9 @@ mod tests {
     #[test]
     fn no_gradient_leaves_the_average_a_number() -> Result<()> {
         let zero = random(0, &[1, 3, 2])?.zeros_like()?;
-        let none = gradient_factors(&zero, Runs::full(3), Runs::full(2), 4.0, "m")?;
-        let one = gradient_factors(&random(0, &[1, 3, 2])?, Runs::full(3), Runs::full(2), 4.0, "m")?;
+        let none = gradient_factors(&zero, FactorShape::full(3), FactorShape::full(2), 4.0, "m")?;
+        let one =
+            gradient_factors(&random(0, &[1, 3, 2])?, FactorShape::full(3), FactorShape::full(2), 4.0, "m")?;
         for (first, second) in [(&none, &none), (&none, &one), (&one, &none)] {
             let (a, g) = average_product(Some((&first.0, &first.1)), (&second.0, &second.1), 0.5)?;
             assert!(values(&a)?.iter().chain(&values(&g)?).all(|v| v.is_finite()));

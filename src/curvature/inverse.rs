@@ -1,10 +1,10 @@
 //! Damped inverses of Kronecker products, in the form in which they multiply a gradient.
 
 use super::damping::DampingKind;
-use super::rounding::{above_rounding, below_rounding, widened};
-use super::runs::{
+use super::factor_shape::{
     Damped, curved, cut, fitted, from_left, from_right, is_diagonal, pi_damped, rotated, sandwich,
 };
+use super::rounding::{above_rounding, below_rounding, widened};
 use super::split::scaled;
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
@@ -40,7 +40,13 @@ pub(crate) enum Preconditioner {
     /// The same where one of the factors or both are of low rank: its eigenvectors are `[groups, k, d]`, a vector a row, and the scale has a
     /// last row or column for all directions that they leave. Before and after that, the exact solve of the quadratic wake multiplies with a
     /// root of such a factor's inverse.
-    Split { basis_a: Tensor, basis_g: Tensor, scale: Tensor, root_a: Option<Tensor>, root_g: Option<Tensor> },
+    LowRank {
+        basis_a: Tensor,
+        basis_g: Tensor,
+        scale: Tensor,
+        root_a: Option<Tensor>,
+        root_g: Option<Tensor>,
+    },
 }
 
 impl Preconditioner {
@@ -52,7 +58,7 @@ impl Preconditioner {
                 let inside = Self::inside(basis_a, basis_g, scale, gradient)?;
                 Self::outside(basis_a, basis_g, &(inside * scale)?, gradient)
             }
-            Self::Split { basis_a, basis_g, scale, root_a, root_g } => {
+            Self::LowRank { basis_a, basis_g, scale, root_a, root_g } => {
                 let rooted = |x: &Tensor| -> Result<Tensor> {
                     let x = root_g.as_ref().map_or(Ok(x.clone()), |root| from_left(root, x))?;
                     root_a.as_ref().map_or(Ok(x.clone()), |root| from_right(&x, root))
@@ -81,7 +87,7 @@ impl Preconditioner {
             Self::Basis { basis_a, basis_g, scale } => {
                 Self::Basis { basis_a: change(basis_a)?, basis_g: change(basis_g)?, scale: change(scale)? }
             }
-            Self::Split { basis_a, basis_g, scale, root_a, root_g } => Self::Split {
+            Self::LowRank { basis_a, basis_g, scale, root_a, root_g } => Self::LowRank {
                 basis_a: change(basis_a)?,
                 basis_g: change(basis_g)?,
                 scale: change(scale)?,
@@ -98,7 +104,7 @@ impl Preconditioner {
             Self::Basis { basis_a, basis_g, scale } => {
                 vec![("basis_a", basis_a), ("basis_g", basis_g), ("scale", scale)]
             }
-            Self::Split { basis_a, basis_g, scale, root_a, root_g } => {
+            Self::LowRank { basis_a, basis_g, scale, root_a, root_g } => {
                 let roots = [("root_a", root_a), ("root_g", root_g)];
                 let roots = roots.into_iter().filter_map(|(name, root)| Some((name, root.as_ref()?)));
                 [("basis_a", basis_a), ("basis_g", basis_g), ("scale", scale)]
@@ -218,7 +224,7 @@ fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
             let scale = narrow(inverse_spectrum((&da, &dg), floor, 1.0, damping)?)?;
             let (basis_a, basis_g) = (narrow(basis_a)?, narrow(basis_g)?);
             return Ok(match is_sketch(&a.m) || is_sketch(&g.m) {
-                true => Preconditioner::Split { basis_a, basis_g, scale, root_a: None, root_g: None },
+                true => Preconditioner::LowRank { basis_a, basis_g, scale, root_a: None, root_g: None },
                 false => Preconditioner::Basis { basis_a, basis_g, scale },
             });
         }

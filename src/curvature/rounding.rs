@@ -12,8 +12,8 @@
 //!   of it, and a short step in an unknown direction is safe. For features of different sizes that is far below `u |m|`.
 
 use super::damping::DampingKind;
+use super::factor_shape::is_diagonal;
 use super::inverse::Task;
-use super::runs::is_diagonal;
 use crate::linalg::eigh::Eigh;
 use crate::linalg::sketch::{diagonal_of, is_sketch};
 use candle_core::{DType, Result, Tensor};

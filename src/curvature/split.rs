@@ -1,7 +1,7 @@
 //! Products with a function of a Kronecker product in the eigenvectors of its factors, of which at least one is of low rank: directions
 //! outside its eigenvectors share one eigenvalue, and are never formed. Its basis is `[groups, k, d]`, a vector a row, as a sketch is.
 
-use super::runs::{columns_rotated, cut, fitted, rows_rotated};
+use super::factor_shape::{columns_rotated, cut, fitted, rows_rotated};
 use crate::linalg::sketch::is_sketch;
 use crate::ops::dense::product;
 use candle_core::{Result, Tensor};

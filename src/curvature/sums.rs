@@ -21,8 +21,8 @@ mod weighted;
 
 pub(crate) use weighted::Pass;
 
-use super::Runs;
-use crate::ops::moments::{Average, Moments};
+use super::FactorShape;
+use crate::ops::moment_queue::{Average, Moments};
 use crate::tape::{Inputs, Layer, Record, Reduce};
 use candle_core::{DType, Result, Tensor, bail};
 use mean::{Last, Mean};
@@ -46,7 +46,7 @@ pub(crate) struct Want {
     /// The weight's own factors.
     pub weight: Option<WantWeight>,
     /// A factor for a bias that is a block of its own.
-    pub bias: Option<Runs>,
+    pub bias: Option<FactorShape>,
     /// Keep the records: the EKFAC correction reads them once the eigenbasis is known.
     pub keep: bool,
     /// Whether a pass may do without the layer, which then has no factors.
@@ -59,9 +59,9 @@ pub(crate) struct WantWeight {
     /// Whether the bias is folded in.
     pub folded: bool,
     /// Of the inputs, the folded one included.
-    pub a: Runs,
+    pub a: FactorShape,
     /// Of a group's outputs.
-    pub g: Runs,
+    pub g: FactorShape,
 }
 
 /// One refresh of one layer.
@@ -348,7 +348,7 @@ fn input_moment(
 ) -> Result<Tensor> {
     match inputs {
         // Of a table, the rows are the inputs, and what is wanted of them is diagonal.
-        Inputs::Picked(numbers) => {
+        Inputs::Indices(numbers) => {
             let picked = numbers.flatten_all()?;
             let ones = Tensor::ones(picked.dim(0)?, dtype, picked.device())?;
             let none = Tensor::zeros(want.a.dim, ones.dtype(), picked.device())?;

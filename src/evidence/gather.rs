@@ -43,7 +43,7 @@ impl Reduce for Gather {
         if first {
             let element = wide_dtype(record.grads.dtype()).size_in_bytes() as u128;
             let inputs = match &record.inputs {
-                Inputs::Picked(numbers) => 4 * numbers.elem_count() as u128,
+                Inputs::Indices(numbers) => 4 * numbers.elem_count() as u128,
                 _ => {
                     let rows = record.grads.elem_count() / layer.out_features().max(1);
                     element * (rows * layer.groups * layer.in_features().max(1)) as u128
@@ -63,7 +63,7 @@ impl Reduce for Gather {
         };
         if first {
             uses.inputs.push(match &record.inputs {
-                Inputs::Picked(numbers) => numbers.unsqueeze(2)?,
+                Inputs::Indices(numbers) => numbers.unsqueeze(2)?,
                 inputs => counted(wide(&inputs.rows()?)?)?,
             });
             uses.live.push(mask.map(|mask| mask.live().to_device(record.grads.device())).transpose()?);

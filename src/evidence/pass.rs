@@ -29,7 +29,7 @@ pub(crate) struct Checked {
 }
 
 impl Problem<'_> {
-    /// Runs the model on some examples.
+    /// FactorShape the model on some examples.
     ///
     /// # Errors
     /// As the model's forward, and when the outputs are not finite where they count or have another batch.
@@ -88,7 +88,7 @@ pub(crate) enum Columns {
     Outputs,
 }
 
-/// Runs `visit` on passes over examples and their rows, so few examples at a time that the rows take no more than `memory` bytes.
+/// FactorShape `visit` on passes over examples and their rows, so few examples at a time that the rows take no more than `memory` bytes.
 ///
 /// # Errors
 /// When those of one example do, or as the model and `visit`.

@@ -9,7 +9,7 @@
 
 #![cfg_attr(not(any(test, feature = "cuda")), allow(dead_code, unused_variables))]
 
-pub(crate) mod beside;
+pub(crate) mod background;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(test)]

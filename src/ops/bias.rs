@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::rows::THREADS;
+use super::row_launch::THREADS;
 use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 
 const NAME: &str = "linear layer";

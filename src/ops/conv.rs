@@ -6,7 +6,7 @@
 //! All sums run over the batch: nothing is divided by its size.
 
 use super::{
-    conv_kernels::{bias_gradient, gradients},
+    conv_device::{bias_gradient, gradients},
     conv_slices::{conv_slices, grad_input_slices, weight_grads},
     element::{Element, Host, Real, contiguous, float_dispatch, sum},
     patches::{ConvShape, fold_compose, unfold_compose},

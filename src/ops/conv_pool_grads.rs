@@ -8,7 +8,7 @@ use super::{
     conv_slices::{Samples, add_parts, grad_input_samples},
     correlate::{blocks, pad},
     element::Real,
-    lanes::Lanes,
+    simd::Lanes,
 };
 
 /// The gradient `[.., oh, ow]` of the convolution's outputs from that of the pooled ones.

@@ -7,8 +7,8 @@
 
 use super::{
     element::Real,
-    lanes::{Lanes, MANY_REGISTERS},
     patches::ConvShape,
+    simd::{Lanes, MANY_REGISTERS},
 };
 
 /// Numbers that may be read behind the last one that counts; no vector is longer.
@@ -37,7 +37,7 @@ pub(crate) fn copy<T: Copy>(src: &[T], dst: &mut [T]) {
 }
 
 /// The shifted runs of one sample's group, and where its outputs lie in them.
-pub(crate) struct Runs {
+pub(crate) struct FactorShape {
     /// `s_k` for each feature.
     pub(super) shifts: Vec<usize>,
     /// Rows of the output, the outputs in a row, and the distance from one row to the next.
@@ -46,7 +46,7 @@ pub(crate) struct Runs {
     row_step: usize,
 }
 
-impl Runs {
+impl FactorShape {
     /// Shifts of the padded input of a convolution of stride 1.
     pub(crate) fn of_image(shape: &ConvShape) -> Self {
         let (kh, kw) = shape.kernel;
@@ -72,7 +72,7 @@ impl Runs {
         (self.rows - 1) * self.row_step + self.cols
     }
 
-    /// The length of a channel that [`Runs::spread`] writes.
+    /// The length of a channel that [`FactorShape::spread`] writes.
     pub(crate) fn spread_length(&self) -> usize {
         self.length().next_multiple_of(SPARE)
     }
@@ -159,7 +159,13 @@ pub(crate) fn rows_of_band(features: usize, row_step: usize) -> usize {
 
 /// Writes to `out [channels, rows, cols]` the sums `b_o + sum_k w[k][o] x[s_k + i]`. `x` has `SPARE` numbers behind the
 /// last run; `band` is a buffer.
-pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: &mut [T], band: &mut Vec<T>) {
+pub(crate) fn correlate<T: Real>(
+    runs: &FactorShape,
+    x: &[T],
+    packed: &Packed<T>,
+    out: &mut [T],
+    band: &mut Vec<T>,
+) {
     let channel = runs.rows * runs.cols;
     let rows_of_band = rows_of_band(runs.shifts.len(), runs.row_step).min(runs.rows);
     for first in (0..runs.rows).step_by(rows_of_band) {

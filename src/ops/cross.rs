@@ -5,7 +5,7 @@ use faer::traits::RealField;
 use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
 
-use super::record::{
+use super::record_layout::{
     PARTS, Piece, Pieces, WORTH_A_THREAD, by_group, cpu_slice, in_place, record_shape, widen,
 };
 
@@ -135,7 +135,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ops::record::testing::{Values, assert_near, group, record};
+    use crate::ops::record_layout::testing::{Values, assert_near, group, record};
 
     fn naive_cross_square(e: &Values, a: &Values, groups: usize) -> Vec<f64> {
         let mut result = Vec::new();

@@ -8,7 +8,7 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, float_dispatch};
-use super::rows::{THREADS, a_team_each};
+use super::row_launch::{THREADS, a_team_each};
 use super::softmax::{Softmax, exponentials, log_sum_exp, rows_of_part};
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 

@@ -6,7 +6,7 @@ use faer::traits::RealField;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
-use super::record::{WORTH_A_THREAD, cpu_slice};
+use super::record_layout::{WORTH_A_THREAD, cpu_slice};
 use crate::gpu::{Gpu, Grid, Module, args, typed};
 
 /// `a b` for `[.., m, k]` and `[.., k, n]` with the same leading dimensions: `[.., m, n]`. Not differentiable.
@@ -162,7 +162,7 @@ pub fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
     })
 }
 
-/// Runs of this length are summed in lanes before they are added up in f64.
+/// FactorShape of this length are summed in lanes before they are added up in f64.
 const RUN: usize = 1 << 12;
 const LANES: usize = 32;
 

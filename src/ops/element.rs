@@ -7,7 +7,7 @@ use candle_core::{
 };
 use half::{bf16, f16};
 
-use super::lanes::{F32s, F64s, Lanes};
+use super::simd::{F32s, F64s, Lanes};
 
 /// f32 or f64: a type that sums are kept in.
 pub(crate) trait Real: Element<Acc = Self> {
@@ -151,7 +151,7 @@ macro_rules! short {
 short!(f16);
 short!(bf16);
 
-/// Runs `$body` with the type `$T` that `$dtype` stands for, or fails naming `$op` and the dtype.
+/// FactorShape `$body` with the type `$T` that `$dtype` stands for, or fails naming `$op` and the dtype.
 macro_rules! float_dispatch {
     ($op:expr, $dtype:expr, $T:ident => $body:expr) => {
         match $dtype {

@@ -13,10 +13,10 @@ use rayon::prelude::*;
 
 pub use super::cross::cross_square;
 use super::dense::mix;
-use super::moment::moment_in_place;
-pub use super::moment::patch_moment;
-use super::moments::{Average, Moments};
-use super::record::{
+use super::moment_queue::{Average, Moments};
+use super::patch_moment::moment_in_place;
+pub use super::patch_moment::patch_moment;
+use super::record_layout::{
     PARTS, Piece, Pieces, WORTH_A_THREAD, by_group, cpu_slice, in_place, record_shape, widen,
 };
 
@@ -193,7 +193,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ops::record::testing::{Values, assert_near, group, record};
+    use crate::ops::record_layout::testing::{Values, assert_near, group, record};
 
     fn naive_second_moment(x: &Values, groups: usize, append_one: bool) -> Vec<f64> {
         let mut result = Vec::new();

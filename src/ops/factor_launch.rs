@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 
 use candle_core::{Result, Tensor};
 
-use super::factor_gpu::{Job, Kernel, Rows, fit};
+use super::factor_device::{Job, Kernel, Rows, fit};
 use super::factor_tiles::splits;
 use crate::gpu::{Gpu, Grid, args};
 
@@ -137,9 +137,9 @@ mod tests {
     use crate::gpu::emulate::{emulate, launches};
     use crate::ops::factor::second_moment;
     use crate::ops::factor_tiles::Precision;
-    use crate::ops::moments::Average;
+    use crate::ops::moment_queue::Average;
     use crate::ops::patches::{ConvShape, patches};
-    use crate::ops::record::testing::{Values, group, record};
+    use crate::ops::record_layout::testing::{Values, group, record};
     use crate::ops::testing::{random, values};
     use candle_core::DType;
 

@@ -9,7 +9,7 @@
 use candle_core::{DType, Device, Result, Storage, Tensor, WithDType, bail};
 
 use super::element::{Host, float_dispatch};
-use super::{group_host, known};
+use super::{group_host, precomputed};
 use crate::gpu::{Gpu, tensor_of};
 
 mod device;
@@ -103,7 +103,7 @@ impl Norms {
         let weights = w.detach().contiguous()?;
         let sums = sums(self.name, &weights, tiles, 0.)?;
         let value = self.value_of(&sums, tiles, 0, w.dtype())?;
-        known::of_one(self.name, w, value, move |grad| {
+        precomputed::of_one(self.name, w, value, move |grad| {
             self.map(&weights, tiles, Some((&sums, 0)), Map::Gradient(Some(grad)))
         })
     }

@@ -8,7 +8,7 @@
 use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
-use super::record::cpu_slice;
+use super::record_layout::cpu_slice;
 use crate::gpu::{Gpu, Grid, Module, args, typed};
 
 /// Some rows of a Gram matrix `[size, size]`, from its first column on.

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::correlate::copy;
 use super::element::{Host, float_dispatch};
-use super::patches_gpu::gpu_patches;
+use super::patches_device::gpu_patches;
 use crate::gpu::Gpu;
 
 /// The sizes of a 2-D convolution of `[n, c, h, w]` with weights `[o, c / groups, kh, kw]`; pairs are (height, width).

@@ -1,20 +1,20 @@
 //! Sums over positions of products of runs: what the gradient of a weight and the second moments of patches consist of.
 
 use super::{
-    correlate::{Runs, SPARE, blocks},
+    correlate::{FactorShape, SPARE, blocks},
     element::Real,
-    lanes::{Lanes, MANY_REGISTERS},
+    simd::{Lanes, MANY_REGISTERS},
 };
 
 /// Channels, and runs, that a tile of [`products`] multiplies by each other: as many as the registers hold sums for.
 const PRODUCTS: (usize, usize) = if MANY_REGISTERS { (5, 4) } else { (2, 4) };
 
-/// Runs whose numbers stay in the cache while all channels pass by.
+/// FactorShape whose numbers stay in the cache while all channels pass by.
 const NEAR: usize = 16;
 
 /// Adds to `sums [channels, features]` the products `sum_{i < length} g[o][i] x[s_k + i]` of some samples, each given as
 /// (`g [channels, length]`, `x`).
-pub(crate) fn products<T: Real>(runs: &Runs, length: usize, samples: &[(&[T], &[T])], sums: &mut [T]) {
+pub(crate) fn products<T: Real>(runs: &FactorShape, length: usize, samples: &[(&[T], &[T])], sums: &mut [T]) {
     let features = runs.shifts.len();
     all_products(&runs.shifts, sums.len() / features, false, length, samples, sums);
 }

@@ -5,7 +5,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, WithDType};
 
 use super::element::{Host, contiguous, float_dispatch};
-use super::rows::THREADS;
+use super::row_launch::THREADS;
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 struct Relu;

@@ -9,7 +9,7 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::element::{Element, contiguous, float_dispatch};
-use super::rows::THREADS;
+use super::row_launch::THREADS;
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 /// The pairs of elements that are turned, and where a row's position is.

@@ -6,7 +6,7 @@
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::rng;
-use super::rows::{THREADS, a_team_each};
+use super::row_launch::{THREADS, a_team_each};
 use crate::gpu::{Gpu, Grid, Module, args, typed};
 
 /// Which draw it is. Equal keys give equal samples.

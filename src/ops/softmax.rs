@@ -12,7 +12,7 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, dot, float_dispatch, sum};
-use super::rows::a_team_each;
+use super::row_launch::a_team_each;
 use crate::gpu::{self, Gpu, Module, Operand, args, typed};
 
 pub use super::cross_entropy::cross_entropy;

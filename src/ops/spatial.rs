@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use super::element::{Element, Host, Real, float_dispatch};
 use super::group::value_dtype;
 use super::memory::keep_freed_blocks;
-use super::{group_host, known};
+use super::{group_host, precomputed};
 use crate::gpu::{Gpu, tensor_of};
 
 const NAME: &str = "spatial";
@@ -107,7 +107,7 @@ impl Entropy {
     /// `R` as a differentiable scalar.
     pub fn value(self, w: &Tensor) -> Result<Tensor> {
         let Pass { weights, value, seen, .. } = self.pass(w, false)?;
-        known::of_one(NAME, w, value, move |grad| self.slope(&weights, &seen, None, Some(grad)))
+        precomputed::of_one(NAME, w, value, move |grad| self.slope(&weights, &seen, None, Some(grad)))
     }
 
     /// The first pass, for a gradient that is to be made at once.

@@ -1,11 +1,11 @@
 //! A step's length and the writing of all parameters, on a GPU: a launch each, whatever the number of parameters.
 
-use super::wake::{Board, Place};
+use super::wake::{Place, StepScalars};
 use crate::gpu::table::{Part, TABLE, THREADS, item, parts};
 use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 use candle_core::{DType, Result};
 
-/// Elements of [`Board::flags`] and [`Board::numbers`], and the places of those that the host reads; as in `kernels/step.cuh`.
+/// Elements of [`StepScalars::flags`] and [`StepScalars::numbers`], and the places of those that the host reads; as in `kernels/step.cuh`.
 pub(crate) const FLAGS: usize = 5;
 pub(crate) const BLAMED: usize = 1;
 pub(crate) const FAILED_AT: usize = 2;
@@ -160,7 +160,7 @@ pub(crate) fn updates(
     gpu: &Gpu,
     dtype: DType,
     items: &[UpdateItem],
-    board: &Board,
+    board: &StepScalars,
     slopes: Option<&Operand>,
     (momentum, rms_clip): (f64, f64),
 ) -> Result<()> {
@@ -181,7 +181,7 @@ pub(crate) fn updates(
 }
 
 /// Writes what a quadratic wake looks back at.
-pub(crate) fn carries(gpu: &Gpu, dtype: DType, items: &[CarryItem], board: &Board) -> Result<()> {
+pub(crate) fn carries(gpu: &Gpu, dtype: DType, items: &[CarryItem], board: &StepScalars) -> Result<()> {
     for Part { items, count, blocks, .. } in parts(items) {
         let args = CarryArgs { items, flags: board.flags.address(), count, pad: 0 };
         gpu.launch(Module::Update, &typed("carries", dtype)?, Grid::line(blocks, THREADS)?, &args)?;
@@ -202,7 +202,7 @@ pub(crate) fn adams(
     gpu: &Gpu,
     dtype: DType,
     items: &[AdamItem],
-    board: &Board,
+    board: &StepScalars,
     options: AdamOptions,
 ) -> Result<()> {
     let AdamOptions { beta1, beta2, eps } = options;

@@ -52,7 +52,7 @@ args! {
 
 /// What the kernels of a step share.
 #[derive(Debug, Clone)]
-pub(crate) struct Board {
+pub(crate) struct StepScalars {
     pub flags: Operand,
     pub numbers: Operand,
 }
@@ -74,7 +74,7 @@ pub(crate) fn wakes(
     gpu: &Gpu,
     dtype: DType,
     items: &[WakeItem],
-    board: &Board,
+    board: &StepScalars,
     slopes: &Operand,
     how: Wakes,
 ) -> Result<()> {

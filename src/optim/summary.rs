@@ -3,7 +3,7 @@
 use super::state::Core;
 use super::state::block::{Block, Part};
 use super::wake::{Carry, Model, QSolve};
-use crate::curvature::{DampingKind, Inverse, Runs, wide_dtype};
+use crate::curvature::{DampingKind, FactorShape, Inverse, wide_dtype};
 use crate::gpu::Gpu;
 use crate::linalg::device::BATCH;
 use candle_core::{Result, bail};
@@ -93,7 +93,7 @@ impl Summary {
         };
         let masters: usize = (0..core.vars.len()).filter(|&i| core.vars[i].master.is_some()).map(size).sum();
         let adam: usize = core.adam.iter().map(|a| 2 * size(a.param)).sum();
-        // Beside the current one, which the Vars hold.
+        // Worker the current one, which the Vars hold.
         let stored = core.params.wake.inner().map_or(0, |inner| inner.models - 1);
         let copies = stored + usize::from(core.params.average.is_some());
         let models: usize = copies * (0..core.vars.len()).map(size).sum::<usize>();
@@ -163,7 +163,7 @@ fn summary_block(core: &Core, block: &Block) -> SummaryBlock {
         && core.params.damping.kind() == DampingKind::Eigenvalue
         || exact;
     let sides = [block.rows, block.columns];
-    let of = |what: &dyn Fn(&Runs) -> usize| sides.iter().map(what).sum::<usize>();
+    let of = |what: &dyn Fn(&FactorShape) -> usize| sides.iter().map(what).sum::<usize>();
     let squares = of(&|side| side.elements(groups));
     let bases = of(&|side| {
         let root = if exact && side.has_root() { side.elements(groups) } else { 0 };

@@ -18,7 +18,7 @@ use super::{
 
 /// The posteriors of one weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Posterior<'a> {
+pub enum PosteriorFamily<'a> {
     /// All at one point (maximum a posteriori): `A = -r(mu, 0)`.
     Dirac,
     /// `N(mu, s^2)` for two or more of these `s`.
@@ -45,7 +45,7 @@ impl Grid {
         Self { half_width, points: 4096, regularization: 1e-6 }
     }
 
-    fn check(&self, posterior: Posterior) -> Result<()> {
+    fn check(&self, posterior: PosteriorFamily) -> Result<()> {
         let Self { half_width, points, regularization } = *self;
         if !(half_width.is_finite() && half_width > 0.) {
             bail!("grid of a prior: expected a positive finite half_width, got {half_width}")
@@ -57,8 +57,8 @@ impl Grid {
             bail!("grid of a prior: expected a regularization from 1e-9 to 1e-2, got {regularization}")
         }
         let scales = match posterior {
-            Posterior::Dirac => None,
-            Posterior::Gaussian(scales) => Some(scales),
+            PosteriorFamily::Dirac => None,
+            PosteriorFamily::Gaussian(scales) => Some(scales),
         };
         if let Some(scales) = scales {
             if scales.len() < 2 {
@@ -89,12 +89,12 @@ impl Grid {
 ///
 /// ```
 /// use candle_core::Result;
-/// use kronwake::penalty::{Grid, Posterior, deconvolve};
+/// use kronwake::penalty::{Grid, PosteriorFamily, deconvolve};
 ///
 /// # fn main() -> Result<()> {
 /// let absolute = |mu: f64, _s: f64| 3. * mu.abs();
-/// assert!(deconvolve(absolute, Posterior::Dirac, Grid::new(5.))?.admissible());
-/// let report = deconvolve(absolute, Posterior::Gaussian(&[0.1, 0.2]), Grid::new(5.))?;
+/// assert!(deconvolve(absolute, PosteriorFamily::Dirac, Grid::new(5.))?.admissible());
+/// let report = deconvolve(absolute, PosteriorFamily::Gaussian(&[0.1, 0.2]), Grid::new(5.))?;
 /// println!("not admissible: {}", report.failures[0]);
 /// # assert!(!report.admissible());
 /// # Ok(())
@@ -102,7 +102,7 @@ impl Grid {
 /// ```
 pub fn deconvolve(
     penalty: impl Fn(f64, f64) -> f64,
-    posterior: Posterior,
+    posterior: PosteriorFamily,
     grid: Grid,
 ) -> Result<Admissibility> {
     /// So that no transform overflows.
@@ -117,8 +117,10 @@ pub fn deconvolve(
         (0..grid.points).map(at).collect()
     };
     let (prior, change, deviation) = match posterior {
-        Posterior::Dirac => (evaluate(0.)?[inner.clone()].iter().map(|r| -r).collect::<Vec<_>>(), 0., 0.),
-        Posterior::Gaussian(scales) => {
+        PosteriorFamily::Dirac => {
+            (evaluate(0.)?[inner.clone()].iter().map(|r| -r).collect::<Vec<_>>(), 0., 0.)
+        }
+        PosteriorFamily::Gaussian(scales) => {
             let widest = scales.iter().copied().fold(0., f64::max);
             let finest = scales.iter().copied().fold(f64::INFINITY, f64::min);
             let (mut range, mut change) = (0f64, 0f64);
@@ -192,7 +194,7 @@ mod tests {
     use crate::penalty::norms::{Nodes, expected_norm};
     use crate::penalty::{Failure, Prior};
 
-    const SCALES: Posterior = Posterior::Gaussian(&[0.05, 0.1, 0.2]);
+    const SCALES: PosteriorFamily = PosteriorFamily::Gaussian(&[0.05, 0.1, 0.2]);
 
     fn entropy(s: f64) -> f64 {
         0.5 * (TAU * E).ln() + s.ln()
@@ -225,7 +227,7 @@ mod tests {
             ("square root of Cauchy", |w, _| 0.4 * (1. + w * w).ln(), [false, false, true]),
             ("L2 on one side", |w, _| if w > 0. { w * w } else { 0. }, [false, false, true]),
         ] {
-            assert_eq!(failed(&deconvolve(penalty, Posterior::Dirac, grid)?), expected, "{name}");
+            assert_eq!(failed(&deconvolve(penalty, PosteriorFamily::Dirac, grid)?), expected, "{name}");
         }
         Ok(())
     }
@@ -297,7 +299,7 @@ mod tests {
         for (points, scales) in
             [(4096, [0.0157, 0.4]), (4096, [0.39, 0.4]), (512, [0.125, 0.4]), (256, [0.25, 0.4])]
         {
-            let (grid, scales) = (Grid { points, ..Grid::new(8.) }, Posterior::Gaussian(&scales));
+            let (grid, scales) = (Grid { points, ..Grid::new(8.) }, PosteriorFamily::Gaussian(&scales));
             for report in [deconvolve(l2, scales, grid)?, deconvolve(l1, scales, grid)?] {
                 assert!(report.admissible(), "{scales:?} {points} {:?}", report.failures);
             }
@@ -316,10 +318,10 @@ mod tests {
     #[test]
     fn mass_outside() -> Result<()> {
         // Cauchy's: 1 - 2 / pi atan(x) outside, the power 2 alone would give 2 / (pi x).
-        let report = deconvolve(|w, _| (1. + w * w).ln(), Posterior::Dirac, Grid::new(30.))?;
+        let report = deconvolve(|w, _| (1. + w * w).ln(), PosteriorFamily::Dirac, Grid::new(30.))?;
         let expected = 1. - 2. / PI * 30f64.atan();
         assert!((report.outside / expected - 1.).abs() < 0.02, "{} {expected}", report.outside);
-        let narrow = deconvolve(|w, _| 2. * w.abs(), Posterior::Dirac, Grid::new(2.))?;
+        let narrow = deconvolve(|w, _| 2. * w.abs(), PosteriorFamily::Dirac, Grid::new(2.))?;
         assert!(narrow.outside > (-4f64).exp() && narrow.outside < 0.2, "{}", narrow.outside);
         Ok(())
     }
@@ -336,12 +338,12 @@ mod tests {
             Grid { points: 32, ..grid },
             Grid { regularization: 0., ..grid },
         ] {
-            assert!(deconvolve(square, Posterior::Dirac, bad).is_err(), "{bad:?}");
+            assert!(deconvolve(square, PosteriorFamily::Dirac, bad).is_err(), "{bad:?}");
         }
         for bad in [&[][..], &[0.1], &[0.1, 0.], &[0.1, 0.5], &[0.1, f64::NAN], &[0.01, 0.1]] {
-            assert!(deconvolve(square, Posterior::Gaussian(bad), grid).is_err(), "{bad:?}");
+            assert!(deconvolve(square, PosteriorFamily::Gaussian(bad), grid).is_err(), "{bad:?}");
         }
-        assert!(deconvolve(|m, _| 1. / m, Posterior::Dirac, grid).is_err());
+        assert!(deconvolve(|m, _| 1. / m, PosteriorFamily::Dirac, grid).is_err());
         assert!(deconvolve(|_, _| f64::NAN, SCALES, grid).is_err());
         Ok(())
     }

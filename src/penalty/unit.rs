@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use crate::ops::group::{Map, Norms, Tiles, sums};
-use crate::ops::known;
+use crate::ops::precomputed;
 
 /// The group lasso of hidden units: a group is what leads into a unit, a row of `inward (units, ..)`, together with what leads
 /// out of it, an input channel of `outward (out, channels, ..)`. A proximal step makes both zero at once, and the unit can go.
@@ -98,7 +98,7 @@ impl UnitLasso {
         let (norms, pair) = (self.norms(), Pair::new(inward, outward)?);
         let sums = pair.sums(&norms)?;
         let value = norms.value_of(&sums, pair.tiles[0], pair.tiles[1].size(0), inward.dtype())?;
-        known::of_two(norms.name, [inward, outward], value, move |grad| {
+        precomputed::of_two(norms.name, [inward, outward], value, move |grad| {
             pair.map(&norms, &sums, Map::Gradient(Some(grad)))
         })
     }

@@ -3,7 +3,7 @@
 use super::{Inputs, Owed, Tap, per_output};
 use crate::gpu::{self, Gpu, Operand};
 use crate::ops::conv as op;
-use crate::ops::conv_kernels::{gradients, outputs, products};
+use crate::ops::conv_device::{gradients, outputs, products};
 use crate::ops::patches::ConvShape;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;

@@ -2,9 +2,9 @@
 
 use super::{Inputs, Owed, Tap, per_output};
 use crate::gpu::{self, Gpu, Operand};
-use crate::ops::conv_kernels::{gradients, products};
+use crate::ops::conv_device::{gradients, products};
 use crate::ops::conv_pool::{PooledShape, conv_pool_cpu, grad_input, grad_output, grad_weight};
-use crate::ops::conv_pool_kernels::{Unpooled, pooled_outputs};
+use crate::ops::conv_pool_device::{Unpooled, pooled_outputs};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;

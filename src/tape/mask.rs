@@ -86,7 +86,7 @@ impl Record {
     pub(crate) fn of_live_rows(&self) -> Result<Cow<'_, Record>> {
         let Some(mask) = &self.mask else { return Ok(Cow::Borrowed(self)) };
         let inputs = match &self.inputs {
-            Inputs::Picked(numbers) => Inputs::Picked(mask.rows(&numbers.unsqueeze(2)?)?.squeeze(2)?),
+            Inputs::Indices(numbers) => Inputs::Indices(mask.rows(&numbers.unsqueeze(2)?)?.squeeze(2)?),
             inputs => Inputs::Rows(mask.rows(&inputs.rows()?)?),
         };
         Ok(Cow::Owned(Record { inputs, grads: mask.rows(&self.grads)?, mask: None }))
@@ -140,9 +140,9 @@ mod tests {
             (values(&sums)?, counts.as_ref().map(values).transpose()?),
             (vec![4., 6., 5., 6.], Some(vec![2., 1.]))
         );
-        let picked = Record { inputs: Inputs::Picked(numbers), ..record };
+        let picked = Record { inputs: Inputs::Indices(numbers), ..record };
         match &picked.of_live_rows()?.inputs {
-            Inputs::Picked(numbers) => assert_eq!(numbers.to_vec2::<u32>()?, [[1], [2], [3]]),
+            Inputs::Indices(numbers) => assert_eq!(numbers.to_vec2::<u32>()?, [[1], [2], [3]]),
             other => panic!("{other:?}"),
         }
         Ok(())

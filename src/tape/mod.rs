@@ -11,8 +11,8 @@ mod labels;
 mod likelihood;
 mod mask;
 mod record;
+mod tap_identity;
 mod terms;
-mod watch;
 
 pub(crate) use likelihood::{Cotangents, Root};
 pub use likelihood::{Fisher, Likelihood};
@@ -24,7 +24,7 @@ pub use terms::{Head, Terms};
 pub(crate) use affine::affine;
 pub(crate) use conv::conv;
 pub(crate) use conv_pool::conv_pool;
-pub(crate) use watch::{normed, picked};
+pub(crate) use tap_identity::{normed, picked};
 
 use crate::building::within;
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
@@ -89,7 +89,7 @@ impl Tape {
         Self::default()
     }
 
-    /// Runs `build`, tapping every layer of [`crate::nn`] that it constructs on this thread.
+    /// FactorShape `build`, tapping every layer of [`crate::nn`] that it constructs on this thread.
     ///
     /// # Errors
     /// Those of `build`.
@@ -108,7 +108,7 @@ impl Tape {
         self.state().other_biases.clone()
     }
 
-    /// Runs one backward pass of `<cotangent, outputs>` for its records alone: weight gradients are not computed.
+    /// FactorShape one backward pass of `<cotangent, outputs>` for its records alone: weight gradients are not computed.
     ///
     /// `cotangent` has the shape of `outputs` and is what the records' gradients start from. The forward graph stays
     /// usable, so several passes may follow one forward.

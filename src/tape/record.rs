@@ -10,7 +10,7 @@
 //! * the gain of a norm: what it multiplies, and the gradients of the norm's outputs;
 //! * an embedding: the numbers of the rows, `[n, t]`, and the gradients of the rows.
 
-use crate::ops::moments::{Average, Moments};
+use crate::ops::moment_queue::{Average, Moments};
 use crate::ops::patches::{ConvShape, patches};
 use candle_core::{Result, Tensor, TensorId, bail};
 use std::sync::Arc;
@@ -106,7 +106,7 @@ pub enum Inputs {
         shape: ConvShape,
     },
     /// The numbers of the rows that an embedding picks, `[batch, shared]`, u32.
-    Picked(Tensor),
+    Indices(Tensor),
 }
 
 impl Inputs {
@@ -116,7 +116,7 @@ impl Inputs {
     /// When a convolution's images are not of a floating point type, or the layer is an embedding.
     pub fn rows(&self) -> Result<Tensor> {
         match self {
-            Inputs::Picked(_) => bail!("tape: an embedding's inputs are numbers of rows"),
+            Inputs::Indices(_) => bail!("tape: an embedding's inputs are numbers of rows"),
             Inputs::Rows(rows) => Ok(rows.clone()),
             Inputs::Patches { x, shape } => patches(x, shape),
         }
@@ -132,7 +132,7 @@ impl Inputs {
         name: &str,
     ) -> Result<Tensor> {
         match self {
-            Inputs::Picked(_) => bail!("layer {name}: an embedding has no matrix of second moments"),
+            Inputs::Indices(_) => bail!("layer {name}: an embedding has no matrix of second moments"),
             Inputs::Rows(rows) => moments.of_rows(average, rows, groups, append_one, name),
             Inputs::Patches { x, shape } => moments.of_patches(average, x, shape, append_one, name),
         }

@@ -6,7 +6,7 @@ use crate::program;
 use crate::values::{count, not_negative, positive};
 use candle_core::{Result, Shape};
 use clap::{Parser, ValueEnum};
-use kronwake::penalty::{Admissibility, Family, Grid, Init, Posterior, deconvolve};
+use kronwake::penalty::{Admissibility, Family, Grid, Init, PosteriorFamily, deconvolve};
 use std::f64::consts::{E, TAU};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -88,8 +88,8 @@ impl Args {
     fn admissibility(&self) -> Result<Admissibility> {
         let scales = [160.0, 80.0, 40.0].map(|part| self.width / part);
         let posterior = match self.posterior {
-            Posteriors::Dirac => Posterior::Dirac,
-            Posteriors::Gaussian => Posterior::Gaussian(&scales),
+            Posteriors::Dirac => PosteriorFamily::Dirac,
+            Posteriors::Gaussian => PosteriorFamily::Gaussian(&scales),
         };
         deconvolve(|mu, s| self.penalty(mu, s), posterior, Grid::new(self.width))
     }

@@ -6,7 +6,7 @@ use crate::curvature::{Damping, DampingKind, Inverse};
 use crate::gpu::emulate::emulate;
 use crate::nn::{self, Module, VarBuilder, VarMap};
 use crate::ops::testing::{random, values};
-use crate::optim::{Bias, Every, KFacRule, Natural, Optimizer, Params, Q, So, TwoRate, WakeRule};
+use crate::optim::{Bias, Every, NaturalGradient, Optimizer, Params, Q, So, TwoRate, Wake};
 use crate::tape::{Fisher, Likelihood, Tape};
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -37,13 +37,13 @@ impl Case {
 }
 
 /// The losses of softmax regression before each of `steps` steps and after the last.
-fn losses<R: WakeRule>(
+fn losses(
     case: Case,
     damping: f64,
     dtype: DType,
     steps: usize,
-    wake: R,
-    change: impl Fn(Params<R>) -> Params<R>,
+    wake: impl Into<Wake> + Clone,
+    change: impl Fn(Params) -> Params,
 ) -> Result<Vec<f64>> {
     let x = inputs(case)?;
     let (n, d) = case.size();
@@ -64,10 +64,9 @@ fn losses<R: WakeRule>(
         fisher: Fisher::Exact,
         kl_clip: None,
         every,
-        wake,
-        ..Params::on(&tape)
+        ..Params::of(wake, &tape)
     };
-    let mut opt = Natural::from_varmap(&vars, change(params))?;
+    let mut opt = NaturalGradient::from_varmap(&vars, change(params))?;
     let x = x.to_dtype(dtype)?;
     let mut losses = vec![];
     for step in 0..=steps {
@@ -108,15 +107,15 @@ fn ill_conditioned_inputs_are_stepped_on_as_in_f64() -> Result<()> {
         (Case::Offset(40, 1e3), 1e-2, 0.35),
     ] {
         let check = |what, run: Run<'_>| assert_as_in_f64(case, what, within, false, run);
-        let run: Run<'_> = &|dtype| losses(case, damping, dtype, 4, KFacRule, |p| p);
+        let run: Run<'_> = &|dtype| losses(case, damping, dtype, 4, Wake::KFac, |p| p);
         assert_as_in_f64(case, "k-fac", within, true, run)?;
         let split = |p| Params { bias: Bias::Split, ..p };
-        check("split", &|dtype| losses(case, damping, dtype, 4, KFacRule, split))?;
+        check("split", &|dtype| losses(case, damping, dtype, 4, Wake::KFac, split))?;
         check("so", &|dtype| losses(case, damping, dtype, 4, So::default(), |p| p))?;
         check("q", &|dtype| losses(case, damping, dtype, 4, Q::default(), |p| p))?;
         check("kld-wrm", &|dtype| losses(case, damping, dtype, 4, TwoRate::default(), |p| p))?;
         let ekfac = |p| Params { ekfac: true, ..p };
-        let run: Run<'_> = &|dtype| losses(case, damping, dtype, 2, KFacRule, ekfac);
+        let run: Run<'_> = &|dtype| losses(case, damping, dtype, 2, Wake::KFac, ekfac);
         assert_as_in_f64(case, "ekfac", within.max(0.2), true, run)?;
     }
     Ok(())
@@ -127,7 +126,7 @@ fn ill_conditioned_inputs_are_stepped_on_as_in_f64() -> Result<()> {
 fn what_rounding_has_taken_is_not_stepped_on() -> Result<()> {
     for (case, damping) in [(Case::Offset(6, 3e4), 1e-4), (Case::Offset(40, 1e4), 1e-2)] {
         for run in [
-            &(|| losses(case, damping, DType::F32, 3, KFacRule, |p| p)) as &dyn Fn() -> Result<Vec<f64>>,
+            &(|| losses(case, damping, DType::F32, 3, Wake::KFac, |p| p)) as &dyn Fn() -> Result<Vec<f64>>,
             &|| losses(case, damping, DType::F32, 3, Q::default(), |p| p),
             &|| losses(case, damping, DType::F32, 3, TwoRate::default(), |p| p),
         ] {

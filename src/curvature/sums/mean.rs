@@ -1,7 +1,7 @@
 //! Means of second moments that grow pass by pass and join an exponential average.
 
 use super::LayerFactors;
-use crate::ops::moments::Average;
+use crate::ops::moment_queue::Average;
 use candle_core::{Result, Tensor};
 
 /// A factor of what has come so far: `decay last + (1 - decay) sum / count`, without the first term if there is no last average.

@@ -7,7 +7,7 @@ use crate::ops::factor::ema;
 use crate::ops::patches::ConvShape;
 use crate::ops::testing::{assert_close, random, values};
 use crate::optim::{Every, NaturalGradient, Optimizer, Params};
-use crate::tape::{Fisher, Likelihood, Mask, Tape, Terms};
+use crate::tape::{Fisher, Kind, Likelihood, Mask, Tape, Terms};
 use candle_core::Device;
 use std::sync::Arc;
 
@@ -71,9 +71,10 @@ fn finished(
 
 fn full(a: usize, g: usize) -> Want {
     Want {
-        weight: Some(WantWeight { folded: true, a: Runs::full(a), g: Runs::full(g) }),
+        weight: Some(WantWeight { folded: true, a: FactorShape::full(a), g: FactorShape::full(g) }),
         bias: None,
         keep: false,
+        optional: false,
     }
 }
 
@@ -123,19 +124,19 @@ fn factors_are_means_over_micro_batches_uses_and_passes() -> Result<()> {
 
 #[test]
 fn averages_are_those_of_the_factors() -> Result<()> {
-    let limited = |runs: fn(usize) -> Runs| {
+    let limited = |runs: fn(usize) -> FactorShape| {
         move |a: usize, g: usize| {
             let weight = WantWeight { folded: true, a: runs(a), g: runs(g) };
-            Want { weight: Some(weight), bias: Some(Runs::full(g)), keep: false, optional: false }
+            Want { weight: Some(weight), bias: Some(FactorShape::full(g)), keep: false, optional: false }
         }
     };
-    let one_group = |a: usize, g: usize| Want { bias: None, ..limited(Runs::full)(a, g) };
+    let one_group = |a: usize, g: usize| Want { bias: None, ..limited(FactorShape::full)(a, g) };
     type Wanted<'a> = &'a dyn Fn(usize, usize) -> Want;
     let wants: [Wanted<'_>; 4] = [
         &one_group,
-        &limited(|dim| Runs::of(dim, 2)),
-        &limited(Runs::diagonal),
-        &limited(|dim| Runs { rank: Some(1), ..Runs::full(dim) }),
+        &limited(|dim| FactorShape::of(dim, 2)),
+        &limited(FactorShape::diagonal),
+        &limited(|dim| FactorShape { rank: Some(1), ..FactorShape::full(dim) }),
     ];
     for (want, sharing) in
         wants.into_iter().flat_map(|want| [(want, Sharing::Expand), (want, Sharing::Reduce)])
@@ -144,7 +145,7 @@ fn averages_are_those_of_the_factors() -> Result<()> {
         let want = |a: usize, g: usize| {
             let own = want(a, g);
             let outputs = if a == 7 { 2 * g } else { g };
-            Want { bias: own.bias.map(|_| Runs::full(outputs)), ..own }
+            Want { bias: own.bias.map(|_| FactorShape::full(outputs)), ..own }
         };
         let current = finished(want, sharing, None)?;
         let mut last = current.clone();
@@ -243,7 +244,7 @@ fn weighted_factors_are_weighted_means() -> Result<()> {
     // The layers' records have 2, 1 and 20 positions, and the table's 2.
     let mut seen = records(0, 0)?;
     let numbers = Tensor::new(&[[0u32, 3], [3, 3], [6, 1], [2, 2]], &Device::Cpu)?;
-    seen.push((3, Record { inputs: Inputs::Picked(numbers), grads: random(7, &[4, 2, 2])?, mask: None }));
+    seen.push((3, Record { inputs: Inputs::Indices(numbers), grads: random(7, &[4, 2, 2])?, mask: None }));
     let of_examples = vec![0.5, 0.0, 2.0, 1.5];
     let spread = |positions: usize| -> Vec<f64> {
         (0..4 * positions).map(|i| [0.5, 0.0, 2.0, 1.5, 1.0][i * 7 % 5] * (1.0 + (i % 3) as f64)).collect()
@@ -277,7 +278,7 @@ fn weighted_factors_are_weighted_means() -> Result<()> {
             }
             let total: f64 = weights.iter().sum();
             let inputs = match &record.inputs {
-                Inputs::Picked(numbers) => {
+                Inputs::Indices(numbers) => {
                     let eye = Tensor::eye(7, DType::F64, &Device::Cpu)?;
                     eye.index_select(&numbers.flatten_all()?, 0)?.unsqueeze(1)?
                 }
@@ -300,8 +301,12 @@ fn weighted_factors_are_weighted_means() -> Result<()> {
             let g = scaled(mean(&slopes, layer.groups, false, 1)?, by_rows.iter().sum());
             let (inputs, outputs) = (layer.in_features(), layer.out_features() / layer.groups);
             let want = match table {
-                true => WantWeight { folded: false, a: Runs::diagonal(7), g: Runs::full(2) },
-                false => WantWeight { folded: true, a: Runs::full(inputs + 1), g: Runs::full(outputs) },
+                true => WantWeight { folded: false, a: FactorShape::diagonal(7), g: FactorShape::full(2) },
+                false => WantWeight {
+                    folded: true,
+                    a: FactorShape::full(inputs + 1),
+                    g: FactorShape::full(outputs),
+                },
             };
             let run = || -> Result<LayerFactors> {
                 let mut wants = vec![None; 4];
@@ -350,8 +355,10 @@ fn weights_are_copies_on_a_device_too() -> Result<()> {
         let every = Every { factors: 1, inverses: 1 };
         // Averaged moments would depend on which vectors span the inputs' null space.
         let stat_decay = if ekfac { 0.0 } else { 0.9 };
-        let mut kfac =
-            KFac::from_varmap(&vars, Params { every, fisher, ekfac, stat_decay, ..Params::on(&tape) })?;
+        let mut kfac = NaturalGradient::from_varmap(
+            &vars,
+            Params { every, fisher, ekfac, stat_decay, ..Params::k_fac(&tape) },
+        )?;
         for step in 0..4 {
             let (x, y) =
                 (random(20 + step, &[6, 1, 3, 3])?, Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?);

@@ -2,7 +2,7 @@
 
 use super::mean::{Last, Mean};
 use super::{WantWeight, input_moment, wide, wide_dtype};
-use crate::ops::moments::{Average, Moments};
+use crate::ops::moment_queue::{Average, Moments};
 use crate::tape::{Inputs, Record, TermWeights};
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
@@ -210,7 +210,7 @@ impl InputMean<'_> {
             want.a.moment(moments, average, &rows, groups, false, name)
         };
         let device = match inputs {
-            Inputs::Rows(rows) | Inputs::Picked(rows) => rows.device().clone(),
+            Inputs::Rows(rows) | Inputs::Indices(rows) => rows.device().clone(),
             Inputs::Patches { x, .. } => x.device().clone(),
         };
         if counted.numbers.is_empty() {
@@ -219,7 +219,7 @@ impl InputMean<'_> {
         }
         let common = counted.common();
         match inputs {
-            Inputs::Picked(numbers) => {
+            Inputs::Indices(numbers) => {
                 let picked = numbers.flatten_all()?.index_select(&counted.numbers(numbers)?, 0)?;
                 let weights = Tensor::from_vec(
                     counted.weights.clone(),

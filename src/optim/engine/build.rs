@@ -1,7 +1,7 @@
 //! From Vars and a tape to blocks: which Var is trained how.
 
 use super::NaturalGradient;
-use crate::curvature::{Beyond, FactorLimit, Runs, Want, WantWeight};
+use crate::curvature::{Beyond, FactorLimit, FactorShape, Want, WantWeight};
 use crate::optim::groups::UpdateRule;
 use crate::optim::params::{Bias, Params};
 use crate::optim::state::block::{Block, BlockState, Part};
@@ -215,7 +215,7 @@ impl Trained<'_> {
             if tied && given.is_none() {
                 // The rows are a vocabulary, whose numbers say nothing of what belongs together.
                 let limit = FactorLimit { beyond: Beyond::Diagonal, ..limit };
-                block.rows = Runs::limited(block.rows.dim, limit);
+                block.rows = FactorShape::limited(block.rows.dim, limit);
             }
             blocks.push(block);
         }
@@ -246,8 +246,10 @@ impl Trained<'_> {
         };
         let rows = match part {
             // A pass picks one at a time.
-            Part::Table => Runs::diagonal(layer.weight.dims().first().copied().unwrap_or(0)),
-            Part::Folded | Part::Weight | Part::Bias | Part::Gradient => Runs::limited(out / groups, limit),
+            Part::Table => FactorShape::diagonal(layer.weight.dims().first().copied().unwrap_or(0)),
+            Part::Folded | Part::Weight | Part::Bias | Part::Gradient => {
+                FactorShape::limited(out / groups, limit)
+            }
         };
         let indices: Vec<usize> = indices.into_iter().flatten().collect();
         Ok(Block {
@@ -256,7 +258,7 @@ impl Trained<'_> {
             part,
             groups,
             rows,
-            columns: Runs::limited(columns, limit),
+            columns: FactorShape::limited(columns, limit),
             lr_scale: indices.first().map_or(1.0, |&i| self.params[i].lr_scale),
             params: indices,
             state: BlockState::default(),
@@ -289,8 +291,8 @@ impl Trained<'_> {
                 layer: None,
                 part: Part::Gradient,
                 groups: 1,
-                rows: Runs::limited(rows, limit),
-                columns: Runs::limited(columns, limit),
+                rows: FactorShape::limited(rows, limit),
+                columns: FactorShape::limited(columns, limit),
                 params: vec![index],
                 lr_scale: param.lr_scale,
                 state: BlockState::default(),

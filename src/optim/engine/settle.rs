@@ -63,7 +63,7 @@ impl NaturalGradient {
             slopes: Slopes {
                 after: numbers[update::AFTER],
                 before: numbers[update::BEFORE],
-                last: device.taken.to_vec1::<f64>()?.iter().sum::<f64>().abs(),
+                last: device.last_slopes.to_vec1::<f64>()?.iter().sum::<f64>().abs(),
                 length: numbers[update::LENGTH],
             },
             previous_rate: (previous >= 0.0).then_some(previous),

@@ -1,7 +1,7 @@
 //! Blocks: the Vars that share one Kronecker product, as one matrix, with their curvature and wake.
 
 use super::param::Param;
-use crate::curvature::{LayerFactors, Preconditioner, Runs};
+use crate::curvature::{FactorShape, LayerFactors, Preconditioner};
 use candle_core::{Result, Tensor};
 
 /// Which of its layer's Vars a block holds.
@@ -55,9 +55,9 @@ pub(crate) struct Block {
     pub part: Part,
     pub groups: usize,
     /// Output features of one group, and the runs or rank of their factor `G`.
-    pub rows: Runs,
+    pub rows: FactorShape,
     /// Input features of one group, the homogeneous 1 included, and the runs or rank of their factor `A`.
-    pub columns: Runs,
+    pub columns: FactorShape,
     /// Indices of the params: the weight, the bias.
     pub params: Vec<usize>,
     pub lr_scale: f64,

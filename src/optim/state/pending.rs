@@ -1,7 +1,7 @@
 //! Inverses that are made beside the steps: begun at one step and used from a later one on.
 
 use crate::curvature::{Preconditioner, Task, damped_inverses};
-use crate::gpu::beside::{Beside, Running};
+use crate::gpu::background::{BackgroundTask, Worker};
 use crate::linalg::next;
 use candle_core::{Device, Result};
 use std::sync::{Arc, OnceLock};
@@ -16,18 +16,18 @@ pub(crate) struct PendingInverses {
     pub from: usize,
     /// The damping that all blocks share.
     pub damping: f64,
-    beside: Beside,
-    running: Arc<Running<Vec<Made>>>,
+    beside: Worker,
+    running: Arc<BackgroundTask<Vec<Made>>>,
 }
 
 impl PendingInverses {
     /// Inverses that were made elsewhere.
     pub fn made(from: usize, damping: f64, inverses: Vec<Made>) -> Self {
-        Self { from, damping, beside: Beside::AtOnce, running: Arc::new(Running::done(inverses)) }
+        Self { from, damping, beside: Worker::AtOnce, running: Arc::new(BackgroundTask::done(inverses)) }
     }
 
     /// Begins them on `beside`.
-    pub fn begin(beside: Beside, from: usize, damping: f64, tasks: Vec<Task>) -> Result<Self> {
+    pub fn begin(beside: Worker, from: usize, damping: f64, tasks: Vec<Task>) -> Result<Self> {
         let tasks = sent(&beside, tasks)?;
         let work = move || {
             let _span = tracing::info_span!("inverse").entered();
@@ -52,21 +52,21 @@ impl PendingInverses {
 
 /// Where inverses are made beside the steps, the same place each time.
 #[derive(Debug, Default)]
-pub(crate) struct Workplace(OnceLock<Beside>);
+pub(crate) struct Workplace(OnceLock<Worker>);
 
 impl Workplace {
     /// The place for tensors on `device`.
-    pub fn on(&self, device: Option<&Device>) -> Result<Beside> {
+    pub fn on(&self, device: Option<&Device>) -> Result<Worker> {
         if let Some(beside) = self.0.get() {
             return Ok(beside.clone());
         }
-        let beside = device.map_or(Ok(Beside::AtOnce), Beside::of)?;
+        let beside = device.map_or(Ok(Worker::AtOnce), Worker::of)?;
         Ok(self.0.get_or_init(|| beside).clone())
     }
 }
 
 /// Tasks that can be worked on beside the steps.
-fn sent(beside: &Beside, tasks: Vec<Task>) -> Result<Vec<Task>> {
+fn sent(beside: &Worker, tasks: Vec<Task>) -> Result<Vec<Task>> {
     let of = |task: &Task| {
         let last = task.last.iter().flat_map(|last| last.parts().into_iter().map(|(_, part)| part.clone()));
         [task.a.clone(), task.g.clone()].into_iter().chain(last.collect::<Vec<_>>())

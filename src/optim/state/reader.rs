@@ -4,7 +4,7 @@ use super::block::{Block, BlockState};
 use super::resume::Resumed;
 use super::save::{KEY, slot};
 use crate::checkpoint::Checkpoint;
-use crate::curvature::{Preconditioner, Runs};
+use crate::curvature::{FactorShape, Preconditioner};
 use crate::linalg::sketch::diagonal_of;
 use crate::optim::numbers::sum;
 use candle_core::{DType, Result, Tensor, bail};
@@ -142,7 +142,7 @@ impl<'a> StateReader<'a> {
         let inverse = get("inv_a", &square_a, false).zip(get("inv_g", &square_g, false));
         let basis = get("basis_a", &bases[0], false).zip(get("basis_g", &bases[1], false));
         let scale = get("scale", &block.scale(exact), false);
-        let mut root = |part, side: Runs| match exact && side.has_root() {
+        let mut root = |part, side: FactorShape| match exact && side.has_root() {
             true => get(part, &side.dims(block.groups), true),
             false => None,
         };
@@ -150,7 +150,7 @@ impl<'a> StateReader<'a> {
         match (inverse, basis.zip(scale)) {
             (Some((inv_a, inv_g)), None) => Some(Preconditioner::Factors { inv_a, inv_g }),
             (None, Some(((basis_a, basis_g), scale))) => Some(match block.is_low_rank() {
-                true => Preconditioner::Split { basis_a, basis_g, scale, root_a, root_g },
+                true => Preconditioner::LowRank { basis_a, basis_g, scale, root_a, root_g },
                 false => Preconditioner::Basis { basis_a, basis_g, scale },
             }),
             _ => None,

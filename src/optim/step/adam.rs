@@ -6,7 +6,7 @@ use super::kept_alive::KeptAlive;
 use super::{Gradients, Refusal, Staged, gradient};
 use crate::gpu::table::type_number;
 use crate::ops::update::{self, AdamItem, AdamOptions};
-use crate::ops::wake::Board;
+use crate::ops::wake::StepScalars;
 use crate::optim::numbers::sum;
 use crate::optim::state::Core;
 use crate::optim::state::param::{Adam, Param};
@@ -57,7 +57,7 @@ impl Adam {
 }
 
 /// All of them in one launch for every 96 params.
-pub(super) fn device(core: &Core, device: &DeviceStep, board: &Board, grads: &Gradients) -> Result<()> {
+pub(super) fn device(core: &Core, device: &DeviceStep, board: &StepScalars, grads: &Gradients) -> Result<()> {
     let mut kept = KeptAlive::new(&device.gpu);
     let mut items = Vec::with_capacity(core.adam.len());
     for (adam, ahead) in core.adam.iter().zip(&device.adam_ahead) {

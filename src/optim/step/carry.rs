@@ -16,7 +16,7 @@ use super::write::BlockStep;
 use crate::curvature::{damped_product, factor_product};
 use crate::ops::dense::{dot, mix};
 use crate::ops::update::{self, CarryItem};
-use crate::ops::wake::Board;
+use crate::ops::wake::StepScalars;
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState};
 use crate::optim::wake::{Carry, Model};
@@ -97,7 +97,7 @@ fn carried(
 pub(super) fn device(
     core: &Core,
     device: &DeviceStep,
-    board: &Board,
+    board: &StepScalars,
     curvature: &[Option<BlockCurvature<'_>>],
     steps: &[Option<Tensor>],
 ) -> Result<()> {

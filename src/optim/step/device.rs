@@ -12,7 +12,7 @@ use crate::curvature::wide_dtype;
 use crate::gpu::Gpu;
 use crate::gpu::table::{blocks_of, type_number};
 use crate::ops::update::{self, BeginArgs};
-use crate::ops::wake::{Board, Place};
+use crate::ops::wake::{Place, StepScalars};
 use crate::optim::state::Core;
 use crate::optim::state::block::Block;
 use crate::optim::state::param::Param;
@@ -35,7 +35,7 @@ pub(crate) struct DeviceStep {
     pub products: Tensor,
     pub squares: Tensor,
     pub slopes: Tensor,
-    pub taken: Tensor,
+    pub last_slopes: Tensor,
     pub scratch: Vec<Scratch>,
     /// Blocks of one shape together.
     pub stacks: Vec<SameShape>,
@@ -224,7 +224,7 @@ impl DeviceStep {
             products: zeros(2 * matrices)?,
             squares: zeros(matrices)?,
             slopes: zeros(all)?,
-            taken: Tensor::new(taken, &device)?,
+            last_slopes: Tensor::new(taken, &device)?,
             scratch,
             stacks,
             adam_ahead: core.adam.iter().map(|adam| adam.steps as f64 - core.steps as f64).collect(),
@@ -278,8 +278,8 @@ impl DeviceStep {
     }
 
     /// What the kernels of a step share.
-    pub fn board(&self) -> Result<Board> {
-        Ok(Board {
+    pub fn board(&self) -> Result<StepScalars> {
+        Ok(StepScalars {
             flags: self.gpu.operand(&self.flags, "flags")?,
             numbers: self.gpu.operand(&self.numbers, "numbers")?,
         })

@@ -53,7 +53,7 @@ impl Job<'_> {
                 let scales = scale.dims() == self.wake.dims() && scale.is_contiguous();
                 scales && fit(basis_g, self.wake, basis_a)
             }
-            Preconditioner::Split { .. } => false,
+            Preconditioner::LowRank { .. } => false,
         }
     }
 }

@@ -6,7 +6,7 @@ use super::precondition::Direction;
 use super::wake_gradient::WakeGradient;
 use crate::ops::dense::dot;
 use crate::ops::update::{self, RateArgs};
-use crate::ops::wake::Board;
+use crate::ops::wake::StepScalars;
 use crate::optim::params::{NonFinite, StepRule};
 use crate::optim::state::{Core, Slopes};
 use candle_core::Result;
@@ -76,7 +76,7 @@ fn slopes_after(core: &Core, wakes: &[Option<WakeGradient>]) -> Result<Slopes> {
 }
 
 /// The same from the totals of `device`, and whether the step is taken.
-pub(super) fn device(core: &Core, device: &DeviceStep, board: &Board) -> Result<()> {
+pub(super) fn device(core: &Core, device: &DeviceStep, board: &StepScalars) -> Result<()> {
     let totals = device.gpu.operand(&device.totals, "totals")?;
     let lr_scales = device.gpu.operand(&device.lr_scales, "lr_scales")?;
     let blocks = core.blocks.len();

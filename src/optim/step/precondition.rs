@@ -138,7 +138,7 @@ pub(super) fn device(
         }
         dots(gpu, device.dtype, &items, dotted.first())?;
     }
-    let slopes = [gpu.operand(&device.slopes, "slopes")?, gpu.operand(&device.taken, "slopes")?];
+    let slopes = [gpu.operand(&device.slopes, "slopes")?, gpu.operand(&device.last_slopes, "slopes")?];
     for (nth, parts) in slopes.iter().enumerate() {
         let total = total.at(2 * directions.len() + nth);
         sums.push(TotalItem { parts: parts.address(), total, len: parts.len as u64 });

@@ -12,7 +12,7 @@ use super::kept_alive::KeptAlive;
 use super::{Gradients, gradient};
 use crate::gpu::table::type_number;
 use crate::ops::dense::mix;
-use crate::ops::wake::{Board, Place, WakeItem, Wakes, wakes};
+use crate::ops::wake::{Place, StepScalars, WakeItem, Wakes, wakes};
 use crate::optim::params::Decay;
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState};
@@ -91,7 +91,7 @@ pub(crate) fn decayed(core: &Core, block: &Block) -> Result<Option<Tensor>> {
 }
 
 /// All blocks' into the scratch matrices of `device`, in one launch for every 96 params.
-pub(crate) fn device(core: &Core, device: &DeviceStep, board: &Board, grads: &Gradients) -> Result<()> {
+pub(crate) fn device(core: &Core, device: &DeviceStep, board: &StepScalars, grads: &Gradients) -> Result<()> {
     let mut kept = KeptAlive::new(&device.gpu);
     let mut items = Vec::with_capacity(core.vars.len());
     for (block, scratch) in core.blocks.iter().zip(&device.scratch) {

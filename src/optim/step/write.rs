@@ -10,7 +10,7 @@ use super::renew::BlockCurvature;
 use super::wake_gradient::{WakeGradient, decayed};
 use crate::ops::dense::{dot, mix};
 use crate::ops::update::{self, UpdateItem};
-use crate::ops::wake::Board;
+use crate::ops::wake::StepScalars;
 use crate::optim::params::Decay;
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, Factors};
@@ -73,7 +73,7 @@ pub(crate) fn rms_clipped(core: &Core, direction: Tensor) -> Result<Tensor> {
 pub(super) fn device(
     core: &Core,
     device: &DeviceStep,
-    board: &Board,
+    board: &StepScalars,
     directions: &[Tensor],
     curvature: &[Option<BlockCurvature<'_>>],
 ) -> Result<()> {
@@ -116,7 +116,7 @@ pub(super) fn device(
         }
     }
     if !items.is_empty() {
-        let taken = gpu.operand(&device.taken, "slopes")?;
+        let taken = gpu.operand(&device.last_slopes, "slopes")?;
         let slopes = device.needs.slopes.then_some(&taken);
         let rms_clip = core.params.rms_clip.unwrap_or(0.0);
         update::updates(gpu, device.dtype, &items, board, slopes, (core.params.momentum, rms_clip))?;

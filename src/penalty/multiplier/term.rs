@@ -4,7 +4,7 @@ use super::{Multiplier, NAME, Omega, Part};
 use crate::gpu::tensor_of;
 use crate::ops::dual::Row;
 use crate::ops::group::scaled;
-use crate::ops::known;
+use crate::ops::precomputed;
 use candle_core::{DType, Layout, Result, Storage, Tensor};
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ impl Multiplier {
                 None => storage(&Tensor::zeros((), dtype_of(weights), w.device())?)?,
             };
             let slopes = Arc::clone(&slopes);
-            let term = known::of_one(NAME, w, value, move |grad| slopes.of(part, Some(grad)))?;
+            let term = precomputed::of_one(NAME, w, value, move |grad| slopes.of(part, Some(grad)))?;
             total = Some(match total {
                 Some(total) => (total + term)?,
                 None => term,

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Storage, Tensor};
 
 use super::norm::Norm;
-use super::rows::{THREADS, a_few_teams, a_team_each};
+use super::row_launch::{THREADS, a_few_teams, a_team_each};
 use crate::gpu::{Gpu, Grid, Module, Operand, args, typed};
 
 args! {

@@ -12,10 +12,10 @@ enum Seen {
     /// A norm's inputs.
     Normed(Norm, Tensor),
     /// An embedding's numbers.
-    Picked(Tensor),
+    Indices(Tensor),
 }
 
-struct Watch {
+struct TapIdentity {
     tap: Tap,
     seen: Seen,
 }
@@ -31,7 +31,7 @@ pub(crate) fn normed(
     let y = norm.apply(x, weight, bias)?;
     match tap {
         Some(tap) if x.rank() > 1 => {
-            y.contiguous()?.apply_op1(Watch { tap: tap.clone(), seen: Seen::Normed(norm, x.detach()) })
+            y.contiguous()?.apply_op1(TapIdentity { tap: tap.clone(), seen: Seen::Normed(norm, x.detach()) })
         }
         _ => Ok(y),
     }
@@ -46,20 +46,20 @@ pub(crate) fn picked(numbers: &Tensor, table: &Tensor, tap: Option<&Tap>) -> Res
         Some(tap) if numbers.rank() > 0 => {
             let batch = numbers.dim(0)?;
             let numbers = numbers.to_dtype(DType::U32)?.reshape((batch, ()))?;
-            y.contiguous()?.apply_op1(Watch { tap: tap.clone(), seen: Seen::Picked(numbers) })
+            y.contiguous()?.apply_op1(TapIdentity { tap: tap.clone(), seen: Seen::Indices(numbers) })
         }
         _ => Ok(y),
     }
 }
 
-impl CustomOp1 for Watch {
+impl CustomOp1 for TapIdentity {
     fn name(&self) -> &'static str {
-        "watch"
+        "tap"
     }
 
     fn cpu_fwd(&self, y: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         if layout.start_offset() != 0 || !layout.is_contiguous() {
-            bail!("watch: expected a contiguous tensor of its own")
+            bail!("tap: expected a contiguous tensor of its own")
         }
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }
@@ -67,7 +67,7 @@ impl CustomOp1 for Watch {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, y: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         if layout.start_offset() != 0 || !layout.is_contiguous() {
-            bail!("watch: expected a contiguous tensor of its own")
+            bail!("tap: expected a contiguous tensor of its own")
         }
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }
@@ -81,7 +81,7 @@ impl CustomOp1 for Watch {
                     let ones = Tensor::ones(features, x.dtype(), x.device())?;
                     Inputs::Rows(norm.apply(x, &ones, None)?.reshape((batch, (), features))?)
                 }
-                Seen::Picked(numbers) => Inputs::Picked(numbers.clone()),
+                Seen::Indices(numbers) => Inputs::Indices(numbers.clone()),
             };
             self.tap.record(inputs, grads)?;
         }

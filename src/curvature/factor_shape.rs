@@ -8,7 +8,7 @@ use crate::linalg::kron;
 use crate::linalg::low_rank::{inverse_left, inverse_right, low_rank};
 use crate::linalg::sketch::{diagonal_of, is_sketch, sketch};
 use crate::ops::dense::product;
-use crate::ops::moments::{Average, Moments};
+use crate::ops::moment_queue::{Average, Moments};
 use candle_core::{D, DType, Result, Tensor, bail};
 
 use super::exact::joint_vectors;
@@ -79,7 +79,7 @@ impl FactorLimit {
 
 /// How the rows of a factor are divided, or its rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Runs {
+pub(crate) struct FactorShape {
     /// Rows of the factor.
     pub dim: usize,
     /// Rows of a run; all of them where the factor is full or of low rank.
@@ -88,7 +88,7 @@ pub(crate) struct Runs {
     pub rank: Option<usize>,
 }
 
-impl Runs {
+impl FactorShape {
     pub fn of(dim: usize, run: usize) -> Self {
         Self { dim, run, rank: None }
     }
@@ -165,7 +165,7 @@ impl Runs {
         if self.rank.is_some() { DType::F64.size_in_bytes() } else { element }
     }
 
-    /// The eigenvalues of [`Runs::basis`], those that fill up the last run included; of low rank, with the one of all directions that are
+    /// The eigenvalues of [`FactorShape::basis`], those that fill up the last run included; of low rank, with the one of all directions that are
     /// left.
     pub fn values(&self, exact: bool) -> usize {
         match (self.rank, self.basis(1, exact)) {

@@ -3,10 +3,10 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::factor_tiles::{Precision, Tile, Work};
-use super::moments::Average;
+use super::moment_queue::Average;
 use super::patches::ConvShape;
-use super::patches_gpu::{Divisor, gpu_patches};
-use super::record::record_shape;
+use super::patches_device::{Divisor, gpu_patches};
+use super::record_layout::record_shape;
 use crate::gpu::{Gpu, Module, Operand, args};
 
 args! {

@@ -12,7 +12,7 @@ use candle_core::{Device, Result, Tensor, bail};
 
 /// Where work beside a device's own is done.
 #[derive(Debug, Clone)]
-pub(crate) enum Beside {
+pub(crate) enum Worker {
     /// A thread that uses the tensors as they are.
     Thread,
     /// A thread with a second device on the same GPU.
@@ -22,7 +22,7 @@ pub(crate) enum Beside {
     AtOnce,
 }
 
-impl Beside {
+impl Worker {
     /// # Errors
     /// If a GPU makes no second stream.
     pub fn of(device: &Device) -> Result<Self> {
@@ -58,18 +58,21 @@ impl Beside {
     ///
     /// # Errors
     /// If the system gives no thread.
-    pub fn start<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<Running<T>> {
+    pub fn start<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<BackgroundTask<T>> {
         let state = match self {
             Self::AtOnce => State::Done(work()),
             _ => State::Running(Builder::new().name("kronwake".into()).spawn(work)?),
         };
-        Ok(Running(Mutex::new(state)))
+        Ok(BackgroundTask(Mutex::new(state)))
     }
 }
 
 /// Work that was started; dropped, it is waited for.
 #[derive(Debug)]
-pub(crate) struct Running<T>(Mutex<State<T>>);
+pub(crate) struct BackgroundTask<T>(Mutex<State<T>>);
 
 #[derive(Debug)]
 enum State<T> {
@@ -78,14 +81,14 @@ enum State<T> {
     Lost,
 }
 
-impl<T> Running<T> {
+impl<T> BackgroundTask<T> {
     /// Work that is done.
     pub fn done(result: T) -> Self {
         Self(Mutex::new(State::Done(result)))
     }
 }
 
-impl<T: Clone> Running<T> {
+impl<T: Clone> BackgroundTask<T> {
     /// What the work has made; waits for it.
     ///
     /// # Errors
@@ -103,7 +106,7 @@ impl<T: Clone> Running<T> {
     }
 }
 
-impl<T> Drop for Running<T> {
+impl<T> Drop for BackgroundTask<T> {
     fn drop(&mut self) {
         let state = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let State::Running(handle) = std::mem::replace(state, State::Lost) {
@@ -129,11 +132,11 @@ mod tests {
 
     #[test]
     fn work_is_done_once_and_read_often() -> Result<()> {
-        for beside in [Beside::Thread, Beside::AtOnce] {
+        for beside in [Worker::Thread, Worker::AtOnce] {
             let running = beside.start(|| std::thread::current().id())?;
             let found = running.wait()?;
             assert_eq!(found, running.wait()?);
-            assert_eq!(found == std::thread::current().id(), matches!(beside, Beside::AtOnce));
+            assert_eq!(found == std::thread::current().id(), matches!(beside, Worker::AtOnce));
         }
         Ok(())
     }
@@ -145,13 +148,13 @@ mod tests {
         let pool = std::sync::Arc::new(pool.build().map_err(candle_core::Error::wrap)?);
         let theirs = pool.clone();
         let sum = move || theirs.install(|| (0..1000u64).into_par_iter().sum::<u64>());
-        assert_eq!(Beside::Thread.start(sum)?.wait()?, 499_500);
+        assert_eq!(Worker::Thread.start(sum)?.wait()?, 499_500);
         Ok(())
     }
 
     #[test]
     fn a_panic_is_an_error() -> Result<()> {
-        let running = Beside::Thread.start(|| -> u32 { panic!("as the test wants it") })?;
+        let running = Worker::Thread.start(|| -> u32 { panic!("as the test wants it") })?;
         for _ in 0..2 {
             let message = running.wait().expect_err("must fail").to_string();
             assert!(message.contains("panicked"), "{message}");
@@ -163,7 +166,7 @@ mod tests {
     fn what_is_dropped_is_waited_for() -> Result<()> {
         let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         let flag = done.clone();
-        drop(Beside::Thread.start(move || {
+        drop(Worker::Thread.start(move || {
             std::thread::sleep(Duration::from_millis(30));
             flag.store(true, std::sync::atomic::Ordering::SeqCst);
         })?);

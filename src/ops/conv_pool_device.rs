@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Storage, Tensor, bail};
 
-use super::conv_kernels::{OutputGradient, bias_gradient, check_bias, one_each, pair, small};
+use super::conv_device::{OutputGradient, bias_gradient, check_bias, one_each, pair, small};
 use super::conv_pool::PooledShape;
 use super::patches::ConvShape;
 use crate::gpu::{Gpu, Module, Operand, args, typed};
@@ -48,7 +48,7 @@ impl PooledSizes {
 }
 
 /// The pooled outputs `[n, o, ph, pw]`, in the products' `dtype`, and the byte of each, from
-/// [`products`](super::conv_kernels::products).
+/// [`products`](super::conv_device::products).
 pub(crate) fn pooled_outputs(
     gpu: &Gpu,
     products: &[Tensor],

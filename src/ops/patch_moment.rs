@@ -9,7 +9,7 @@ use super::{
     conv_slices::add_parts,
     element::{Element, Host, Real, float_dispatch},
     factor::{mirror_upper, second_moment},
-    moments::{Average, Moments},
+    moment_queue::{Average, Moments},
     patches::{ConvShape, patches, unfold_plane},
     products::square_products,
 };

@@ -4,12 +4,12 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::dense::mix;
 use super::factor::host_second_moment;
-use super::factor_gpu::Job;
+use super::factor_device::Job;
 use super::factor_launch::launch;
 use super::factor_tiles::Precision;
-use super::moment::host_patch_moment;
+use super::patch_moment::host_patch_moment;
 use super::patches::ConvShape;
-use super::record::record_shape;
+use super::record_layout::record_shape;
 use crate::gpu::Gpu;
 
 /// How a second moment `M` enters a sum or an average: `decay bar + keep last + weight M`.
