@@ -14,7 +14,7 @@ use super::rows::{CHUNK, LayerRows, Rows};
 use crate::linalg::eigh::eigh;
 use crate::ops::dense::product;
 use crate::tape::Kind;
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// The sums over some examples of one tensor's rows, f64.
 #[derive(Debug, Clone)]
@@ -150,7 +150,8 @@ impl MarginalSums {
                 Marginals::Features(features) => (None, Some(vectors(&features)?)),
                 Marginals::None => (None, None),
             };
-            blocks.push((tensor, inputs, grads, None));
+            let values = Tensor::zeros(0, DType::F64, &Device::Cpu)?;
+            blocks.push((Eigenbasis { tensor, inputs, grads, values }, None));
         }
         Ok(RotatedSums { blocks, dtype: self.dtype.unwrap_or(DType::F64) })
     }
@@ -170,25 +171,20 @@ fn in_chunks(rows: &Rows, layer: &LayerRows) -> Result<Vec<LayerRows>> {
 /// Sums of squares in the bases, from a second pass over the examples.
 #[derive(Debug, Clone)]
 pub(crate) struct RotatedSums {
-    /// Tensor, eigenvectors of inputs and gradients, sums.
-    blocks: Vec<(usize, Option<Tensor>, Option<Tensor>, Option<Tensor>)>,
+    /// Bases without values, and the sums.
+    blocks: Vec<(Eigenbasis, Option<Tensor>)>,
     dtype: DType,
 }
 
 impl RotatedSums {
     pub fn add(&mut self, rows: &Rows) -> Result<()> {
         for layer in &rows.layers {
-            for (tensor, inputs, grads, sum) in &mut self.blocks {
-                let basis = || {
-                    let (inputs, grads) = (inputs.clone(), grads.clone());
-                    let values = Tensor::zeros(0, DType::F64, rows.device())?;
-                    Ok::<_, candle_core::Error>(Eigenbasis { tensor: *tensor, inputs, grads, values })
-                };
-                if layer.weight == Some(*tensor) {
-                    add(sum, weight_squares(&basis()?.turn(&layer.to_f64()?)?)?)?;
-                } else if layer.bias == Some(*tensor) {
+            for (basis, sum) in &mut self.blocks {
+                if layer.weight == Some(basis.tensor) {
+                    add(sum, weight_squares(&basis.turn(&layer.to_f64()?)?)?)?;
+                } else if layer.bias == Some(basis.tensor) {
                     let rows = layer.of_bias()?.to_dtype(DType::F64)?;
-                    add(sum, basis()?.turn_bias(&rows)?.sqr()?.sum(0)?)?;
+                    add(sum, basis.turn_bias(&rows)?.sqr()?.sum(0)?)?;
                 }
             }
         }
@@ -197,9 +193,9 @@ impl RotatedSums {
 
     pub fn finish(self) -> Result<Eigenbases> {
         let mut blocks = Vec::new();
-        for (tensor, inputs, grads, sum) in self.blocks {
+        for (basis, sum) in self.blocks {
             let Some(values) = sum else { bail!("evidence: no examples") };
-            blocks.push(Eigenbasis { tensor, inputs, grads, values });
+            blocks.push(Eigenbasis { values, ..basis });
         }
         Ok(Eigenbases { blocks, dtype: self.dtype, rotated: true })
     }

@@ -5,7 +5,7 @@
 
 use crate::ops::dense::product;
 use crate::tape::{Kind, Layer};
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -94,11 +94,6 @@ impl Rows {
     /// The type of their numbers.
     pub fn dtype(&self) -> DType {
         self.layers.first().map_or(DType::F64, |layer| layer.grads.dtype())
-    }
-
-    /// Where they are.
-    pub fn device(&self) -> &Device {
-        self.layers.first().map_or(&Device::Cpu, |layer| layer.grads.device())
     }
 
     /// Rows and columns of the kernel.

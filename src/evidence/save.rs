@@ -35,7 +35,7 @@ impl Posterior {
         let mut file = Writing::new(KEY);
         file.line("structure", self.covariance.structure());
         file.line("likelihood", format!("{:?}", self.likelihood));
-        file.line("of", &self.names.join(", "));
+        file.line("of", self.names.join(", "));
         file.line("s", self.s);
         file.line("noise", self.noise);
         for (tensor, precision) in self.precisions.iter().enumerate() {

@@ -582,7 +582,7 @@ fn draws_of_outputs_that_move_together() -> Result<()> {
         ] {
             let posterior = Posterior::fit(&problem, &examples, structure, &hyper, 1 << 30)?;
             let predicted = posterior.predict(&problem, &x)?;
-            let sampled = predicted.sampled(20_000, 3)?.to_vec2::<f64>()?;
+            let sampled = predicted.sampled(5000, 3)?.to_vec2::<f64>()?;
             let direction = directions.to_dtype(DType::F64)?.to_vec2::<f64>()?.remove(0);
             let (means, covariances) =
                 (predicted.mean.to_vec2::<f64>()?, predicted.covariance.to_vec3::<f64>()?);
@@ -603,7 +603,7 @@ fn draws_of_outputs_that_move_together() -> Result<()> {
                 for (sampled, expected) in sampled.iter().zip(expected) {
                     let expected = expected / weight;
                     assert!(
-                        (sampled - expected).abs() < 5.0 * 0.5 / 20_000f64.sqrt(),
+                        (sampled - expected).abs() < 5.0 * 0.5 / 5000f64.sqrt(),
                         "{structure:?} {sampled} {expected}"
                     );
                 }
