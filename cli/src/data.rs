@@ -166,6 +166,10 @@ impl Part {
         self.labels.len()
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
     /// The pixels at `places`, each byte replaced by its entry in `table`.
     fn gather<T: Copy + Send + Sync>(&self, places: &[usize], table: [T; 256]) -> Vec<T> {
         let size = SIDE * SIDE;
