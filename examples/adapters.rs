@@ -46,7 +46,6 @@ fn main() -> Result<()> {
     train(&base, &vars, &tape, (&x, &y))?;
     vars.save(&file)?;
     println!("the base: {:.3} right", right(&base, (&x, &y))?);
-
     let (x, y) = quarters(0.5)?; // another task
     let (vars, tape) = (VarMap::new(), Tape::new());
     let lora = Lora::new(ParamsLora { rank: 2, ..Default::default() })?;

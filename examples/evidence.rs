@@ -50,7 +50,11 @@ fn main() -> Result<()> {
     let posterior = Posterior::fit(&problem, &examples, HessianStructure::Kron, &hyper, usize::MAX)?;
     let at = Tensor::new(&[[0f64], [1.0], [3.0]], &Device::Cpu)?; // the last is far from all data
     let predicted = posterior.predict(&problem, &at)?;
-    let deviations = predicted.variance()?.sqrt()?.flatten_all()?;
-    println!("outputs at 0, 1 and 3:\n{}\nwith deviations\n{deviations}", predicted.mean.flatten_all()?);
+    let (mean, deviation) = (predicted.mean.flatten_all()?, predicted.variance()?.sqrt()?.flatten_all()?);
+    for (x, (mean, deviation)) in
+        [0, 1, 3].iter().zip(mean.to_vec1::<f64>()?.iter().zip(deviation.to_vec1::<f64>()?))
+    {
+        println!("at {x}: {mean:.2} with a deviation of {deviation:.2}");
+    }
     Ok(())
 }

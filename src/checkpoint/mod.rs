@@ -63,7 +63,7 @@ impl Checkpoint {
         wanted: Wanted,
         open: impl Copy + Fn(&Path) -> std::io::Result<B>,
     ) -> Result<Self> {
-        let bytes = |path: &Path| match foreign::refuse(path).and_then(|()| Ok(open(path)?)) {
+        let bytes = |path: &Path| match foreign::refuse(path).and_then(|()| open(path)) {
             Ok(bytes) => Ok(bytes),
             Err(error) => bail!("{}: cannot be read: {error}", path.display()),
         };

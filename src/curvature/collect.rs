@@ -1,8 +1,8 @@
 //! The factors of a model over a data set, for other uses than an optimizer's.
 
-use super::{FactorSums, LayerFactors, Runs, Sharing, Want, WantWeight};
+use super::{FactorSums, LayerFactors, Pass, Runs, Sharing, Want, WantWeight};
 use crate::ops::sample::DrawKey;
-use crate::tape::{Fisher, Kind, Layer, Likelihood, Tape};
+use crate::tape::{Fisher, Head, Layer, Likelihood, Tape, Terms};
 use candle_core::{Result, Tensor, bail};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -48,7 +48,7 @@ pub struct Collect {
 
 impl std::fmt::Debug for Collect {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Collect").field("terms", &self.sums().terms()).finish_non_exhaustive()
+        f.debug_struct("Collect").field("terms", &self.sums().counts().terms).finish_non_exhaustive()
     }
 }
 
@@ -59,7 +59,7 @@ impl Collect {
     /// If the tape has no such layer, or the Fisher matrix is to be sampled with no draws.
     pub fn new(tape: &Tape, likelihood: Likelihood, fisher: Fisher, sharing: Sharing) -> Result<Self> {
         let layers = tape.layers();
-        if !layers.iter().any(|layer| layer.kind == Kind::Matrix) {
+        if !layers.iter().any(|layer| layer.kind.is_linear()) {
             bail!(
                 "factors: no linear or convolution layer is on the tape; build the model inside Tape::build from \
                  kronwake::nn layers"
@@ -72,8 +72,8 @@ impl Collect {
             let (folded, groups) = (layer.bias.is_some(), layer.groups.max(1));
             let a = Runs::full(layer.in_features() + usize::from(folded));
             let weight = WantWeight { folded, a, g: Runs::full(layer.out_features() / groups) };
-            let want = Want { weight: Some(weight), bias: None, keep: false };
-            (layer.kind == Kind::Matrix).then_some(want)
+            let want = Want { weight: Some(weight), bias: None, keep: false, optional: false };
+            (layer.kind.is_linear()).then_some(want)
         };
         let wants = layers.iter().map(want).collect();
         let sums = Arc::new(Mutex::new(FactorSums::new(wants, sharing)));
@@ -86,18 +86,28 @@ impl Collect {
     /// # Errors
     /// If the batch is empty, its outputs are not finite or hold no graph to a tapped layer, or labels are missing or do not fit.
     pub fn add(&mut self, outputs: &Tensor, labels: Option<&Tensor>) -> Result<()> {
+        self.add_weighted(outputs, labels, &Terms::equal())
+    }
+
+    /// [`Collect::add`] with weights of the loss terms: the factors are those of the weighted mean over all batches.
+    ///
+    /// # Errors
+    /// As [`Collect::add`], and if the weights do not fit the outputs.
+    pub fn add_weighted(&mut self, outputs: &Tensor, labels: Option<&Tensor>, terms: &Terms) -> Result<()> {
         let likelihood = self.likelihood;
-        let terms = likelihood.terms(outputs)?;
+        let labels = labels.filter(|_| self.fisher == Fisher::Empirical);
+        let head = Head { labels, terms: terms.clone(), ..Head::new(outputs, likelihood) };
+        let weights = Arc::new(head.weights(None)?);
         let sum = outputs.detach().to_dtype(candle_core::DType::F64)?.sum_all()?.to_scalar::<f64>()?;
         if !sum.is_finite() {
             bail!("factors: the outputs {:?} have NaN or infinite elements", outputs.dims())
         }
-        let key = DrawKey { seed: 0, step: 0, draw: 0, first_row: self.sums().terms() as u64 };
-        let labels = labels.filter(|_| self.fisher == Fisher::Empirical);
-        let (passes, scale) = likelihood.passes(self.fisher, outputs, labels, key)?;
+        let key = DrawKey { seed: 0, step: 0, draw: 0, first_row: self.sums().counts().terms as u64 };
+        let (passes, scale) = likelihood.passes(self.fisher, outputs, labels, &weights, key)?;
         let passes = passes.collect::<Result<Vec<_>>>()?;
         for (index, cotangent) in passes.iter().enumerate() {
-            self.sums().begin(terms, scale, index == 0);
+            let (weights, share) = (weights.clone(), weights.total);
+            self.sums().begin(Pass { weights, share, scale, fresh: index == 0, of_loss: false });
             self.tape.reduce_into(outputs, cotangent, self.sums.clone())?;
             self.sums().end()?;
         }

@@ -7,6 +7,11 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DampingKind {
     /// `A (x) G + la I`, exact, in the eigenbasis: `V = Qg [(Qg^T g Qa) / (dg da^T + la)] Qa^T`.
+    ///
+    /// In f32, where `la` is small beside the rounding of `A (x) G` (below about `6e-7 |A| |G|` in Frobenius norms), as for inputs with a
+    /// large mean or features of very different sizes, the decomposition is made in f64, and eigenvalues count at least as the rounding
+    /// of their factor's elements. So features of different sizes are stepped on as in f64. Directions in which the inputs vary
+    /// less than a few `1e-7` of their mean square are below that rounding, and take short steps; centred inputs have none.
     Eigenvalue,
     /// `(A + pi sqrt(la) I) (x) (G + sqrt(la) / pi I)` with `pi^2 = (tr A / dim A) / (tr G / dim G)`
     /// (Martens & Grosse 2015, section 6.3): needs no eigenbasis, and damps the cross terms too.

@@ -9,27 +9,28 @@ use crate::ops::factor::cross_square;
 use candle_core::{Result, Tensor};
 
 /// `S` of one batch, `[groups, out, in]` with what fills up runs; `kept` are a layer's records, the columns of `basis` its
-/// eigenvectors, of factors of a matrix `[groups, rows, columns]` in runs. `folded` says that inputs lack the bias's 1.
+/// eigenvectors, of factors of a matrix `[groups, rows, columns]` in runs. `folded` says that inputs lack the bias's 1, and
+/// `total` is what sums over loss terms are divided by.
 pub(crate) fn moments(
     kept: &[(Tensor, Tensor)],
     (basis_a, columns): (&Tensor, Runs),
     (basis_g, rows): (&Tensor, Runs),
     groups: usize,
     folded: bool,
-    terms: usize,
+    total: f64,
 ) -> Result<Tensor> {
-    let mut total: Option<Tensor> = None;
+    let mut sums: Option<Tensor> = None;
     for (inputs, grads) in kept {
         let a = turn(inputs, basis_a, columns, groups, folded)?;
         let e = turn(grads, basis_g, rows, groups, false)?;
         let part = cross_square(&e, &a, groups, "ekfac")?;
-        total = Some(match total {
-            Some(total) => (total + part)?,
+        sums = Some(match sums {
+            Some(sum) => (sum + part)?,
             None => part,
         });
     }
-    match total {
-        Some(total) => total / terms.max(1) as f64,
+    match sums {
+        Some(sum) => sum / total,
         None => candle_core::bail!("ekfac: no records of this layer"),
     }
 }

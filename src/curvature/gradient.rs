@@ -1,7 +1,8 @@
 //! Kronecker factors from the gradient of a matrix alone, where its layer records nothing.
 //!
 //! With `M` the gradient of the mean of `N` loss terms, `N M M^T` and `N M^T M` estimate the two marginals of the second moments of the
-//! gradients of single terms: the terms are independent, and with labels drawn from the model each has mean 0. (The loss's own labels add
+//! gradients of single terms: the terms are independent, and with labels drawn from the model each has mean 0 (of weighted terms `N` is their
+//! effective number). (The loss's own labels add
 //! `N` times the square of the mean gradient.) From their averages `L` and `R`
 //!
 //! ```text
@@ -23,10 +24,10 @@ pub(crate) fn gradient_factors(
     gradient: &Tensor,
     rows: Runs,
     columns: Runs,
-    terms: usize,
+    terms: f64,
     name: &str,
 ) -> Result<(Tensor, Tensor)> {
-    let weight = terms as f64 / gradient.dim(0)?.max(1) as f64;
+    let weight = terms / gradient.dim(0)?.max(1) as f64;
     let mut moments = Moments::default();
     let a = columns.moment(&mut moments, Average::times(weight), gradient, 1, false, name)?;
     let g = rows.moment(&mut moments, Average::times(1.0), &gradient.transpose(1, 2)?, 1, false, name)?;
@@ -62,7 +63,7 @@ mod tests {
     #[test]
     fn a_product_is_found_exactly() -> Result<()> {
         let (u, v) = (random(0, &[5, 3])?, random(1, &[4, 2])?);
-        let terms = 7;
+        let terms = 7.0;
         for (rows, columns) in [(Runs::full(3), Runs::full(2)), (Runs::of(3, 2), Runs::diagonal(2))] {
             let mut average: Option<(Tensor, Tensor)> = None;
             for k in 0..20 {
@@ -74,7 +75,7 @@ mod tests {
             }
             let (a, g) = average.expect("twenty gradients");
             let moment = |x: &Tensor, n: f64| (x.t()?.matmul(x)? / n)?.unsqueeze(0);
-            let expected = kron(&(moment(&v, 4.0)? * terms as f64)?, &moment(&u, 5.0)?, "m")?;
+            let expected = kron(&(moment(&v, 4.0)? * terms)?, &moment(&u, 5.0)?, "m")?;
             if rows.is_full() {
                 assert_close(&kron(&a, &g, "m")?, &values(&expected)?, 1e-12);
             } else {
@@ -90,8 +91,8 @@ mod tests {
     #[test]
     fn no_gradient_leaves_the_average_a_number() -> Result<()> {
         let zero = random(0, &[1, 3, 2])?.zeros_like()?;
-        let none = gradient_factors(&zero, Runs::full(3), Runs::full(2), 4, "m")?;
-        let one = gradient_factors(&random(0, &[1, 3, 2])?, Runs::full(3), Runs::full(2), 4, "m")?;
+        let none = gradient_factors(&zero, Runs::full(3), Runs::full(2), 4.0, "m")?;
+        let one = gradient_factors(&random(0, &[1, 3, 2])?, Runs::full(3), Runs::full(2), 4.0, "m")?;
         for (first, second) in [(&none, &none), (&none, &one), (&one, &none)] {
             let (a, g) = average_product(Some((&first.0, &first.1)), (&second.0, &second.1), 0.5)?;
             assert!(values(&a)?.iter().chain(&values(&g)?).all(|v| v.is_finite()));

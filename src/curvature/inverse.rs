@@ -1,6 +1,7 @@
 //! Damped inverses of Kronecker products, in the form in which they multiply a gradient.
 
 use super::damping::DampingKind;
+use super::rounding::{above_rounding, below_rounding, widened};
 use super::runs::{
     Damped, curved, cut, fitted, from_left, from_right, is_diagonal, pi_damped, rotated, sandwich,
 };
@@ -14,7 +15,7 @@ use crate::linalg::newton::{NewtonJob, newton_all};
 use crate::linalg::next;
 use crate::linalg::sketch::is_sketch;
 use crate::ops::dense::{mix, product};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 /// How the damped factors are inverted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -146,9 +147,19 @@ pub(crate) fn damped_inverses(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
 }
 
 fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
+    let fine = match below_rounding(tasks) {
+        Ok(fine) => fine,
+        Err(error) => return tasks.iter().map(|task| bail!("{}: {error}", task.name)).collect(),
+    };
     let damped: Vec<Result<(Damped, Damped)>> = tasks
         .iter()
-        .map(|task| match task.recipe.kind {
+        .zip(&fine)
+        .map(|(task, fine)| match task.recipe.kind {
+            DampingKind::Eigenvalue if *fine => {
+                let wide =
+                    |m: &Tensor| Ok::<_, candle_core::Error>(Damped::plain(&widened(m, task.shape[0])?));
+                Ok((wide(&task.a)?, wide(&task.g)?))
+            }
             DampingKind::Eigenvalue => Ok((Damped::plain(&task.a), Damped::plain(&task.g))),
             DampingKind::Pi => pi_damped(&task.a, &task.g, task.shape, task.recipe.damping, &task.name),
         })
@@ -178,7 +189,7 @@ fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
     let mut inverses = inverse_spd_all(&named(Inverse::Cholesky)).into_iter();
     let mut newton = newton_all(&starts).into_iter().map(|found| Ok(found?.inverse));
     let mut low = low_rank_all(&sketches).into_iter();
-    let found = tasks.iter().zip(&damped).map(|(task, pair)| {
+    let found = tasks.iter().zip(&damped).zip(&fine).map(|((task, pair), &fine)| {
         let (a, g) = match pair {
             Ok((a, g)) => (a, g),
             Err(error) => bail!("{error}"),
@@ -194,12 +205,18 @@ fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
                     let found: LowRank = next(&mut low)?;
                     return Ok((found.spectrum()?, found.vectors));
                 }
-                let Eigh { values, vectors } = eigen(m)?;
+                let found = eigen(m)?;
+                let known = fine && !diagonal(task, m);
+                let Eigh { values, vectors } = if known { above_rounding(found, m)? } else { found };
                 Ok((joined(&values, task.shape)?, vectors))
             };
             let (found_a, found_g) = (spectrum(&a.m), spectrum(&g.m));
             let ((da, basis_a), (dg, basis_g)) = (found_a?, found_g?);
-            let scale = inverse_spectrum((&da, &dg), floor, 1.0, damping)?;
+            let dtype = if fine { DType::F64 } else { da.dtype() };
+            let (da, dg) = (da.to_dtype(dtype)?, dg.to_dtype(dtype)?);
+            let narrow = |t: Tensor| t.to_dtype(task.a.dtype());
+            let scale = narrow(inverse_spectrum((&da, &dg), floor, 1.0, damping)?)?;
+            let (basis_a, basis_g) = (narrow(basis_a)?, narrow(basis_g)?);
             return Ok(match is_sketch(&a.m) || is_sketch(&g.m) {
                 true => Preconditioner::Split { basis_a, basis_g, scale, root_a: None, root_g: None },
                 false => Preconditioner::Basis { basis_a, basis_g, scale },
@@ -251,8 +268,6 @@ pub(crate) fn factor_product(a: &Tensor, g: &Tensor, x: &Tensor, name: &str) -> 
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
-
     use super::*;
     use crate::gpu::emulate::emulate;
     use crate::linalg::testing::{max_abs, random_symmetric, spd};

@@ -10,13 +10,24 @@
 //! An embedding's input is a row of its table as a vector of zeros and a 1, so that `A` is diagonal: how often each row is picked, a
 //! mean over loss terms. Its positions are always examples.
 //!
+//! Where terms have weights `w_n` that are divided by a total `W`, sums are `sum_n w_n ..` in place of `1/N sum_n ..` and divided by
+//! `sum_n w_n` for `A` and by `W` for `G`; see [`Terms`](crate::tape::Terms) for the weights of positions.
+//!
 //! The layer's Fisher is about `A (x) G`. Sources: Martens & Grosse 2015; for convolutions Grosse & Martens 2016; expand and
 //! reduce after Eschenhagen et al. 2023. The uses of a layer that a forward pass uses several times count as positions.
 
+mod mean;
+mod weighted;
+
+pub(crate) use weighted::Pass;
+
 use super::Runs;
 use crate::ops::moments::{Average, Moments};
-use crate::tape::{Inputs, Kind, Layer, Record, Reduce};
+use crate::tape::{Inputs, Layer, Record, Reduce};
 use candle_core::{DType, Result, Tensor, bail};
+use mean::{Last, Mean};
+use std::borrow::Cow;
+use weighted::{Counted, InputMean, RowWeights, Side};
 
 /// How the positions that share a weight (of a convolution, of a sequence) enter the factors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -38,6 +49,8 @@ pub(crate) struct Want {
     pub bias: Option<Runs>,
     /// Keep the records: the EKFAC correction reads them once the eigenbasis is known.
     pub keep: bool,
+    /// Whether a pass may do without the layer, which then has no factors.
+    pub optional: bool,
 }
 
 /// The factors of a weight.
@@ -64,63 +77,6 @@ pub(crate) struct LayerFactors {
     pub kept: Vec<(Tensor, Tensor)>,
 }
 
-/// A factor of what has come so far: `decay last + (1 - decay) sum / count`, without the first term if there is no last average.
-struct Mean {
-    value: Tensor,
-    /// Loss terms, or rows.
-    count: f64,
-}
-
-/// What a mean has of the last average, of which it is to be the next: a share of `decay`.
-#[derive(Clone, Copy)]
-struct Last<'a> {
-    average: Option<&'a Tensor>,
-    decay: f64,
-}
-
-impl<'a> Last<'a> {
-    /// Of one of a layer's factors, if there are any yet.
-    fn new(layer: Option<&'a LayerFactors>, decay: f64, of: fn(&LayerFactors) -> Option<&Tensor>) -> Self {
-        let average = layer.and_then(of);
-        Self { average, decay: if average.is_some() { decay } else { 0.0 } }
-    }
-
-    /// What makes of a mean of which `before` of the rows have come, and of a moment, the mean of all.
-    fn average(&self, mean: Option<&'a Tensor>, before: f64, weight: f64) -> Average<'a> {
-        let keep = self.decay * (1.0 - before);
-        Average {
-            bar: mean.map(|mean| (mean, before)),
-            last: self.average.filter(|_| keep > 0.0).map(|last| (last, keep)),
-            weight: (1.0 - self.decay) * weight,
-        }
-    }
-
-    /// Adds to a mean the second moment that `moment` computes, times `weight`; then it is one of `count` rows.
-    fn add(
-        &self,
-        mean: &'a mut Option<Mean>,
-        count: f64,
-        weight: f64,
-        moment: impl FnOnce(Average) -> Result<Tensor>,
-    ) -> Result<()> {
-        let count = count.max(1.0);
-        let before = mean.as_ref().map_or(0.0, |mean| mean.count / count);
-        let value = moment(self.average(mean.as_ref().map(|mean| &mean.value), before, weight / count))?;
-        *mean = Some(Mean { value, count });
-        Ok(())
-    }
-
-    /// A mean of `count` rows, of which the last ones may have brought nothing.
-    fn finished(&self, mean: Option<Mean>, count: f64) -> Result<Option<Tensor>> {
-        let Some(Mean { value, count: counted }) = mean else { return Ok(None) };
-        if counted == count {
-            return Ok(Some(value));
-        }
-        let before = counted / count;
-        Average { weight: before, ..self.average(None, before, 0.0) }.add(value).map(Some)
-    }
-}
-
 /// The means of a layer, and what the current pass has gathered of it.
 #[derive(Default)]
 struct Sums {
@@ -129,8 +85,11 @@ struct Sums {
     g_bias: Option<Mean>,
     kept: Vec<(Tensor, Tensor)>,
     groups: usize,
-    /// Rows that `a` counted; `g` counts the same ones in every pass.
-    rows: usize,
+    /// The weights of the rows that `a` counted; `g` counts the same ones in every pass.
+    rows: f64,
+    /// The weights of the terms of batches that the layer took part in, and those of the current pass's examples.
+    terms: f64,
+    examples: Option<Counted>,
     input_sum: Option<Tensor>,
     grad_sum: Option<Tensor>,
     /// Positions of every example, and those of single examples where some are left out.
@@ -150,9 +109,28 @@ pub(crate) struct FactorSums {
     /// The averages that the factors join, and how much of these stays.
     last: Vec<LayerFactors>,
     decay: f64,
-    terms: usize,
-    scale: f64,
-    with_inputs: bool,
+    counts: Counts,
+    pass: Option<Pass>,
+}
+
+/// What the sums over loss terms are divided by.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Counts {
+    /// Terms, those of weight 0 included.
+    pub terms: usize,
+    /// The total that the loss is divided by.
+    pub total: f64,
+    /// The sum of all weights.
+    pub weights: f64,
+    /// The sum of their squares.
+    pub squares: f64,
+}
+
+impl Counts {
+    /// The number of terms of equal weight whose mean varies as the weighted one does.
+    pub fn effective(&self) -> f64 {
+        if self.squares > 0.0 { self.total * self.weights / self.squares } else { self.total }
+    }
 }
 
 impl FactorSums {
@@ -160,7 +138,7 @@ impl FactorSums {
     pub fn new(wants: Vec<Option<Want>>, sharing: Sharing) -> Self {
         let sums = wants.iter().map(|_| Sums::default()).collect();
         let (moments, last) = (Moments::default(), vec![]);
-        Self { wants, sharing, sums, moments, last, decay: 0.0, terms: 0, scale: 1.0, with_inputs: true }
+        Self { wants, sharing, sums, moments, last, decay: 0.0, counts: Counts::default(), pass: None }
     }
 
     /// Makes the factors the next exponential averages: `decay last + (1 - decay) F` in place of `F`, where there is a last one.
@@ -173,29 +151,37 @@ impl FactorSums {
         !self.last.is_empty()
     }
 
-    /// Loss terms so far, which is the number of the next micro-batch's first row.
-    pub fn terms(&self) -> usize {
-        self.terms
+    /// What has been counted so far; the number of terms is that of the next micro-batch's first row.
+    pub fn counts(&self) -> Counts {
+        self.counts
     }
 
-    /// Announces a pass over `terms` loss terms whose records' gradients are to be multiplied by `scale`. Of several
-    /// passes over one batch only the first is `fresh`: it brings the inputs and counts the terms.
-    pub fn begin(&mut self, terms: usize, scale: f64, fresh: bool) {
-        self.scale = scale;
-        self.with_inputs = fresh;
-        if fresh {
-            self.terms += terms;
+    /// Announces a pass.
+    pub fn begin(&mut self, pass: Pass) {
+        if pass.fresh {
+            self.counts.terms += pass.weights.terms;
+            self.counts.total += pass.share;
+            self.counts.weights += pass.weights.sum();
+            self.counts.squares += pass.weights.squares();
         }
+        self.pass = Some(pass);
     }
 
     /// The gradients of the pass are those of a loss times `factor`.
     pub fn divide(&mut self, factor: f64) {
-        self.scale /= factor;
+        if let Some(pass) = &mut self.pass {
+            pass.scale /= factor;
+        }
+    }
+
+    /// What sums over rows of the weight 1 are divided by, where those over terms are by their total.
+    fn rows(counts: &Counts, rows: f64) -> f64 {
+        if counts.weights > 0.0 { rows * (counts.total / counts.weights) } else { rows }
     }
 
     /// Closes the pass: sums over positions are complete only now, and what a GPU is to compute of it is queued.
     pub fn end(&mut self) -> Result<()> {
-        let terms = self.terms as f64;
+        let total = self.counts.total;
         for (index, (sums, want)) in self.sums.iter_mut().zip(&self.wants).enumerate() {
             let Some(want) = want else { continue };
             let last = self.last.get(index);
@@ -204,7 +190,7 @@ impl FactorSums {
             if let Some(grads) = &grads {
                 if let Some(runs) = want.bias {
                     let last = Last::new(last, self.decay, |last| last.g_bias.as_ref());
-                    last.add(&mut sums.g_bias, terms, 1.0, |average| {
+                    last.add(&mut sums.g_bias, total, 1.0, |average| {
                         runs.moment(moments, average, grads, 1, false, "factor_g")
                     })?;
                 }
@@ -212,7 +198,7 @@ impl FactorSums {
                     && self.sharing == Sharing::Reduce
                 {
                     let last = Last::new(last, self.decay, |last| last.g.as_ref());
-                    last.add(&mut sums.g, terms, 1.0, |average| {
+                    last.add(&mut sums.g, total, 1.0, |average| {
                         weight.g.moment(moments, average, grads, sums.groups, false, "factor_g")
                     })?;
                 }
@@ -226,9 +212,16 @@ impl FactorSums {
                     }
                 };
                 let last = Last::new(last, self.decay, |last| last.a.as_ref());
-                last.add(&mut sums.a, terms, 1.0, |average| {
-                    weight.a.moment(moments, average, &mean, sums.groups, weight.folded, "factor_a")
-                })?;
+                let mut into = InputMean { mean: &mut sums.a, last, count: sums.terms };
+                let side = Side { groups: sums.groups, want: weight, name: "factor_a" };
+                let (dtype, inputs) = (mean.dtype(), Inputs::Rows(mean));
+                match sums.examples.take() {
+                    Some(counted) => into.add_counted(moments, &inputs, side, &counted, dtype)?,
+                    None => {
+                        let factor = self.pass.as_ref().map_or(1.0, |pass| pass.weights.factor());
+                        into.add(factor, |average| input_moment(moments, average, &inputs, side, dtype))?
+                    }
+                }
             }
             sums.positions = 0;
             if !sums.inputs.is_empty() {
@@ -243,12 +236,13 @@ impl FactorSums {
 }
 
 impl FactorSums {
-    /// The factors, means over terms and rows, or their averages. An error names the first layer that made no record.
+    /// The factors, means over terms and rows, or their averages. An error names the first layer that made no record and had to.
     pub fn finish(self, layers: &[std::sync::Arc<Layer>]) -> Result<Vec<LayerFactors>> {
-        let terms = self.terms.max(1) as f64;
+        let counts = self.counts;
         let mut finished = Vec::with_capacity(self.sums.len());
         for (index, ((sums, want), layer)) in self.sums.into_iter().zip(&self.wants).zip(layers).enumerate() {
             if let Some(want) = want
+                && !want.optional
                 && ((want.weight.is_some() && (sums.a.is_none() || sums.g.is_none()))
                     || (want.bias.is_some() && sums.g_bias.is_none()))
             {
@@ -260,11 +254,15 @@ impl FactorSums {
             }
             let last = self.last.get(index);
             let of = |factor: fn(&LayerFactors) -> Option<&Tensor>| Last::new(last, self.decay, factor);
-            let rows = if sums.rows > 0 { sums.rows as f64 } else { terms };
+            let by_rows = self.sharing == Sharing::Expand || !layer.kind.is_linear();
+            let (inputs, grads) = match by_rows {
+                true => (counts.weights, Self::rows(&counts, sums.rows)),
+                false => (sums.terms, counts.total),
+            };
             finished.push(LayerFactors {
-                a: of(|last| last.a.as_ref()).finished(sums.a, terms)?,
-                g: of(|last| last.g.as_ref()).finished(sums.g, rows)?,
-                g_bias: of(|last| last.g_bias.as_ref()).finished(sums.g_bias, terms)?,
+                a: of(|last| last.a.as_ref()).finished(sums.a, inputs)?,
+                g: of(|last| last.g.as_ref()).finished(sums.g, grads)?,
+                g_bias: of(|last| last.g_bias.as_ref()).finished(sums.g_bias, counts.total)?,
                 kept: sums.kept,
             });
         }
@@ -275,11 +273,25 @@ impl FactorSums {
 impl Reduce for FactorSums {
     fn record(&mut self, layer: &Layer, record: &Record) -> Result<()> {
         let Some(want) = self.wants.get(layer.index).copied().flatten() else { return Ok(()) };
-        let (with_inputs, scale) = (self.with_inputs, self.scale);
+        let Some(pass) = &self.pass else {
+            bail!("curvature: layer {} made a record outside a pass", layer.name)
+        };
+        let weights = RowWeights::new(pass, record)?;
+        let (with_inputs, mut scale) = (pass.fresh, pass.scale);
+        let mut record = Cow::Borrowed(record);
+        if pass.of_loss {
+            let (by_rows, by_all) = weights.of_loss(&record)?;
+            scale *= by_all;
+            if let Some(by_rows) = by_rows {
+                let grads = wide(&record.grads)?.broadcast_mul(&by_rows)?;
+                record.to_mut().grads = grads;
+            }
+        }
         let sums = &mut self.sums[layer.index];
         sums.groups = layer.groups;
-        let record = &*record.of_live_examples()?;
-        let reduce = self.sharing == Sharing::Reduce && layer.kind == Kind::Matrix;
+        let (dtype, seen) = (wide_dtype(record.grads.dtype()), &*record);
+        let record = &*seen.of_live_examples()?;
+        let reduce = self.sharing == Sharing::Reduce && layer.kind.is_linear();
         if let Some(weight) = want.weight
             && !reduce
         {
@@ -287,13 +299,18 @@ impl Reduce for FactorSums {
             let (moments, last) = (&mut self.moments, self.last.get(layer.index));
             if with_inputs {
                 let last = Last::new(last, self.decay, |last| last.a.as_ref());
-                last.add(&mut sums.a, self.terms as f64, 1.0, |average| {
-                    input_moment(moments, average, layer, &rows, weight)
-                })?;
-                sums.rows += rows.grads.dim(0)? * rows.grads.dim(1)?;
+                let mut into = InputMean { mean: &mut sums.a, last, count: self.counts.weights };
+                let side = Side { groups: layer.groups, want: weight, name: &layer.name };
+                match weights.counted() {
+                    Some(counted) => into.add_counted(moments, &seen.inputs, side, &counted, dtype)?,
+                    None => into.add(weights.factor(), |average| {
+                        input_moment(moments, average, &rows.inputs, side, dtype)
+                    })?,
+                }
+                sums.rows += weights.sum(rows.grads.dim(0)? * rows.grads.dim(1)?);
             }
             let last = Last::new(last, self.decay, |last| last.g.as_ref());
-            last.add(&mut sums.g, sums.rows as f64, scale * scale, |average| {
+            last.add(&mut sums.g, Self::rows(&self.counts, sums.rows), scale * scale, |average| {
                 weight.g.moment(moments, average, &rows.grads, layer.groups, false, &layer.name)
             })?;
         }
@@ -302,6 +319,10 @@ impl Reduce for FactorSums {
             add_uses(&mut sums.grad_sum, &(wide(&record.live_grads()?.sum_keepdim(1)?)? * scale)?, layer)?;
         }
         if weight && reduce && with_inputs {
+            if sums.input_sum.is_none() {
+                sums.terms += pass.weights.sum();
+                sums.examples = weights.examples();
+            }
             let (inputs, counts) = record.input_sums()?;
             add_uses(&mut sums.input_sum, &wide(&inputs)?, layer)?;
             match counts {
@@ -317,24 +338,24 @@ impl Reduce for FactorSums {
     }
 }
 
-/// The average with the second moment of a layer's inputs.
+/// The average with the second moment of a layer's inputs; `dtype` is the factor's.
 fn input_moment(
     moments: &mut Moments,
     average: Average,
-    layer: &Layer,
-    record: &Record,
-    want: WantWeight,
+    inputs: &Inputs,
+    Side { groups, want, name }: Side<'_>,
+    dtype: DType,
 ) -> Result<Tensor> {
-    match &record.inputs {
+    match inputs {
         // Of a table, the rows are the inputs, and what is wanted of them is diagonal.
         Inputs::Picked(numbers) => {
             let picked = numbers.flatten_all()?;
-            let ones = Tensor::ones(picked.dim(0)?, wide_dtype(record.grads.dtype()), picked.device())?;
+            let ones = Tensor::ones(picked.dim(0)?, dtype, picked.device())?;
             let none = Tensor::zeros(want.a.dim, ones.dtype(), picked.device())?;
             average.add(none.index_add(&picked, &ones, 0)?.reshape(&want.a.dims(1))?)
         }
-        inputs if want.a.is_full() => inputs.moment(moments, average, layer.groups, want.folded, &layer.name),
-        inputs => want.a.moment(moments, average, &inputs.rows()?, layer.groups, want.folded, &layer.name),
+        inputs if want.a.is_full() => inputs.moment(moments, average, groups, want.folded, name),
+        inputs => want.a.moment(moments, average, &inputs.rows()?, groups, want.folded, name),
     }
 }
 

@@ -10,7 +10,7 @@ use super::hyper::Hyper;
 use super::kron::KronSums;
 use super::log_det::{Complexity, LogDet};
 use super::partition::Parts;
-use super::pass::{Checked, Pass};
+use super::pass::{Checked, Columns, Pass, each_pass};
 use super::problem::Problem;
 use super::rotated::MarginalSums;
 use super::rows::{CHUNK, Rows};
@@ -261,7 +261,7 @@ impl<'a> Reader<'a, '_> {
 
     /// Runs `visit` on the rows of all examples, a few examples at a time.
     fn each(&mut self, mut visit: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
-        each(self.problem, self.part, self.memory, |pass, rows| {
+        each_pass(self.problem, self.part, Columns::Curvature, self.memory, |pass, rows| {
             self.data.add(&pass.fit()?, self.weight);
             visit(rows)
         })
@@ -269,7 +269,7 @@ impl<'a> Reader<'a, '_> {
 
     /// [`Reader::each`] of examples whose fit to the labels has been counted.
     fn again(&self, mut visit: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
-        each(self.problem, self.part, self.memory, |_, rows| visit(rows))
+        each_pass(self.problem, self.part, Columns::Curvature, self.memory, |_, rows| visit(rows))
     }
 
     /// The kernels of the part, each with its weight; `draw(n)` is a uniform number.
@@ -359,21 +359,6 @@ impl<'a> Reader<'a, '_> {
         }
         Ok(())
     }
-}
-
-/// Runs `visit` on passes over examples and the rows of the curvature, a few examples at a time.
-pub(crate) fn each(
-    problem: &Problem<'_>,
-    examples: &Examples,
-    memory: usize,
-    mut visit: impl FnMut(&Pass<'_>, &Rows) -> Result<()>,
-) -> Result<()> {
-    for some in examples.passes() {
-        let some = some?;
-        let pass = problem.pass(&some)?;
-        visit(&pass, &pass.gather(pass.columns(Root::Reduced)?, memory)?)?;
-    }
-    Ok(())
 }
 
 /// Refuses the matrix of so many parameters if it would not fit.

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 /// Examples of one pass where their rows are summed and not kept.
-const PASS: usize = 256;
+pub(super) const PASS: usize = 256;
 
 /// Examples in two tensors whose first dimensions are the examples.
 ///

@@ -52,7 +52,7 @@ impl Reduce for Gather {
             self.bytes += inputs + element * (record.grads.elem_count() * self.passes) as u128;
         }
         if self.bytes > self.memory as u128 {
-            // Counted on, and refused at the end of the pass.
+            // Counted on, and given up at the end of the pass.
             return Ok(());
         }
         let Some(uses) = self.uses.get_mut(layer.index) else { return Ok(()) };
@@ -76,15 +76,6 @@ impl Reduce for Gather {
 
 impl Gather {
     fn end_pass(&mut self) -> Result<()> {
-        if self.bytes > self.memory as u128 {
-            bail!(
-                "evidence: the inputs of layers and the gradients of their outputs for {} columns would take {} bytes, and {} are \
-                 allowed: take smaller batches, an estimator that sums (Kron, Diagonal), or more memory",
-                self.passes,
-                self.bytes,
-                self.memory
-            )
-        }
         for uses in &mut self.uses {
             if !uses.grads.is_empty() {
                 uses.passes.push(joined(&std::mem::take(&mut uses.grads))?);
@@ -156,20 +147,27 @@ impl Uses {
     }
 }
 
+/// What came of gathering.
+pub(crate) enum Gathered {
+    Rows(Rows),
+    /// They would take so many bytes.
+    TooLarge(u128),
+}
+
 impl Rows {
     /// The rows `<cotangent, J>`, one an example and cotangent, in the shape of `outputs` `[examples, ..]`, of the layers whose weight or
-    /// bias `number` knows as one of the problem's tensors.
+    /// bias `number` knows as one of the problem's tensors. Whether they would take more than `memory` bytes is known after the first
+    /// cotangent's pass, before any is kept.
     ///
     /// # Errors
-    /// When one of these layers took no part, or mixes examples: the batch of its record is another. When the records would take more than
-    /// `memory` bytes, as is known after the first pass.
+    /// When one of these layers took no part, or mixes examples: the batch of its record is another.
     pub fn gather(
         tape: &Tape,
         outputs: &Tensor,
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
         number: impl Fn(&Tensor) -> Option<usize>,
         memory: usize,
-    ) -> Result<Self> {
+    ) -> Result<Gathered> {
         let examples = outputs.dims().first().copied().unwrap_or(1);
         let (tapped, others) = (tape.layers(), tape.other_biases());
         let uses = tapped.iter().map(|_| Uses::default()).collect();
@@ -185,7 +183,11 @@ impl Rows {
         let gather = Arc::new(Mutex::new(gather));
         for cotangent in cotangents {
             tape.reduce_into(outputs, &cotangent?, gather.clone())?;
-            gather.lock().unwrap_or_else(PoisonError::into_inner).end_pass()?;
+            let mut gather = gather.lock().unwrap_or_else(PoisonError::into_inner);
+            if gather.bytes > memory as u128 {
+                return Ok(Gathered::TooLarge(gather.bytes));
+            }
+            gather.end_pass()?;
         }
         let mut gathered = gather.lock().unwrap_or_else(PoisonError::into_inner);
         let mut layers = Vec::new();
@@ -209,6 +211,6 @@ impl Rows {
                 layers.push(of_layer);
             }
         }
-        Ok(Self { layers, examples, each: passes, weights: None })
+        Ok(Gathered::Rows(Self { layers, examples, each: passes, weights: None }))
     }
 }

@@ -60,20 +60,20 @@ impl Factors {
         };
         let weight = match (layer.weight, of.kind) {
             (None, _) => None,
-            (Some(tensor), Kind::Matrix) => {
+            (Some(tensor), Kind::Linear) => {
                 Some((tensor, WeightSums::Matrix { a: moment(&inputs()?, of.groups)?, q: grads(of.groups)? }))
             }
-            (Some(tensor), Kind::Gain) => Some((tensor, WeightSums::Gain(weight_squares(layer)?))),
-            (Some(tensor), Kind::Table) => {
+            (Some(tensor), Kind::Norm) => Some((tensor, WeightSums::Gain(weight_squares(layer)?))),
+            (Some(tensor), Kind::Embedding) => {
                 Some((tensor, WeightSums::Table { counts: layer.picks(weights)?, q: grads(1)? }))
             }
         };
         let bias = match (layer.bias, of.kind, &weight) {
             (None, ..) => None,
-            (Some(tensor), Kind::Matrix, Some((_, WeightSums::Matrix { q, .. }))) if of.groups == 1 => {
+            (Some(tensor), Kind::Linear, Some((_, WeightSums::Matrix { q, .. }))) if of.groups == 1 => {
                 Some((tensor, BiasSums::Matrix(q.clone())))
             }
-            (Some(tensor), Kind::Matrix, _) => Some((tensor, BiasSums::Matrix(grads(1)?))),
+            (Some(tensor), Kind::Linear, _) => Some((tensor, BiasSums::Matrix(grads(1)?))),
             (Some(tensor), ..) => {
                 Some((tensor, BiasSums::Diagonal(layer.of_bias()?.to_dtype(DType::F64)?.sqr()?.sum(0)?)))
             }

@@ -14,7 +14,7 @@ use super::predictive::{Predictive, probit_of, sum_of_draws};
 use super::problem::Problem;
 use crate::ops::dense::product;
 use crate::ops::rng::normal;
-use crate::tape::{Kind, Likelihood};
+use crate::tape::Likelihood;
 use candle_core::{DType, Result, Tensor, bail};
 
 /// Draws whose outputs are made at a time.
@@ -67,8 +67,7 @@ impl Pass<'_> {
         };
         let one = parameters.iter().all(|p| p.of_layer == parameters[0].of_layer);
         let layer = problem.tape.layers().into_iter().find(|layer| parameters[0].of_layer == layer.index);
-        let linear =
-            |layer: &crate::tape::Layer| layer.kind == Kind::Matrix && layer.out_features() == classes;
+        let linear = |layer: &crate::tape::Layer| layer.kind.is_linear() && layer.out_features() == classes;
         if !one || !layer.is_some_and(|layer| linear(&layer)) {
             return Ok(None);
         }

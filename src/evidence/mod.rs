@@ -12,6 +12,9 @@
 //! estimate has two halves: [`Estimator::fit`] reads the parameters and the examples, [`Fit::evidence`] is then a function of
 //! the hyperparameters [`Hyper`] with analytic derivatives by all of them.
 //!
+//! What counts can be chosen: of the parameters by [`Problem::of_part`] (a last layer, adapters), of the labels and positions by
+//! [`Examples::weighted`], [`Examples::ignoring`] and masks. A model must not mix examples.
+//!
 //! Sources: Immer et al., "Stochastic Marginal Likelihood Gradients using Neural Tangent Kernels" (ICML 2023, arXiv 2306.03968); MacKay,
 //! "A Practical Bayesian Framework for Backpropagation Networks" (1992). Parameters are held fixed at what they are; no gradient
 //! goes through them.

@@ -1,7 +1,8 @@
 //! A forward pass over some examples, and the backward passes that follow it.
 
 use super::data_fit::{DataFit, Targets};
-use super::examples::Examples;
+use super::examples::{Examples, PASS};
+use super::gather::Gathered;
 use super::log_det::sum_of;
 use super::problem::Problem;
 use super::rows::Rows;
@@ -79,6 +80,60 @@ impl Problem<'_> {
 /// Examples of the pass that is looked at first.
 const FIRST: usize = 256;
 
+/// The cotangents that a pass's rows are asked for with.
+pub(crate) enum Columns {
+    /// Those of the curvature.
+    Curvature,
+    /// One an output `[n, classes]`, of the outputs themselves.
+    Outputs,
+}
+
+/// Runs `visit` on passes over examples and their rows, so few examples at a time that the rows take no more than `memory` bytes.
+///
+/// # Errors
+/// When those of one example do, or as the model and `visit`.
+pub(crate) fn each_pass(
+    problem: &Problem<'_>,
+    examples: &Examples,
+    columns: Columns,
+    memory: usize,
+    mut visit: impl FnMut(&Pass<'_>, &Rows) -> Result<()>,
+) -> Result<()> {
+    let (mut start, mut size) = (0, PASS);
+    while start < examples.len() {
+        let some = examples.narrow(start, size.min(examples.len() - start))?;
+        let pass = problem.pass(&some)?;
+        let within = |memory| match columns {
+            Columns::Curvature => pass.gather_within(pass.columns(Root::Reduced)?, memory),
+            Columns::Outputs => {
+                if pass.outputs.rank() != 2 {
+                    bail!(
+                        "posterior: predictions are of outputs [n, classes], got {:?}: take a model that picks or averages the positions",
+                        pass.outputs.dims()
+                    )
+                }
+                pass.gather_within(Likelihood::Gaussian.cotangents(&pass.outputs, Root::PerOutput)?, memory)
+            }
+        };
+        match within(memory)? {
+            Gathered::Rows(rows) => {
+                visit(&pass, &rows)?;
+                start += some.len();
+            }
+            Gathered::TooLarge(bytes) if some.len() > 1 => {
+                let fit = memory as u128 * some.len() as u128 / bytes.max(1);
+                size = usize::try_from(fit).unwrap_or(usize::MAX).clamp(1, some.len() - 1);
+            }
+            Gathered::TooLarge(bytes) => bail!(
+                "evidence: the inputs of layers and the gradients of their outputs for one example, of {:?} outputs, would take {bytes} \
+                 bytes, and {memory} are allowed",
+                pass.outputs.dims()
+            ),
+        }
+    }
+    Ok(())
+}
+
 /// Numbers a term `[n, ..]` for outputs `[n, .., classes]`, as `[n, .., 1]`.
 fn per_term<T: candle_core::WithDType>(values: Vec<T>, outputs: &Tensor) -> Result<Tensor> {
     let mut dims = outputs.dims().to_vec();
@@ -122,18 +177,35 @@ impl Pass<'_> {
         }))
     }
 
-    /// The rows of all parameters for some cotangents, of which there are no more than `columns`; refused where they would take more than
-    /// `memory` bytes.
+    /// The rows of all parameters for some cotangents; refused where they would take more than `memory` bytes.
     pub fn gather(
         &self,
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
         memory: usize,
     ) -> Result<Rows> {
+        match self.gather_within(cotangents, memory)? {
+            Gathered::Rows(rows) => Ok(rows),
+            Gathered::TooLarge(bytes) => bail!(
+                "evidence: the inputs of layers and the gradients of their outputs for {} examples would take {bytes} bytes, and {memory} \
+                 are allowed: take smaller batches, an estimator that sums (Kron, Rotated, Diagonal), or more memory",
+                self.examples.len()
+            ),
+        }
+    }
+
+    fn gather_within(
+        &self,
+        cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
+        memory: usize,
+    ) -> Result<Gathered> {
         let Self { problem, examples, outputs, .. } = self;
         let before = problem.tape.replace_mask(examples.mask().cloned());
-        let rows = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), memory);
+        let found = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), memory);
         problem.tape.replace_mask(before);
-        Ok(Rows { weights: self.example_weights()?, ..rows? })
+        Ok(match found? {
+            Gathered::Rows(rows) => Gathered::Rows(Rows { weights: self.example_weights()?, ..rows }),
+            too_large => too_large,
+        })
     }
 
     /// The mean weight of each example's terms, of those that no mask leaves out, `[examples, 1, 1]` in f64, where not all count once.

@@ -7,18 +7,18 @@
 use super::dense::Dense;
 use super::diagonal::Diagonal;
 use super::eigenbasis::{Eigenbases, Eigenbasis};
-use super::estimator::{check_dense, each};
+use super::estimator::check_dense;
 use super::examples::Examples;
 use super::hyper::Hyper;
 use super::kron::KronSums;
 use super::log_det::{Complexity, Precision, precision_of};
-use super::pass::Checked;
+use super::pass::{Checked, Columns, each_pass};
 use super::predictive::Predictive;
 use super::problem::Problem;
 use super::rotated::MarginalSums;
 use super::rows::{CHUNK, LayerRows, Rows};
 use crate::ops::dense::product;
-use crate::tape::{Likelihood, Root};
+use crate::tape::Likelihood;
 use candle_core::{DType, Result, Tensor, bail};
 
 /// What stands for the curvature of a posterior.
@@ -55,6 +55,8 @@ pub struct Posterior {
     pub(super) noise: f64,
     /// Of the parameters that it is of.
     pub(super) names: Vec<String>,
+    /// What the rows of a prediction may take.
+    pub(super) memory: usize,
 }
 
 impl Covariance {
@@ -70,7 +72,7 @@ impl Covariance {
 
 impl Posterior {
     /// Fits the posterior to `examples` at the present parameters and hyperparameters. `memory`: the most bytes that the full matrix and
-    /// its inverse may take.
+    /// its inverse, or the rows of a pass over examples or inputs, may take; passes are smaller where 256 examples would take more.
     ///
     /// # Errors
     /// As the estimators: outputs that are not finite, a full matrix that is too large, a diagonal prior with Kronecker factors.
@@ -86,7 +88,7 @@ impl Posterior {
         let s = hyper.scale()?;
         let Checked { examples, .. } = problem.checked(examples)?;
         let each = |visit: &mut dyn FnMut(&Rows) -> Result<()>| {
-            each(problem, &examples, memory, |_, rows| visit(rows))
+            each_pass(problem, &examples, Columns::Curvature, memory, |_, rows| visit(rows))
         };
         let covariance = match structure {
             HessianStructure::Full => {
@@ -125,7 +127,7 @@ impl Posterior {
             }
         };
         let names = problem.parameters().iter().map(|p| p.name.clone()).collect();
-        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names })
+        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory })
     }
 
     /// Refuses another problem, and no inputs.
@@ -160,23 +162,15 @@ impl Posterior {
         self.check_inputs(problem, x)?;
         let (mut means, mut covariances) = (Vec::new(), Vec::new());
         let inputs = Examples::new(x.clone(), x.clone())?.masked_by(&problem.tape)?;
-        for some in inputs.passes() {
-            let some = some?;
-            let pass = problem.pass(&some)?;
+        each_pass(problem, &inputs, Columns::Outputs, self.memory, |pass, rows| {
             if means.is_empty() {
                 pass.refuse_mixing()?;
             }
-            let Ok((_, classes)) = pass.outputs.dims2() else {
-                bail!(
-                    "posterior: predictions are of outputs [n, classes], got {:?}: take a model that picks or averages the positions",
-                    pass.outputs.dims()
-                )
-            };
-            let columns = Likelihood::Gaussian.cotangents(&pass.outputs, Root::PerOutput)?;
-            let rows = pass.gather(columns, usize::MAX)?;
+            let (_, classes) = pass.outputs.dims2()?;
             covariances.push(self.covariance_of(&rows.to_f64()?)?.reshape(((), classes, classes))?);
             means.push(pass.outputs.detach());
-        }
+            Ok(())
+        })?;
         Ok(Predictive {
             mean: Tensor::cat(&means, 0)?.to_dtype(DType::F64)?,
             covariance: Tensor::cat(&covariances, 0)?.to_dtype(DType::F64)?,

@@ -46,8 +46,8 @@ impl Marginals {
     fn of_weight(layer: &LayerRows) -> Result<Self> {
         let of = &layer.layer;
         match of.kind {
-            Kind::Gain => Ok(Marginals::None),
-            Kind::Table => {
+            Kind::Norm => Ok(Marginals::None),
+            Kind::Embedding => {
                 // Rows that are not picked are zero.
                 let layer = layer.compact()?;
                 let (columns, mut sum) = (layer.columns(), None);
@@ -57,7 +57,7 @@ impl Marginals {
                 }
                 Ok(sum.map_or(Marginals::None, Marginals::Features))
             }
-            Kind::Matrix if layer.is_product()? => {
+            Kind::Linear if layer.is_product()? => {
                 let (inputs, grads) = layer.factors();
                 let (inputs, grads) =
                     (inputs.squeeze(1)?.to_dtype(DType::F64)?, grads.squeeze(2)?.to_dtype(DType::F64)?);
@@ -69,7 +69,7 @@ impl Marginals {
                 let square = |t: &Tensor| product(&t.t()?, t)?.unsqueeze(0);
                 Ok(Marginals::Matrix { grads: square(&grads_by)?, inputs: square(&inputs_by)? })
             }
-            Kind::Matrix => {
+            Kind::Linear => {
                 let (groups, columns, out) = (of.groups.max(1), layer.columns(), of.out_features());
                 let rows_of_group = out / groups;
                 let (mut grads, mut inputs) = (Vec::new(), Vec::new());
@@ -118,7 +118,7 @@ impl MarginalSums {
             }
             if let Some(tensor) = layer.bias {
                 let marginals = match layer.layer.kind {
-                    Kind::Gain => Marginals::None,
+                    Kind::Norm => Marginals::None,
                     _ => {
                         let rows = layer.of_bias()?.to_dtype(DType::F64)?;
                         Marginals::Features(product(&rows.t()?, &rows)?.unsqueeze(0)?)
@@ -158,7 +158,7 @@ impl MarginalSums {
 
 /// The layer's rows, so few examples at a time that a weight's, written out, take no more than [`CHUNK`] numbers unless one example's do.
 fn in_chunks(rows: &Rows, layer: &LayerRows) -> Result<Vec<LayerRows>> {
-    if layer.layer.kind != Kind::Matrix || layer.is_product()? {
+    if !layer.layer.kind.is_linear() || layer.is_product()? {
         return Ok(vec![layer.clone()]);
     }
     let one = rows.each * layer.layer.out_features() * layer.columns();

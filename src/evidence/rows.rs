@@ -68,7 +68,7 @@ impl Rows {
     /// `elements` numbers, and the inner products of the inputs of the others.
     pub fn write_out(mut self, elements: usize) -> Result<Self> {
         for layer in &mut self.layers {
-            if layer.layer.kind != Kind::Matrix || (layer.weight.is_none() && layer.positions()? == 1) {
+            if !layer.layer.kind.is_linear() || (layer.weight.is_none() && layer.positions()? == 1) {
                 continue;
             }
             if layer.is_product()? {
@@ -264,7 +264,7 @@ impl LayerRows {
     pub fn of_weight(&self, outs: Range<usize>) -> Result<Tensor> {
         let (examples, each, positions, features) = self.grads.dims4()?;
         match self.layer.kind {
-            Kind::Matrix => {
+            Kind::Linear => {
                 let (columns, group) = (self.columns(), outs.start / self.outs_of_group());
                 if let Some(written) = &self.written[0] {
                     let (start, len) = (outs.start * columns, outs.len() * columns);
@@ -275,12 +275,12 @@ impl LayerRows {
                 let inputs = self.inputs.narrow(2, group * columns, columns)?;
                 product(&grads, &inputs)?.reshape((examples * each, outs.len() * columns))
             }
-            Kind::Gain => {
+            Kind::Norm => {
                 let inputs = self.inputs.narrow(2, outs.start, outs.len())?.unsqueeze(1)?;
                 let grads = self.grads.narrow(3, outs.start, outs.len())?;
                 grads.broadcast_mul(&inputs)?.sum(2)?.flatten(0, 1)
             }
-            Kind::Table => {
+            Kind::Embedding => {
                 let numbers = Tensor::arange(outs.start as u32, outs.end as u32, self.inputs.device())?;
                 let hot = self.inputs.broadcast_eq(&numbers.reshape((1, 1, outs.len()))?)?;
                 let hot = hot.to_dtype(self.grads.dtype())?.transpose(1, 2)?.contiguous()?;
@@ -294,12 +294,12 @@ impl LayerRows {
 
     /// Whether the weight's part is a product of inner products of inputs and of gradients.
     pub fn is_product(&self) -> Result<bool> {
-        Ok(self.layer.kind == Kind::Matrix && self.positions()? == 1 && self.layer.groups == 1)
+        Ok(self.layer.kind.is_linear() && self.positions()? == 1 && self.layer.groups == 1)
     }
 
     /// An embedding with the rows that are picked alone: no other has a part.
     pub fn compact(&self) -> Result<Self> {
-        if self.layer.kind != Kind::Table {
+        if !self.layer.kind.is_embedding() {
             return Ok(self.clone());
         }
         let numbers = self.inputs.flatten_all()?.to_vec1::<u32>()?;

@@ -11,6 +11,8 @@ use std::path::Path;
 
 /// The metadata entry.
 const KEY: &str = "kronwake posterior";
+/// What the rows of a prediction of a loaded posterior may take, as [`Estimator::new`](super::Estimator::new) has it.
+const MEMORY: usize = 4 << 30;
 
 fn dtype_of(problem: &Problem<'_>) -> DType {
     match problem.parameters().first().map(|p| p.tensor.dtype()) {
@@ -143,7 +145,7 @@ impl Posterior {
             None => Device::Cpu,
         };
         let covariance = covariance.to_device(&device)?;
-        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names })
+        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory: MEMORY })
     }
 }
 
@@ -181,12 +183,12 @@ fn kron(file: &mut Reading, problem: &Problem<'_>) -> Vec<Eigenbasis> {
         let is_weight = layer.weight.id() == p.tensor.id();
         let out = layer.out_features();
         let (inputs, grads) = match (layer.kind, is_weight) {
-            (Kind::Matrix, true) => {
+            (Kind::Linear, true) => {
                 let (groups, columns) = (layer.groups, layer.in_features());
                 let rows = out / groups.max(1);
                 (Some([groups, columns, columns]), Some([groups, rows, rows]))
             }
-            (Kind::Matrix, false) | (Kind::Table, true) => (None, Some([1, out, out])),
+            (Kind::Linear, false) | (Kind::Embedding, true) => (None, Some([1, out, out])),
             _ => (None, None),
         };
         let mut read = |slot: &str, dims: Option<[usize; 3]>| {

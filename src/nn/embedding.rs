@@ -33,7 +33,7 @@ impl Embedding {
     }
 
     fn tapped(name: &str, embeddings: Tensor, hidden_size: usize) -> Self {
-        let tap = Tape::tap_as(Kind::Table, name, &embeddings, None, 1);
+        let tap = Tape::tap_as(Kind::Embedding, name, &embeddings, None, 1);
         Self { embeddings, hidden_size, tap, adapters: None }
     }
 

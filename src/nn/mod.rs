@@ -48,9 +48,10 @@
 //!
 //! Without a gradient stay what is of use in inference alone, [`attention::cpu_flash`], [`varlen_attention`], [`moe`] and
 //! [`kv_cache::ScatteredKvCache`], and of candle's tensor methods, which no layer can replace, `max_pool2d` with windows that are not as large
-//! as their stride ([`ops::max_pool2d`] has one) and `upsample_bilinear2d`. The first step refuses variables that get none, by name.
+//! as their stride ([`ops::max_pool2d`] has one) and `upsample_bilinear2d`. In half precision the methods `silu` and `gelu` have wrong gradients for
+//! large inputs, which [`ops::silu`] and [`Activation`] do not. The first step refuses variables that get none, by name.
 //! A [`BatchNorm`] keeps its statistics as variables too, which are not to be trained: freeze them, as
-//! `Groups(vec![Group { frozen: true, ..Group::named("*running_*") }])` does.
+//! `Groups(vec![Group { frozen: true, ..Group::named("*running_*") }])` does. A recurrent layer over thousands of steps needs [`stack::deep`](crate::stack::deep).
 
 pub mod activation;
 pub mod attention;

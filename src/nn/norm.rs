@@ -35,7 +35,7 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     fn named(name: &str, weight: Tensor, bias: Option<Tensor>, remove_mean: bool, eps: f64) -> Self {
-        let tap = Tape::tap_as(Kind::Gain, name, &weight, bias.as_ref(), 1);
+        let tap = Tape::tap_as(Kind::Norm, name, &weight, bias.as_ref(), 1);
         Self { weight, bias, remove_mean, eps, tap }
     }
 

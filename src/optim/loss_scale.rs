@@ -2,6 +2,7 @@
 
 use super::numbers::numbers;
 use crate::curvature::wide;
+use crate::stack::deep;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 
 /// A factor on the loss, so that gradients too small for half precision are not rounded to zero. It is halved when a gradient overflows, and
@@ -45,7 +46,8 @@ impl LossScale {
     /// # Errors
     /// If the scale is not a finite number above 0, the loss is no scalar, or the backward pass fails.
     pub fn backward(&mut self, loss: &Tensor, vars: &[Var]) -> Result<Option<GradStore>> {
-        let mut grads = self.scaled(loss)?.backward()?;
+        let scaled = self.scaled(loss)?;
+        let mut grads = deep(|| scaled.backward())?;
         let held: Vec<&Var> = vars.iter().filter(|var| grads.get(var).is_some()).collect();
         let found = held.iter().filter_map(|var| grads.get(var).cloned()).collect();
         let Some(unscaled) = self.unscaled(found)? else { return Ok(None) };

@@ -32,5 +32,6 @@ pub use groups::{Group, Groups, UpdateRule};
 pub use loss_scale::LossScale;
 pub use params::{AdaptiveKl, Average, Bias, Decay, Every, NonFinite, Params, StepRule};
 pub use schedule::Schedule;
+pub use state::Resumed;
 pub use summary::{Summary, SummaryBlock, SummaryRow};
 pub use wake::{Carry, Inner, Model, Q, QSolve, Qe, So, TwoRate, Wake};

@@ -280,6 +280,14 @@ impl Constraints {
         values.iter().map(each).collect()
     }
 
+    /// [`Constraints::let_through`] of one Var's; nothing where the value stays.
+    pub(crate) fn let_through_of(&self, var: &Var, value: &Tensor) -> Result<Option<Tensor>> {
+        match self.entries.iter().find(|entry| entry.var.id() == var.id()) {
+            Some(entry) => entry.let_through(value).map_err(|e| named(&entry.name, e)),
+            None => Ok(None),
+        }
+    }
+
     /// What [`Constraints::after_step`] is to change, where `at` gives a Var's value and learning rate.
     pub(crate) fn changes(&self, at: impl Fn(&Var) -> (Tensor, f64)) -> Result<Changes> {
         let mut changes = Changes { values: vec![], multipliers: vec![], lagrangian_totals: vec![] };

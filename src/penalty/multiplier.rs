@@ -78,7 +78,7 @@ pub struct Multiplier {
     dual: Dual,
     /// Tensors whose groups of the same index are one.
     parts: Vec<Part>,
-    /// See [`DualStep`]; where the weights were last.
+    /// See [`crate::ops::dual::DualStep`]; where the weights were last.
     state: Tensor,
     /// Whether there was an update, before which there is no average.
     started: bool,

@@ -98,7 +98,7 @@ impl Norm {
     /// Factors, offsets, means and variances on the host.
     fn parts(&self) -> Result<[Vec<f64>; 4]> {
         let (mean, var) = (host(&self.running_mean)?, host(&self.running_var)?);
-        if let Some(wrong) = var.iter().find(|var| !(**var + self.eps > 0.)) {
+        if let Some(wrong) = var.iter().find(|var| **var + self.eps <= 0. || var.is_nan()) {
             bail!(
                 "compact: BatchNorm {}: running_var holds {wrong}, expected more than {}",
                 self.name,

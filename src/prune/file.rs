@@ -28,7 +28,7 @@ pub fn write_sparse(checkpoint: &Checkpoint, path: impl AsRef<Path>) -> Result<(
         bail!("sparse file: the metadata have {key} already")
     }
     for (name, tensor) in &checkpoint.tensors {
-        let flat = tensor.detach().to_device(&Device::Cpu)?.flatten_all()?;
+        let flat = pickable(&tensor.detach().to_device(&Device::Cpu)?.flatten_all()?)?;
         let indices = if tensor.dtype().is_float() { nonzeros(&flat, name)? } else { vec![] };
         let bytes = tensor.dtype().size_in_bytes();
         if !tensor.dtype().is_float() || indices.len() * (bytes + 4) >= tensor.elem_count() * bytes {
@@ -42,7 +42,7 @@ pub fn write_sparse(checkpoint: &Checkpoint, path: impl AsRef<Path>) -> Result<(
         let dims: Vec<String> = tensor.dims().iter().map(usize::to_string).collect();
         out.metadata.insert(format!("{SHAPE}{name}"), dims.join(","));
         out.tensors.insert(format!("{name}{INDICES}"), indices);
-        out.tensors.insert(format!("{name}{VALUES}"), values);
+        out.tensors.insert(format!("{name}{VALUES}"), values.to_dtype(tensor.dtype())?);
     }
     out.write(path)
 }
@@ -93,6 +93,14 @@ pub fn read_sparse(path: impl AsRef<Path>, device: &Device) -> Result<Checkpoint
     Ok(out)
 }
 
+/// A tensor in a type whose elements candle can pick and place: fp8 as f32, in which all its values are exact.
+fn pickable(tensor: &Tensor) -> Result<Tensor> {
+    match tensor.dtype() {
+        DType::F8E4M3 => tensor.to_dtype(DType::F32),
+        _ => Ok(tensor.clone()),
+    }
+}
+
 /// The places of a flat tensor's elements that are not zero (NaN is not).
 fn nonzeros(flat: &Tensor, name: &str) -> Result<Vec<u32>> {
     if flat.elem_count() as u64 > 1 << 32 {
@@ -121,8 +129,10 @@ fn scattered(indices: &Tensor, values: &Tensor, count: usize) -> Result<Tensor> 
     if let Some(last) = places.last().filter(|last| **last as usize >= count) {
         bail!("index {last}, expected it below {count}")
     }
+    let (dtype, values) = (values.dtype(), pickable(values)?);
     let dense = Tensor::zeros(count, values.dtype(), &Device::Cpu)?;
-    if places.is_empty() { Ok(dense) } else { dense.index_add(indices, values, 0) }
+    let dense = if places.is_empty() { dense } else { dense.index_add(indices, &values, 0)? };
+    dense.to_dtype(dtype)
 }
 
 #[cfg(test)]
@@ -141,7 +151,7 @@ mod tests {
         (0..60).step_by(7).for_each(|i| values[i] = i as f64 - 20.5);
         let w = Tensor::from_vec(values, (3, 4, 5), &Device::Cpu)?;
         let mut all = Checkpoint::default();
-        for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16, DType::F8E4M3] {
             all.tensors.insert(format!("{dtype:?}"), w.to_dtype(dtype)?);
         }
         all.tensors.insert("dense".into(), Tensor::randn(0f32, 1., (2, 3), &Device::Cpu)?);
@@ -170,7 +180,9 @@ mod tests {
         for (name, expected) in &all.tensors {
             let found = &found.tensors[name];
             assert_eq!((found.dims(), found.dtype()), (expected.dims(), expected.dtype()), "{name}");
-            let wide = |t: &Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+            let wide = |t: &Tensor| {
+                crate::checkpoint::cast(t, DType::F64, &Device::Cpu)?.flatten_all()?.to_vec1::<f64>()
+            };
             assert_eq!(wide(found)?, wide(expected)?, "{name}");
         }
         Ok(())

@@ -87,6 +87,30 @@ impl Likelihood {
         Ok(())
     }
 
+    /// Labels with those of terms that do not count replaced by ones that are valid: they may be anything, and times 0 must be 0.
+    pub(super) fn without_ignored(
+        &self,
+        outputs: &Tensor,
+        labels: &Tensor,
+        counts: Option<&[bool]>,
+    ) -> Result<Tensor> {
+        let Some(counts) = counts.filter(|counts| counts.contains(&false)) else { return Ok(labels.clone()) };
+        if *self == Likelihood::Categorical {
+            let kept = class_numbers(labels)?
+                .into_iter()
+                .zip(counts)
+                .map(|(label, &counts)| if counts { label } else { 0 });
+            return Tensor::from_vec(kept.collect::<Vec<_>>(), counts.len(), labels.device());
+        }
+        let mut dims = outputs.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = 1;
+        }
+        let live: Vec<u8> = counts.iter().map(|&counts| u8::from(counts)).collect();
+        let live = Tensor::from_vec(live, dims, labels.device())?.broadcast_as(labels.shape())?;
+        live.where_cond(labels, &labels.zeros_like()?)
+    }
+
     /// That class numbers have a type and a shape that say which term each belongs to.
     pub(super) fn check_class_shape(&self, outputs: &Tensor, labels: &Tensor, terms: usize) -> Result<()> {
         let of_terms = &outputs.dims()[..outputs.rank() - 1];

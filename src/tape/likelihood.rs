@@ -5,6 +5,7 @@
 //! (type 2), one drawn `r` an unbiased sample of it. With the training labels instead (the empirical Fisher) `r` is the
 //! ordinary gradient: no pass of its own, and a different matrix.
 
+use super::TermWeights;
 use crate::gpu::Gpu;
 use crate::ops::cross_entropy::gpu_residual;
 use crate::ops::sample::{self, DrawKey};
@@ -12,8 +13,9 @@ use candle_core::{D, DType, Result, Tensor, bail};
 
 /// How the model's outputs (the last dimension) make a distribution over labels.
 ///
-/// Every other dimension counts loss terms: outputs `[n, c]` are `n` terms, `[n, t, c]` are `n t`. The loss to train on
-/// is the *mean* over terms of the negative log likelihood.
+/// Every other dimension counts loss terms: outputs `[n, c]` are `n` terms, `[n, t, c]` are `n t`. So `n` terms of one output are
+/// `[n, 1]`; under a Bernoulli or Gaussian likelihood `[n]` is refused. The loss to train on is the *mean* over terms of the
+/// negative log likelihood, or a weighted mean: see [`Terms`](super::Terms).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Likelihood {
     /// Softmax over the last dimension; the loss is the mean cross-entropy.
@@ -40,6 +42,16 @@ pub enum Fisher {
     /// Every column of the square root of the outputs' Hessian: as many backward passes as an example has outputs, which
     /// for `[n, t, c]` are `t c`.
     Exact,
+}
+
+impl Fisher {
+    /// Whether labels are drawn.
+    pub(crate) fn draws(self) -> bool {
+        match self {
+            Fisher::Sampled { .. } => true,
+            Fisher::Empirical | Fisher::Exact => false,
+        }
+    }
 }
 
 /// Which square root of the outputs' Hessian `H` is taken, a term at a time: vectors `b` with `sum b b^T = H`.
@@ -119,19 +131,23 @@ impl Likelihood {
         Ok((0..positions * columns).map(move |index| column(index / columns, index % columns)))
     }
 
-    /// The cotangents whose passes make the Fisher matrix of a batch, and what their records' gradients are to be multiplied by: the one of
-    /// `labels` where there are such, else those of `fisher`, drawn by `key`, whose own draw is 0. The empirical matrix needs labels.
+    /// The cotangents whose passes make the Fisher matrix of a batch, each term's times the root of its weight, and what their records'
+    /// gradients are to be multiplied by: the one of `labels` where there are such, else those of `fisher`, drawn by `key`, whose own draw
+    /// is 0. The empirical matrix needs labels; those of terms of weight 0 are not read.
     pub(crate) fn passes<'a>(
         &'a self,
         fisher: Fisher,
         outputs: &'a Tensor,
         labels: Option<&Tensor>,
+        weights: &'a TermWeights,
         key: DrawKey,
     ) -> Result<(Cotangents<'a>, f64)> {
-        Ok(match (labels, fisher) {
+        let (cotangents, scale): (Cotangents<'a>, f64) = match (labels, fisher) {
             (Some(labels), _) => {
-                self.check_labels(outputs, labels)?;
-                (Box::new(std::iter::once(self.label_cotangent(outputs, labels))), 1.0)
+                let counts = weights.counts();
+                self.check_labels_of(outputs, labels, counts.as_deref())?;
+                let labels = self.without_ignored(outputs, labels, counts.as_deref())?;
+                (Box::new(std::iter::once(self.label_cotangent(outputs, &labels))), 1.0)
             }
             (None, Fisher::Empirical) => {
                 bail!("factors: the empirical Fisher matrix needs labels, got none")
@@ -143,7 +159,11 @@ impl Likelihood {
                 (Box::new((0..draws as u64).map(draw)), 1.0 / (draws as f64).sqrt())
             }
             (None, Fisher::Exact) => (Box::new(self.cotangents(outputs, Root::PerOutput)?), 1.0),
-        })
+        };
+        match weights.are_ones() {
+            true => Ok((cotangents, scale)),
+            false => Ok((Box::new(cotangents.map(|cotangent| weights.rooted(cotangent?))), scale)),
+        }
     }
 
     /// The summed loss's gradient `r` at labels drawn from the model.

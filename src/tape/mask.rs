@@ -8,6 +8,8 @@ use std::borrow::Cow;
 #[derive(Debug)]
 pub(crate) struct Mask {
     dims: [usize; 2],
+    /// Whether a position counts, in row-major order.
+    counts: Vec<bool>,
     /// Numbers of the live positions among all, `[live]`, u32.
     rows: Tensor,
     /// 1 where a position counts, else 0, `[batch, shared, 1]`.
@@ -27,7 +29,8 @@ impl Mask {
         }
         let rows = counts.iter().flatten().enumerate().filter(|(_, live)| **live != 0).map(|(i, _)| i as u32);
         let rows = Tensor::from_iter(rows, mask.device())?;
-        Ok(Self { dims: [batch, shared], rows, live: live.unsqueeze(2)? })
+        let counts = counts.iter().flatten().map(|live| *live != 0).collect();
+        Ok(Self { dims: [batch, shared], counts, rows, live: live.unsqueeze(2)? })
     }
 
     /// Whether it is of these examples and positions, or of all positions as examples.
@@ -49,6 +52,11 @@ impl Mask {
     pub fn select(&self, examples: &Tensor) -> Result<Self> {
         let live = self.live.squeeze(2)?;
         Self::new(&live.index_select(&examples.to_device(live.device())?, 0)?)
+    }
+
+    /// Whether a position counts, in row-major order.
+    pub fn counts(&self) -> &[bool] {
+        &self.counts
     }
 
     /// The live rows of `[batch, shared, features]` as examples of one position, `[live, 1, features]`.

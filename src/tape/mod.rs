@@ -11,12 +11,15 @@ mod labels;
 mod likelihood;
 mod mask;
 mod record;
+mod terms;
 mod watch;
 
 pub(crate) use likelihood::{Cotangents, Root};
 pub use likelihood::{Fisher, Likelihood};
 pub(crate) use mask::Mask;
 pub use record::{Inputs, Keep, Kind, Layer, Record, Reduce};
+pub(crate) use terms::TermWeights;
+pub use terms::{Head, Terms};
 
 pub(crate) use affine::affine;
 pub(crate) use conv::conv;
@@ -193,7 +196,8 @@ impl Tape {
     /// It goes for every layer that sees inputs of that many examples and positions, as two dimensions or as one: the linear layers, norms and
     /// embeddings over padded sequences, but not the head over their pooled states. What is left out does not enter the factors, as if every example had been
     /// a batch of its own length. The gradients are not changed: the model's own masks and the loss have to leave padding out. Where the
-    /// outputs have a term for every position, `observe` is to be shown those that count, selected as for the loss.
+    /// outputs have a term for every position, `observe` is to be shown those that count, selected as for the loss, or all with the weight 0
+    /// for those that do not (see [`Terms`]).
     ///
     /// # Errors
     /// When it is not of rank 2, or an example has no position that counts. A pass whose layers all see other shapes fails.
@@ -215,7 +219,7 @@ impl Tape {
 
     /// The tap of a layer that is being built, if a tape is being recorded on this thread.
     pub(crate) fn tap(name: &str, weight: &Tensor, bias: Option<&Tensor>, groups: usize) -> Option<Tap> {
-        Self::tap_as(Kind::Matrix, name, weight, bias, groups)
+        Self::tap_as(Kind::Linear, name, weight, bias, groups)
     }
 
     /// [`Tape::tap`] of a layer of any kind.

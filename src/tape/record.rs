@@ -22,11 +22,29 @@ use super::mask::Mask;
 pub enum Kind {
     /// Multiplies inputs with it: linear layers and convolutions.
     #[default]
-    Matrix,
+    Linear,
     /// Multiplies every feature with its number: the weight `[features]` of a norm.
-    Gain,
+    Norm,
     /// Picks rows of it: the weight `[rows, features]` of an embedding.
-    Table,
+    Embedding,
+}
+
+impl Kind {
+    /// Whether inputs are multiplied with the weight, so that its gradient is a sum of outer products of inputs and output gradients.
+    pub fn is_linear(self) -> bool {
+        match self {
+            Kind::Linear => true,
+            Kind::Norm | Kind::Embedding => false,
+        }
+    }
+
+    /// Whether the inputs are numbers of the weight's rows.
+    pub fn is_embedding(self) -> bool {
+        match self {
+            Kind::Embedding => true,
+            Kind::Linear | Kind::Norm => false,
+        }
+    }
 }
 
 /// A layer with a weight, as the tape knows it.
@@ -50,7 +68,7 @@ impl Layer {
     /// Output features, over all groups.
     pub fn out_features(&self) -> usize {
         let dims = self.weight.dims();
-        let of_weight = if self.kind == Kind::Table { dims.last() } else { dims.first() };
+        let of_weight = if self.kind.is_embedding() { dims.last() } else { dims.first() };
         of_weight.copied().unwrap_or(0)
     }
 

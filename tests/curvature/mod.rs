@@ -8,3 +8,4 @@ mod gradient_only;
 mod large;
 mod mask;
 mod sketch;
+mod weights;

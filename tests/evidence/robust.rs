@@ -639,6 +639,25 @@ fn memory_is_refused_before_it_is_taken() -> Result<()> {
         let hyper = Hyper::new(&problem, Structure::Scalar, 1.0)?;
         parts.evaluate(&problem, &examples, &hyper, 0)?;
     }
+    // Sums are of passes that fit, down to one example.
+    let hyper = Hyper::new(&problem, Structure::Scalar, 1.0)?;
+    for curvature in [Curvature::Kron, Curvature::Rotated, Curvature::Diagonal] {
+        let whole = Estimator::new(curvature, Parts::Whole);
+        let expected = whole.fit(&problem, &examples, 0)?.evidence(&hyper)?;
+        let found = Estimator { memory: rows / 6, ..whole }.fit(&problem, &examples, 0)?.evidence(&hyper)?;
+        close(&format!("{curvature:?}"), found.log_det, expected.log_det, 1e-12);
+        close(&format!("{curvature:?}"), found.log_likelihood, expected.log_likelihood, 1e-12);
+        let error =
+            Estimator { memory: rows / 40 - 1, ..whole }.fit(&problem, &examples, 0).expect_err("one");
+        assert!(error.to_string().contains(&format!("{} bytes", rows / 40)), "{error}");
+    }
+    let predicted = |memory| -> Result<Vec<f64>> {
+        let posterior = Posterior::fit(&problem, &examples, HessianStructure::Kron, &hyper, memory)?;
+        posterior.predict(&problem, &net.x)?.variance()?.flatten_all()?.to_vec1::<f64>()
+    };
+    for (found, expected) in predicted(rows / 6)?.into_iter().zip(predicted(1 << 30)?) {
+        close("variance", found, expected, 1e-12);
+    }
     let net = Net::new(Kind::Terms, 3, 4, 3)?;
     let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);
     let hyper = Hyper::new(&problem, Structure::Scalar, 1.0)?;

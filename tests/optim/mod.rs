@@ -1,11 +1,14 @@
 //! The optimizer: its steps against the objective, what it saves, and what it refuses.
 
 mod accumulate;
+mod averages;
 mod inner_steps;
 mod keep;
 mod overlap;
 mod refuse;
 mod resume;
 mod scaling;
+mod set_params;
+mod sitting_out;
 mod two_rate;
 mod wake;

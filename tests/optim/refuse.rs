@@ -3,12 +3,12 @@
 use crate::common::*;
 use candle_core::{DType, Device, Result, Tensor, backprop::GradStore};
 use kronwake::curvature::{Adaptive, Damping, Inverse, Relative, Sharing};
-use kronwake::nn::{self, Module};
+use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::optim::{
     AdaptiveKl, Average, Bias, Every, Group, Groups, Inner, NaturalGradient, NonFinite, Optimizer, Params, Q,
     QSolve, Qe, So, TwoRate, UpdateRule, Wake,
 };
-use kronwake::tape::{Fisher, Likelihood};
+use kronwake::tape::{Fisher, Likelihood, Tape};
 
 const LIKELIHOOD: Likelihood = Likelihood::Categorical;
 
@@ -204,7 +204,7 @@ const NON_FINITE: &[(Bad, &str)] = &[
             opt.observe_labels(&z, Likelihood::Gaussian, &labels)?;
             opt.backward_step(&loss(&z)?)
         },
-        "factor G of block conv has NaN",
+        "target NaN of loss term 0",
     ),
     (
         |net, opt| {
@@ -396,5 +396,33 @@ fn layers() -> Result<()> {
     for (dims, name) in [(&[5, 8][..], "layer fc"), (&[5, 2, 4, 4], "layer deep.conv")] {
         assert_says((net.forward)(&random(0, dims)?.to_dtype(DType::F32)?), &[name, "F64", "F32"]);
     }
+    Ok(())
+}
+
+/// Without a tape all would be left to Adam, at a rate that was never chosen.
+#[test]
+fn a_model_that_was_not_built_on_the_tape() -> Result<()> {
+    let vars = VarMap::new();
+    let _ = small(VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu))?;
+    let params = Params::kld_wrm(&Tape::new());
+    assert_says(
+        NaturalGradient::from_varmap(&vars, params.clone()).map(drop),
+        &["kld-wrm: no Var has a Kronecker block", "tape.build", "UpdateRule::Adam"],
+    );
+    let asked = |rule| Groups(vec![Group { rule: Some(rule), ..Group::named("*.weight") }]);
+    for rule in [UpdateRule::Adam, UpdateRule::GradientFactors] {
+        NaturalGradient::from_varmap(&vars, Params { groups: asked(rule), ..params.clone() })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn another_member_of_the_family() -> Result<()> {
+    let net = Net::of(DType::F64, 1, small)?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, Params::so_kld_wrm(&net.tape))?;
+    assert_says(
+        opt.set_params(Params::k_fac(&net.tape)),
+        &["so-kld-wrm: the member of the family is fixed at construction, got kfac"],
+    );
     Ok(())
 }

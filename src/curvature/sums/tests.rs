@@ -7,7 +7,7 @@ use crate::ops::factor::ema;
 use crate::ops::patches::ConvShape;
 use crate::ops::testing::{assert_close, random, values};
 use crate::optim::{Every, NaturalGradient, Optimizer, Params};
-use crate::tape::{Fisher, Likelihood, Tape};
+use crate::tape::{Fisher, Likelihood, Mask, Tape, Terms};
 use candle_core::Device;
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ const DECAY: f64 = 0.75;
 fn layers() -> Result<Vec<Arc<Layer>>> {
     let layer = |(index, weight, groups): (usize, &[usize], usize)| {
         let (weight, bias) = (random(0, weight)?, random(1, &weight[..1])?);
-        let (name, kind, bias) = (format!("layer{index}"), Kind::Matrix, Some(bias));
+        let (name, kind, bias) = (format!("layer{index}"), Kind::Linear, Some(bias));
         Ok(Arc::new(Layer { index, name, kind, weight, bias, groups }))
     };
     [(0, &[4, 5][..], 1), (1, &[3, 6], 1), (2, &[4, 1, 3, 2], 2)].into_iter().map(layer).collect()
@@ -59,7 +59,7 @@ fn finished(
     }
     for (part, terms) in TERMS.into_iter().enumerate() {
         for (pass, scale) in SCALES.into_iter().enumerate() {
-            sums.begin(terms, scale, pass == 0);
+            sums.begin(Pass::equal(terms, scale, pass == 0));
             for (index, record) in records(part, pass)? {
                 sums.record(&layers[index], &record)?;
             }
@@ -126,7 +126,7 @@ fn averages_are_those_of_the_factors() -> Result<()> {
     let limited = |runs: fn(usize) -> Runs| {
         move |a: usize, g: usize| {
             let weight = WantWeight { folded: true, a: runs(a), g: runs(g) };
-            Want { weight: Some(weight), bias: Some(Runs::full(g)), keep: false }
+            Want { weight: Some(weight), bias: Some(Runs::full(g)), keep: false, optional: false }
         }
     };
     let one_group = |a: usize, g: usize| Want { bias: None, ..limited(Runs::full)(a, g) };
@@ -220,6 +220,165 @@ fn launches_do_not_grow_with_the_number_of_layers() -> Result<()> {
         // Tiles of three sizes at most, and no rows worth dividing. No other kernel makes the averages.
         assert!(three.is_empty() || (3..=3 * passes).contains(&of_factors), "{three:?}");
         assert!(!three.iter().any(|name| name.starts_with("mix_")), "{three:?}");
+    }
+    Ok(())
+}
+
+/// A pass over outputs `[4, positions, 1]` with these weights, by its own or by the examples.
+fn weighted_pass(weights: &[f64], mixing: bool) -> Result<Pass> {
+    let outputs = random(0, &[4, weights.len() / 4, 1])?;
+    let terms = Terms::weighted(&Tensor::new(weights, &Device::Cpu)?)?;
+    let terms = if mixing { terms.mixing() } else { terms };
+    let weights = Arc::new(terms.of(Likelihood::Gaussian, &outputs)?);
+    Ok(Pass { share: weights.total, weights, scale: 1.0, fresh: true, of_loss: false })
+}
+
+/// Rows of every kind of layer with weights of examples, of positions, and of positions under a mask: against sums over all rows.
+#[test]
+fn weighted_factors_are_weighted_means() -> Result<()> {
+    let mut layers = layers()?;
+    let (index, kind) = (3, Kind::Embedding);
+    let (weight, name) = (random(0, &[7, 2])?, "table".to_string());
+    layers.push(Arc::new(Layer { index, name, kind, weight, bias: None, groups: 1 }));
+    // The layers' records have 2, 1 and 20 positions, and the table's 2.
+    let mut seen = records(0, 0)?;
+    let numbers = Tensor::new(&[[0u32, 3], [3, 3], [6, 1], [2, 2]], &Device::Cpu)?;
+    seen.push((3, Record { inputs: Inputs::Picked(numbers), grads: random(7, &[4, 2, 2])?, mask: None }));
+    let of_examples = vec![0.5, 0.0, 2.0, 1.5];
+    let spread = |positions: usize| -> Vec<f64> {
+        (0..4 * positions).map(|i| [0.5, 0.0, 2.0, 1.5, 1.0][i * 7 % 5] * (1.0 + (i % 3) as f64)).collect()
+    };
+    for (of, record) in &seen {
+        let (layer, positions) = (&layers[*of], record.grads.dim(1)?);
+        let mask = [[1u8, 0], [1, 1], [0, 1], [1, 1]];
+        let mask = (positions == 2)
+            .then(|| Mask::new(&Tensor::new(&mask, &Device::Cpu)?))
+            .transpose()?
+            .map(Arc::new);
+        for (weights, mixing, mask) in [
+            (of_examples.clone(), false, None),
+            (vec![0.0, 1.0, 1.0, 0.0], false, None),
+            (spread(positions), false, None),
+            (spread(positions), true, None),
+            (spread(positions), false, mask),
+        ] {
+            let record = Record { mask: mask.clone(), ..record.clone() };
+            // Row by row, by the definition.
+            let mut by_rows = match (weights.len() == 4 * positions, mixing) {
+                (true, false) => weights.clone(),
+                (own, _) => {
+                    let share = if own { positions } else { 1 };
+                    let means = weights.chunks(share).map(|w| w.iter().sum::<f64>() / share as f64);
+                    means.flat_map(|w| std::iter::repeat_n(w, positions)).collect()
+                }
+            };
+            if let Some(mask) = &mask {
+                by_rows.iter_mut().zip(mask.counts()).filter(|(_, live)| !**live).for_each(|(w, _)| *w = 0.0);
+            }
+            let total: f64 = weights.iter().sum();
+            let inputs = match &record.inputs {
+                Inputs::Picked(numbers) => {
+                    let eye = Tensor::eye(7, DType::F64, &Device::Cpu)?;
+                    eye.index_select(&numbers.flatten_all()?, 0)?.unsqueeze(1)?
+                }
+                inputs => inputs.rows()?.contiguous()?.flatten(0, 1)?.unsqueeze(1)?,
+            };
+            let grads = record.grads.flatten(0, 1)?.unsqueeze(1)?;
+            let (mut rows, mut slopes) = (vec![], vec![]);
+            for (i, w) in by_rows.iter().enumerate() {
+                rows.push((inputs.narrow(0, i, 1)?, *w));
+                let live = mask.as_ref().is_none_or(|mask| mask.counts()[i]);
+                slopes.push((grads.narrow(0, i, 1)?, f64::from(u8::from(live))));
+            }
+            let table = layer.kind.is_embedding();
+            let uses = if layer.index == 1 { 2.0 } else { 1.0 };
+            let scaled = |sums: Vec<f64>, by: f64| sums.iter().map(|v| v / by).collect::<Vec<f64>>();
+            let mut a = scaled(mean(&rows, layer.groups, !table, 1)?, total / uses);
+            if table {
+                a = (0..7).map(|i| a[8 * i]).collect();
+            }
+            let g = scaled(mean(&slopes, layer.groups, false, 1)?, by_rows.iter().sum());
+            let (inputs, outputs) = (layer.in_features(), layer.out_features() / layer.groups);
+            let want = match table {
+                true => WantWeight { folded: false, a: Runs::diagonal(7), g: Runs::full(2) },
+                false => WantWeight { folded: true, a: Runs::full(inputs + 1), g: Runs::full(outputs) },
+            };
+            let run = || -> Result<LayerFactors> {
+                let mut wants = vec![None; 4];
+                wants[layer.index] =
+                    Some(Want { weight: Some(want), bias: None, keep: false, optional: false });
+                let mut sums = FactorSums::new(wants, Sharing::Expand);
+                sums.begin(weighted_pass(&weights, mixing)?);
+                // The second use of a layer is another row for each of its terms.
+                for _ in 0..uses as usize {
+                    sums.record(layer, &record)?;
+                }
+                sums.end()?;
+                Ok(sums.finish(&layers)?.swap_remove(layer.index))
+            };
+            for found in [run()?, emulate(run)?] {
+                let what = format!("{} {weights:?} {mixing} {}", layer.name, mask.is_some());
+                let close = |found: Option<&Tensor>, expected: &[f64]| {
+                    let found = values(found.expect("wanted")).expect("readable");
+                    let off = found.iter().zip(expected).map(|(f, e)| (f - e).abs()).fold(0.0, f64::max);
+                    assert!(found.len() == expected.len() && off < 1e-12, "{what}: {found:?} {expected:?}");
+                };
+                close(found.a.as_ref(), &a);
+                close(found.g.as_ref(), &g);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Steps of an optimizer that lives on a device with weighted terms are those of copied examples on the host.
+#[test]
+fn weights_are_copies_on_a_device_too() -> Result<()> {
+    let copies = [2usize, 0, 1, 3, 0, 2];
+    let run = |weighted: bool, ekfac: bool, fisher: Fisher| -> Result<Vec<f64>> {
+        let (tape, vars) = (Tape::new(), VarMap::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+        let (conv, last) = tape.build(|| {
+            Ok((nn::conv2d(1, 2, 2, Default::default(), vb.pp("conv"))?, nn::linear(8, 3, vb.pp("fc"))?))
+        })?;
+        let mut named: Vec<_> =
+            vars.data().lock().expect("not poisoned").iter().map(|(n, v)| (n.clone(), v.clone())).collect();
+        named.sort_by(|a, b| a.0.cmp(&b.0));
+        for (seed, (_, var)) in named.iter().enumerate() {
+            var.set(&random(seed as u64, var.dims())?)?;
+        }
+        let every = Every { factors: 1, inverses: 1 };
+        // Averaged moments would depend on which vectors span the inputs' null space.
+        let stat_decay = if ekfac { 0.0 } else { 0.9 };
+        let mut kfac =
+            KFac::from_varmap(&vars, Params { every, fisher, ekfac, stat_decay, ..Params::on(&tape) })?;
+        for step in 0..4 {
+            let (x, y) =
+                (random(20 + step, &[6, 1, 3, 3])?, Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?);
+            let of = |x: &Tensor| last.forward(&conv.forward(x)?.tanh()?.flatten_from(1)?);
+            let rows = copies.iter().enumerate().flat_map(|(i, &n)| std::iter::repeat_n(i as u32, n));
+            let rows = Tensor::new(rows.collect::<Vec<_>>(), &Device::Cpu)?;
+            if weighted {
+                let z = of(&x)?;
+                let w: Vec<f64> = copies.iter().map(|&n| n as f64).collect();
+                let w = Tensor::new(w, &Device::Cpu)?;
+                kfac.observe_weighted(&z, Likelihood::Categorical, &Terms::weighted(&w)?)?;
+                let log_p = candle_nn::ops::log_softmax(&z, 1)?.gather(&y.unsqueeze(1)?, 1)?.squeeze(1)?;
+                kfac.backward_step(&((log_p * w)?.sum_all()? * (-1.0 / 8.0))?)?;
+            } else {
+                let z = of(&x.index_select(&rows, 0)?)?;
+                kfac.observe(&z, Likelihood::Categorical)?;
+                kfac.backward_step(&nn::loss::cross_entropy(&z, &y.index_select(&rows, 0)?)?)?;
+            }
+        }
+        kfac.settle()?;
+        named.iter().map(|(_, var)| values(var)).collect::<Result<Vec<_>>>().map(|all| all.concat())
+    };
+    for (ekfac, fisher) in [(false, Fisher::Exact), (false, Fisher::Empirical), (true, Fisher::Exact)] {
+        let expected = run(false, ekfac, fisher)?;
+        for found in [run(true, ekfac, fisher)?, emulate(|| run(true, ekfac, fisher))?] {
+            assert_close(&Tensor::new(found, &Device::Cpu)?, &expected, 1e-10);
+        }
     }
     Ok(())
 }

@@ -324,3 +324,31 @@ fn kernels_of_tensors() -> Result<()> {
     }
     Ok(())
 }
+
+/// The rotated diagonal bounds every tensor's block, and is tighter than the estimate by Kronecker factors and than the diagonal.
+#[test]
+fn the_rotated_bound_is_tight() -> Result<()> {
+    for name in ["mlp", "cnn"] {
+        let golden = Golden::open(name, DType::F64)?;
+        let problem = golden.problem()?;
+        let hyper = Hyper::new(&problem, Structure::Scalar, 1.0)?;
+        let half = |curvature| -> Result<f64> {
+            let fit = Estimator::new(curvature, Parts::Whole).fit(&problem, &golden.examples, 0)?;
+            Ok(fit.evidence(&hyper)?.log_det / 2.0)
+        };
+        let [exact, blocks, rotated, kron, diagonal] = [
+            Curvature::Kernel(Outputs::Joint),
+            Curvature::BlockPerTensor,
+            Curvature::Rotated,
+            Curvature::Kron,
+            Curvature::Diagonal,
+        ]
+        .map(half);
+        let (exact, blocks, rotated, kron, diagonal) = (exact?, blocks?, rotated?, kron?, diagonal?);
+        println!(
+            "{name}: exact {exact:.1}, blocks {blocks:.1}, rotated {rotated:.1}, Kron {kron:.1}, diagonal {diagonal:.1}"
+        );
+        assert!(exact <= blocks && blocks <= rotated && rotated < kron && kron < diagonal, "{name}");
+    }
+    Ok(())
+}

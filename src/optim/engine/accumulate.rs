@@ -4,13 +4,13 @@ use super::NaturalGradient;
 use crate::curvature::wide;
 use candle_core::{Result, Tensor, bail};
 
-/// Gradients of micro-batches, each times its number of loss terms.
+/// Gradients of micro-batches, each times its total of loss terms.
 #[derive(Debug)]
 pub(super) struct Accumulated {
     grads: Vec<Option<Tensor>>,
     /// Where it is read.
     loss: Option<f64>,
-    terms: usize,
+    total: f64,
 }
 
 impl NaturalGradient {
@@ -20,31 +20,43 @@ impl NaturalGradient {
     /// # Errors
     /// When there are no terms, or as `backward_step`. What was accumulated before is then forgotten.
     pub fn accumulate(&mut self, loss: &Tensor, terms: usize) -> Result<()> {
-        self.no_closure("accumulate")?;
         if terms == 0 {
             bail!("{}: a micro-batch without loss terms", self.core.name())
         }
-        let result = self.add_micro_batch(loss, terms);
+        self.accumulate_weighted(loss, terms as f64)
+    }
+
+    /// [`accumulate`](Self::accumulate) of a weighted loss, `sum_n w_n l_n / total` with that `total`: [`crate::tape::Terms::total`] of what
+    /// `observe_weighted` was shown. Over all micro-batches the loss is then the sum of all `w_n l_n` over the sum of the totals.
+    ///
+    /// # Errors
+    /// When the total is not positive and finite, and as for a step.
+    pub fn accumulate_weighted(&mut self, loss: &Tensor, total: f64) -> Result<()> {
+        self.no_closure("accumulate")?;
+        if !(total.is_finite() && total > 0.0) {
+            let name = self.core.name();
+            bail!("{name}: expected a micro-batch with a positive total of loss terms, got {total}")
+        }
+        let result = self.add_micro_batch(loss, total);
         if result.is_err() {
             self.forget();
         }
         result
     }
 
-    fn add_micro_batch(&mut self, loss: &Tensor, terms: usize) -> Result<()> {
+    fn add_micro_batch(&mut self, loss: &Tensor, weight: f64) -> Result<()> {
         let (value, grads) = self.backward(loss)?;
         self.close_pass()?;
-        let weight = terms as f64;
         let weighted = |grad: &Tensor| wide(grad)? * weight;
         let weighted = grads.iter().map(|grad| grad.as_ref().map(weighted).transpose());
         let grads = weighted.collect::<Result<Vec<_>>>()?;
         let value = value.map(|value| value * weight);
         self.accumulated = Some(match self.accumulated.take() {
-            None => Accumulated { grads, loss: value, terms },
+            None => Accumulated { grads, loss: value, total: weight },
             Some(sum) => Accumulated {
                 grads: sum.grads.into_iter().zip(grads).map(|(a, b)| added(a, b)).collect::<Result<_>>()?,
                 loss: sum.loss.zip(value).map(|(sum, value)| sum + value),
-                terms: sum.terms + terms,
+                total: sum.total + weight,
             },
         });
         Ok(())
@@ -55,12 +67,12 @@ impl NaturalGradient {
     /// # Errors
     /// When nothing was accumulated, or as any step.
     pub fn step_accumulated(&mut self) -> Result<()> {
-        let Some(Accumulated { grads, loss, terms }) = self.accumulated.take() else {
+        let Some(Accumulated { grads, loss, total }) = self.accumulated.take() else {
             bail!("{}: nothing was accumulated", self.core.name())
         };
-        let mean = |grad: Option<Tensor>| grad.map(|grad| grad / terms as f64).transpose();
+        let mean = |grad: Option<Tensor>| grad.map(|grad| grad / total).transpose();
         let grads = grads.into_iter().map(mean).collect::<Result<Vec<_>>>()?;
-        self.advance(grads, loss.map(|loss| loss / terms as f64))
+        self.advance(grads, loss.map(|loss| loss / total))
     }
 }
 

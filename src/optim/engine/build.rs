@@ -59,7 +59,10 @@ impl NaturalGradient {
         for layer in &layers {
             let first = blocks.len();
             blocks.extend(trained.layer_blocks(layer, &layers)?);
-            wants.push(want(&blocks[first..], params.ekfac && layer.kind == Kind::Matrix));
+            let of_layer = &blocks[first..];
+            let optional = |block: &Block| block.params.iter().any(|&index| trained.params[index].optional);
+            let keep = params.ekfac && layer.kind.is_linear();
+            wants.push(want(of_layer, keep, of_layer.iter().any(optional)));
         }
         blocks.extend(trained.gradient_blocks()?);
         trained.check_blocks(&blocks)?;
@@ -160,8 +163,8 @@ fn divided(all: Vec<Named>, options: &Params) -> Result<(Trained<'_>, Vec<(Strin
 }
 
 /// What the records of the layer of these blocks are wanted for.
-fn want(blocks: &[Block], keep: bool) -> Option<Want> {
-    let mut want = Want { weight: None, bias: None, keep };
+fn want(blocks: &[Block], keep: bool, optional: bool) -> Option<Want> {
+    let mut want = Want { weight: None, bias: None, keep, optional };
     for block in blocks {
         let (a, g) = (block.columns, block.rows);
         match block.part {
@@ -194,13 +197,13 @@ impl Trained<'_> {
         let bias = layer.bias.as_ref().and_then(|bias| self.find(bias));
         let used_as = |kind| layers.iter().any(|other| other.is_use_of(layer.weight.id(), kind));
         let parts = match layer.kind {
-            Kind::Matrix => {
+            Kind::Linear => {
                 let of = |index: Option<usize>| index.map(|index| &self.params[index]);
                 parts(of(weight), of(bias), self.options.bias)
             }
             // A table that is a linear layer's weight too has the block of that use: a sum of Kronecker products is none.
-            Kind::Table if weight.is_some() && !used_as(Kind::Matrix) => vec![Part::Table],
-            Kind::Table | Kind::Gain => vec![],
+            Kind::Embedding if weight.is_some() && !used_as(Kind::Linear) => vec![Part::Table],
+            Kind::Embedding | Kind::Norm => vec![],
         };
         let mut blocks = Vec::with_capacity(parts.len());
         for part in parts {
@@ -208,7 +211,7 @@ impl Trained<'_> {
             let given = leader.and_then(|index| self.given_limit(index));
             let limit = given.unwrap_or(self.options.factor_limit);
             let mut block = self.layer_block(layer, part, weight, bias, limit)?;
-            let tied = matches!(part, Part::Folded | Part::Weight) && used_as(Kind::Table);
+            let tied = matches!(part, Part::Folded | Part::Weight) && used_as(Kind::Embedding);
             if tied && given.is_none() {
                 // The rows are a vocabulary, whose numbers say nothing of what belongs together.
                 let limit = FactorLimit { beyond: Beyond::Diagonal, ..limit };

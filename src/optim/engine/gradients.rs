@@ -6,6 +6,7 @@ use crate::curvature::wide;
 use crate::optim::LossScale;
 use crate::optim::numbers::scalar;
 use crate::optim::params::NonFinite;
+use crate::stack::deep;
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
 
 /// A loss's value, where it was read, and gradients.
@@ -59,7 +60,7 @@ impl NaturalGradient {
         if let Some(observed) = self.observed.as_ref().filter(|observed| observed.armed) {
             lock(&observed.sums).divide(scale.scale);
         }
-        let grads = self.gradients(&scaled.backward()?)?;
+        let grads = self.gradients(&deep(|| scaled.backward())?)?;
         let found: Vec<Tensor> = grads.iter().flatten().cloned().collect();
         let Some(unscaled) = scale.unscaled(found)? else { return Ok(None) };
         let mut unscaled = unscaled.into_iter();
@@ -71,11 +72,11 @@ impl NaturalGradient {
     pub(super) fn backward(&mut self, loss: &Tensor) -> Result<Backward> {
         let _span = tracing::info_span!("backward").entered();
         if self.gpu().is_some() {
-            return Ok((None, self.gradients(&loss.backward()?)?));
+            return Ok((None, self.gradients(&deep(|| loss.backward())?)?));
         }
         let value = scalar(loss)?;
         self.check_loss(value)?;
-        let grads = loss.backward()?;
+        let grads = deep(|| loss.backward())?;
         Ok((Some(value), self.gradients(&grads)?))
     }
 

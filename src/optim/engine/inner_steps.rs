@@ -7,7 +7,8 @@ use crate::optim::numbers::{scalar, sum};
 use crate::optim::step::host::Proposal;
 use crate::optim::step::write::rms_clipped;
 use crate::optim::wake::Inner;
-use crate::tape::Likelihood;
+use crate::stack::deep;
+use crate::tape::{Likelihood, Terms};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::Optimizer;
 
@@ -28,6 +29,21 @@ impl NaturalGradient {
         likelihood: Likelihood,
         outputs: &mut Outputs<'_>,
     ) -> Result<()> {
+        self.step_with_weighted(loss, likelihood, &Terms::equal(), outputs)
+    }
+
+    /// [`step_with`](Self::step_with) where the loss is a weighted mean of its terms, as `observe_weighted` was shown: the divergences from
+    /// earlier models are then weighted means over terms too.
+    ///
+    /// # Errors
+    /// As [`step_with`](Self::step_with), and when the weights do not fit the outputs.
+    pub fn step_with_weighted(
+        &mut self,
+        loss: &Tensor,
+        likelihood: Likelihood,
+        terms: &Terms,
+        outputs: &mut Outputs<'_>,
+    ) -> Result<()> {
         let Some(inner) = self.core.params.wake.inner().cloned() else { return self.backward_step(loss) };
         let (value, grads) = match self.backward(loss) {
             Ok(found) => found,
@@ -43,7 +59,8 @@ impl NaturalGradient {
         let mut models = self.core.models.clone();
         models.push(before.clone());
         if models.len() >= inner.models && proposal.rate > 0.0 {
-            let moved = self.inner_steps(&inner, &proposal, &models, &mut values, likelihood, outputs);
+            let moved =
+                self.inner_steps(&inner, &proposal, &models, &mut values, (likelihood, terms), outputs);
             // The Vars hold trial values now. Whatever happened, they go back first.
             for (param, value) in self.core.vars.iter().zip(&before) {
                 param.show(value)?;
@@ -66,7 +83,7 @@ impl NaturalGradient {
         proposal: &Proposal,
         models: &[Vec<Tensor>],
         values: &mut [Tensor],
-        likelihood: Likelihood,
+        terms: (Likelihood, &Terms),
         outputs: &mut Outputs<'_>,
     ) -> Result<Vec<Option<Tensor>>> {
         let _span = tracing::info_span!("inner").entered();
@@ -88,11 +105,11 @@ impl NaturalGradient {
         let mut before = f64::INFINITY;
         for index in 0..inner.steps {
             self.show_all(values)?;
-            let distance = (wake_distance(likelihood, &outputs()?, &wake)? * (inner.scale / lr))?;
+            let distance = (wake_distance(terms, &outputs()?, &wake)? * (inner.scale / lr))?;
             if index == 0 {
                 before = scalar(&distance)? + self.modelled(proposal, &steps)?;
             }
-            let store = distance.backward()?;
+            let store = deep(|| distance.backward())?;
             let grads = self.gradients(&store)?;
             for (index, (block, proposed)) in self.core.blocks.iter().zip(&proposal.blocks).enumerate() {
                 let (Some(proposed), Some(step), Some(state)) =
@@ -130,7 +147,7 @@ impl NaturalGradient {
             return Ok(steps);
         }
         self.show_all(values)?;
-        let reached = scalar(&wake_distance(likelihood, &outputs()?, &wake)?)? * inner.scale / lr;
+        let reached = scalar(&wake_distance(terms, &outputs()?, &wake)?)? * inner.scale / lr;
         let lower = reached + self.modelled(proposal, &steps)? <= before;
         if !lower {
             values.clone_from_slice(&from_q);
@@ -174,15 +191,19 @@ fn proposed_steps(proposal: &Proposal) -> Vec<Option<Tensor>> {
     proposal.blocks.iter().map(|block| block.as_ref().map(|block| block.step.clone())).collect()
 }
 
-/// `sum_j w_j D_j`, the mean over loss terms of symmetric divergences. For an exponential family with natural parameters
-/// `z` and means `p` half the sum of both divergences is `1/2 <p - q, z - z_j>`: the log-normalizers cancel.
-fn wake_distance(likelihood: Likelihood, outputs: &Tensor, wake: &[(f64, Tensor)]) -> Result<Tensor> {
-    let terms = likelihood.terms(outputs)? as f64;
+/// `sum_j w_j D_j`, the mean over loss terms of symmetric divergences, weighted as the loss is. For an exponential family with natural
+/// parameters `z` and means `p` half the sum of both divergences is `1/2 <p - q, z - z_j>`: the log-normalizers cancel.
+fn wake_distance(
+    (likelihood, terms): (Likelihood, &Terms),
+    outputs: &Tensor,
+    wake: &[(f64, Tensor)],
+) -> Result<Tensor> {
+    let terms = terms.of(likelihood, outputs)?;
     let mean = likelihood.mean(outputs)?;
     let mut total: Option<Tensor> = None;
     for (weight, old) in wake {
-        let apart = ((&mean - likelihood.mean(old)?)? * (outputs - old)?)?.sum_all()?;
-        let part = (apart * (0.5 * weight / terms))?;
+        let apart = ((&mean - likelihood.mean(old)?)? * (outputs - old)?)?;
+        let part = (terms.times(&apart)?.sum_all()? * (0.5 * weight / terms.total))?;
         total = Some(match total {
             Some(total) => (total + part)?,
             None => part,

@@ -18,7 +18,7 @@ pub use replay::Replay;
 use super::numbers::scalar;
 use super::params::Params;
 use super::state::pending::Workplace;
-use super::state::{AdamRate, Core};
+use super::state::{AdamRate, Core, Resumed};
 use super::step::device::DeviceStep;
 use super::summary::Summary;
 use crate::curvature::{Damping, Want};
@@ -211,10 +211,50 @@ impl NaturalGradient {
     /// # Errors
     /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        self.core.resume(path.as_ref())?;
+        self.core.resume(path.as_ref(), false)?;
         self.forget();
         self.device = None;
         Ok(())
+    }
+
+    /// [`resume`](Self::resume) where the file was written with other Vars frozen or present, as when a model is unfrozen step by step:
+    /// what the file knows is restored, and blocks that it does not know begin anew, with curvature at the next step. Returns what that
+    /// is, and what of the file was not taken.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kronwake::nn::{self, Module, VarBuilder, VarMap, loss::cross_entropy};
+    /// # use kronwake::optim::{Group, Groups, NaturalGradient, Optimizer, Params};
+    /// # use kronwake::tape::{Likelihood, Tape};
+    /// # fn main() -> candle_core::Result<()> {
+    /// # let (vars, tape) = (VarMap::new(), Tape::new());
+    /// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// # let (body, head) = tape.build(|| Ok((nn::linear(4, 5, vb.pp("body"))?, nn::linear(5, 3, vb.pp("head"))?)))?;
+    /// # let (x, y) = (Tensor::randn(0f32, 1., (8, 4), &Device::Cpu)?, Tensor::zeros(8, DType::U32, &Device::Cpu)?);
+    /// let step = |optimizer: &mut NaturalGradient| {
+    ///     let logits = head.forward(&body.forward(&x)?.tanh()?)?;
+    ///     optimizer.observe(&logits, Likelihood::Categorical)?;
+    ///     optimizer.backward_step(&cross_entropy(&logits, &y)?)
+    /// };
+    /// let groups = Groups(vec![Group { frozen: true, ..Group::named("body.*") }]);
+    /// let mut first = NaturalGradient::from_varmap(&vars, Params { groups, ..Params::kld_wrm(&tape) })?;
+    /// step(&mut first)?;
+    /// let path = std::env::temp_dir().join("kronwake-head.safetensors");
+    /// first.save(&path)?;
+    /// let mut all = NaturalGradient::from_varmap(&vars, Params::kld_wrm(&tape))?;
+    /// assert_eq!(all.resume_partly(&path)?.fresh, ["body"]);
+    /// step(&mut all)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// When the file is unreadable or holds no optimizer state, or what it does hold does not fit; nothing has changed then.
+    pub fn resume_partly(&mut self, path: impl AsRef<Path>) -> Result<Resumed> {
+        let resumed = self.core.resume(path.as_ref(), true)?;
+        self.forget();
+        self.device = None;
+        Ok(resumed)
     }
 }
 

@@ -1,14 +1,15 @@
 //! The curvature of the coming step: from a model's outputs to the factors of a batch.
 
 use super::NaturalGradient;
-use crate::curvature::{FactorSums, LayerFactors, wide};
+use crate::curvature::{FactorSums, LayerFactors, Pass, wide};
 use crate::ops::sample::DrawKey;
 use crate::optim::numbers::sum;
 use crate::optim::params::NonFinite;
 use crate::optim::step::renew::Refresh;
 use crate::optim::step::{Refusal, Staged};
 use crate::optim::wake::Model;
-use crate::tape::{Cotangents, Fisher, Likelihood};
+use crate::stack::deep;
+use crate::tape::{Cotangents, Fisher, Head, Likelihood, TermWeights, Terms};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::sync::{Arc, Mutex};
 
@@ -41,37 +42,106 @@ impl NaturalGradient {
     /// empirical: then the backward pass of the step serves, whose loss must be the mean over loss terms. On a GPU, what its layers saw must
     /// not be overwritten in place before the step.
     ///
+    /// Called several times before a step, as for the parts of a batch, it gives the Fisher of the *mean* of all terms that it was shown.
+    /// Where the loss is the sum of those of several heads, see [`observe_heads`](Self::observe_heads); where terms have weights or some are
+    /// ignored, [`observe_weighted`](Self::observe_weighted).
+    ///
     /// # Errors
-    /// When the batch is empty, when the outputs are not finite, or when no graph leads from them to a tapped layer although one has a block.
+    /// When the batch is empty, the outputs hold no graph to a tapped layer although one has a block, or are not finite.
     pub fn observe(&mut self, outputs: &Tensor, likelihood: Likelihood) -> Result<()> {
-        self.observe_pass(outputs, likelihood, None)
+        self.observe_heads(&[Head::new(outputs, likelihood)])
     }
 
-    /// Does as [`observe`](Self::observe) with given labels in place of drawn ones: one pass, whatever [`crate::optim::Params::fisher`] says.
+    /// [`observe`](Self::observe) with given labels in place of drawn ones: one pass, whatever [`crate::optim::Params::fisher`] says.
     ///
-    /// `labels` are class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
+    /// `labels`: class numbers `[..]` for a categorical likelihood, targets in the outputs' shape for the others.
     ///
     /// # Errors
-    /// As [`observe`](Self::observe), and when the labels do not fit the outputs.
+    /// As [`observe`](Self::observe), and when the labels do not fit (see [`Likelihood::check_labels`]).
     pub fn observe_labels(
         &mut self,
         outputs: &Tensor,
         likelihood: Likelihood,
         labels: &Tensor,
     ) -> Result<()> {
-        self.observe_pass(outputs, likelihood, Some(labels))
+        self.observe_heads(&[Head { labels: Some(labels), ..Head::new(outputs, likelihood) }])
     }
 
-    fn observe_pass(
+    /// [`observe`](Self::observe) where the loss is a weighted mean of its terms, `sum_n w_n l_n / sum_n w_n` or over a given total: the
+    /// curvature is of that very loss, with terms of weight 0 ignored. For micro-batches see
+    /// [`accumulate_weighted`](Self::accumulate_weighted).
+    ///
+    /// # Errors
+    /// As [`observe`](Self::observe), and when the weights do not fit the outputs, or none is above 0 and no total is given.
+    pub fn observe_weighted(
         &mut self,
         outputs: &Tensor,
         likelihood: Likelihood,
-        labels: Option<&Tensor>,
+        terms: &Terms,
     ) -> Result<()> {
-        let terms = likelihood.terms(outputs)?;
-        if !self.curvature_due() {
-            return Ok(());
+        self.observe_heads(&[Head { terms: terms.clone(), ..Head::new(outputs, likelihood) }])
+    }
+
+    /// [`observe`](Self::observe) of all heads of a model whose losses, each the weighted mean of its terms, are added with the heads'
+    /// weights: `loss = sum_h weight_h loss_h`, and the Fisher is the same sum of theirs.
+    ///
+    /// Among micro-batches the call counts as the first head's total of terms. With the empirical Fisher several heads need labels: the
+    /// backward pass of their sum does not tell their gradients apart.
+    ///
+    /// # Errors
+    /// As [`observe`](Self::observe) and [`observe_weighted`](Self::observe_weighted) for each head, and when there is none. What was
+    /// observed for the step before is then forgotten.
+    pub fn observe_heads(&mut self, heads: &[Head<'_>]) -> Result<()> {
+        let name = self.core.name();
+        if heads.is_empty() {
+            bail!("{name}: expected at least one head to observe, got none")
         }
+        if !self.curvature_due() {
+            return heads.iter().try_for_each(|head| head.likelihood.terms(head.outputs).map(drop));
+        }
+        let mut passes = Vec::with_capacity(heads.len());
+        let mut share = None;
+        for head in heads {
+            if heads.len() > 1 && head.labels.is_none() && self.core.params.fisher == Fisher::Empirical {
+                bail!("{name}: the empirical Fisher of several heads needs the labels of each")
+            }
+            let weights = match head.weights(share) {
+                // Labels that are no numbers are numbers that are not finite, as outputs may be.
+                Err(error) if !has_finite_labels(head)? => {
+                    // Without the backtrace that may follow.
+                    let what = error.to_string().lines().next().unwrap_or_default().to_string();
+                    return self.not_usable(what);
+                }
+                found => found?,
+            };
+            passes.push((head, if share.is_none() { weights.total } else { 0.0 }, Arc::new(weights)));
+            share = share.or(passes.last().map(|(_, total, _)| *total));
+        }
+        for (index, (head, share, weights)) in passes.into_iter().enumerate() {
+            if let Err(error) = self.observe_pass(head, share, weights) {
+                if index > 0 {
+                    self.forget();
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the coming step out for what was observed, or refuses it.
+    fn not_usable(&mut self, what: String) -> Result<()> {
+        let core = &self.core;
+        if core.params.non_finite == NonFinite::Error {
+            bail!("{}: step {}: {what}; parameters and state are unchanged", core.name(), core.steps)
+        }
+        let sums = Arc::new(Mutex::new(self.factor_sums()));
+        self.observed = Some(Observed { sums, armed: false, drawn: vec![], unusable: Some(what) });
+        Ok(())
+    }
+
+    /// Shows a head whose terms add `share` to what sums over terms are divided by.
+    fn observe_pass(&mut self, head: &Head<'_>, share: f64, weights: Arc<TermWeights>) -> Result<()> {
+        let Head { outputs, likelihood, labels, .. } = *head;
         let _span = tracing::info_span!("factors").entered();
         let sums = match &self.observed {
             Some(observed) if observed.armed => {
@@ -81,26 +151,24 @@ impl NaturalGradient {
             None => Arc::new(Mutex::new(self.factor_sums())),
         };
         if !sum(&outputs.detach())?.is_finite() {
-            let what = format!("the observed outputs {:?} have NaN or infinite elements", outputs.dims());
-            if self.core.params.non_finite == NonFinite::Error {
-                bail!(
-                    "{}: step {}: {what}; parameters and state are unchanged",
-                    self.core.name(),
-                    self.core.steps
-                )
-            }
-            self.observed = Some(Observed { sums, armed: false, drawn: vec![], unusable: Some(what) });
-            return Ok(());
+            let dims = outputs.dims();
+            return self.not_usable(format!("the observed outputs {dims:?} have NaN or infinite elements"));
         }
         let tape = self.core.params.tape.clone();
         let untapped = self.wants.iter().all(Option::is_none);
         // Blocks without a layer: the gradients of labels that are drawn, or given, make their factors.
-        let draws = labels.is_some() || matches!(self.core.params.fisher, Fisher::Sampled { .. });
+        let draws = labels.is_some() || self.core.params.fisher.draws();
         let drawing = draws && self.core.blocks.iter().any(|block| block.layer.is_none());
+        let begin = |scale: f64, fresh: bool, of_loss: bool| {
+            lock(&sums).begin(Pass { weights: weights.clone(), share, scale, fresh, of_loss });
+        };
         let pass = |cotangent: &Tensor, scale: f64, fresh: bool| -> Result<GradStore> {
-            lock(&sums).begin(terms, scale, fresh);
+            begin(scale, fresh, false);
             let grads = match untapped {
-                true => (outputs * cotangent.detach())?.sum_all()?.backward()?,
+                true => {
+                    let root = (outputs * cotangent.detach())?.sum_all()?;
+                    deep(|| root.backward())?
+                }
                 false => tape.reduce_with(outputs, cotangent, sums.clone(), drawing)?,
             };
             lock(&sums).end()?;
@@ -111,19 +179,19 @@ impl NaturalGradient {
         let (passes, scale) = match (labels, self.core.params.fisher) {
             // The step's gradients make the factors; it needs the number of their loss terms.
             _ if untapped && !drawing => {
-                lock(&sums).begin(terms, 1.0, true);
+                begin(1.0, true, true);
                 (none(), 1.0)
             }
             (None, Fisher::Empirical) => {
-                lock(&sums).begin(terms, terms as f64, true);
+                begin(weights.total, true, true);
                 tape.arm(sums.clone(), true)?;
                 armed = true;
                 (none(), 1.0)
             }
             (labels, fisher) => {
-                let first_row = lock(&sums).terms() as u64;
+                let first_row = lock(&sums).counts().terms as u64;
                 let key = DrawKey { seed: 0, step: self.core.steps as u64, draw: 0, first_row };
-                likelihood.passes(fisher, outputs, labels, key)?
+                likelihood.passes(fisher, outputs, labels, &weights, key)?
             }
         };
         let (mut drawn, unusable) =
@@ -196,7 +264,7 @@ impl NaturalGradient {
         self.accumulated = None;
     }
 
-    /// The factors of the coming step with their number of loss terms, when they are due.
+    /// The factors of the coming step with what their sums were divided by, when they are due.
     pub(super) fn take_factors(&mut self) -> Staged<Option<Refresh>> {
         self.close_pass()?;
         let observed = self.observed.take();
@@ -219,8 +287,16 @@ impl NaturalGradient {
         else {
             return Err(failed("the observed curvature is still in use".into()));
         };
-        let (terms, averaged) = (sums.terms(), sums.averages());
-        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, terms, drawn: observed.drawn }))
+        let (counts, averaged) = (sums.counts(), sums.averages());
+        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, counts, drawn: observed.drawn }))
+    }
+}
+
+/// Whether a head's labels are numbers; class numbers always are.
+fn has_finite_labels(head: &Head<'_>) -> Result<bool> {
+    match head.labels {
+        Some(labels) if labels.dtype().is_float() => Ok(sum(&labels.detach())?.is_finite()),
+        Some(_) | None => Ok(true),
     }
 }
 

@@ -7,6 +7,8 @@ mod reader;
 mod resume;
 mod save;
 
+pub use resume::Resumed;
+
 use super::params::{Decay, Params, StepRule};
 use super::wake::Model;
 use crate::curvature::{Adaptive, Damping};
@@ -104,9 +106,19 @@ impl Core {
         self.params.wake.name()
     }
 
-    /// Whether the coming step renews the factors.
+    /// Whether the coming step renews the factors; as long as a block that cannot sit it out has none, they are due.
     pub fn curvature_due(&self) -> bool {
-        self.due(self.params.every.factors, self.steps) && !self.blocks.is_empty()
+        !self.blocks.is_empty() && (self.due(self.params.every.factors, self.steps) || self.has_new_block())
+    }
+
+    fn has_new_block(&self) -> bool {
+        let new = |block: &Block| block.state.factor_a.is_none() || block.state.preconditioner.is_none();
+        self.blocks.iter().any(|block| new(block) && !self.is_optional(block))
+    }
+
+    /// Whether a block may take no part in a step.
+    pub fn is_optional(&self, block: &Block) -> bool {
+        block.params.iter().any(|&index| self.vars[index].optional)
     }
 
     /// Inverses are renewed every `inverses` steps. A quadratic wake's matrix holds the factors of the step itself, which
@@ -117,7 +129,7 @@ impl Core {
             Model::Linear => false,
             Model::Quadratic(_) => self.steps > 0 && self.due(period, self.steps - 1),
         };
-        self.due(period, self.steps) || once_more
+        self.due(period, self.steps) || once_more || self.has_new_block()
     }
 
     /// Whether what is renewed every `period` steps is renewed at `step`.

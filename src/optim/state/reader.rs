@@ -1,6 +1,7 @@
 //! What a file of optimizer state holds, read and checked.
 
 use super::block::{Block, BlockState};
+use super::resume::Resumed;
 use super::save::{KEY, slot};
 use crate::checkpoint::Checkpoint;
 use crate::curvature::{Preconditioner, Runs};
@@ -46,13 +47,34 @@ pub(super) struct Needs {
 /// Looks tensors of a file up, and notes all that is wrong, to be said at once.
 pub(super) struct StateReader<'a> {
     file: &'a Checkpoint,
+    /// Whether Vars and blocks that the file does not know are in order, as are tensors that nothing takes.
+    pub partly: bool,
     pub wrong: Vec<String>,
     used: BTreeSet<String>,
+    fresh: Vec<String>,
 }
 
 impl<'a> StateReader<'a> {
-    pub fn new(file: &'a Checkpoint) -> Self {
-        Self { file, wrong: vec![], used: BTreeSet::new() }
+    pub fn new(file: &'a Checkpoint, partly: bool) -> Self {
+        Self { file, partly, wrong: vec![], used: BTreeSet::new(), fresh: vec![] }
+    }
+
+    /// Whether a Var is to be read, which in part it is only where it is there.
+    pub fn knows(&mut self, name: &str) -> bool {
+        self.note(name, self.file.tensors.contains_key(name))
+    }
+
+    /// The same of a block's state.
+    pub fn knows_state_of(&mut self, block: &str) -> bool {
+        let prefix = slot(block, "");
+        self.note(block, self.file.tensors.keys().any(|name| name.starts_with(&prefix)))
+    }
+
+    fn note(&mut self, name: &str, there: bool) -> bool {
+        if self.partly && !there {
+            self.fresh.push(name.to_string());
+        }
+        !self.partly || there
     }
 
     pub fn tensor(&mut self, name: &str, dims: &[usize], dtype: DType, needed: bool) -> Option<Tensor> {
@@ -135,13 +157,23 @@ impl<'a> StateReader<'a> {
         }
     }
 
-    pub fn finish(mut self, path: &Path) -> Result<()> {
-        let extra = self.file.tensors.keys().filter(|n| !self.used.contains(*n));
-        self.wrong.extend(extra.map(|n| format!("unexpected {n}")));
-        if self.wrong.is_empty() {
-            return Ok(());
+    /// What was not found and not taken.
+    ///
+    /// # Errors
+    /// When something is wrong.
+    pub fn finish(mut self, path: &Path) -> Result<Resumed> {
+        let unused: Vec<String> =
+            self.file.tensors.keys().filter(|name| !self.used.contains(*name)).cloned().collect();
+        if !self.partly {
+            self.wrong.extend(unused.iter().map(|name| format!("unexpected {name}")));
         }
-        bail!("{}: does not fit this optimizer and model: {}", path.display(), self.wrong.join("; "))
+        if !self.wrong.is_empty() {
+            bail!("{}: does not fit this optimizer and model: {}", path.display(), self.wrong.join("; "))
+        }
+        let mut fresh = self.fresh;
+        fresh.sort();
+        fresh.dedup();
+        Ok(Resumed { fresh, unused })
     }
 }
 

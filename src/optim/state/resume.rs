@@ -1,170 +1,266 @@
 //! Resuming: what `save.rs` has written, checked as a whole and then taken.
 
 use super::block::{Block, BlockState};
+use super::param::{Adam, Param};
 use super::pending::PendingInverses;
 use super::reader::{Needs, Numbers, StateReader};
 use super::save::{FORMAT, KEY, PENDING, SLOPES, slot};
 use super::{Core, Predicted, Slopes};
 use crate::checkpoint::Checkpoint;
 use crate::curvature::wide_dtype;
-use candle_core::{Device, Result, bail};
+use candle_core::{Device, Result, Tensor, bail};
 use std::path::Path;
 
+/// What [`NaturalGradient::resume_partly`](crate::optim::NaturalGradient::resume_partly) has not found, and not taken.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Resumed {
+    /// Names of the Vars and of the Kronecker blocks that the file says nothing of: the Vars' values stay, the blocks' state begins anew.
+    pub fresh: Vec<String>,
+    /// Names of the tensors of the file that nothing takes.
+    pub unused: Vec<String>,
+}
+
+/// The numbers of a file.
+struct Header {
+    steps: usize,
+    skipped: usize,
+    lr: f64,
+    largest_lr: Option<f64>,
+    previous_rate: Option<f64>,
+    damping: f64,
+    slopes: Slopes,
+    /// The step of inverses that none has used, and their damping.
+    pending: Option<(usize, f64)>,
+    closure_checked: bool,
+    models: usize,
+    predicted: Option<Predicted>,
+    optimizer: String,
+    tensors: usize,
+}
+
+/// The tensors of a file, in the order of an optimizer's; none where it has none, which is in order where it is read in part.
+struct Body {
+    values: Vec<Option<Tensor>>,
+    masters: Vec<Option<Tensor>>,
+    frozen: Vec<Option<Tensor>>,
+    states: Vec<Option<BlockState>>,
+    pending: Option<PendingInverses>,
+    adam: Vec<Option<Adam>>,
+    models: Vec<Vec<Tensor>>,
+    averages: Vec<Option<Tensor>>,
+}
+
 impl Core {
-    /// Restores everything from a file that [`Core::save`] wrote.
+    /// Restores everything from a file that [`Core::save`] wrote; where it is read `partly`, what it has and is wanted.
     ///
     /// # Errors
     /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.
-    pub fn resume(&mut self, path: &Path) -> Result<()> {
+    pub fn resume(&mut self, path: &Path, partly: bool) -> Result<Resumed> {
         let device = self.vars.first().map_or(Device::Cpu, |p| p.var.device().clone());
         let file = Checkpoint::read(path, &device)?;
         let text = file.metadata.get(KEY).map_or("", String::as_str);
         let numbers =
             Numbers { path, values: text.lines().filter_map(|line| line.split_once(" = ")).collect() };
-        let format: Option<u32> = numbers.optional("format")?;
-        match format {
-            Some(FORMAT) => {}
-            Some(other) => bail!("{}: state of format {other}, expected {FORMAT}", path.display()),
-            None => {
-                bail!("{}: holds no optimizer state, only {} tensors", path.display(), file.tensors.len())
-            }
-        }
-        let steps: usize = numbers.needed("steps")?;
-        let skipped = numbers.needed("skipped")?;
-        let lr: f64 = numbers.needed("lr")?;
-        let largest_lr: Option<f64> = numbers.optional("largest_lr")?;
-        let previous_rate: Option<f64> = numbers.optional("previous_rate")?;
-        let damping: f64 = numbers.needed("damping")?;
-        let mut slopes = [0f64; 4];
-        for (name, value) in SLOPES.into_iter().zip(&mut slopes) {
-            *value = numbers.needed(name)?;
-        }
-        let [after, before, last, length] = slopes;
-        let pending: Option<(usize, f64)> =
-            numbers.optional("ahead_from")?.zip(numbers.optional("ahead_damping")?);
-        let closure_checked = numbers.needed("closure_checked")?;
-        let model_count: usize = numbers.needed("models")?;
-        let predicted = numbers.optional("predicted_loss")?.zip(numbers.optional("predicted_change")?);
-        let optimizer: String = numbers.needed("optimizer")?;
-        let mut reader = StateReader::new(&file);
-        if optimizer != self.name() {
-            reader.wrong.push(format!("state of {optimizer}, expected {}", self.name()));
-        }
-        // Not every tensor is needed by every optimizer, but none that was written may have been lost.
-        let (count, found) = (numbers.needed::<usize>("tensors")?, file.tensors.len());
-        if count != found {
-            reader.wrong.push(format!("{found} tensors, expected {count}"));
-        }
-        let later = pending.map_or(damping, |(_, later)| later);
-        let rates = [
-            ("lr", lr),
-            ("previous_rate", previous_rate.unwrap_or(lr)),
-            ("largest_lr", largest_lr.unwrap_or(lr)),
-        ];
-        for (name, value) in rates.into_iter().chain([("damping", damping), ("ahead_damping", later)]) {
-            if !(value.is_finite() && value >= 0.0) {
-                reader.wrong.push(format!("{name} is {value}, expected zero or more"));
-            }
-        }
-        if slopes.iter().any(|slope| !slope.is_finite()) || length <= 0.0 {
-            reader.wrong.push(format!("slopes are {slopes:?}, expected numbers, the length positive"));
-        }
-        if model_count > found {
-            bail!("{}: {model_count} stored models in {found} tensors", path.display())
-        }
-        let mut values = vec![];
+        let header = Header::read(&numbers, file.tensors.len())?;
+        let mut reader = StateReader::new(&file, partly);
+        header.check(self.name(), file.tensors.len(), &mut reader.wrong);
+        let body = self.read(&header, &numbers, &mut reader)?;
+        let resumed = reader.finish(path)?;
+        self.take(header, body)?;
+        Ok(resumed)
+    }
+
+    fn read(&self, header: &Header, numbers: &Numbers<'_>, reader: &mut StateReader<'_>) -> Result<Body> {
+        let dtype_of = |param: &Param| wide_dtype(param.var.dtype());
+        let (mut values, mut masters) = (vec![], vec![]);
         for param in &self.vars {
             let (dims, dtype) = (param.var.dims(), param.var.dtype());
-            let value = reader.tensor(&param.name, dims, dtype, true);
-            let master =
-                reader.tensor(&slot(&param.name, "master"), dims, wide_dtype(dtype), param.master.is_some());
-            values.push((value, master));
+            let known = reader.knows(&param.name);
+            values.push(known.then(|| reader.tensor(&param.name, dims, dtype, true)).flatten());
+            let (name, needed) = (slot(&param.name, "master"), known && param.master.is_some());
+            masters.push(reader.tensor(&name, dims, dtype_of(param), needed));
         }
-        let frozen: Vec<_> = self
-            .frozen
-            .iter()
-            .map(|(name, var)| reader.tensor(name, var.dims(), var.dtype(), true))
-            .collect();
-        let started = steps > 0;
-        let wake = self.wake_decay().is_some();
-        let step = self.measures_slopes();
-        let states: Vec<BlockState> = self
-            .blocks
-            .iter()
-            .map(|block| {
-                let dtype = wide_dtype(self.vars[block.params[0]].var.dtype());
-                reader.block(block, dtype, started, Needs { wake, step })
-            })
-            .collect();
-        if let Some((from, _)) = pending.filter(|(from, _)| *from > steps) {
-            reader.wrong.push(format!("inverses of step {from}, expected one up to {steps}"));
+        let mut frozen = vec![];
+        for (name, var) in &self.frozen {
+            let known = reader.knows(name);
+            frozen.push(known.then(|| reader.tensor(name, var.dims(), var.dtype(), true)).flatten());
         }
-        let pending = pending.map(|(from, damping)| {
+
+        let started = header.steps > 0;
+        let needs = Needs { wake: self.wake_decay().is_some(), step: self.measures_slopes() };
+        let dtype = |block: &Block| dtype_of(&self.vars[block.params[0]]);
+        let mut states = vec![];
+        for block in &self.blocks {
+            // A block that may sit out steps may have none yet.
+            let started = started && !self.is_optional(block);
+            let known = reader.knows_state_of(&block.name);
+            states.push(known.then(|| reader.block(block, dtype(block), started, needs)));
+        }
+        let pending = header.pending.map(|(from, damping)| {
             let inverse = |block: &Block| {
-                let dtype = wide_dtype(self.vars[block.params[0]].var.dtype());
                 // One that could not be made was not written.
                 reader
-                    .inverse(block, dtype, PENDING)
+                    .inverse(block, dtype(block), PENDING)
                     .ok_or_else(|| format!("no inverse of step {from} in the file"))
             };
             PendingInverses::made(from, damping, self.blocks.iter().map(inverse).collect())
         });
-        let mut adam_states = self.adam.clone();
-        for adam in &mut adam_states {
-            let Some(param) = self.vars.get(adam.param) else { continue };
-            let (dims, dtype) = (param.var.dims(), wide_dtype(param.var.dtype()));
-            adam.steps = numbers.optional(&format!("adam_steps.{}", param.name))?.unwrap_or(0);
-            let needed = adam.steps > 0;
-            let first = reader.tensor(&slot(&param.name, "first_moment"), dims, dtype, needed);
-            let second = reader.tensor(&slot(&param.name, "second_moment"), dims, dtype, needed);
-            adam.moments = first.zip(second);
+
+        let mut adam = vec![];
+        for &Adam { param: index, .. } in &self.adam {
+            let param = &self.vars[index];
+            let steps = numbers.optional(&format!("adam_steps.{}", param.name))?.unwrap_or(0);
+            let mut moment = |which| {
+                reader.tensor(&slot(&param.name, which), param.var.dims(), dtype_of(param), steps > 0)
+            };
+            let moments = moment("first_moment").zip(moment("second_moment"));
+            adam.push((steps > 0 || moments.is_some()).then_some(Adam { param: index, steps, moments }));
         }
         let mut models = vec![];
-        for index in 0..model_count {
+        for index in 0..header.models {
             let mut model = vec![];
             for param in &self.vars {
                 let name = slot(&param.name, &format!("model{index}"));
-                model.extend(reader.tensor(&name, param.var.dims(), wide_dtype(param.var.dtype()), true));
+                model.extend(reader.tensor(&name, param.var.dims(), dtype_of(param), !reader.partly));
             }
             models.push(model);
         }
-        let averaged = started && self.params.average.is_some();
         let mut averages = vec![];
         for param in &self.vars {
-            let (dims, dtype) = (param.var.dims(), wide_dtype(param.var.dtype()));
-            averages.extend(reader.tensor(&slot(&param.name, "average"), dims, dtype, averaged));
+            let needed = started && self.params.average.is_some() && !reader.partly;
+            let name = slot(&param.name, "average");
+            averages.push(reader.tensor(&name, param.var.dims(), dtype_of(param), needed));
         }
-        reader.finish(path)?;
+        Ok(Body { values, masters, frozen, states, pending, adam, models, averages })
+    }
 
-        for (param, (value, master)) in self.vars.iter_mut().zip(values) {
+    fn take(&mut self, header: Header, body: Body) -> Result<()> {
+        let Header {
+            steps,
+            skipped,
+            lr,
+            largest_lr,
+            previous_rate,
+            damping,
+            slopes,
+            pending: _,
+            closure_checked,
+            models: _,
+            predicted,
+            optimizer: _,
+            tensors: _,
+        } = header;
+        let Body { values, masters, frozen, states, pending, adam, mut models, averages } = body;
+        for ((param, value), master) in self.vars.iter_mut().zip(values).zip(masters) {
             if let Some(value) = value {
                 param.var.set(&value)?;
+                param.master = master;
             }
-            param.master = master;
         }
         for ((_, var), value) in self.frozen.iter().zip(frozen) {
             if let Some(value) = value {
                 var.set(&value)?;
             }
         }
+        let whole = states.iter().all(Option::is_some);
         for (block, state) in self.blocks.iter_mut().zip(states) {
-            block.state = state;
+            block.state = state.unwrap_or_default();
         }
-        self.pending = pending;
-        self.adam = adam_states;
+        for (adam, found) in self.adam.iter_mut().zip(adam) {
+            *adam = found.unwrap_or(Adam { param: adam.param, steps: 0, moments: None });
+        }
+        // Models of other Vars are none of this optimizer's.
+        models.retain(|model| model.len() == self.vars.len());
         self.models = models;
-        self.averages = averages;
+        self.averages = match averages.iter().any(Option::is_some) {
+            true => {
+                let pairs = self.vars.iter().zip(averages);
+                pairs
+                    .map(|(param, average)| average.map_or_else(|| param.snapshot(), Ok))
+                    .collect::<Result<_>>()?
+            }
+            false => vec![],
+        };
+        // A new block's inverse is due at once, and then all are.
+        self.pending = pending.filter(|_| whole);
         self.steps = steps;
         self.skipped = skipped;
         self.previous_rate = previous_rate;
         self.damping = damping;
-        self.slopes = Slopes { after, before, last, length };
-        self.predicted = predicted.map(|(loss, change)| Predicted { loss, change });
+        self.slopes = slopes;
+        self.predicted = predicted;
         self.closure_checked = closure_checked;
         if self.adam_rate.warming_up {
             self.adam_rate.at = largest_lr.unwrap_or(self.adam_rate.at);
         }
         self.set_learning_rate(lr);
         Ok(())
+    }
+}
+
+impl Header {
+    fn read(numbers: &Numbers<'_>, found: usize) -> Result<Self> {
+        let path = numbers.path.display();
+        match numbers.optional("format")? {
+            Some(FORMAT) => {}
+            Some(other) => bail!("{path}: state of format {other}, expected {FORMAT}"),
+            None => bail!("{path}: holds no optimizer state, only {found} tensors"),
+        }
+        let mut slopes = [0f64; 4];
+        for (name, value) in SLOPES.into_iter().zip(&mut slopes) {
+            *value = numbers.needed(name)?;
+        }
+        let [after, before, last, length] = slopes;
+        let predicted = numbers.optional("predicted_loss")?.zip(numbers.optional("predicted_change")?);
+        let models = numbers.needed("models")?;
+        if models > found {
+            bail!("{path}: {models} stored models in {found} tensors")
+        }
+        Ok(Self {
+            steps: numbers.needed("steps")?,
+            skipped: numbers.needed("skipped")?,
+            lr: numbers.needed("lr")?,
+            largest_lr: numbers.optional("largest_lr")?,
+            previous_rate: numbers.optional("previous_rate")?,
+            damping: numbers.needed("damping")?,
+            slopes: Slopes { after, before, last, length },
+            pending: numbers.optional("ahead_from")?.zip(numbers.optional("ahead_damping")?),
+            closure_checked: numbers.needed("closure_checked")?,
+            models,
+            predicted: predicted.map(|(loss, change)| Predicted { loss, change }),
+            optimizer: numbers.needed("optimizer")?,
+            tensors: numbers.needed("tensors")?,
+        })
+    }
+
+    /// Adds to `wrong` what makes no sense, in an optimizer of this name and a file of `found` tensors.
+    fn check(&self, name: &str, found: usize, wrong: &mut Vec<String>) {
+        if self.optimizer != name {
+            wrong.push(format!("state of {}, expected {name}", self.optimizer));
+        }
+        // Not every tensor is needed by every optimizer, but none that was written may have been lost.
+        if self.tensors != found {
+            wrong.push(format!("{found} tensors, expected {}", self.tensors));
+        }
+        let rates = [
+            ("lr", self.lr),
+            ("previous_rate", self.previous_rate.unwrap_or(self.lr)),
+            ("largest_lr", self.largest_lr.unwrap_or(self.lr)),
+            ("damping", self.damping),
+            ("ahead_damping", self.pending.map_or(self.damping, |(_, later)| later)),
+        ];
+        for (name, value) in rates {
+            if !(value.is_finite() && value >= 0.0) {
+                wrong.push(format!("{name} is {value}, expected zero or more"));
+            }
+        }
+        let Slopes { after, before, last, length } = self.slopes;
+        let slopes = [after, before, last, length];
+        if slopes.iter().any(|slope| !slope.is_finite()) || length <= 0.0 {
+            wrong.push(format!("slopes are {slopes:?}, expected numbers, the length positive"));
+        }
+        if let Some((from, _)) = self.pending.filter(|(from, _)| *from > self.steps) {
+            wrong.push(format!("inverses of step {from}, expected one up to {}", self.steps));
+        }
     }
 }

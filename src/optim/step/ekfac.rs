@@ -1,6 +1,6 @@
 //! The EKFAC correction of a block's inverse.
 
-use crate::curvature::{LayerFactors, Preconditioner, moments, turned_moments};
+use crate::curvature::{LayerFactors, Preconditioner, moments, moments_above_rounding, turned_moments};
 use crate::ops::factor::ema;
 use crate::optim::state::block::{Block, BlockState, Part};
 use candle_core::{Result, Tensor};
@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 pub(super) fn update(
     block: &Block,
     state: &mut BlockState,
-    refresh: Option<(&LayerFactors, usize)>,
+    refresh: Option<(&LayerFactors, f64)>,
     stat_decay: f64,
     damping: f64,
 ) -> Result<()> {
@@ -34,17 +34,23 @@ pub(super) fn update(
             _ => None,
         };
         match (refresh, last) {
-            (Some((layer, terms)), last) => {
+            (Some((layer, total)), last) => {
                 let folded = block.part == Part::Folded;
                 let (a, g) = ((&basis_a, block.columns), (&basis_g, block.rows));
-                let current = moments(&layer.kept, a, g, block.groups, folded, terms)?;
+                let current = moments(&layer.kept, a, g, block.groups, folded, total)?;
                 ema(last.as_ref(), &current, stat_decay)?
             }
             (None, Some(last)) => last,
             (None, None) => return Ok(()),
         }
     };
-    let scale = (&scaled + damping)?.recip()?;
+    let known = match (&state.factor_a, &state.factor_g) {
+        (Some(a), Some(g)) if block.part != Part::Bias => {
+            moments_above_rounding(&scaled, (a, &basis_a), (g, &basis_g))?
+        }
+        _ => scaled.clone(),
+    };
+    let scale = (known + damping)?.recip()?;
     state.moments = Some(scaled);
     state.preconditioner = Some(Preconditioner::Basis { basis_a, basis_g, scale });
     Ok(())

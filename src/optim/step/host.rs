@@ -8,7 +8,7 @@ use super::wake_gradient::{self, WakeGradient};
 use super::write::{self, BlockStep};
 use super::{Backend, Gradients, Staged, Stepped, adam, average, length, run};
 use crate::optim::state::block::BlockState;
-use crate::optim::state::param::Adam;
+use crate::optim::state::param::{Adam, Param};
 use crate::optim::state::pending::{PendingInverses, Workplace};
 use crate::optim::state::{Core, Slopes};
 use candle_core::{Result, Tensor};
@@ -106,7 +106,10 @@ impl Proposal {
 
     /// The parameters that it leads to, in the order of [`Core::vars`].
     pub fn values(&self, core: &Core) -> Result<Vec<Tensor>> {
-        let mut values: Vec<Tensor> = core.vars.iter().map(|p| p.value()).collect();
+        let taken = self.parts_taken(core);
+        // A Var cannot be set to an alias of itself.
+        let value = |(param, taken): (&Param, bool)| if taken { Ok(param.value()) } else { param.snapshot() };
+        let mut values: Vec<Tensor> = core.vars.iter().zip(taken).map(value).collect::<Result<_>>()?;
         for (block, step) in core.blocks.iter().zip(&self.blocks) {
             let Some(step) = step else { continue };
             for (index, step) in block.split(&step.step, &core.vars)? {

@@ -1,7 +1,7 @@
 //! The factors of a batch, and their exponential averages, into which they go.
 
 use super::{Gradients, Refusal, Staged};
-use crate::curvature::{LayerFactors, average_product, gradient_factors, wide};
+use crate::curvature::{Counts, LayerFactors, average_product, gradient_factors, wide};
 use crate::gpu::Gpu;
 use crate::linalg::traces::traces;
 use crate::ops::factor::ema;
@@ -17,8 +17,8 @@ pub(crate) struct Refresh {
     pub layers: Vec<LayerFactors>,
     /// Whether they are the averages with the batch's in them, and not those of the batch alone.
     pub averaged: bool,
-    /// Loss terms.
-    pub terms: usize,
+    /// What its sums over loss terms were divided by.
+    pub counts: Counts,
     /// For each pass with labels of its own, the gradients of the summed loss of the blocks without a layer. Without such passes these
     /// blocks take the step's gradients.
     pub drawn: Vec<Vec<Tensor>>,
@@ -31,8 +31,8 @@ pub(crate) struct BlockCurvature<'a> {
     pub average: Factors,
     /// A quadratic model's: those of this batch where there are any, else the averages.
     pub factors: Factors,
-    /// What was recorded for this step, with its number of loss terms.
-    pub records: Option<(&'a LayerFactors, usize)>,
+    /// What was recorded for this step, with what sums over loss terms are divided by.
+    pub records: Option<(&'a LayerFactors, f64)>,
     /// Whether this step is the first with the inverse.
     pub fresh: bool,
 }
@@ -57,8 +57,11 @@ pub(crate) fn renew<'a>(
     };
     let mut found = Vec::with_capacity(core.blocks.len());
     for (block, current) in core.blocks.iter().zip(&mut current) {
-        let records = refresh.and_then(|refresh| Some((refresh.layers.get(block.layer?)?, refresh.terms)));
-        found.push(match taking_part(block) {
+        let records =
+            refresh.and_then(|refresh| Some((refresh.layers.get(block.layer?)?, refresh.counts.total)));
+        // Called without a row, a layer has a gradient and no factors; it waits for the first.
+        let known = current.is_some() || block.state.factor_a.is_some() || !core.is_optional(block);
+        found.push(match taking_part(block) && known {
             true => Some(renewed(core, block, records, current.take())?),
             false => None,
         });
@@ -69,7 +72,7 @@ pub(crate) fn renew<'a>(
 fn renewed<'a>(
     core: &Core,
     block: &Block,
-    records: Option<(&'a LayerFactors, usize)>,
+    records: Option<(&'a LayerFactors, f64)>,
     current: Option<Current>,
 ) -> Staged<BlockCurvature<'a>> {
     let mut state = block.state.clone();
@@ -124,7 +127,7 @@ pub(super) fn missing(core: &Core, block: &Block, what: &str) -> Error {
 /// The factors of a batch, a pair a block, or their averages.
 fn current_factors(
     core: &Core,
-    Refresh { layers, averaged, terms, drawn }: &Refresh,
+    Refresh { layers, averaged, counts, drawn }: &Refresh,
     grads: &Gradients,
 ) -> Staged<Vec<Option<Current>>> {
     let mut factors = Vec::with_capacity(core.blocks.len());
@@ -133,14 +136,18 @@ fn current_factors(
         let taking_part = block.params.iter().any(|&index| grads[index].is_some());
         let pair = match block.layer {
             _ if !taking_part => None,
-            Some(layer) => Some(block.refreshed(&layers[layer])?),
+            Some(layer) => block.refreshed(&layers[layer])?,
             None => {
                 let drawn: Vec<_> = drawn.iter().filter_map(|draw| draw.get(without_layer)).collect();
-                let gradient = match drawn.is_empty() {
-                    true => block.matrix(|index| wide(&super::gradient(core, grads, index)?))?,
-                    false => (Tensor::cat(&drawn, 0)? / *terms as f64)?,
+                // Drawn gradients are of terms times the roots of their weights, the step's of the weighted ones.
+                let (gradient, terms) = match drawn.is_empty() {
+                    true => {
+                        let gradient = block.matrix(|index| wide(&super::gradient(core, grads, index)?))?;
+                        (gradient, counts.effective())
+                    }
+                    false => ((Tensor::cat(&drawn, 0)? / counts.total)?, counts.total),
                 };
-                Some(gradient_factors(&gradient, block.rows, block.columns, *terms, &block.name)?)
+                Some(gradient_factors(&gradient, block.rows, block.columns, terms, &block.name)?)
             }
         };
         without_layer += usize::from(block.layer.is_none());

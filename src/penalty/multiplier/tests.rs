@@ -36,7 +36,8 @@ fn on_the_device_as_on_the_host() -> Result<()> {
             start.iter_mut().step_by(4).for_each(|w| *w = 0.0);
             let start = Tensor::from_vec(start, &dims[..], &Device::Cpu)?.to_dtype(dtype)?;
             for omega in [Omega::Norm(grouping), Omega::SquaredNorm(grouping), Omega::L1(grouping)] {
-                for (bound, dual) in ways() {
+                // The ways differ in numbers of groups, which are in f64 whatever the weights are in.
+                for (bound, dual) in ways().into_iter().take(if dtype == DType::F64 { 4 } else { 1 }) {
                     let run = || steps(omega, bound, dual, &start);
                     let (found, expected) = (emulate(run)?, run()?);
                     assert_eq!((found.len(), expected.len()), (24, 24));

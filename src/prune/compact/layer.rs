@@ -32,7 +32,7 @@ impl Layer {
     pub fn fold(&mut self, constant: &[Option<f64>], padded: bool) -> Vec<f64> {
         let mut shift = vec![0.; self.out];
         let (columns, run) = (self.columns, self.run);
-        for row in 0..self.out {
+        for (row, shift) in shift.iter_mut().enumerate() {
             let first = self.group(row) * columns;
             for column in 0..columns {
                 // A constant that is not zero is none where padding is.
@@ -43,7 +43,7 @@ impl Layer {
                 let sum: f64 = weights.iter().sum();
                 // Not 0 times an infinite constant.
                 if sum != 0. {
-                    shift[row] += sum * value;
+                    *shift += sum * value;
                 }
                 weights.fill(0.);
             }
