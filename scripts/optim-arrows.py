@@ -88,8 +88,8 @@ class Modules:
             at, path = at + (path[0],), path[1:]
         if path and (at, path[0]) not in seen:
             for leaf, name in self.uses[at]:
-                if name == path[0] and (found := self.owner(at, leaf + path[1:], (*seen, (at, path[0])))) is not None:
-                    return found
+                if name == path[0]:
+                    return self.owner(at, leaf + path[1:], (*seen, (at, path[0])))
         return at
 
     def arrows(self):
