@@ -11,6 +11,7 @@ is a strongly connected component of more than one member.
 
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -149,4 +150,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()
