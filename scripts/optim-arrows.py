@@ -11,6 +11,7 @@ is a strongly connected component of more than one member.
 
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -88,8 +89,8 @@ class Modules:
             at, path = at + (path[0],), path[1:]
         if path and (at, path[0]) not in seen:
             for leaf, name in self.uses[at]:
-                if name == path[0] and (found := self.owner(at, leaf + path[1:], (*seen, (at, path[0])))) is not None:
-                    return found
+                if name == path[0]:
+                    return self.owner(at, leaf + path[1:], (*seen, (at, path[0])))
         return at
 
     def arrows(self):
@@ -149,4 +150,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()
