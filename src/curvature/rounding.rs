@@ -42,8 +42,9 @@ pub(super) fn below_rounding(tasks: &[Task]) -> Result<Vec<bool>> {
     let shows = |task: &Task| {
         single(&task) && {
             let [a, g] = squares.next().and_then(|pair| pair.try_into().ok()).unwrap_or([0.0, 0.0]);
+            let error = ROUNDOFF * a.sqrt() * g.sqrt();
             // What is not finite in f32 may be so in f64.
-            !(ROUNDOFF * a.sqrt() * g.sqrt() <= SHOWS * task.recipe.damping)
+            error.is_nan() || error > SHOWS * task.recipe.damping
         }
     };
     Ok(tasks.iter().map(shows).collect())
