@@ -1,17 +1,9 @@
 //! Micro-batches whose union is one step.
 
 use super::NaturalGradient;
+use super::under_way::Accumulated;
 use crate::curvature::wide;
 use candle_core::{Result, Tensor, bail};
-
-/// Gradients of micro-batches, each times its total of loss terms.
-#[derive(Debug)]
-pub(super) struct Accumulated {
-    grads: Vec<Option<Tensor>>,
-    /// Where it is read.
-    loss: Option<f64>,
-    total: f64,
-}
 
 impl NaturalGradient {
     /// Adds the gradients of a micro-batch up for [`step_accumulated`](Self::step_accumulated). `loss` is the mean over the `terms` loss terms

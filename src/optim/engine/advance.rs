@@ -6,10 +6,12 @@ use crate::gpu::Gpu;
 use crate::optim::params::NonFinite;
 use crate::optim::state::block::BlockState;
 use crate::optim::state::{Core, Predicted};
-use crate::optim::step::device::{DeviceStep, Needs};
-use crate::optim::step::host::Proposal;
+use crate::optim::step::gradients::{Refusal, Staged};
+use crate::optim::step::host::{commit, propose};
 use crate::optim::step::predict::predict;
-use crate::optim::step::{Refusal, Staged, run};
+use crate::optim::step::proposal::Proposal;
+use crate::optim::step::run;
+use crate::optim::step::work_space::{DeviceStep, Needs};
 use crate::optim::wake::{Carry, Model};
 use candle_core::{Result, Tensor, bail};
 
@@ -23,7 +25,7 @@ impl NaturalGradient {
         self.device = None;
         let Some((proposal, predicted)) = self.proposed(grads, loss)? else { return Ok(()) };
         let values = proposal.values(&self.core)?;
-        proposal.commit(&mut self.core, &values, None)?;
+        commit(proposal, &mut self.core, &values, None)?;
         self.core.predicted = predicted;
         Ok(())
     }
@@ -49,7 +51,7 @@ impl NaturalGradient {
             Some(loss) if !loss.is_finite() => Err(Refusal::NonFinite(format!("the loss is {loss}"))),
             _ => self
                 .take_factors()
-                .and_then(|refresh| Proposal::of(&self.core, &self.workplace, refresh.as_ref(), &grads)),
+                .and_then(|refresh| propose(&self.core, &self.workplace, refresh.as_ref(), &grads)),
         };
         self.forget();
         match proposal {

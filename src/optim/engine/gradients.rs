@@ -1,7 +1,7 @@
 //! Gradients as the step takes them, from a loss or a store.
 
 use super::NaturalGradient;
-use super::observe::lock;
+use super::under_way::lock;
 use crate::curvature::wide;
 use crate::optim::LossScale;
 use crate::optim::numbers::scalar;

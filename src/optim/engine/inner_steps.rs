@@ -4,7 +4,8 @@ use super::NaturalGradient;
 use crate::curvature::factor_product;
 use crate::ops::dense::{dot, mix};
 use crate::optim::numbers::{scalar, sum};
-use crate::optim::step::host::Proposal;
+use crate::optim::step::host::commit;
+use crate::optim::step::proposal::Proposal;
 use crate::optim::step::write::rms_clipped;
 use crate::optim::wake::Inner;
 use crate::stack::deep;
@@ -70,7 +71,7 @@ impl NaturalGradient {
         if models.len() >= inner.models {
             models.remove(0);
         }
-        proposal.commit(&mut self.core, &values, taken.as_deref())?;
+        commit(proposal, &mut self.core, &values, taken.as_deref())?;
         self.core.models = models;
         self.core.predicted = predicted;
         Ok(())

@@ -11,6 +11,7 @@ mod inner_steps;
 mod observe;
 mod replay;
 mod settle;
+mod under_way;
 
 pub use inner_steps::Outputs;
 pub use replay::Replay;
@@ -19,16 +20,15 @@ use super::numbers::scalar;
 use super::params::Params;
 use super::state::pending::Workplace;
 use super::state::{AdamRate, Core, Resumed};
-use super::step::device::DeviceStep;
+use super::step::work_space::DeviceStep;
 use super::summary::Summary;
 use crate::curvature::{Damping, Want};
 use crate::tape::Layer;
-use accumulate::Accumulated;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::Optimizer;
-use observe::Observed;
 use std::path::Path;
 use std::sync::Arc;
+use under_way::{Accumulated, Observed};
 
 /// A curvature-aware optimizer: K-FAC, SO-, Q-, QE-KLD-WRM or KLD-WRM, as [`Params::wake`] says.
 ///

@@ -1,34 +1,18 @@
 //! The curvature of the coming step: from a model's outputs to the factors of a batch.
 
 use super::NaturalGradient;
+use super::under_way::{Observed, lock};
 use crate::curvature::{FactorSums, LayerFactors, Pass, wide};
 use crate::ops::sample::DrawKey;
 use crate::optim::numbers::sum;
 use crate::optim::params::NonFinite;
+use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
-use crate::optim::step::{Refusal, Staged};
 use crate::optim::wake::Model;
 use crate::stack::deep;
 use crate::tape::{Cotangents, Fisher, Head, Likelihood, TermWeights, Terms};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
 use std::sync::{Arc, Mutex};
-
-/// Factor sums of the coming step.
-pub(super) struct Observed {
-    pub sums: Arc<Mutex<FactorSums>>,
-    /// The tape listens to the user's backward pass (empirical Fisher).
-    pub armed: bool,
-    /// See [`Refresh`].
-    drawn: Vec<Vec<Tensor>>,
-    /// Why the step has to be left out, under [`NonFinite::Skip`].
-    pub unusable: Option<String>,
-}
-
-impl std::fmt::Debug for Observed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Observed").field("armed", &self.armed).finish_non_exhaustive()
-    }
-}
 
 impl NaturalGradient {
     /// Whether the coming step needs [`observe`](Self::observe).
@@ -298,10 +282,6 @@ fn has_finite_labels(head: &Head<'_>) -> Result<bool> {
         Some(labels) if labels.dtype().is_float() => Ok(sum(&labels.detach())?.is_finite()),
         Some(_) | None => Ok(true),
     }
-}
-
-pub(super) fn lock(sums: &Mutex<FactorSums>) -> std::sync::MutexGuard<'_, FactorSums> {
-    sums.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 #[cfg(test)]

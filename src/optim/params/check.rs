@@ -45,7 +45,11 @@ impl Params {
         if self.every.factors == 0 || self.every.inverses == 0 {
             bail!("{optimizer}: expected periods of at least one step, got {:?}", self.every)
         }
-        if self.overlap > 0 && matches!(self.wake.model(), Model::Quadratic(_)) {
+        let holds_this_step = match self.wake.model() {
+            Model::Linear => false,
+            Model::Quadratic(_) => true,
+        };
+        if self.overlap > 0 && holds_this_step {
             bail!(
                 "{optimizer}: the inverses of a quadratic wake hold the factors of their own step and cannot be late; expected \
                  overlap 0, got {}",

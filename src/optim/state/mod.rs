@@ -7,7 +7,7 @@ mod reader;
 mod resume;
 mod save;
 
-pub use resume::Resumed;
+pub use reader::Resumed;
 
 use super::params::{Decay, Params, StepRule};
 use super::wake::Model;

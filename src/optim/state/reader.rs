@@ -1,7 +1,6 @@
 //! What a file of optimizer state holds, read and checked.
 
 use super::block::{Block, BlockState};
-use super::resume::Resumed;
 use super::save::{KEY, slot};
 use crate::checkpoint::Checkpoint;
 use crate::curvature::{FactorShape, Preconditioner};
@@ -11,6 +10,15 @@ use candle_core::{DType, Result, Tensor, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::str::FromStr;
+
+/// What [`NaturalGradient::resume_partly`](crate::optim::NaturalGradient::resume_partly) has not found, and not taken.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Resumed {
+    /// Names of the Vars and of the Kronecker blocks that the file says nothing of: the Vars' values stay, the blocks' state begins anew.
+    pub fresh: Vec<String>,
+    /// Names of the tensors of the file that nothing takes.
+    pub unused: Vec<String>,
+}
 
 /// Reads the numbers of a file's metadata.
 pub(super) struct Numbers<'a> {

@@ -3,22 +3,13 @@
 use super::block::{Block, BlockState};
 use super::param::{Adam, Param};
 use super::pending::PendingInverses;
-use super::reader::{Needs, Numbers, StateReader};
+use super::reader::{Needs, Numbers, Resumed, StateReader};
 use super::save::{FORMAT, KEY, PENDING, SLOPES, slot};
 use super::{Core, Predicted, Slopes};
 use crate::checkpoint::Checkpoint;
 use crate::curvature::wide_dtype;
 use candle_core::{Device, Result, Tensor, bail};
 use std::path::Path;
-
-/// What [`NaturalGradient::resume_partly`](crate::optim::NaturalGradient::resume_partly) has not found, and not taken.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Resumed {
-    /// Names of the Vars and of the Kronecker blocks that the file says nothing of: the Vars' values stay, the blocks' state begins anew.
-    pub fresh: Vec<String>,
-    /// Names of the tensors of the file that nothing takes.
-    pub unused: Vec<String>,
-}
 
 /// The numbers of a file.
 struct Header {

@@ -1,9 +1,9 @@
 //! Adam for the Vars that have no Kronecker block: gains and offsets of norms, scalars. On a GPU the kernel `adam` of
 //! `kernels/update.cu`.
 
-use super::device::{DeviceStep, Targets};
+use super::gradients::{Gradients, Refusal, Staged, gradient};
 use super::kept_alive::KeptAlive;
-use super::{Gradients, Refusal, Staged, gradient};
+use super::work_space::{DeviceStep, Targets};
 use crate::gpu::table::type_number;
 use crate::ops::update::{self, AdamItem, AdamOptions};
 use crate::ops::wake::StepScalars;

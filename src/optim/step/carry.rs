@@ -6,13 +6,12 @@
 //! carry = mean, or literally model_gradient - wake_gradient - lambda F_bar s
 //! ```
 
-use super::device::DeviceStep;
 use super::grouped::{Curved, factor_products};
-use super::host::Proposal;
 use super::kept_alive::KeptAlive;
+use super::proposal::{BlockStep, Proposal};
 use super::renew::BlockCurvature;
 use super::wake_gradient::WakeGradient;
-use super::write::BlockStep;
+use super::work_space::DeviceStep;
 use crate::curvature::{damped_product, factor_product};
 use crate::ops::dense::{dot, mix};
 use crate::ops::update::{self, CarryItem};

@@ -1,7 +1,7 @@
 //! Wake gradients times inverses on a GPU: small products of one stage in one launch, whatever their shapes.
 
 use super::kept_alive::KeptAlive;
-use super::precondition::Parts;
+use super::partial_sums::{Parts, Sums};
 use super::same_shape;
 use crate::curvature::{Preconditioner, factor_product};
 use crate::gpu::Gpu;
@@ -27,9 +27,6 @@ pub(super) struct Job<'a> {
     /// Indices of the blocks.
     pub blocks: &'a [usize],
 }
-
-/// Where partial sums begin, and how many there are.
-pub(super) type Sums = (u64, u64);
 
 /// What comes of a [`Job`].
 pub(super) struct Output {

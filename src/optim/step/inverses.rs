@@ -1,7 +1,8 @@
 //! The damping and the damped inverses of the averages: made at once, or beside the steps and used later.
 
+use super::ekfac;
+use super::gradients::{Refusal, Staged};
 use super::renew::{BlockCurvature, missing};
-use super::{Refusal, Staged, ekfac};
 use crate::curvature::{Damping, Inverse, Preconditioner, Recipe, Task, damped_inverses, sum_inverse};
 use crate::linalg::traces::traces;
 use crate::ops::dense::mix;

@@ -1,9 +1,9 @@
 //! A step's rate `1 / lambda` and its clip: of a learning rate, or of the KL divergence between the models before and after it. On a GPU
 //! the kernel `rate` of `kernels/update.cu`.
 
-use super::device::DeviceStep;
 use super::precondition::Direction;
 use super::wake_gradient::WakeGradient;
+use super::work_space::DeviceStep;
 use crate::ops::dense::dot;
 use crate::ops::update::{self, RateArgs};
 use crate::ops::wake::StepScalars;

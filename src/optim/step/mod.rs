@@ -12,8 +12,8 @@
 //! | what the next step looks back at | `carry.rs` | `host` | `device`: kernels `update` and `carry` |
 //! | averaged parameters | `average.rs` | `host` | within `update` and `adam` |
 //!
-//! [`run`] is that list. On the host it computes a [`Proposal`] and changes nothing, so that a step that fails leaves parameters and state
-//! as they were; [`Proposal::commit`] makes it true. On a GPU the kernels that write see for themselves whether the step is to be taken
+//! [`run`] is that list. On the host it computes a [`Proposal`](proposal::Proposal) and changes nothing, so that a step that fails leaves parameters and state
+//! as they were; [`commit`](host::commit) makes it true. On a GPU the kernels that write see for themselves whether the step is to be taken
 //! (`device.rs`).
 
 pub(super) mod adam;
@@ -23,41 +23,28 @@ pub(super) mod device;
 #[cfg(test)]
 mod device_tests;
 mod ekfac;
+pub(super) mod gradients;
 mod grouped;
 pub(super) mod host;
 pub(super) mod inverses;
 mod kept_alive;
 pub(super) mod length;
+mod partial_sums;
 mod precondition;
 pub(super) mod predict;
+pub(super) mod proposal;
 pub(super) mod renew;
 mod same_shape;
 mod wake_gradient;
+pub(super) mod work_space;
 pub(super) mod write;
 
 use super::state::Core;
 use super::state::block::BlockState;
 use super::state::pending::{PendingInverses, Workplace};
-use candle_core::{Error, Result, Tensor};
+use candle_core::Result;
+use gradients::{Gradients, Staged};
 use renew::{BlockCurvature, Refresh};
-
-/// Gradients in the order of [`Core::vars`]; none of a Var that takes no part in the step.
-pub(super) type Gradients = [Option<Tensor>];
-
-/// Why there is no step.
-pub(super) enum Refusal {
-    /// NaN or infinity, and where.
-    NonFinite(String),
-    Failed(Error),
-}
-
-impl From<Error> for Refusal {
-    fn from(error: Error) -> Self {
-        Refusal::Failed(error)
-    }
-}
-
-pub(super) type Staged<T> = std::result::Result<T, Refusal>;
 
 /// Where a step is computed. The stages that are not here are the same everywhere.
 pub(super) trait Backend {
@@ -131,12 +118,4 @@ pub(super) fn run<B: Backend>(
         pending: inverses.pending,
         takes_pending: inverses.takes_pending,
     })
-}
-
-/// The gradient of a param that takes part.
-fn gradient(core: &Core, grads: &Gradients, index: usize) -> Result<Tensor> {
-    match grads.get(index) {
-        Some(Some(gradient)) => Ok(gradient.clone()),
-        _ => candle_core::bail!("{}: no gradient for {}", core.name(), core.vars[index].name),
-    }
 }

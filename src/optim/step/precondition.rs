@@ -1,15 +1,14 @@
 //! Directions: wake gradients times the damped inverses, with the inner products that a step's length and clips depend on. On a GPU
 //! small blocks share launches (`grouped.rs`, `kernels/grouped.cu`), and `kernels/precondition.cu` sums.
 
-use super::device::DeviceStep;
-use super::grouped::{Job, Sums, grouped, single};
+use super::gradients::{Refusal, Staged};
+use super::grouped::{Job, grouped, single};
 use super::kept_alive::KeptAlive;
+use super::partial_sums::{Parts, Sums};
 use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
-use super::{Refusal, Staged};
+use super::work_space::DeviceStep;
 use crate::curvature::damped_product;
-use crate::gpu::Operand;
-use crate::gpu::table::blocks_of;
 use crate::ops::dense::dot;
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
@@ -189,45 +188,4 @@ fn of<'a, 'b>(
     index: usize,
 ) -> Result<&'a BlockCurvature<'b>> {
     curvature[index].as_ref().ok_or_else(|| missing(core, &core.blocks[index], "curvature"))
-}
-
-/// Partial sums of tensors, one behind the other in an array of f64.
-pub(super) struct Parts<'a> {
-    array: &'a Operand,
-    start: usize,
-    next: usize,
-}
-
-impl<'a> Parts<'a> {
-    pub fn of(array: &'a Operand, start: usize) -> Self {
-        Self { array, start, next: start }
-    }
-
-    /// Where the first tensor's sums begin.
-    fn first(&self) -> u64 {
-        self.array.at(self.start)
-    }
-
-    /// Where the sums of the next tensor will begin.
-    pub fn next(&self) -> u64 {
-        self.array.at(self.next)
-    }
-
-    /// Where the sums of the next tensor, of `len` elements, begin, and how many there are.
-    pub fn take(&mut self, len: usize) -> Sums {
-        let count = blocks_of(len);
-        let at = self.reserve(count);
-        (self.at(at), count as u64)
-    }
-
-    /// The first of `count` places for the next sums.
-    pub fn reserve(&mut self, count: usize) -> usize {
-        let at = self.next;
-        self.next += count;
-        at
-    }
-
-    pub fn at(&self, place: usize) -> u64 {
-        self.array.at(place)
-    }
 }

@@ -1,6 +1,6 @@
 //! The loss change that the quadratic model predicts, for a damping that adapts to measured losses.
 
-use super::host::Proposal;
+use super::proposal::Proposal;
 use crate::curvature::factor_product;
 use crate::ops::dense::{dot, mix};
 use crate::optim::state::{Core, Predicted};

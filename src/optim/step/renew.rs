@@ -1,6 +1,6 @@
 //! The factors of a batch, and their exponential averages, into which they go.
 
-use super::{Gradients, Refusal, Staged};
+use super::gradients::{Gradients, Refusal, Staged};
 use crate::curvature::{Counts, LayerFactors, average_product, gradient_factors, wide};
 use crate::gpu::Gpu;
 use crate::linalg::traces::traces;
@@ -142,7 +142,8 @@ fn current_factors(
                 // Drawn gradients are of terms times the roots of their weights, the step's of the weighted ones.
                 let (gradient, terms) = match drawn.is_empty() {
                     true => {
-                        let gradient = block.matrix(|index| wide(&super::gradient(core, grads, index)?))?;
+                        let gradient =
+                            block.matrix(|index| wide(&super::gradients::gradient(core, grads, index)?))?;
                         (gradient, counts.effective())
                     }
                     false => ((Tensor::cat(&drawn, 0)? / counts.total)?, counts.total),

@@ -7,9 +7,9 @@
 //!
 //! with `wd theta` added to `g` ([`Decay::Loss`]) or to the end ([`Decay::AfterWake`]).
 
-use super::device::DeviceStep;
+use super::gradients::{Gradients, gradient};
 use super::kept_alive::KeptAlive;
-use super::{Gradients, gradient};
+use super::work_space::DeviceStep;
 use crate::gpu::table::type_number;
 use crate::ops::dense::mix;
 use crate::ops::wake::{Place, StepScalars, WakeItem, Wakes, wakes};

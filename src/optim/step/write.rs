@@ -2,29 +2,21 @@
 //! and of linear models what the next step looks back at.
 
 use super::carry;
-use super::device::{DeviceStep, Scratch, Targets};
 use super::kept_alive::KeptAlive;
 use super::length::Length;
 use super::precondition::Direction;
+use super::proposal::BlockStep;
 use super::renew::BlockCurvature;
 use super::wake_gradient::{WakeGradient, decayed};
+use super::work_space::{DeviceStep, Scratch, Targets};
 use crate::ops::dense::{dot, mix};
 use crate::ops::update::{self, UpdateItem};
 use crate::ops::wake::StepScalars;
 use crate::optim::params::Decay;
 use crate::optim::state::Core;
-use crate::optim::state::block::{Block, Factors};
+use crate::optim::state::block::Block;
 use crate::optim::wake::Model;
 use candle_core::{Result, Tensor};
-
-/// What a step would do to one block's parameters.
-pub(crate) struct BlockStep {
-    pub wake: WakeGradient,
-    /// A quadratic model's curvature at this step: the factors of this batch where it refreshed them, else the averages.
-    pub factors: Factors,
-    /// The change of the parameters.
-    pub step: Tensor,
-}
 
 /// A block's step; its velocity goes into the state of `curvature`.
 pub(super) fn host(
