@@ -123,7 +123,9 @@ impl Affine {
         let flat = x.detach().reshape((rows, inputs))?;
         if let (true, Some(tap)) = (owed.record, &self.tap) {
             let batch = x.dim(0)?;
-            tap.record(Inputs::Rows(flat.reshape((batch, (), inputs))?), gy.reshape((batch, (), out))?)?;
+            let shared = rows / batch.max(1);
+            let inputs = Inputs::Rows(flat.reshape((batch, shared, inputs))?);
+            tap.record(inputs, gy.reshape((batch, shared, out))?)?;
         }
         let dx = if owed.input { Some(dense::product(&gy, &w.detach())?.reshape(x.shape())?) } else { None };
         let dw = if owed.weight { Some(dense::product(&gy.t()?, &flat)?) } else { None };

@@ -287,6 +287,10 @@ impl Tap {
     }
 
     fn record(&self, inputs: Inputs, grads: Tensor) -> Result<()> {
+        // A layer that was called without a row has nothing to tell.
+        if grads.elem_count() == 0 {
+            return Ok(());
+        }
         let (reducer, mask) = {
             let mut state = self.tape.state();
             let mask = state.mask.clone().filter(|mask| mask.fits(&grads));

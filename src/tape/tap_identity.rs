@@ -75,11 +75,12 @@ impl CustomOp1 for TapIdentity {
     fn bwd(&self, y: &Tensor, _: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
         if self.tap.wanted().1 {
             let (batch, features) = (y.dim(0)?, y.dims().last().copied().unwrap_or(1));
-            let grads = gy.contiguous()?.reshape((batch, (), features))?;
+            let shared = y.elem_count() / (batch * features).max(1);
+            let grads = gy.contiguous()?.reshape((batch, shared, features))?;
             let inputs = match &self.seen {
                 Seen::Normed(norm, x) => {
                     let ones = Tensor::ones(features, x.dtype(), x.device())?;
-                    Inputs::Rows(norm.apply(x, &ones, None)?.reshape((batch, (), features))?)
+                    Inputs::Rows(norm.apply(x, &ones, None)?.reshape((batch, shared, features))?)
                 }
                 Seen::Indices(numbers) => Inputs::Indices(numbers.clone()),
             };

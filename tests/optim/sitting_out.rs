@@ -227,3 +227,34 @@ fn the_state_of_a_head_goes_on_in_the_whole_model() -> Result<()> {
     assert!(again.unused.contains(&"kronwake/conv/factor_a".to_string()), "{:?}", again.unused);
     Ok(())
 }
+
+/// An expert that is called with no rows has a gradient of zeros and no statistics.
+#[test]
+fn a_layer_called_without_rows() -> Result<()> {
+    let net = Mixture::new(5)?;
+    let mut opt = NaturalGradient::from_varmap(&net.vars, params(So::default().into(), &net.tape))?;
+    let split = |x: &Tensor, first: usize| -> Result<Tensor> {
+        let rest = x.dim(0)? - first;
+        let (a, b) = (x.narrow(0, 0, first)?, x.narrow(0, first, rest)?);
+        let hidden = [net.experts[0].forward(&a)?.tanh()?, net.experts[1].forward(&b)?.tanh()?];
+        net.head.forward(&Tensor::cat(&hidden, 0)?)
+    };
+    for (k, first) in [7, 4, 7, 0, 3].into_iter().enumerate() {
+        let (x, y) = (random(80 + k as u64, &[7, 4])?, labels(90 + k as u64, 7, 3)?);
+        let z = split(&x, first)?;
+        opt.observe(&z, Likelihood::Categorical)?;
+        let grads = cross_entropy(&z, &y)?.backward()?;
+        if first == 7 {
+            let grad = grads.get(&net.var("expert1.weight")).expect("it was called");
+            assert!(flat(grad).iter().all(|g| *g == 0.0));
+        }
+        let known = opt.factors("expert1");
+        opt.step(&grads)?;
+        if first == 7 {
+            let before = known.map(|(a, g)| (flat(&a), flat(&g)));
+            assert_eq!(opt.factors("expert1").map(|(a, g)| (flat(&a), flat(&g))), before);
+        }
+    }
+    assert!(opt.factors("expert1").is_some());
+    Ok(())
+}
