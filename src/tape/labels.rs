@@ -36,15 +36,17 @@ impl Likelihood {
     /// When the outputs have no terms (see [`Likelihood::terms`]), when shape or type of the labels do not fit, and when a label is out of
     /// range; the message has the number of the term.
     pub fn check_labels(&self, outputs: &Tensor, labels: &Tensor) -> Result<()> {
-        self.check_labels_of(outputs, labels, None)
+        self.check_labels_of(outputs, labels, None, true)
     }
 
-    /// [`Likelihood::check_labels`] where `counts` says which terms do: labels of the others may be anything.
+    /// [`Likelihood::check_labels`] where `counts` says which terms do: labels of the others may be anything. Where targets need not be
+    /// `finite`, those that are not are left to the optimizer's own rule for such numbers.
     pub(crate) fn check_labels_of(
         &self,
         outputs: &Tensor,
         labels: &Tensor,
         counts: Option<&[bool]>,
+        finite: bool,
     ) -> Result<()> {
         let terms = self.terms(outputs)?;
         let classes = outputs.elem_count() / terms;
@@ -75,8 +77,9 @@ impl Likelihood {
         let targets =
             labels.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         let fits = |y: f64| match self {
+            _ if !y.is_finite() => !finite,
             Likelihood::Bernoulli => (0.0..=1.0).contains(&y),
-            _ => y.is_finite(),
+            _ => true,
         };
         let wrong = targets.iter().enumerate().find(|&(at, &y)| counts(at / classes) && !fits(y));
         if let Some((at, y)) = wrong {
@@ -177,9 +180,10 @@ mod tests {
         Likelihood::Gaussian.check_labels(&outputs, &bad)?;
         refused(Likelihood::Bernoulli.check_labels(&outputs, &bad), &["target -1 of loss term 2", "0 to 1"]);
         let counts = [true, true, false, true];
-        Likelihood::Bernoulli.check_labels_of(&outputs, &bad, Some(&counts))?;
+        Likelihood::Bernoulli.check_labels_of(&outputs, &bad, Some(&counts), true)?;
         let nan = Tensor::new(&[[0.], [f64::NAN], [-1.], [0.5f64]], CPU)?;
         refused(Likelihood::Gaussian.check_labels(&outputs, &nan), &["target NaN of loss term 1"]);
+        Likelihood::Gaussian.check_labels_of(&outputs, &nan, None, false)?;
         Ok(())
     }
 
@@ -202,6 +206,6 @@ mod tests {
             refused(check(&deep, &Tensor::zeros(dims, DType::U32, CPU)?), &["[2, 3]", &format!("{dims:?}")]);
         }
         let ignoring = Tensor::new(&[0i64, -100, 1], CPU)?;
-        Likelihood::Categorical.check_labels_of(&flat, &ignoring, Some(&[true, false, true]))
+        Likelihood::Categorical.check_labels_of(&flat, &ignoring, Some(&[true, false, true]), true)
     }
 }

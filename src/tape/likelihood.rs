@@ -133,7 +133,7 @@ impl Likelihood {
 
     /// The cotangents whose passes make the Fisher matrix of a batch, each term's times the root of its weight, and what their records'
     /// gradients are to be multiplied by: the one of `labels` where there are such, else those of `fisher`, drawn by `key`, whose own draw
-    /// is 0. The empirical matrix needs labels; those of terms of weight 0 are not read.
+    /// is 0. The empirical matrix needs labels, which are checked; those of terms of weight 0 are not read.
     pub(crate) fn passes<'a>(
         &'a self,
         fisher: Fisher,
@@ -145,7 +145,6 @@ impl Likelihood {
         let (cotangents, scale): (Cotangents<'a>, f64) = match (labels, fisher) {
             (Some(labels), _) => {
                 let counts = weights.counts();
-                self.check_labels_of(outputs, labels, counts.as_deref())?;
                 let labels = self.without_ignored(outputs, labels, counts.as_deref())?;
                 (Box::new(std::iter::once(self.label_cotangent(outputs, &labels))), 1.0)
             }

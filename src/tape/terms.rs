@@ -270,7 +270,7 @@ impl<'a> Head<'a> {
         let mut weights = self.terms.of(self.likelihood, self.outputs)?;
         if let Some(labels) = self.labels {
             let counts = weights.counts();
-            self.likelihood.check_labels_of(self.outputs, labels, counts.as_deref())?;
+            self.likelihood.check_labels_of(self.outputs, labels, counts.as_deref(), false)?;
         }
         let share = share.unwrap_or(weights.total);
         weights.factor = self.weight * (share / weights.total);
