@@ -204,7 +204,7 @@ const NON_FINITE: &[(Bad, &str)] = &[
             opt.observe_labels(&z, Likelihood::Gaussian, &labels)?;
             opt.backward_step(&loss(&z)?)
         },
-        "target NaN of loss term 0",
+        "factor G of block conv has NaN",
     ),
     (
         |net, opt| {

@@ -89,15 +89,7 @@ impl NaturalGradient {
             if heads.len() > 1 && head.labels.is_none() && self.core.params.fisher == Fisher::Empirical {
                 bail!("{name}: the empirical Fisher of several heads needs the labels of each")
             }
-            let weights = match head.weights(share) {
-                // Labels that are no numbers are numbers that are not finite, as outputs may be.
-                Err(error) if !has_finite_labels(head)? => {
-                    // Without the backtrace that may follow.
-                    let what = error.to_string().lines().next().unwrap_or_default().to_string();
-                    return self.not_usable(what);
-                }
-                found => found?,
-            };
+            let weights = head.weights(share)?;
             passes.push((head, if share.is_none() { weights.total } else { 0.0 }, Arc::new(weights)));
             share = share.or(passes.last().map(|(_, total, _)| *total));
         }
@@ -109,17 +101,6 @@ impl NaturalGradient {
                 return Err(error);
             }
         }
-        Ok(())
-    }
-
-    /// Leaves the coming step out for what was observed, or refuses it.
-    fn not_usable(&mut self, what: String) -> Result<()> {
-        let core = &self.core;
-        if core.params.non_finite == NonFinite::Error {
-            bail!("{}: step {}: {what}; parameters and state are unchanged", core.name(), core.steps)
-        }
-        let sums = Arc::new(Mutex::new(self.factor_sums()));
-        self.observed = Some(Observed { sums, armed: false, drawn: vec![], unusable: Some(what) });
         Ok(())
     }
 
@@ -135,8 +116,13 @@ impl NaturalGradient {
             None => Arc::new(Mutex::new(self.factor_sums())),
         };
         if !sum(&outputs.detach())?.is_finite() {
-            let dims = outputs.dims();
-            return self.not_usable(format!("the observed outputs {dims:?} have NaN or infinite elements"));
+            let (core, dims) = (&self.core, outputs.dims());
+            let what = format!("the observed outputs {dims:?} have NaN or infinite elements");
+            if core.params.non_finite == NonFinite::Error {
+                bail!("{}: step {}: {what}; parameters and state are unchanged", core.name(), core.steps)
+            }
+            self.observed = Some(Observed { sums, armed: false, drawn: vec![], unusable: Some(what) });
+            return Ok(());
         }
         let tape = self.core.params.tape.clone();
         let untapped = self.wants.iter().all(Option::is_none);
@@ -273,14 +259,6 @@ impl NaturalGradient {
         };
         let (counts, averaged) = (sums.counts(), sums.averages());
         Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, counts, drawn: observed.drawn }))
-    }
-}
-
-/// Whether a head's labels are numbers; class numbers always are.
-fn has_finite_labels(head: &Head<'_>) -> Result<bool> {
-    match head.labels {
-        Some(labels) if labels.dtype().is_float() => Ok(sum(&labels.detach())?.is_finite()),
-        Some(_) | None => Ok(true),
     }
 }
 
