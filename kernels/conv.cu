@@ -1,4 +1,4 @@
-// What a convolution on a GPU does besides its matrix products (src/ops/conv_kernels.rs).
+// What a convolution on a GPU does besides its matrix products (src/ops/conv_device.rs).
 #include "conv.cuh"
 
 struct PatchArgs {

@@ -1,4 +1,4 @@
-// What follows a convolution's product whose outputs are pooled, and perhaps rectified (src/ops/conv_pool_kernels.rs): bias, maxima
+// What follows a convolution's product whose outputs are pooled, and perhaps rectified (src/ops/conv_pool_device.rs): bias, maxima
 // and rectifier at once. Windows do not overlap. Of each output a byte is kept: which element of its window was the maximum, or CUT.
 #include "divide.cuh"
 

@@ -95,7 +95,7 @@ impl Collect {
     /// As [`Collect::add`], and if the weights do not fit the outputs.
     pub fn add_weighted(&mut self, outputs: &Tensor, labels: Option<&Tensor>, terms: &Terms) -> Result<()> {
         let likelihood = self.likelihood;
-        let labels = labels.filter(|_| self.fisher == Fisher::Empirical);
+        let labels = labels.filter(|_| self.fisher.reads_labels());
         let head = Head { labels, terms: terms.clone(), ..Head::new(outputs, likelihood) };
         let weights = Arc::new(head.weights(None)?);
         let sum = outputs.detach().to_dtype(candle_core::DType::F64)?.sum_all()?.to_scalar::<f64>()?;

@@ -1,5 +1,5 @@
 //! A convolution, the maxima of windows of its outputs and, if wanted, a rectifier, as one operation on the CPU (on a GPU:
-//! `conv_pool_kernels.rs`).
+//! `conv_pool_device.rs`).
 //!
 //! Of `relu(max_pool(conv(x)))` only the pooled outputs are kept, with a byte for each: which element of its window was
 //! the maximum, or that the rectifier cut it. The convolution's own outputs, several times as many, exist only for a few

@@ -52,6 +52,14 @@ impl Fisher {
             Fisher::Empirical | Fisher::Exact => false,
         }
     }
+
+    /// Whether the labels are those of the data.
+    pub(crate) fn reads_labels(self) -> bool {
+        match self {
+            Fisher::Empirical => true,
+            Fisher::Sampled { .. } | Fisher::Exact => false,
+        }
+    }
 }
 
 /// Which square root of the outputs' Hessian `H` is taken, a term at a time: vectors `b` with `sum b b^T = H`.

@@ -86,7 +86,7 @@ impl NaturalGradient {
         let mut passes = Vec::with_capacity(heads.len());
         let mut share = None;
         for head in heads {
-            if heads.len() > 1 && head.labels.is_none() && self.core.params.fisher == Fisher::Empirical {
+            if heads.len() > 1 && head.labels.is_none() && self.core.params.fisher.reads_labels() {
                 bail!("{name}: the empirical Fisher of several heads needs the labels of each")
             }
             let weights = head.weights(share)?;
