@@ -45,7 +45,8 @@ pub(crate) fn picked(numbers: &Tensor, table: &Tensor, tap: Option<&Tap>) -> Res
     match tap {
         Some(tap) if numbers.rank() > 0 => {
             let batch = numbers.dim(0)?;
-            let numbers = numbers.to_dtype(DType::U32)?.reshape((batch, ()))?;
+            let shared = numbers.elem_count() / batch.max(1);
+            let numbers = numbers.to_dtype(DType::U32)?.reshape((batch, shared))?;
             y.contiguous()?.apply_op1(TapIdentity { tap: tap.clone(), seen: Seen::Indices(numbers) })
         }
         _ => Ok(y),

@@ -2,6 +2,8 @@
 
 mod accumulate;
 mod averages;
+mod deep;
+mod former_states;
 mod inner_steps;
 mod keep;
 mod overlap;

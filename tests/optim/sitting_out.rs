@@ -258,3 +258,24 @@ fn a_layer_called_without_rows() -> Result<()> {
     assert!(opt.factors("expert1").is_some());
     Ok(())
 }
+
+/// An embedding that is asked for nothing.
+#[test]
+fn an_embedding_of_no_ids() -> Result<()> {
+    let (vars, tape) = (VarMap::new(), Tape::new());
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let (table, head) =
+        tape.build(|| Ok((nn::embedding(6, 4, vb.pp("table"))?, nn::linear(4, 3, vb.pp("head"))?)))?;
+    let groups = Groups(vec![Group { optional: true, ..Group::named("table*") }]);
+    let every = Every { factors: 1, inverses: 1 };
+    let mut opt = NaturalGradient::from_varmap(&vars, Params { groups, every, ..Params::k_fac(&tape) })?;
+    for (k, count) in [3, 0, 2].into_iter().enumerate() {
+        let ids = Tensor::from_vec((0..count as u32).collect::<Vec<_>>(), count, &Device::Cpu)?;
+        let others = random(k as u64, &[4, 4])?;
+        let x = Tensor::cat(&[table.forward(&ids)?, others], 0)?;
+        let z = head.forward(&x)?;
+        opt.observe(&z, Likelihood::Categorical)?;
+        opt.backward_step(&cross_entropy(&z, &labels(k as u64, 4 + count, 3)?)?)?;
+    }
+    Ok(())
+}
