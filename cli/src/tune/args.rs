@@ -55,6 +55,10 @@ pub struct Args {
     /// Estimator of the evidence
     #[arg(long, value_enum, default_value_t = Bound::Ntk, help_heading = EVIDENCE)]
     pub bound: Bound,
+    /// Tensors that the evidence is of, by name, `*` for any characters; a pattern that begins with ! excludes. The others are held fast, as
+    /// for a last layer or adapters [default: all]
+    #[arg(long, value_name = "PATTERN[,PATTERN..]", value_delimiter = ',', help_heading = EVIDENCE)]
+    pub part: Vec<String>,
     /// Examples of a part. An evaluation adds up all parts in order; a step of the tuning draws one [default: 100 for ntk, indep, single and
     /// extrapolated, all for the others]
     #[arg(long, value_name = "N", value_parser = count, help_heading = EVIDENCE)]
@@ -139,6 +143,8 @@ pub enum Bound {
     Block,
     /// With a block a layer: a tighter one
     BlockLayer,
+    /// Its diagonal in the eigenbases of the Kronecker factors: a lower bound, much tighter than the diagonal
+    Rotated,
     /// Its diagonal: a loose lower bound
     Diag,
     /// Exact: the whole Gauss-Newton matrix, or the kernel of all examples where that is smaller
@@ -248,6 +254,7 @@ impl Args {
             Bound::Kfac => Curvature::Kron,
             Bound::Block => Curvature::BlockPerTensor,
             Bound::BlockLayer => Curvature::BlockPerLayer,
+            Bound::Rotated => Curvature::Rotated,
             Bound::Diag => Curvature::Diagonal,
             Bound::Full if parameters <= batch * outputs => Curvature::Full,
             Bound::Full => Curvature::Kernel(Outputs::Joint),

@@ -44,12 +44,17 @@ fn work(args: &Args) -> Result<()> {
     if args.steps > 0 {
         program::make_folder("--out", &args.out)?;
     }
-    let problem = Problem::new(&net.tape, &net.vars, &net, loaded.likelihood)?;
+    let patterns: Vec<&str> = args.part.iter().map(String::as_str).collect();
+    let problem = match patterns.as_slice() {
+        [] => Problem::new(&net.tape, &net.vars, &net, loaded.likelihood)?,
+        patterns => Problem::of_part(&net.tape, &net.vars, &net, loaded.likelihood, patterns)?,
+    };
     let parameters = problem.parameters();
     let numbers: usize = parameters.iter().map(|p| p.tensor.elem_count()).sum();
-    println!("{} tensors of {numbers} parameters: {}", order.len(), order.join(", "));
-    let order: Vec<usize> =
-        order.iter().filter_map(|name| parameters.iter().position(|p| &p.name == name)).collect();
+    let place = |name: &String| parameters.iter().position(|p| &p.name == name);
+    let order: Vec<usize> = order.iter().filter_map(place).collect();
+    let names: Vec<&str> = order.iter().map(|&at| parameters[at].name.as_str()).collect();
+    println!("{} tensors of {numbers} parameters: {}", names.len(), names.join(", "));
     let hyper = hyperparameters(args, &problem, &order)?;
     let outputs = net.tape.layers().last().map_or(1, |layer| layer.out_features());
     let examples = loaded.train.len();

@@ -203,3 +203,21 @@ fn errors_are_one_sentence_and_nothing_is_written() -> Result<()> {
     }
     Ok(())
 }
+
+/// The blocks of a part and of the rest make up those of all; the rotated diagonal lies between the blocks and the diagonal.
+#[test]
+fn parts_and_the_rotated_bound() -> Result<()> {
+    let folder = Folder::new("tune-parts");
+    write_golden(&folder)?;
+    let evaluate = |rest: &str| run(&folder, &format!("{NET} --dtype f64 --steps 0 {rest}"));
+    let log_det = |rest: &str| -> Result<f64> { Ok(number(&evaluate(rest)?["log_det"])) };
+    let last = evaluate("--bound block --part fc3.*")?;
+    assert_eq!(last["tensors"], serde_json::json!(["fc3.bias", "fc3.weight"]));
+    assert_eq!(numbers(&last["prior_precision"]).len(), 2);
+    let all = log_det("--bound block")?;
+    let parts = number(&last["log_det"]) + log_det("--bound block --part !fc3.*")?;
+    assert!((all - parts).abs() < 1e-9 * all, "{all}, in parts {parts}");
+    let (rotated, diagonal) = (log_det("--bound rotated")?, log_det("--bound diag")?);
+    assert!(all < rotated && rotated < diagonal, "{all} {rotated} {diagonal}");
+    Ok(())
+}
