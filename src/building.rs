@@ -15,7 +15,7 @@ impl<T: 'static> Drop for Restore<T> {
     }
 }
 
-/// FactorShape `build` with `value` in the place.
+/// Runs `build` with `value` in the place.
 pub(crate) fn within<T: 'static, M>(
     building: &'static Building<T>,
     value: T,

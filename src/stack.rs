@@ -10,7 +10,7 @@ const ROOM: usize = 512 << 20;
 #[cfg(not(target_pointer_width = "64"))]
 const ROOM: usize = 32 << 20;
 
-/// FactorShape `f` where recursion has 512 MiB of stack (32 MiB where addresses have 32 bits), on this thread: thread-local state is as outside.
+/// Runs `f` where recursion has 512 MiB of stack (32 MiB where addresses have 32 bits), on this thread: thread-local state is as outside.
 ///
 /// Every backward pass that the crate starts runs in here: with [`backward_step`](crate::nn::Optimizer::backward_step) of an
 /// [`optimizer`](crate::optim), in an [`evidence`](crate::evidence), a [`Tape`](crate::tape::Tape) and a QE distance. That is room for the

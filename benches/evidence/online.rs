@@ -20,7 +20,7 @@ pub struct Options {
     /// Steps of training, of 100 images each
     #[arg(long, value_parser = count, default_value_t = 1000)]
     steps: usize,
-    /// FactorShape of each kind
+    /// Runs of each kind
     #[arg(long, value_parser = count, default_value_t = 5)]
     seeds: usize,
     /// The first seed

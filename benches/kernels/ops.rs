@@ -77,7 +77,7 @@ fn products(options: &Options) -> Vec<(&'static str, DType, bool)> {
     kinds
 }
 
-/// FactorShape `f` for each of them.
+/// Runs `f` for each of them.
 fn with_products(options: &Options, mut f: impl FnMut(&'static str, DType) -> Result<()>) -> Result<()> {
     for (name, dtype, reduced) in products(options) {
         cuda::set_gemm_reduced_precision_f32(reduced);

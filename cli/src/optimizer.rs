@@ -119,7 +119,7 @@ impl Optimizer {
         }
     }
 
-    /// FactorShape `f` at the averaged parameters, where there are such.
+    /// Runs `f` at the averaged parameters, where there are such.
     pub fn at_average<T>(&mut self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         match self {
             Self::Natural(natural) => natural.at_average(f),

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
 use std::process::ExitCode;
 
-/// FactorShape `work` on `threads` threads, one a core if not said; its error is a sentence on stderr and exit code 1.
+/// Runs `work` on `threads` threads, one a core if not said; its error is a sentence on stderr and exit code 1.
 pub fn start(threads: Option<usize>, work: impl FnOnce() -> Result<()>) -> ExitCode {
     if let Some(threads) = threads {
         // SAFETY: no other thread runs yet. candle reads the variable when it first multiplies matrices.

@@ -259,7 +259,7 @@ impl<'a> Reader<'a, '_> {
         Ok(())
     }
 
-    /// FactorShape `visit` on the rows of all examples, a few examples at a time.
+    /// Runs `visit` on the rows of all examples, a few examples at a time.
     fn each(&mut self, mut visit: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
         each_pass(self.problem, self.part, Columns::Curvature, self.memory, |pass, rows| {
             self.data.add(&pass.fit()?, self.weight);

@@ -36,7 +36,7 @@ impl Rows {
         (0..rows).step_by(step.max(1)).map(move |start| start..(start + step).min(rows))
     }
 
-    /// FactorShape `visit` on every panel's products of gradients and of inputs.
+    /// Runs `visit` on every panel's products of gradients and of inputs.
     fn each_panel(
         &self,
         term: &Term<'_>,

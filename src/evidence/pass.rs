@@ -29,7 +29,7 @@ pub(crate) struct Checked {
 }
 
 impl Problem<'_> {
-    /// FactorShape the model on some examples.
+    /// Runs the model on some examples.
     ///
     /// # Errors
     /// As the model's forward, and when the outputs are not finite where they count or have another batch.
@@ -88,7 +88,7 @@ pub(crate) enum Columns {
     Outputs,
 }
 
-/// FactorShape `visit` on passes over examples and their rows, so few examples at a time that the rows take no more than `memory` bytes.
+/// Runs `visit` on passes over examples and their rows, so few examples at a time that the rows take no more than `memory` bytes.
 ///
 /// # Errors
 /// When those of one example do, or as the model and `visit`.

@@ -39,7 +39,7 @@ pub(super) fn is_on() -> bool {
     ON.get()
 }
 
-/// FactorShape `body` with the CPU's tensors taken for a GPU's. Without a C++ compiler, `body` runs on the plain CPU path; the tests then prove
+/// Runs `body` with the CPU's tensors taken for a GPU's. Without a C++ compiler, `body` runs on the plain CPU path; the tests then prove
 /// nothing more than that, and say so.
 ///
 /// # Panics
@@ -65,14 +65,14 @@ pub(crate) fn emulate<T>(body: impl FnOnce() -> T) -> T {
     result
 }
 
-/// FactorShape `body` under emulation, with the names of the kernels that it launches, in order; none without a C++ compiler.
+/// Runs `body` under emulation, with the names of the kernels that it launches, in order; none without a C++ compiler.
 pub(crate) fn launches<T>(body: impl FnOnce() -> T) -> (T, Vec<String>) {
     LAUNCHED.set(Some(vec![]));
     let result = emulate(body);
     (result, LAUNCHED.take().unwrap_or_default())
 }
 
-/// FactorShape `body` without the kernels that it launches, as a recording does.
+/// Runs `body` without the kernels that it launches, as a recording does.
 pub(super) fn without_launches<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     QUIET.set(true);
     let result = body();

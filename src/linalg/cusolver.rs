@@ -146,7 +146,7 @@ impl Solver {
         Ok(Self { gpu, device: device.clone(), library })
     }
 
-    /// FactorShape `body` with the library and the context of the device.
+    /// Runs `body` with the library and the context of the device.
     fn with<T>(&self, body: impl FnOnce(&Library) -> Result<T>) -> Result<T> {
         self.device.cuda_stream().context().bind_to_thread().w()?;
         body(&self.library.lock().unwrap_or_else(PoisonError::into_inner))

@@ -72,7 +72,7 @@ pub(crate) fn to_host<T: Real>(m: &Tensor, name: &str) -> Result<Vec<T>> {
     }
 }
 
-/// FactorShape `method` on every group of `inputs`, tensors `[g, d, d]` of one shape, dtype and device.
+/// Runs `method` on every group of `inputs`, tensors `[g, d, d]` of one shape, dtype and device.
 ///
 /// Outputs are `[g, length]`, a matrix flattened, with the dtype and device of the inputs. A group that fails in f32 is done
 /// again in f64, with a warning that names it.

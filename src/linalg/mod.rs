@@ -41,7 +41,7 @@ pub(crate) mod testing {
     use super::eigh::eigh;
     use crate::gpu::emulate::emulate;
 
-    /// FactorShape a test on the host, and as if the host were a device.
+    /// Runs a test on the host, and as if the host were a device.
     pub(crate) fn here_and_on_a_device(test: fn() -> Result<()>) -> Result<()> {
         test()?;
         emulate(test)

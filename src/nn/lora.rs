@@ -202,7 +202,7 @@ impl Lora {
         Ok(Self { params, varmap: VarMap::new(), built: Arc::default() })
     }
 
-    /// FactorShape `build`, giving adapters to the linear layers that it constructs on this thread. A layer that is built again shares them.
+    /// Runs `build`, giving adapters to the linear layers that it constructs on this thread. A layer that is built again shares them.
     ///
     /// # Errors
     /// As `build`; if a pattern matches no layer of its kind that has been built, or the rank is larger than a side of a layer's weight.

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::{
-    correlate::{FactorShape, Packed, SPARE, correlate, pad},
+    correlate::{Runs, Packed, SPARE, correlate, pad},
     element::Real,
     patches::{ConvShape, fold_plane, unfold_plane},
     products::products,
@@ -13,15 +13,15 @@ use super::{
 /// forbids that, or where most positions of the image would straddle two rows.
 struct Reader {
     shape: ConvShape,
-    runs: FactorShape,
+    runs: Runs,
     unfold: bool,
 }
 
 impl Reader {
     fn new(shape: &ConvShape) -> Self {
-        let image = FactorShape::of_image(shape);
+        let image = Runs::of_image(shape);
         let unfold = shape.stride != (1, 1) || image.length() > 2 * shape.positions();
-        let runs = if unfold { FactorShape::of_rows(shape, shape.group_features()) } else { image };
+        let runs = if unfold { Runs::of_rows(shape, shape.group_features()) } else { image };
         Self { shape: *shape, runs, unfold }
     }
 
@@ -116,7 +116,7 @@ pub(super) fn grad_input_samples<T: Real>(
     }
     let (groups, t, area) = (shape.groups, shape.positions(), shape.input.0 * shape.input.1);
     let (gy_part, gx_part) = (outputs * t, channels * area);
-    let runs = FactorShape::of_rows(shape, outputs);
+    let runs = Runs::of_rows(shape, outputs);
     let at = |group: usize| move |k: usize, o: usize| w[(group * outputs + o) * features + k];
     let packed: Vec<_> = (0..groups).map(|group| Packed::new(features, outputs, at(group), None)).collect();
     let mut gx = vec![T::ZERO; n * groups * gx_part];

@@ -37,7 +37,7 @@ pub(crate) fn copy<T: Copy>(src: &[T], dst: &mut [T]) {
 }
 
 /// The shifted runs of one sample's group, and where its outputs lie in them.
-pub(crate) struct FactorShape {
+pub(crate) struct Runs {
     /// `s_k` for each feature.
     pub(super) shifts: Vec<usize>,
     /// Rows of the output, the outputs in a row, and the distance from one row to the next.
@@ -46,7 +46,7 @@ pub(crate) struct FactorShape {
     row_step: usize,
 }
 
-impl FactorShape {
+impl Runs {
     /// Shifts of the padded input of a convolution of stride 1.
     pub(crate) fn of_image(shape: &ConvShape) -> Self {
         let (kh, kw) = shape.kernel;
@@ -72,7 +72,7 @@ impl FactorShape {
         (self.rows - 1) * self.row_step + self.cols
     }
 
-    /// The length of a channel that [`FactorShape::spread`] writes.
+    /// The length of a channel that [`Runs::spread`] writes.
     pub(crate) fn spread_length(&self) -> usize {
         self.length().next_multiple_of(SPARE)
     }
@@ -160,7 +160,7 @@ pub(crate) fn rows_of_band(features: usize, row_step: usize) -> usize {
 /// Writes to `out [channels, rows, cols]` the sums `b_o + sum_k w[k][o] x[s_k + i]`. `x` has `SPARE` numbers behind the
 /// last run; `band` is a buffer.
 pub(crate) fn correlate<T: Real>(
-    runs: &FactorShape,
+    runs: &Runs,
     x: &[T],
     packed: &Packed<T>,
     out: &mut [T],

@@ -162,7 +162,7 @@ pub fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
     })
 }
 
-/// FactorShape of this length are summed in lanes before they are added up in f64.
+/// Runs of this length are summed in lanes before they are added up in f64.
 const RUN: usize = 1 << 12;
 const LANES: usize = 32;
 

@@ -151,7 +151,7 @@ macro_rules! short {
 short!(f16);
 short!(bf16);
 
-/// FactorShape `$body` with the type `$T` that `$dtype` stands for, or fails naming `$op` and the dtype.
+/// Runs `$body` with the type `$T` that `$dtype` stands for, or fails naming `$op` and the dtype.
 macro_rules! float_dispatch {
     ($op:expr, $dtype:expr, $T:ident => $body:expr) => {
         match $dtype {

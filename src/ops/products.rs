@@ -1,7 +1,7 @@
 //! Sums over positions of products of runs: what the gradient of a weight and the second moments of patches consist of.
 
 use super::{
-    correlate::{FactorShape, SPARE, blocks},
+    correlate::{Runs, SPARE, blocks},
     element::Real,
     simd::{Lanes, MANY_REGISTERS},
 };
@@ -9,12 +9,12 @@ use super::{
 /// Channels, and runs, that a tile of [`products`] multiplies by each other: as many as the registers hold sums for.
 const PRODUCTS: (usize, usize) = if MANY_REGISTERS { (5, 4) } else { (2, 4) };
 
-/// FactorShape whose numbers stay in the cache while all channels pass by.
+/// Runs whose numbers stay in the cache while all channels pass by.
 const NEAR: usize = 16;
 
 /// Adds to `sums [channels, features]` the products `sum_{i < length} g[o][i] x[s_k + i]` of some samples, each given as
 /// (`g [channels, length]`, `x`).
-pub(crate) fn products<T: Real>(runs: &FactorShape, length: usize, samples: &[(&[T], &[T])], sums: &mut [T]) {
+pub(crate) fn products<T: Real>(runs: &Runs, length: usize, samples: &[(&[T], &[T])], sums: &mut [T]) {
     let features = runs.shifts.len();
     all_products(&runs.shifts, sums.len() / features, false, length, samples, sums);
 }

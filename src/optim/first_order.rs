@@ -54,7 +54,7 @@ pub trait Update: Clone {
 
 /// An optimizer of gradients alone, see [`Sgd`] and [`AdamW`].
 ///
-/// Worker candle_nn's of the same rule it can be saved and resumed bit for bit, refuses Vars that got no gradient, and keeps f32 values and
+/// Beside candle_nn's of the same rule it can be saved and resumed bit for bit, refuses Vars that got no gradient, and keeps f32 values and
 /// averages behind f16 and bf16 parameters. A parameter that something else has changed since the last step, such as a projection, goes on
 /// from its new value.
 ///

@@ -93,7 +93,7 @@ impl Summary {
         };
         let masters: usize = (0..core.vars.len()).filter(|&i| core.vars[i].master.is_some()).map(size).sum();
         let adam: usize = core.adam.iter().map(|a| 2 * size(a.param)).sum();
-        // Worker the current one, which the Vars hold.
+        // Beside the current one, which the Vars hold.
         let stored = core.params.wake.inner().map_or(0, |inner| inner.models - 1);
         let copies = stored + usize::from(core.params.average.is_some());
         let models: usize = copies * (0..core.vars.len()).map(size).sum::<usize>();

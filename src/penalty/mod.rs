@@ -9,7 +9,7 @@
 //! | [`Spatial`] | an entropy of where in the matrix the weights lie |
 //!
 //! A penalty says nothing of its factor: the loss is `loss + factor * penalty.value(w)`, and the proximal step with learning
-//! rate `lr` is `penalty.prox(w, lr * factor)`; [`ScaledProx`] is the same in the metric of a diagonal. Worker a loss's gradients, value
+//! rate `lr` is `penalty.prox(w, lr * factor)`; [`ScaledProx`] is the same in the metric of a diagonal. Beside a loss's gradients, value
 //! and gradient of one evaluation cost less than a term of the loss: [`Penalty::value_and_gradient`], [`Constraints::add_gradients`].
 //!
 //! A penalty that is the divergence of a variational posterior from a prior stands for that prior: [`Prior`] has its density and samples,

@@ -89,7 +89,7 @@ impl Tape {
         Self::default()
     }
 
-    /// FactorShape `build`, tapping every layer of [`crate::nn`] that it constructs on this thread.
+    /// Runs `build`, tapping every layer of [`crate::nn`] that it constructs on this thread.
     ///
     /// # Errors
     /// Those of `build`.
@@ -108,7 +108,7 @@ impl Tape {
         self.state().other_biases.clone()
     }
 
-    /// FactorShape one backward pass of `<cotangent, outputs>` for its records alone: weight gradients are not computed.
+    /// Runs one backward pass of `<cotangent, outputs>` for its records alone: weight gradients are not computed.
     ///
     /// `cotangent` has the shape of `outputs` and is what the records' gradients start from. The forward graph stays
     /// usable, so several passes may follow one forward.

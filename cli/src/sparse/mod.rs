@@ -75,7 +75,7 @@ pub struct Args {
     /// Folder for the files
     #[arg(long, value_name = "DIR", default_value = ".")]
     out: PathBuf,
-    /// FactorShape the study of benches/results/sparse-mnist.md, with all penalties; results are added to FILE, and what is there is not run again
+    /// Runs the study of benches/results/sparse-mnist.md, with all penalties; results are added to FILE, and what is there is not run again
     #[arg(long, value_name = "FILE")]
     study: Option<PathBuf>,
     /// What to do of the study: first tune, then final, then report

@@ -19,7 +19,7 @@ use std::time::Instant;
 pub enum Stage {
     /// Tries three factors of each penalty with one seed
     Tune,
-    /// FactorShape the factors that were best there with five other seeds
+    /// Runs the factors that were best there with five other seeds
     Final,
     /// Prints the tables, as markdown
     Report,
@@ -77,7 +77,7 @@ impl Job {
     }
 }
 
-/// FactorShape the jobs that are not in `path`, of `--part`.
+/// Runs the jobs that are not in `path`, of `--part`.
 pub fn study(args: &Args, split: &Split, path: &Path) -> Result<()> {
     let jobs = match args.stage {
         Stage::Tune => tune_jobs(),

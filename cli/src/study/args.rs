@@ -71,7 +71,7 @@ pub struct Args {
     /// Of everything that is random, but for the split
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// FactorShape side by side, each on one thread
+    /// Runs side by side, each on one thread
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = count)]
     pub workers: usize,
 

@@ -44,7 +44,7 @@ impl Stage {
         }
     }
 
-    /// FactorShape of a method in this stage.
+    /// Runs of a method in this stage.
     fn count(self, args: &Args) -> usize {
         match self {
             Self::Random => args.random,

@@ -44,7 +44,7 @@ impl Folder {
         self.command(line).output().unwrap()
     }
 
-    /// FactorShape the example and requires success.
+    /// Runs the example and requires success.
     pub fn train(&self, line: &str) -> String {
         let output = self.run(line);
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -52,7 +52,7 @@ impl Folder {
         out.into_owned()
     }
 
-    /// FactorShape the example and requires failure with `code`; the error output.
+    /// Runs the example and requires failure with `code`; the error output.
     pub fn fail(&self, line: &str, code: i32) -> String {
         let output = self.run(line);
         assert_eq!(output.status.code(), Some(code), "{line}");

@@ -21,7 +21,7 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// FactorShape `f` with the averaged parameters in the Vars, and puts the stepped ones back whatever `f` returns. Without averages it just runs
+    /// Runs `f` with the averaged parameters in the Vars, and puts the stepped ones back whatever `f` returns. Without averages it just runs
     /// `f`.
     ///
     /// # Errors

@@ -102,7 +102,7 @@ fn one_weight_costs_its_saliency() -> Result<()> {
     Ok(())
 }
 
-/// Worker removed weights the inverse is that of the kept part; a removal in two rounds is the one at once.
+/// Beside removed weights the inverse is that of the kept part; a removal in two rounds is the one at once.
 #[test]
 fn rounds() -> Result<()> {
     let (out, columns) = (4, 12);
