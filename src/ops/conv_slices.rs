@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::{
-    correlate::{Runs, Packed, SPARE, correlate, pad},
+    correlate::{Packed, Runs, SPARE, correlate, pad},
     element::Real,
     patches::{ConvShape, fold_plane, unfold_plane},
     products::products,

@@ -159,13 +159,7 @@ pub(crate) fn rows_of_band(features: usize, row_step: usize) -> usize {
 
 /// Writes to `out [channels, rows, cols]` the sums `b_o + sum_k w[k][o] x[s_k + i]`. `x` has `SPARE` numbers behind the
 /// last run; `band` is a buffer.
-pub(crate) fn correlate<T: Real>(
-    runs: &Runs,
-    x: &[T],
-    packed: &Packed<T>,
-    out: &mut [T],
-    band: &mut Vec<T>,
-) {
+pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: &mut [T], band: &mut Vec<T>) {
     let channel = runs.rows * runs.cols;
     let rows_of_band = rows_of_band(runs.shifts.len(), runs.row_step).min(runs.rows);
     for first in (0..runs.rows).step_by(rows_of_band) {

@@ -67,7 +67,7 @@ pub trait Update: Clone {
 /// vars.data().lock().unwrap().insert("w".into(), w.clone());
 /// let mut opt = AdamW::from_varmap(&vars, ParamsAdamW { lr: 0.1, ..Default::default() })?;
 /// for _ in 0..200 {
-///     opt.backward_step(&(&w - 1.)?.sqr()?.sum_all()?)?;
+///     opt.backward_step(&(w.as_tensor() - 1.)?.sqr()?.sum_all()?)?;
 /// }
 /// assert!(w.to_vec1::<f32>()?.iter().all(|w| (w - 1.).abs() < 0.05));
 /// # candle_core::Result::Ok(())

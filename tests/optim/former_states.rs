@@ -3,7 +3,7 @@
 use crate::common::*;
 use candle_core::{DType, Result};
 use kronwake::curvature::Damping;
-use kronwake::optim::{Average, Decay, Every, NaturalGradient, Optimizer, Params, Wake};
+use kronwake::optim::{Average, Decay, Every, NaturalGradient, Params, Wake};
 use kronwake::tape::{Fisher, Likelihood};
 
 /// What the files were written with, beside the defaults.
