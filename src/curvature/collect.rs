@@ -72,7 +72,7 @@ impl Collect {
             let (folded, groups) = (layer.bias.is_some(), layer.groups.max(1));
             let a = FactorShape::full(layer.in_features() + usize::from(folded));
             let weight = WantWeight { folded, a, g: FactorShape::full(layer.out_features() / groups) };
-            let want = Want { weight: Some(weight), bias: None, keep: false, optional: false };
+            let want = Want { weight: Some(weight), bias: None, of_bias: None, keep: false, optional: false };
             (layer.kind.is_linear()).then_some(want)
         };
         let wants = layers.iter().map(want).collect();

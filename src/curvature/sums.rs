@@ -24,7 +24,7 @@ pub(crate) use weighted::Pass;
 use super::FactorShape;
 use crate::ops::moment_queue::{Average, Moments};
 use crate::tape::{Inputs, Layer, Record, Reduce};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, TensorId, bail};
 use mean::{Last, Mean};
 use std::borrow::Cow;
 use weighted::{Counted, InputMean, RowWeights, Side};
@@ -47,6 +47,8 @@ pub(crate) struct Want {
     pub weight: Option<WantWeight>,
     /// A factor for a bias that is a block of its own.
     pub bias: Option<FactorShape>,
+    /// The bias that it is of. Uses of the weight with another, or without one, have no part in it.
+    pub of_bias: Option<TensorId>,
     /// Keep the records: the EKFAC correction reads them once the eigenbasis is known.
     pub keep: bool,
     /// Whether a pass may do without the layer, which then has no factors.
@@ -315,7 +317,8 @@ impl Reduce for FactorSums {
             })?;
         }
         let weight = want.weight.is_some();
-        if want.bias.is_some() || (weight && reduce) {
+        let own_bias = want.of_bias.is_none() || layer.bias.as_ref().map(Tensor::id) == want.of_bias;
+        if (want.bias.is_some() && own_bias) || (weight && reduce) {
             add_uses(&mut sums.grad_sum, &(wide(&record.live_grads()?.sum_keepdim(1)?)? * scale)?, layer)?;
         }
         if weight && reduce && with_inputs {

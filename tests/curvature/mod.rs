@@ -7,5 +7,6 @@ mod golden;
 mod gradient_only;
 mod large;
 mod mask;
+mod shared_weight;
 mod sketch;
 mod weights;

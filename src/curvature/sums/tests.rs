@@ -73,6 +73,7 @@ fn full(a: usize, g: usize) -> Want {
     Want {
         weight: Some(WantWeight { folded: true, a: FactorShape::full(a), g: FactorShape::full(g) }),
         bias: None,
+        of_bias: None,
         keep: false,
         optional: false,
     }
@@ -127,7 +128,13 @@ fn averages_are_those_of_the_factors() -> Result<()> {
     let limited = |runs: fn(usize) -> FactorShape| {
         move |a: usize, g: usize| {
             let weight = WantWeight { folded: true, a: runs(a), g: runs(g) };
-            Want { weight: Some(weight), bias: Some(FactorShape::full(g)), keep: false, optional: false }
+            Want {
+                weight: Some(weight),
+                bias: Some(FactorShape::full(g)),
+                of_bias: None,
+                keep: false,
+                optional: false,
+            }
         }
     };
     let one_group = |a: usize, g: usize| Want { bias: None, ..limited(FactorShape::full)(a, g) };
@@ -310,8 +317,13 @@ fn weighted_factors_are_weighted_means() -> Result<()> {
             };
             let run = || -> Result<LayerFactors> {
                 let mut wants = vec![None; 4];
-                wants[layer.index] =
-                    Some(Want { weight: Some(want), bias: None, keep: false, optional: false });
+                wants[layer.index] = Some(Want {
+                    weight: Some(want),
+                    bias: None,
+                    of_bias: None,
+                    keep: false,
+                    optional: false,
+                });
                 let mut sums = FactorSums::new(wants, Sharing::Expand);
                 sums.begin(weighted_pass(&weights, mixing)?);
                 // The second use of a layer is another row for each of its terms.

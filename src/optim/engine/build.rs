@@ -1,7 +1,7 @@
 //! From Vars and a tape to blocks: which Var is trained how.
 
 use super::NaturalGradient;
-use crate::curvature::{Beyond, FactorLimit, FactorShape, Want, WantWeight};
+use crate::curvature::{Beyond, FactorLimit, FactorShape, Sharing, Want, WantWeight};
 use crate::optim::groups::UpdateRule;
 use crate::optim::params::{Bias, Params};
 use crate::optim::state::block::{Block, BlockState, Part};
@@ -24,6 +24,8 @@ struct Named {
 /// The Vars that are trained, each with the rule that its group asks for.
 struct Trained<'a> {
     options: &'a Params,
+    /// Uses of layers' weights with other biases than the layers'.
+    other_biases: Vec<Arc<Layer>>,
     params: Vec<Param>,
     rules: Vec<Option<UpdateRule>>,
 }
@@ -62,7 +64,7 @@ impl NaturalGradient {
             let of_layer = &blocks[first..];
             let optional = |block: &Block| block.params.iter().any(|&index| trained.params[index].optional);
             let keep = params.ekfac && layer.kind.is_linear();
-            wants.push(want(of_layer, keep, of_layer.iter().any(optional)));
+            wants.push(want(layer, of_layer, keep, of_layer.iter().any(optional)));
         }
         blocks.extend(trained.gradient_blocks()?);
         trained.check_blocks(&blocks)?;
@@ -159,12 +161,13 @@ fn divided(all: Vec<Named>, options: &Params) -> Result<(Trained<'_>, Vec<(Strin
             options.overlap
         )
     }
-    Ok((Trained { options, params, rules }, frozen))
+    Ok((Trained { options, other_biases: options.tape.other_biases(), params, rules }, frozen))
 }
 
 /// What the records of the layer of these blocks are wanted for.
-fn want(blocks: &[Block], keep: bool, optional: bool) -> Option<Want> {
-    let mut want = Want { weight: None, bias: None, keep, optional };
+fn want(layer: &Layer, blocks: &[Block], keep: bool, optional: bool) -> Option<Want> {
+    let of_bias = layer.bias.as_ref().map(Tensor::id);
+    let mut want = Want { weight: None, bias: None, of_bias, keep, optional };
     for block in blocks {
         let (a, g) = (block.columns, block.rows);
         match block.part {
@@ -199,7 +202,7 @@ impl Trained<'_> {
         let parts = match layer.kind {
             Kind::Linear => {
                 let of = |index: Option<usize>| index.map(|index| &self.params[index]);
-                parts(of(weight), of(bias), self.options.bias)
+                parts(of(weight), of(bias), self.biases_of(layer)?)
             }
             // A table that is a linear layer's weight too has the block of that use: a sum of Kronecker products is none.
             Kind::Embedding if weight.is_some() && !used_as(Kind::Linear) => vec![Part::Table],
@@ -220,6 +223,22 @@ impl Trained<'_> {
             blocks.push(block);
         }
         Ok(blocks)
+    }
+
+    /// Whether a layer's bias is folded into its weight's block. It is not where the weight is also used without it.
+    fn biases_of(&self, layer: &Layer) -> Result<Bias> {
+        if !self.other_biases.iter().any(|other| other.index == layer.index) {
+            return Ok(self.options.bias);
+        }
+        match self.options.sharing {
+            Sharing::Expand => Ok(Bias::Split),
+            Sharing::Reduce => bail!(
+                "{}: layer {} uses its weight with several biases or without one, whose gradients Sharing::Reduce sums as one; \
+                 Sharing::Expand does not",
+                self.options.wake.name(),
+                layer.name
+            ),
+        }
     }
 
     /// One block of a layer.
