@@ -360,8 +360,8 @@ fn predictions_of_a_last_layer() -> Result<()> {
     let examples = Examples::new(x.clone(), random(3, &[3, 4])?)?;
     let posterior = Posterior::fit(&problem, &examples, HessianStructure::Kron, &hyper, 1 << 30)?;
     for draw in posterior.joint_samples(&problem, &x, 5, 0)?.to_vec3::<f64>()? {
-        for c in 0..4 {
-            close("linear", draw[0][c] + draw[1][c], draw[2][c], 1e-12);
+        for ((first, second), both) in draw[0].iter().zip(&draw[1]).zip(&draw[2]) {
+            close("linear", first + second, *both, 1e-12);
         }
     }
     Ok(())

@@ -233,7 +233,7 @@ fn embeddings() -> Result<()> {
     let opt = NaturalGradient::from_varmap(lora.varmap(), Params::k_fac(&tape))?;
     let blocks = opt.block_names();
     for name in ["emb.lora_embedding_A", "emb.lora_embedding_B"] {
-        assert!(blocks.iter().any(|block| *block == name), "{blocks:?}");
+        assert!(blocks.contains(&name), "{blocks:?}");
     }
     for (i, var) in lora.varmap().data().lock().unwrap().values().enumerate() {
         var.set(&random(20 + i as u64, var.dims())?)?;
