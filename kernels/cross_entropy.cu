@@ -75,10 +75,10 @@ template <class T> DEVICE void cross_entropy_gradient(const LossGradientArgs &p)
     const u64 label = label_of(p.labels, p.wide_labels, team.index, p.d);
     A scale = p.scale == nullptr ? (A)1 : widen(*static_cast<const T *>(p.scale));
     scale = (A)((double)scale / p.divisor);
-    if (label == p.d) scale = minus_infinity<A>() - minus_infinity<A>();
     const A one_over_sum = all.scale();
     // A row without a probability has no gradient.
-    if (label < p.d && one_over_sum == (A)0) scale = 0;
+    if (one_over_sum == (A)0) scale = 0;
+    if (label == p.d) scale = minus_infinity<A>() - minus_infinity<A>();
     each_pack<T>(team, p.d, [&](u32 slot, u64 first) {
         A v[PACK<T>];
         x.get(slot, first, v);
@@ -94,7 +94,7 @@ template <class T> DEVICE void cross_entropy_gradient(const LossGradientArgs &p)
 #define CROSS_ENTROPY_KERNELS(suffix, T)                                                                               \
     KERNEL(cross_entropy_##suffix, ROW_THREADS, LossArgs, cross_entropy<T>)                                            \
     KERNEL(cross_entropy_mean_##suffix, ROW_THREADS, MeanArgs, cross_entropy_mean<T>)                                  \
-    KERNEL(cross_entropy_gradient_##suffix, ROW_THREADS, LossGradientArgs, cross_entropy_gradient<T>)
+    WIDE_KERNEL(cross_entropy_gradient_##suffix, ROW_THREADS, LossGradientArgs, cross_entropy_gradient<T>)
 
 CROSS_ENTROPY_KERNELS(f32, float)
 CROSS_ENTROPY_KERNELS(f64, double)

@@ -14,6 +14,7 @@
     extern "C" const size_t name##_size = sizeof(Args);                                                                \
     extern "C" const unsigned name##_threads = threads;                                                                \
     extern "C" void name(const void *args) { body(*static_cast<const Args *>(args)); }
+#define WIDE_KERNEL KERNEL
 // One array a declaration and block. The tag is a template's own for each of its instances.
 #define SHARED(type, name, count)                                                                                      \
     static const char name##_tag = 0;                                                                                  \
