@@ -150,10 +150,7 @@ impl Optimizer {
 pub fn natural_step(natural: &mut NaturalGradient, pass: &Pass) -> Result<bool> {
     let before = natural.skipped();
     natural.observe(pass.logits, Likelihood::Categorical)?;
-    match natural.params().wake.inner() {
-        Some(_) => natural.step_with(pass.loss, Likelihood::Categorical, &mut || (pass.logits_now)())?,
-        None => natural.backward_step(pass.loss)?,
-    }
+    natural.step_with(pass.loss, Likelihood::Categorical, &mut || (pass.logits_now)())?;
     if natural.wants_loss_after() {
         natural.adapt_damping(&(pass.loss_now)()?)?;
     }

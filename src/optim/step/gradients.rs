@@ -1,6 +1,7 @@
 //! What every stage takes, and why it may give up.
 
 use crate::optim::state::Core;
+use crate::optim::state::block::Block;
 use candle_core::{Error, Result, Tensor, bail};
 
 /// Gradients in the order of [`Core::vars`]; none of a Var that takes no part in the step.
@@ -20,6 +21,11 @@ impl From<Error> for Refusal {
 }
 
 pub(crate) type Staged<T> = std::result::Result<T, Refusal>;
+
+/// Whether any of a block's Vars takes part in the step.
+pub(super) fn takes_part(block: &Block, grads: &Gradients) -> bool {
+    block.params.iter().any(|&index| grads[index].is_some())
+}
 
 /// The gradient of a param that takes part.
 pub(super) fn gradient(core: &Core, grads: &Gradients, index: usize) -> Result<Tensor> {

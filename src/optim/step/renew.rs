@@ -1,6 +1,6 @@
 //! The factors of a batch, and their exponential averages, into which they go.
 
-use super::gradients::{Gradients, Refusal, Staged};
+use super::gradients::{Gradients, Refusal, Staged, gradient, takes_part};
 use crate::curvature::{Counts, LayerFactors, average_product, gradient_factors, wide};
 use crate::gpu::Gpu;
 use crate::linalg::traces::traces;
@@ -50,7 +50,6 @@ pub(crate) fn renew<'a>(
     refresh: Option<&'a Refresh>,
     grads: &Gradients,
 ) -> Staged<Vec<Option<BlockCurvature<'a>>>> {
-    let taking_part = |block: &Block| block.params.iter().any(|&index| grads[index].is_some());
     let mut current: Vec<Option<Current>> = match refresh {
         Some(refresh) => current_factors(core, refresh, grads)?,
         None => core.blocks.iter().map(|_| None).collect(),
@@ -61,7 +60,7 @@ pub(crate) fn renew<'a>(
             refresh.and_then(|refresh| Some((refresh.layers.get(block.layer?)?, refresh.counts.total)));
         // Called without a row, a layer has a gradient and no factors; it waits for the first.
         let known = current.is_some() || block.state.factor_a.is_some() || !core.is_optional(block);
-        found.push(match taking_part(block) && known {
+        found.push(match takes_part(block, grads) && known {
             true => Some(renewed(core, block, records, current.take())?),
             false => None,
         });
@@ -133,17 +132,15 @@ fn current_factors(
     let mut factors = Vec::with_capacity(core.blocks.len());
     let mut without_layer = 0;
     for block in &core.blocks {
-        let taking_part = block.params.iter().any(|&index| grads[index].is_some());
         let pair = match block.layer {
-            _ if !taking_part => None,
+            _ if !takes_part(block, grads) => None,
             Some(layer) => block.refreshed(&layers[layer])?,
             None => {
                 let drawn: Vec<_> = drawn.iter().filter_map(|draw| draw.get(without_layer)).collect();
                 // Drawn gradients are of terms times the roots of their weights, the step's of the weighted ones.
                 let (gradient, terms) = match drawn.is_empty() {
                     true => {
-                        let gradient =
-                            block.matrix(|index| wide(&super::gradients::gradient(core, grads, index)?))?;
+                        let gradient = block.matrix(|index| wide(&gradient(core, grads, index)?))?;
                         (gradient, counts.effective())
                     }
                     false => ((Tensor::cat(&drawn, 0)? / counts.total)?, counts.total),

@@ -7,7 +7,7 @@
 //!
 //! with `wd theta` added to `g` ([`Decay::Loss`]) or to the end ([`Decay::AfterWake`]).
 
-use super::gradients::{Gradients, gradient};
+use super::gradients::{Gradients, gradient, takes_part};
 use super::kept_alive::KeptAlive;
 use super::work_space::DeviceStep;
 use crate::gpu::table::type_number;
@@ -32,7 +32,7 @@ pub(crate) struct WakeGradient {
 
 /// A block's; none where its Vars take no part in the step.
 pub(crate) fn host(core: &Core, block: &Block, grads: &Gradients) -> Result<Option<WakeGradient>> {
-    if block.params.iter().all(|&index| grads[index].is_none()) {
+    if !takes_part(block, grads) {
         return Ok(None);
     }
     let gradient = block.matrix(|index| gradient(core, grads, index))?;
