@@ -41,6 +41,8 @@ struct RateArgs {
     const double *last_slope; // <last step, its own gradient>
     u64 blocks;
     double scale;             // what rates are multiplied by
+    double longest;           // the largest rate where a divergence decides
+    double rest_share;        // Adam's rate for the rest, times the rate; below 0 where it has one of its own
     double target;            // the divergence of a step at length 1, below 0 where a rate decides
     double slope_aim, pace;   // of the length that follows the slopes; a pace below 0 leaves it
     double kl_clip;           // below 0 without
@@ -79,10 +81,11 @@ DEVICE void decide(const RateArgs &p) {
             n[LENGTH] *= exp(p.pace * (p.slope_aim * n[LR] - quotient));
         }
     }
-    const double rate = p.target < 0 ? n[LR] * p.scale : fmin(p.scale, n[LR] * n[LENGTH] * sqrt(2 * p.target / fmax(squared, 0.0)));
+    const double rate = p.target < 0 ? n[LR] * p.scale : fmin(p.longest, n[LR] * n[LENGTH] * sqrt(2 * p.target / fmax(squared, 0.0)));
     const double kl = rate * rate * squared;
     n[CLIP] = p.kl_clip >= 0 && kl > p.kl_clip ? sqrt(p.kl_clip / kl) : 1;
     n[RATE] = rate;
+    if (p.rest_share >= 0 && squared > 0) n[REST_LR] = p.rest_share * rate;
     n[PREVIOUS] = rate;
     n[DONE] += 1;
 }

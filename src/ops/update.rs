@@ -59,6 +59,10 @@ args! {
         pub blocks: u64,
         /// What rates are multiplied by.
         pub scale: f64,
+        /// The largest rate where a divergence decides.
+        pub longest: f64,
+        /// Adam's rate for the rest, times the rate; absent where it has one of its own.
+        pub rest_share: f64,
         /// The divergence at length 1, absent where a rate decides.
         pub target: f64,
         pub slope_aim: f64,

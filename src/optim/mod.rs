@@ -30,7 +30,9 @@ pub use engine::{NaturalGradient, Outputs, Replay};
 pub use first_order::{AdamW, FirstOrder, ParamsSgd, Sgd, Update};
 pub use groups::{Group, Groups, UpdateRule};
 pub use loss_scale::LossScale;
-pub use params::{AdaptiveKl, Average, Bias, Decay, Every, NonFinite, Params, StepRule};
+pub use params::{
+    AdaptiveKl, Average, Bias, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, StepRule,
+};
 pub use schedule::Schedule;
 pub use state::Resumed;
 pub use summary::{Summary, SummaryBlock, SummaryRow};

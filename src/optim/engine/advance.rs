@@ -10,6 +10,7 @@ use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::host::{commit, propose};
 use crate::optim::step::predict::predict;
 use crate::optim::step::proposal::Proposal;
+use crate::optim::step::renew::Refresh;
 use crate::optim::step::run;
 use crate::optim::step::work_space::{DeviceStep, Needs};
 use crate::optim::wake::{Carry, Model};
@@ -49,9 +50,10 @@ impl NaturalGradient {
         self.check_rate()?;
         let proposal = match loss {
             Some(loss) if !loss.is_finite() => Err(Refusal::NonFinite(format!("the loss is {loss}"))),
-            _ => self
-                .take_factors()
-                .and_then(|refresh| propose(&self.core, &self.workplace, refresh.as_ref(), &grads)),
+            _ => self.take_factors().and_then(|refresh| {
+                self.core.begin_length(terms_of(&refresh));
+                propose(&self.core, &self.workplace, refresh.as_ref(), &grads)
+            }),
         };
         self.forget();
         match proposal {
@@ -141,6 +143,10 @@ impl NaturalGradient {
     /// Queues a step; whether it was one that renewed curvature, where the host waits for it anyway.
     fn queue(&mut self, device: &mut DeviceStep, grads: &[Option<Tensor>]) -> Staged<bool> {
         let refresh = self.take_factors()?;
+        if self.core.steps == 0 {
+            self.core.begin_length(terms_of(&refresh));
+            device.set_length(self.core.slopes.length)?;
+        }
         let renewing = refresh.is_some() || self.core.inverses_due();
         if !self.captured {
             device.begin(&self.core)?;
@@ -183,6 +189,11 @@ impl NaturalGradient {
             adam.steps += 1;
         }
     }
+}
+
+/// Loss terms of a step; 0 where they are not known.
+fn terms_of(refresh: &Option<Refresh>) -> f64 {
+    refresh.as_ref().map_or(0.0, |refresh| refresh.counts.effective())
 }
 
 /// Whether the host decides within a step by numbers that it reads.

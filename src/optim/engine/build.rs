@@ -190,6 +190,11 @@ impl Trained<'_> {
         (0..self.params.len()).filter(tapped).find(|&i| self.params[i].var.id() == tensor.id())
     }
 
+    /// Whether an embedding's table has a block: with orthogonal directions only where a group asks for one.
+    fn is_block(&self, index: usize) -> bool {
+        self.options.orthogonal.is_none() || self.rules[index] == Some(UpdateRule::Kronecker)
+    }
+
     /// The factor limit that a param's group gives.
     fn given_limit(&self, index: usize) -> Option<FactorLimit> {
         self.options.groups.of(&self.params[index].name)?.factor_limit
@@ -205,7 +210,9 @@ impl Trained<'_> {
                 parts(of(weight), of(bias), self.biases_of(layer)?)
             }
             // A table that is a linear layer's weight too has the block of that use: a sum of Kronecker products is none.
-            Kind::Embedding if weight.is_some() && !used_as(Kind::Linear) => vec![Part::Table],
+            Kind::Embedding if weight.is_some_and(|w| self.is_block(w)) && !used_as(Kind::Linear) => {
+                vec![Part::Table]
+            }
             Kind::Embedding | Kind::Norm => vec![],
         };
         let mut blocks = Vec::with_capacity(parts.len());

@@ -1,6 +1,6 @@
 //! What can be said to be wrong with options before there is a model.
 
-use super::Params;
+use super::{FallbackRate, Params};
 use crate::curvature::{DampingKind, Inverse, Sharing};
 use crate::optim::wake::{Carry, Model};
 use crate::tape::Fisher;
@@ -39,6 +39,12 @@ impl Params {
             }
         }
         self.step_rule.check(optimizer)?;
+        if let Some(orthogonal) = self.orthogonal {
+            orthogonal.check(optimizer)?;
+        }
+        if let FallbackRate::OfStep(share) = self.fallback_rate {
+            non_negative("fallback_rate", share)?;
+        }
         if let (Some(target), Some(clip)) = (self.step_rule.target(), self.kl_clip) {
             bail!("{optimizer}: a step of KL {target} has no use for kl_clip, got {clip}; set it to None")
         }

@@ -1,6 +1,6 @@
 //! The default options of every member of the family.
 
-use super::{AdaptiveKl, Average, Bias, Decay, Every, NonFinite, Params, StepRule};
+use super::{AdaptiveKl, Average, Bias, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, StepRule};
 use crate::curvature::{Damping, FactorLimit, Inverse, Relative, Sharing};
 use crate::optim::groups::Groups;
 use crate::optim::wake::{Carry, Q, Qe, So, TwoRate, Wake};
@@ -17,6 +17,8 @@ struct Defaults {
     fisher: Fisher,
     early_refresh: bool,
     average: Option<Average>,
+    orthogonal: Option<Orthogonal>,
+    fallback_rate: FallbackRate,
 }
 
 /// The published form's: a learning rate, a fixed damping and a clip.
@@ -30,6 +32,8 @@ const fn published(lr: f64, damping: f64, stat_decay: f64, kl_clip: f64, fisher:
         fisher,
         early_refresh: false,
         average: None,
+        orthogonal: None,
+        fallback_rate: FallbackRate::Own,
     }
 }
 
@@ -52,6 +56,8 @@ impl Defaults {
                 fisher: SAMPLED,
                 early_refresh: true,
                 average: Some(Average::default()),
+                orthogonal: Some(Orthogonal::default()),
+                fallback_rate: FallbackRate::OfStep(2.0),
             },
         }
     }
@@ -69,8 +75,18 @@ impl Params {
     /// ```
     pub fn of(wake: impl Into<Wake>, tape: &Tape) -> Self {
         let wake = wake.into();
-        let Defaults { lr, step_rule, damping, stat_decay, kl_clip, fisher, early_refresh, average } =
-            Defaults::of(&wake);
+        let Defaults {
+            lr,
+            step_rule,
+            damping,
+            stat_decay,
+            kl_clip,
+            fisher,
+            early_refresh,
+            average,
+            orthogonal,
+            fallback_rate,
+        } = Defaults::of(&wake);
         Self {
             tape: tape.clone(),
             lr,
@@ -95,6 +111,8 @@ impl Params {
             rms_clip: None,
             non_finite: NonFinite::Error,
             groups: Groups::default(),
+            orthogonal,
+            fallback_rate,
             fallback_adam: ParamsAdamW { weight_decay: 0.0, ..ParamsAdamW::default() },
             carry: Carry::Gradient,
             average,
@@ -163,6 +181,7 @@ mod tests {
                 fisher,
                 early_refresh,
                 average,
+                orthogonal,
                 wake,
                 ..
             } = Params::of(wake, &tape);
@@ -193,6 +212,7 @@ mod tests {
                 fisher,
                 given(early_refresh),
                 given(average.is_some()),
+                given(orthogonal.is_some()),
             ];
             assert_eq!(row[..expected.len()], expected);
         }

@@ -2,8 +2,10 @@
 
 mod check;
 mod defaults;
+mod orthogonal;
 mod step_rule;
 
+pub use orthogonal::Orthogonal;
 pub use step_rule::{AdaptiveKl, StepRule};
 
 use super::groups::Groups;
@@ -55,18 +57,30 @@ pub enum NonFinite {
     Skip,
 }
 
+/// The rate of [`Params::fallback_adam`].
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum FallbackRate {
+    /// The `lr` of its options. It keeps its ratio to [`Params::lr`] when that changes; where an optimizer begins with `lr` 0, for a warm-up, it
+    /// is the rate at the largest `lr` so far.
+    #[default]
+    Own,
+    /// This many times the rate `1 / lambda` of the blocks' step. Orthogonalized directions are as long as Adam's
+    /// ([`Orthogonal`]), so one length that the step rule finds serves both. In a step in which no block takes part it is the options' `lr`.
+    OfStep(f64),
+}
+
 /// Options of a [`NaturalGradient`](super::NaturalGradient). [`Params::of`] has the defaults of a member; [`Params::kld_wrm`],
 /// [`Params::k_fac`], [`Params::so_kld_wrm`], [`Params::q_kld_wrm`] and [`Params::qe_kld_wrm`] name it.
 ///
 /// The defaults that differ from member to member:
 ///
-/// | member | `lr` | `step_rule` | `damping` | `stat_decay` | `kl_clip` | `fisher` | `early_refresh` | `average` |
-/// |---|---|---|---|---|---|---|---|---|
-/// | `kfac` | 0.075 | learning rate | eigenvalue 0.011 | 0.95 | 0.0125 | sampled, draws: 1 | no | no |
-/// | `so-kld-wrm` | 0.37 | learning rate | eigenvalue 0.0033 | 0.5 | 0.017 | empirical | no | no |
-/// | `q-kld-wrm` | 0.49 | learning rate | eigenvalue 0.016 | 0.5 | 0.067 | sampled, draws: 1 | no | no |
-/// | `qe-kld-wrm` | 0.076 | learning rate | eigenvalue 0.0013 | 0.5 | 0.01 | empirical | no | no |
-/// | `kld-wrm` | 1 | adaptive KL | relative | 0.5 | none | sampled, draws: 1 | yes | yes |
+/// | member | `lr` | `step_rule` | `damping` | `stat_decay` | `kl_clip` | `fisher` | `early_refresh` | `average` | `orthogonal` |
+/// |---|---|---|---|---|---|---|---|---|---|
+/// | `kfac` | 0.075 | learning rate | eigenvalue 0.011 | 0.95 | 0.0125 | sampled, draws: 1 | no | no | no |
+/// | `so-kld-wrm` | 0.37 | learning rate | eigenvalue 0.0033 | 0.5 | 0.017 | empirical | no | no | no |
+/// | `q-kld-wrm` | 0.49 | learning rate | eigenvalue 0.016 | 0.5 | 0.067 | sampled, draws: 1 | no | no | no |
+/// | `qe-kld-wrm` | 0.076 | learning rate | eigenvalue 0.0013 | 0.5 | 0.01 | empirical | no | no | no |
+/// | `kld-wrm` | 1 | adaptive KL | relative | 0.5 | none | sampled, draws: 1 | yes | yes | yes |
 ///
 /// The defaults that all members share stand at the fields.
 #[derive(Debug, Clone)]
@@ -129,9 +143,12 @@ pub struct Params {
     pub non_finite: NonFinite,
     /// Rates, decay, freezing and rules by name pattern; none by default.
     pub groups: Groups,
-    /// Adam's options for Vars that have no Kronecker block: candle's defaults without weight decay. Its rate keeps its ratio to `lr` when
-    /// that changes. Where an optimizer begins with `lr` 0, for a warm-up, it is the rate at the largest `lr` so far.
+    /// Whether directions are made orthogonal, see [`Orthogonal`]; of the members KLD-WRM alone does so by default.
+    pub orthogonal: Option<Orthogonal>,
+    /// Adam's options for Vars that have no Kronecker block: candle's defaults without weight decay.
     pub fallback_adam: ParamsAdamW,
+    /// Adam's rate there: [`FallbackRate::Own`] by default, but of KLD-WRM [`FallbackRate::OfStep`]`(2.0)`.
+    pub fallback_rate: FallbackRate,
     /// What the wake looks back at, where a step is not the objective's minimizer; [`Carry::Gradient`] by default.
     pub carry: Carry,
     /// Whether averaged parameters are kept beside the ones that are stepped; see [`Average`].

@@ -9,7 +9,7 @@ pub enum StepRule {
     #[default]
     LearningRate,
     /// `s = -alpha V`, with the `alpha` for which the predicted KL divergence between the models before and after the step,
-    /// `1/2 s^T (F_bar + la) s`, is `target lr^2`; at most the full step `alpha = 1`.
+    /// `1/2 s^T (F_bar + la) s`, is `target lr^2`; at most the full step `alpha = 1`, where directions are not made orthogonal.
     ///
     /// So `lr` is no rate but a schedule's fraction of the step's length, 1 at most times. Weight decay, where it is a penalty, counts into
     /// the damping `la` with its own curvature. `alpha` is the `1 / lambda` of the theory. The wake takes it as constant from one step to
@@ -23,7 +23,7 @@ pub enum StepRule {
 }
 
 impl StepRule {
-    /// The divergence of the first step, where a divergence decides.
+    /// The divergence of a step at length 1, where a divergence decides.
     pub(crate) fn target(&self) -> Option<f64> {
         match *self {
             StepRule::LearningRate => None,
@@ -67,14 +67,25 @@ impl StepRule {
 /// products a step and a copy of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdaptiveKl {
-    /// The divergence of the first step in nats, a mean over loss terms; 0.02 by default. From random parameters little depends on it: 0.0005
-    /// to 0.2 train. A pretrained net of many layers wants less, 0.002. Its layers all change the same few outputs, which blocks do not see,
-    /// and the length follows too slowly to call back a first step that was too long.
+    /// The divergence of the first step in nats, a mean over loss terms, were there [`AdaptiveKl::TERMS`] of them; 0.02 by default. With `n` loss
+    /// terms in the first step it is `initial sqrt(n / TERMS)`: the more a gradient is a mean of, the further it can be trusted. (Of a step of
+    /// pure noise the best divergence grows with `n`, of one without noise it does not depend on `n`; the root lies between.) Four times as much or
+    /// as little changes what is reached by a few percent.
     pub initial: f64,
     /// The quotient of slopes to aim at, in [-1, 1]; 0.1 by default.
     pub slope: f64,
     /// How fast the length follows, in [0, 1]; 0.05 by default.
     pub pace: f64,
+}
+
+impl AdaptiveKl {
+    /// The loss terms of a step to which [`initial`](Self::initial) refers.
+    pub const TERMS: f64 = 1024.0;
+
+    /// What multiplies the length of a first step of `terms` loss terms.
+    pub(crate) fn first_length(terms: f64) -> f64 {
+        (terms / Self::TERMS).powf(0.25)
+    }
 }
 
 impl Default for AdaptiveKl {

@@ -9,7 +9,7 @@ mod save;
 
 pub use reader::Resumed;
 
-use super::params::{Decay, Params, StepRule};
+use super::params::{AdaptiveKl, Decay, Params, StepRule};
 use super::wake::Model;
 use crate::curvature::{Adaptive, Damping};
 use block::Block;
@@ -104,6 +104,13 @@ impl Core {
     /// The optimizer's name in messages and files.
     pub fn name(&self) -> &'static str {
         self.params.wake.name()
+    }
+
+    /// Sets the length of the first step, of `terms` loss terms.
+    pub fn begin_length(&mut self, terms: f64) {
+        if self.steps == 0 && self.measures_slopes() && terms.is_finite() && terms > 0.0 {
+            self.slopes.length = AdaptiveKl::first_length(terms);
+        }
     }
 
     /// Whether the coming step renews the factors; as long as a block that cannot sit it out has none, they are due.

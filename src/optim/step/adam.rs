@@ -13,9 +13,9 @@ use crate::optim::state::param::{Adam, Param};
 use candle_core::{Result, Tensor};
 use candle_nn::ParamsAdamW;
 
-/// Adam's states with the values that they lead to; none of Vars that take no part in the step.
-pub(super) fn host(core: &Core, grads: &Gradients) -> Staged<Vec<Option<(Adam, Tensor)>>> {
-    let options = core.fallback_adam();
+/// Adam's states with the values that they lead to at the rate `lr`; none of Vars that take no part in the step.
+pub(super) fn host(core: &Core, grads: &Gradients, lr: f64) -> Staged<Vec<Option<(Adam, Tensor)>>> {
+    let options = ParamsAdamW { lr, ..core.params.fallback_adam.clone() };
     let mut stepped = Vec::with_capacity(core.adam.len());
     for adam in &core.adam {
         let param = &core.vars[adam.param];

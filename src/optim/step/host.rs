@@ -73,7 +73,7 @@ impl Backend for Host {
                 _ => None,
             });
         }
-        Ok((blocks, adam::host(core, grads)?, length))
+        Ok((blocks, adam::host(core, grads, length.rest)?, length))
     }
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn propose(
 ) -> Staged<Proposal> {
     let Stepped { written, states, damping, pending, takes_pending: _ } =
         run(core, &mut Host, workplace, refresh, grads)?;
-    let (blocks, adam, Length { rate, slopes, clip: _ }) = written;
+    let (blocks, adam, Length { rate, slopes, clip: _, rest: _ }) = written;
     Ok(Proposal { blocks, states, adam, rate, slopes, damping, pending })
 }
 

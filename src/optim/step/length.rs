@@ -7,7 +7,7 @@ use super::work_space::DeviceStep;
 use crate::ops::dense::dot;
 use crate::ops::update::{self, RateArgs};
 use crate::ops::wake::StepScalars;
-use crate::optim::params::{NonFinite, StepRule};
+use crate::optim::params::{FallbackRate, NonFinite, Orthogonal, StepRule};
 use crate::optim::state::{Core, Slopes};
 use candle_core::Result;
 
@@ -17,6 +17,8 @@ pub(crate) struct Length {
     pub rate: f64,
     /// What `kl_clip` multiplies them by.
     pub clip: f64,
+    /// The rate of Adam for the rest.
+    pub rest: f64,
     /// With the slope where the last step ended.
     pub slopes: Slopes,
 }
@@ -38,7 +40,7 @@ pub(super) fn host(
         Some(limit) if kl > limit => (limit / kl).sqrt(),
         _ => 1.0,
     };
-    Ok(Length { rate, clip, slopes })
+    Ok(Length { rate, clip, rest: rest_rate(core, rate, squared), slopes })
 }
 
 /// `1 / lambda` of a step whose directions, not yet scaled, have the squared length `squared`.
@@ -46,7 +48,24 @@ fn rate(core: &Core, squared: f64, length: f64) -> f64 {
     let (lr, scale) = (core.params.lr, core.params.wake.rate_scale());
     match core.params.step_rule.target() {
         None => lr * scale,
-        Some(target) => scale.min(lr * length * (2.0 * target / squared.max(0.0)).sqrt()),
+        Some(target) => longest(core).min(lr * length * (2.0 * target / squared.max(0.0)).sqrt()),
+    }
+}
+
+/// The largest rate where a divergence decides: that of the full step. An orthogonal direction is no step that could be full, and only has to
+/// be finite where there is no curvature at all.
+fn longest(core: &Core) -> f64 {
+    match core.params.orthogonal {
+        None => core.params.wake.rate_scale(),
+        Some(_) => 1.0 / Orthogonal::RMS,
+    }
+}
+
+/// The rate of Adam for the parameters without a block.
+fn rest_rate(core: &Core, rate: f64, squared: f64) -> f64 {
+    match core.params.fallback_rate {
+        FallbackRate::OfStep(share) if squared > 0.0 => share * rate,
+        FallbackRate::OfStep(_) | FallbackRate::Own => core.fallback_adam().lr,
     }
 }
 
@@ -93,6 +112,11 @@ pub(super) fn device(core: &Core, device: &DeviceStep, board: &StepScalars) -> R
         last_slope: totals.at(2 * blocks + 1),
         blocks: blocks as u64,
         scale: core.params.wake.rate_scale(),
+        longest: longest(core),
+        rest_share: match core.params.fallback_rate {
+            FallbackRate::OfStep(share) => share,
+            FallbackRate::Own => -1.0,
+        },
         target: core.params.step_rule.target().unwrap_or(-1.0),
         slope_aim,
         pace,

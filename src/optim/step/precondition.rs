@@ -9,10 +9,11 @@ use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
 use crate::curvature::damped_product;
+use crate::linalg::polar::orthogonalized;
 use crate::ops::dense::dot;
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
-use crate::optim::params::StepRule;
+use crate::optim::params::{Orthogonal, StepRule};
 use crate::optim::state::Core;
 use crate::optim::state::block::Block;
 use crate::optim::wake::Model;
@@ -37,7 +38,7 @@ pub(super) fn host(
     let Some(preconditioner) = &curvature.state.preconditioner else {
         return Err(missing(core, block, "inverse").into());
     };
-    let direction = preconditioner.apply(&wake.decayed)?;
+    let direction = shaped(core, preconditioner.apply(&wake.decayed)?)?;
     let metric = match measured_by_metric(core) {
         true => in_metric(core, block, curvature, &direction, damping)?,
         false => wake.decayed.clone(),
@@ -49,8 +50,19 @@ pub(super) fn host(
     Ok(Direction { direction, length })
 }
 
-/// Whether a direction's length is not `<V, w>`: a quadratic wake solves with more than the divergence's curvature.
+/// The direction as the options want it, of what was solved for.
+fn shaped(core: &Core, direction: Tensor) -> Result<Tensor> {
+    let Some(Orthogonal { iterations }) = core.params.orthogonal else { return Ok(direction) };
+    let (_, rows, columns) = direction.dims3()?;
+    orthogonalized(&direction, iterations)? * (Orthogonal::RMS * (rows.max(columns) as f64).sqrt())
+}
+
+/// Whether a direction's length is not `<V, w>`: a quadratic wake solves with more than the divergence's curvature, and an orthogonal
+/// direction solves nothing.
 fn measured_by_metric(core: &Core) -> bool {
+    if core.params.orthogonal.is_some() {
+        return true;
+    }
     match (core.params.step_rule, core.params.wake.model()) {
         (StepRule::LearningRate, _) | (_, Model::Linear) => false,
         (StepRule::FixedKl { .. } | StepRule::AdaptiveKl(_), Model::Quadratic(_)) => true,
@@ -96,7 +108,9 @@ pub(super) fn device(
     let mut sums = Vec::new();
 
     let mut scaled = Parts::of(&products, 0);
-    let (directions, dots_of) = precondition(core, device, curvature, &mut scaled)?;
+    let (solved, dots_of) = precondition(core, device, curvature, &mut scaled)?;
+    let directions =
+        solved.into_iter().map(|direction| shaped(core, direction)).collect::<Result<Vec<_>>>()?;
     let mut dotted = Parts::of(&products, scaled.next);
     let mut items = Vec::new();
     for (index, direction) in directions.iter().enumerate() {

@@ -201,6 +201,12 @@ impl DeviceStep {
         update::begin(&self.gpu, &args)
     }
 
+    /// Sets what multiplies the length of the first step.
+    pub fn set_length(&self, length: f64) -> Result<()> {
+        let numbers = &self.numbers;
+        numbers.slice_set(&Tensor::new(&[length], numbers.device())?, 0, update::LENGTH)
+    }
+
     /// The params of a block with their places in its matrix.
     pub(super) fn places(&self, core: &Core, block: &Block) -> Result<Vec<(usize, Place)>> {
         let mut offset = 0;

@@ -1,0 +1,47 @@
+//! Directions as orthogonal matrices.
+
+use candle_core::{Result, bail};
+
+/// Replaces the direction `V`, the damped inverse curvature times the wake gradient, of every block by the orthogonal matrix that is nearest to
+/// it, at a common length:
+///
+/// ```text
+/// V = P S Q^T,   V <- 0.2 sqrt(max(rows, columns)) P Q^T
+/// ```
+///
+/// so that every element has the root mean square 0.2, as Adam's steps about have. The step rule then multiplies all blocks by one rate; where
+/// that is a divergence, it measures `1/2 s^T (F_bar + la) s` of the orthogonal step.
+///
+/// *What it minimizes.* Of all steps of a block whose largest singular value is `eta`, `-eta P Q^T` has the largest inner product with the
+/// natural step `-V`. So the wake objective chooses the direction, and the length is spectral: no direction of a layer's inputs is moved
+/// further than another, whatever its curvature, which averages over few examples know badly. Without curvature (`V` the averaged gradient) it is
+/// Muon's step (Jordan et al. 2024, scaled as in Liu et al. 2025). That the order is this one, first the curvature and then the orthogonal
+/// matrix, is chosen by experiment: dividing the curvature into halves before and after, the exact step of fixed worst-case divergence, trains a
+/// little worse.
+///
+/// `P Q^T` comes from Newton-Schulz iterations and is not exact: singular values end within about 0.3 of 1, small ones below. It costs three
+/// products of the matrix's smaller side an iteration. Embedding tables, whose rows are seen one by one, are left to
+/// [`Params::fallback_adam`](super::Params::fallback_adam), unless a group asks for [`UpdateRule::Kronecker`](crate::optim::UpdateRule::Kronecker).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Orthogonal {
+    /// Newton-Schulz iterations; 4 by default, 1 or more. From 3 to 10 trained alike.
+    pub iterations: usize,
+}
+
+impl Default for Orthogonal {
+    fn default() -> Self {
+        Self { iterations: 4 }
+    }
+}
+
+impl Orthogonal {
+    /// The root mean square of a direction's elements.
+    pub(crate) const RMS: f64 = 0.2;
+
+    pub(super) fn check(&self, optimizer: &str) -> Result<()> {
+        if self.iterations == 0 {
+            bail!("{optimizer}: expected at least one iteration of orthogonal directions, got 0")
+        }
+        Ok(())
+    }
+}
