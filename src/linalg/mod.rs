@@ -14,6 +14,7 @@ pub mod kron;
 pub(crate) mod low_rank;
 pub mod newton;
 mod newton_run;
+pub(crate) mod qr;
 pub mod sketch;
 mod solver;
 mod spd;
