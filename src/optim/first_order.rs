@@ -109,7 +109,8 @@ pub type Soap = FirstOrder<ParamsSoap>;
 /// W <- (1 - lr weight_decay) W - lr |A| / |D| D
 /// ```
 ///
-/// with `A` the step whose length is taken ([`Grafting`]). The roots are renewed every `period` steps from the first on. With
+/// with `A` the step whose length is taken ([`Grafting`]). The roots are renewed at each of the first `period` steps, then every
+/// `period` steps. With
 /// [`ShampooFactors::KlDivergence`] it is KL-Shampoo. Weights of more dimensions, `[out, ..]`, are the matrices `[out, rest]`. Vectors and
 /// scalars get AdamW.
 ///

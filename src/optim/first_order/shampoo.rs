@@ -25,7 +25,7 @@ pub enum ShampooFactors {
     /// `L` of `G G^T` and `R` of `G^T G` (Gupta, Koren and Singer 2018). The default.
     #[default]
     Gradient,
-    /// `L` of `G R^-1 G^T / n` and `R` of `G^T L^-1 G / m`, each with the other's last inverse: KL-Shampoo (Lin et al. 2025, arXiv
+    /// `L` of `G R^-1 G^T / n` and `R` of `G^T L^-1 G / m`, each with the other's last inverse, `L` first: KL-Shampoo (Lin et al. 2025, arXiv
     /// 2509.03378), the factors of the Gaussian `N(0, L (x) R)` that is nearest to the gradients in KL divergence. The exponent is 1/2 then.
     KlDivergence,
 }
@@ -50,7 +50,8 @@ pub struct ParamsShampoo {
     pub factors: ShampooFactors,
     /// Decoupled weight decay, times the learning rate; 0.01.
     pub weight_decay: f64,
-    /// Steps from one renewal of the roots to the next, the first step's included; 10.
+    /// Steps from one renewal of the roots to the next; 10. The first so many steps each renew them: factors of a few gradients are of low rank, and
+    /// a later gradient leaves their range.
     pub period: usize,
     /// Sides that are longer have no factor; 10,000.
     pub max_dim: usize,
@@ -97,6 +98,24 @@ impl ParamsShampoo {
     /// What averages from zero are divided by.
     fn bias(&self, taken: usize) -> f64 {
         if self.beta2 < 1.0 { 1.0 - self.beta2.powf(taken as f64) } else { 1.0 }
+    }
+
+    /// Whether a step renews the roots.
+    fn due(&self, taken: usize) -> bool {
+        taken <= self.period || (taken - 1).is_multiple_of(self.period)
+    }
+
+    /// What is averaged in the factor of the side `index` of those that have one.
+    fn outer(&self, gradient: &Tensor, held: &[(Side, Vec<Tensor>)], index: usize) -> Result<Tensor> {
+        let side = held[index].0;
+        if !self.kl() {
+            return side.outer(gradient);
+        }
+        let mut whitened = gradient.clone();
+        for (other, its) in held.iter().filter(|(other, _)| *other != side) {
+            whitened = other.times(&its[1], &whitened)?;
+        }
+        side.outer(&whitened)? / gradient.dim(1 - side.axis())? as f64
     }
 
     /// `(P / bias + eps max I)^-power`, `max` the largest eigenvalue.
@@ -181,25 +200,18 @@ impl Update for ParamsShampoo {
         let &Self { beta1, beta2, .. } = self;
         let (sides, share, bias) = (Side::of(value, self.max_dim)?, self.share(), self.bias(at.taken));
         let (averages, held) = state.split_at(state.len() - 2 * sides.len());
-        let held: Vec<_> = sides.iter().copied().zip(held.chunks_exact(2)).collect();
         let gradient = as_matrix(grad)?;
         let power = self.power(sides.len());
-        let mut factors = Vec::new();
-        for &(side, own) in &held {
-            let outer = if self.kl() {
-                let others = held.iter().filter(|(other, _)| *other != side);
-                let whitened = others.fold(Ok(gradient.clone()), |m: Result<Tensor>, (other, its)| {
-                    other.times(&its[1], &m?)
-                })?;
-                let other_dim = gradient.dim(1 - side.axis())? as f64;
-                (side.outer(&whitened)? / other_dim)?
-            } else {
-                side.outer(&gradient)?
-            };
-            let factor = averaged(&own[0], beta2, &outer, share)?;
-            let due = (at.taken - 1).is_multiple_of(self.period);
-            let root = if due { self.root(&factor, at, side, power)? } else { own[1].clone() };
-            factors.push((side, factor, root));
+        let due = self.due(at.taken);
+        let mut held: Vec<_> =
+            sides.iter().zip(held.chunks_exact(2)).map(|(&side, own)| (side, own.to_vec())).collect();
+        for index in 0..held.len() {
+            let (side, outer) = (held[index].0, self.outer(&gradient, &held, index)?);
+            let own = &mut held[index].1;
+            own[0] = averaged(&own[0], beta2, &outer, share)?;
+            if due {
+                own[1] = self.root(&own[0], at, side, power)?;
+            }
         }
         let mean = mix(&averages[0], beta1, grad, 1.0 - beta1, LEAST)?;
         let unbiased = (as_matrix(&mean)? / (1.0 - beta1.powf(at.taken as f64)))?;
@@ -215,13 +227,13 @@ impl Update for ParamsShampoo {
             }
         };
         let mut direction = unbiased;
-        for (side, _, root) in &factors {
-            direction = side.times(root, &direction)?;
+        for (side, own) in &held {
+            direction = side.times(&own[1], &direction)?;
         }
         if let Some(length) = grafted {
             direction = direction.broadcast_mul(&(length / (norm(&direction)? + TINY)?)?)?;
         }
-        next.extend(factors.into_iter().flat_map(|(_, factor, root)| [factor, root]));
+        next.extend(held.into_iter().flat_map(|(_, own)| own));
         Ok((moved(at, value, &direction, at.lr)?, next))
     }
 }

@@ -1,5 +1,10 @@
 use super::*;
 use crate::nn;
+use candle_core::DType;
+
+mod dense;
+mod groups;
+mod rules;
 
 /// Two parameters of a type.
 struct Problem {
