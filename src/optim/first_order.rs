@@ -20,7 +20,7 @@ use super::numbers::numbers;
 use super::state::AdamRate;
 use super::{Groups, LossScale, NonFinite, ParamsAdamW};
 use crate::checkpoint::Checkpoint;
-use candle_core::{Device, Result, Tensor, Var, backprop::GradStore, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::{Optimizer, VarMap};
 use rayon::prelude::*;
 use slot::{Slot, Way};
@@ -341,7 +341,10 @@ impl<P: Update> Optimizer for FirstOrder<P> {
             let grad = grad.detach().to_dtype(value.dtype())?;
             given.push((slot, value, grad));
         }
-        let sums = given.iter().map(|(.., grad)| grad.sum_all()).collect::<Result<Vec<_>>>()?;
+        let sums = given
+            .iter()
+            .map(|(.., grad)| grad.sum_all()?.to_dtype(DType::F64))
+            .collect::<Result<Vec<_>>>()?;
         for ((slot, _, grad), sum) in given.iter().zip(numbers(&sums)?) {
             // The sum of finite numbers may be infinite; that of their products with 0 is not.
             if !sum.is_finite() && !numbers(&[(grad * 0.0)?.sum_all()?])?[0].is_finite() {
@@ -356,7 +359,8 @@ impl<P: Update> Optimizer for FirstOrder<P> {
         }
         let lr = self.learning_rate();
         let next = |(slot, value, grad): &(&Slot, Tensor, Tensor)| self.next(slot, value, grad, lr);
-        let next: Vec<Result<Next>> = match given.iter().all(|(_, value, _)| value.device().is_cpu()) {
+        let on_host = given.iter().all(|(_, value, _)| value.device().is_cpu());
+        let next: Vec<Result<Next>> = match on_host && given.len() > 1 {
             true => given.par_iter().map(next).collect(),
             false => given.iter().map(next).collect(),
         };

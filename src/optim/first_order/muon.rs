@@ -68,20 +68,19 @@ const LEAST_NORM: f64 = 1e-20;
 
 /// `U p(S) V^T` of a matrix `U S V^T`, where `p` takes singular values between 0 and 1, in units of their norm, close to 1.
 ///
-/// The products are those of the smaller side: with `A = X X^T` a step is `X <- (a I + b A + c A^2) X`, of a tall matrix the same with
+/// The products are those of the smaller side: with `A = X X^T` a step is `X <- a X + (b A + c A^2) X`, of a tall matrix the same with
 /// `A = X^T X` from the right.
 pub(super) fn orthogonalized(m: &Tensor, steps: usize) -> Result<Tensor> {
     let (rows, columns) = m.dims2()?;
     let norm = m.sqr()?.sum_all()?.sqrt()?.maximum(LEAST_NORM)?;
     let mut x = m.broadcast_div(&norm)?;
     let (a, b, c) = COEFFICIENTS;
-    let identity = (Tensor::eye(rows.min(columns), m.dtype(), m.device())? * a)?;
     for _ in 0..steps {
         let transposed = x.t()?;
         let gram = if rows > columns { transposed.matmul(&x)? } else { x.matmul(&transposed)? };
         let power = mix(&gram, b, &gram.matmul(&gram)?, c, 0.0)?;
-        let polynomial = (power + &identity)?;
-        x = if rows > columns { x.matmul(&polynomial)? } else { polynomial.matmul(&x)? };
+        let higher = if rows > columns { x.matmul(&power)? } else { power.matmul(&x)? };
+        x = mix(&x, a, &higher, 1.0, 0.0)?;
     }
     Ok(x)
 }

@@ -1,6 +1,5 @@
 use super::*;
 use crate::nn;
-use candle_core::DType;
 
 mod dense;
 mod groups;

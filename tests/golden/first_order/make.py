@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
-W1, W2 = torch.randn(5, 4), torch.randn(3, 5)
-X, Y = torch.randn(8, 4), torch.randn(8, 3)
+# No factor of a first gradient lacks more than one rank: among vectors of the same eigenvalue SOAP's basis would be anyone's.
+W1, W2 = torch.randn(5, 4), torch.randn(4, 5)
+X, Y = torch.randn(8, 4), torch.randn(8, 4)
 KEPT = (1, 2, 5, 12)
 
 
