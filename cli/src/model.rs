@@ -18,6 +18,22 @@ pub enum Spec {
     Mlp { widths: Vec<usize>, tanh: bool },
 }
 
+impl Spec {
+    /// Linear layers, the last one included.
+    pub fn linear_layers(&self) -> usize {
+        match self {
+            Self::Cnn => 2,
+            Self::Lenet300 | Self::Lenet5 => 3,
+            Self::Mlp { widths, .. } => widths.len() - 1,
+        }
+    }
+
+    /// What the names of the last layer's parameters begin with.
+    pub fn head(&self) -> String {
+        format!("fc{}.", self.linear_layers())
+    }
+}
+
 impl std::str::FromStr for Spec {
     type Err = String;
 

@@ -2,8 +2,11 @@
 
 use candle_core::{Result, Tensor, backprop::GradStore};
 use kronwake::nn::VarMap;
+use kronwake::nn::init;
 use kronwake::optim::{
-    AdamW, LossScale, NaturalGradient, Optimizer as _, Params, ParamsAdamW, ParamsSgd, Sgd,
+    AdamW, Grafting, Group, Groups, LossScale, Muon, NaturalGradient, NonFinite, Optimizer as _, Params,
+    ParamsAdamW, ParamsMuon, ParamsSgd, ParamsShampoo, ParamsSoap, Sgd, Shampoo, ShampooFactors, Soap,
+    UpdateRule,
 };
 use kronwake::penalty::Constraints;
 use kronwake::tape::{Fisher, Likelihood};
@@ -14,6 +17,9 @@ use tracing::info_span;
 pub enum Optimizer {
     Sgd(Sgd),
     AdamW(AdamW),
+    Muon(Muon),
+    Soap(Soap),
+    Shampoo(Shampoo),
     Natural(Box<NaturalGradient>),
 }
 
@@ -35,6 +41,9 @@ macro_rules! each {
         match $of {
             Optimizer::Sgd($one) => $what,
             Optimizer::AdamW($one) => $what,
+            Optimizer::Muon($one) => $what,
+            Optimizer::Soap($one) => $what,
+            Optimizer::Shampoo($one) => $what,
             Optimizer::Natural($one) => $what,
         }
     };
@@ -47,6 +56,34 @@ impl Optimizer {
 
     pub fn adamw(vars: &VarMap, params: ParamsAdamW) -> Result<Self> {
         AdamW::from_varmap(vars, params).map(Self::AdamW)
+    }
+
+    /// `ends` get AdamW; see [`ends`].
+    pub fn muon(vars: &VarMap, params: ParamsMuon, ends: Groups) -> Result<Self> {
+        Muon::from_varmap_with(vars, params, ends).map(Self::Muon)
+    }
+
+    /// `ends` get AdamW; see [`ends`].
+    pub fn soap(vars: &VarMap, params: ParamsSoap, ends: Groups) -> Result<Self> {
+        Soap::from_varmap_with(vars, params, ends).map(Self::Soap)
+    }
+
+    /// `ends` get AdamW; see [`ends`].
+    pub fn shampoo(vars: &VarMap, params: ParamsShampoo, ends: Groups) -> Result<Self> {
+        Shampoo::from_varmap_with(vars, params, ends).map(Self::Shampoo)
+    }
+
+    /// The same, leaving out steps of gradients that are not finite. One with curvature has that in its options.
+    pub fn skipping(mut self) -> Self {
+        match &mut self {
+            Self::Sgd(one) => one.non_finite = NonFinite::Skip,
+            Self::AdamW(one) => one.non_finite = NonFinite::Skip,
+            Self::Muon(one) => one.non_finite = NonFinite::Skip,
+            Self::Soap(one) => one.non_finite = NonFinite::Skip,
+            Self::Shampoo(one) => one.non_finite = NonFinite::Skip,
+            Self::Natural(_) => {}
+        }
+        self
     }
 
     /// Of parameters that belong to a model which was built on the tape of `params`.
@@ -67,6 +104,9 @@ impl Optimizer {
         match self {
             Self::Sgd(sgd) => sgd.bytes(),
             Self::AdamW(adamw) => adamw.bytes(),
+            Self::Muon(muon) => muon.bytes(),
+            Self::Soap(soap) => soap.bytes(),
+            Self::Shampoo(shampoo) => shampoo.bytes(),
             Self::Natural(natural) => natural.summary().bytes(),
         }
     }
@@ -89,8 +129,10 @@ impl Optimizer {
         if let Self::Natural(natural) = self {
             return natural_step(natural, pass);
         }
+        let before = each!(self, one => one.skipped());
         let grads = info_span!("backward").in_scope(|| pass.loss.backward())?;
-        info_span!("step").in_scope(|| self.apply(&grads)).map(|()| true)
+        info_span!("step").in_scope(|| self.apply(&grads))?;
+        Ok(each!(self, one => one.skipped()) == before)
     }
 
     /// Shows the curvature a batch's logits, before their loss goes to [`Self::apply`] or [`Self::step_scaled`].
@@ -144,6 +186,23 @@ impl Optimizer {
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         each!(self, one => one.resume(path))
     }
+}
+
+/// The groups of embedding tables and of the layer that makes the outputs, which Muon, SOAP and Shampoo leave to AdamW, as their authors do;
+/// those of `patterns` that match a parameter. A training of a part has none of the others.
+pub fn ends(vars: &VarMap, patterns: &[String]) -> Result<Groups> {
+    let names = init::named(vars)?;
+    let group = |pattern: &String| Group { rule: Some(UpdateRule::Adam), ..Group::named(pattern) };
+    let groups = patterns.iter().map(group).filter(|group| {
+        let one = Groups(vec![group.clone()]);
+        names.iter().any(|(name, _)| one.of(name).is_some())
+    });
+    Ok(Groups(groups.collect()))
+}
+
+/// Shampoo's options made KL-Shampoo's, whose steps have a length of their own.
+pub fn kl_shampoo(params: ParamsShampoo) -> ParamsShampoo {
+    ParamsShampoo { factors: ShampooFactors::KlDivergence, grafting: Grafting::None, ..params }
 }
 
 /// [`Optimizer::step`] with curvature.

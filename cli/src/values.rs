@@ -14,6 +14,14 @@ pub enum Choice {
     Sgd,
     /// AdamW with 0.9, 0.999, 1e-8
     Adamw,
+    /// Muon with Nesterov's momentum 0.95; AdamW for vectors, embeddings and the last layer, as with the next three
+    Muon,
+    /// SOAP with 0.95, 0.95
+    Soap,
+    /// Shampoo with 0.9, 0.99 and the length of Adam's steps
+    Shampoo,
+    /// KL-Shampoo with 0.9, 0.99
+    KlShampoo,
     /// K-FAC
     Kfac,
     /// SO-KLD-WRM
@@ -101,6 +109,7 @@ impl Choice {
             Self::Qe => Some(Qe::default().into()),
             Self::Kldwrm => Some(TwoRate::default().into()),
             Self::Sgd | Self::Adamw | Self::Compare => None,
+            Self::Muon | Self::Soap | Self::Shampoo | Self::KlShampoo => None,
         }
     }
 
@@ -109,6 +118,10 @@ impl Choice {
         match self {
             Self::Sgd => "SGD with momentum",
             Self::Adamw => "AdamW",
+            Self::Muon => "Muon",
+            Self::Soap => "SOAP",
+            Self::Shampoo => "Shampoo",
+            Self::KlShampoo => "KL-Shampoo",
             Self::Kfac => "K-FAC",
             Self::So => "SO-KLD-WRM",
             Self::Q => "Q-KLD-WRM",
@@ -123,6 +136,10 @@ impl Choice {
         match self {
             Self::Sgd => "sgd",
             Self::Adamw => "adamw",
+            Self::Muon => "muon",
+            Self::Soap => "soap",
+            Self::Shampoo => "shampoo",
+            Self::KlShampoo => "kl-shampoo",
             Self::Kfac => "kfac",
             Self::So => "so",
             Self::Q => "q",

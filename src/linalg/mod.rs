@@ -15,6 +15,7 @@ pub(crate) mod low_rank;
 pub mod newton;
 mod newton_run;
 pub(crate) mod polar;
+pub(crate) mod qr;
 pub mod sketch;
 mod solver;
 mod spd;

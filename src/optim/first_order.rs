@@ -1,29 +1,32 @@
-//! Optimizers that see gradients alone, as baselines and for what needs no curvature: gradient descent with momentum, and AdamW.
+//! Optimizers that see gradients alone, to compare with and for what needs no curvature: gradient descent with momentum, AdamW, Muon, SOAP and
+//! Shampoo. One optimizer, [`FirstOrder`], keeps state and files; a rule is its options, which say what a step does with a gradient.
 
-use super::{LossScale, ParamsAdamW};
+mod adamw;
+mod muon;
+mod sgd;
+mod shampoo;
+mod sides;
+mod slot;
+mod soap;
+mod update;
+
+pub use muon::{MuonScale, ParamsMuon};
+pub use sgd::ParamsSgd;
+pub use shampoo::{Grafting, ParamsShampoo, ShampooFactors};
+pub use soap::{ParamsSoap, SoapBasis};
+pub use update::{FallbackAdam, Update};
+
+use super::numbers::numbers;
+use super::state::AdamRate;
+use super::{Groups, LossScale, NonFinite, ParamsAdamW};
 use crate::checkpoint::Checkpoint;
 use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::{Optimizer, VarMap};
 use rayon::prelude::*;
+use slot::{Slot, Way};
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// Options of [`Sgd`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ParamsSgd {
-    /// Learning rate; 0.01.
-    pub lr: f64,
-    /// How much of the last direction stays in the next, in [0, 1); 0.9.
-    pub momentum: f64,
-    /// What is added to the gradient, times the parameter; 0.
-    pub weight_decay: f64,
-}
-
-impl Default for ParamsSgd {
-    fn default() -> Self {
-        Self { lr: 0.01, momentum: 0.9, weight_decay: 0.0 }
-    }
-}
+use update::At;
 
 /// Gradient descent with momentum, as PyTorch's: `v <- momentum v + g + weight_decay p`, then `p <- p - lr v`.
 pub type Sgd = FirstOrder<ParamsSgd>;
@@ -31,32 +34,106 @@ pub type Sgd = FirstOrder<ParamsSgd>;
 /// AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019), as candle_nn's, which is `nn::AdamW` here.
 pub type AdamW = FirstOrder<ParamsAdamW>;
 
-/// What a step of a [`FirstOrder`] optimizer does with a gradient: implemented by [`ParamsSgd`] and [`ParamsAdamW`].
-pub trait Update: Clone {
-    /// Averages that are kept for each parameter.
-    #[doc(hidden)]
-    const AVERAGES: usize;
-    #[doc(hidden)]
-    fn lr(&mut self) -> &mut f64;
-    /// What is wrong with the options.
-    #[doc(hidden)]
-    fn check(&self) -> Result<()>;
-    /// A parameter and its averages after step number `step` (from 1); `averages` has as many as `AVERAGES`.
-    #[doc(hidden)]
-    fn update(
-        &self,
-        step: usize,
-        value: &Tensor,
-        grad: &Tensor,
-        averages: &[Tensor],
-    ) -> Result<(Tensor, Vec<Tensor>)>;
-}
-
-/// An optimizer of gradients alone, see [`Sgd`] and [`AdamW`].
+/// Muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024): momentum, orthogonalized.
 ///
-/// Beside candle_nn's of the same rule it can be saved and resumed bit for bit, refuses Vars that got no gradient, and keeps f32 values and
-/// averages behind f16 and bf16 parameters. A parameter that something else has changed since the last step, such as a projection, goes on
-/// from its new value.
+/// Of a matrix `[rows, columns]`, with `G` its gradient,
+///
+/// ```text
+/// B <- momentum B + G
+/// M = G + momentum B              (nesterov; else B)
+/// O = U p(S) V^T, M / |M| = U S V^T
+/// W <- (1 - lr weight_decay) W - lr scale O
+/// ```
+///
+/// where `p`, five steps of a Newton-Schulz iteration, takes singular values to about 1, and `scale` is [`MuonScale`]'s. Weights of more
+/// dimensions, `[out, ..]`, are the matrices `[out, rest]`. Vectors and scalars get AdamW. As published, embedding tables and the layer that
+/// makes the outputs get it too: a group says so.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use kronwake::nn::VarMap;
+/// use kronwake::optim::{Group, Groups, Muon, Optimizer, ParamsMuon, UpdateRule};
+///
+/// let (vars, w, head) = (VarMap::new(), Var::zeros((3, 2), candle_core::DType::F32, &Device::Cpu)?, Var::new(&[[1f32, 2.]], &Device::Cpu)?);
+/// vars.data().lock().unwrap().extend([("hidden.weight".into(), w.clone()), ("head.weight".into(), head.clone())]);
+/// let groups = Groups(vec![Group { rule: Some(UpdateRule::Adam), ..Group::named("head.*") }]);
+/// let mut opt = Muon::from_varmap_with(&vars, ParamsMuon { lr: 0.02, ..Default::default() }, groups)?;
+/// let target = Tensor::new(&[[1f32, 0.], [0., 1.], [0.5, 0.]], &Device::Cpu)?;
+/// for _ in 0..200 {
+///     opt.backward_step(&((w.as_tensor() - &target)?.sqr()?.sum_all()? + head.sqr()?.sum_all()?)?)?;
+/// }
+/// assert!((w.as_tensor() - &target)?.abs()?.max_all()?.to_scalar::<f32>()? < 0.05);
+/// # candle_core::Result::Ok(())
+/// ```
+pub type Muon = FirstOrder<ParamsMuon>;
+
+/// SOAP (Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam", 2024, algorithm 3): Adam in the eigenbases of Shampoo's factors.
+///
+/// Of a matrix, with `G` its gradient and `Q_L`, `Q_R` the bases,
+///
+/// ```text
+/// M <- beta1 M + (1 - beta1) G
+/// V <- beta2 V + (1 - beta2) (Q_L^T G Q_R)^2
+/// W <- (1 - lr weight_decay) W - lr Q_L [Q_L^T M Q_R / (1 - beta1^t) / (sqrt(V / (1 - beta2^t)) + eps)] Q_R^T
+/// L <- shampoo_beta L + (1 - shampoo_beta) G G^T,    R likewise of G^T G
+/// ```
+///
+/// and every `period` steps, at its end, `Q_L` and `Q_R` are renewed from `L` and `R` ([`SoapBasis`]). The first step makes the bases alone, as
+/// the authors' program has it, so that no gradient is measured in a basis that is its own: matrices do not move in it, and `t` counts from the
+/// second. Weights of more dimensions, `[out, ..]`, are the matrices `[out, rest]`. Vectors and scalars get AdamW, from the first step on.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use kronwake::optim::{Optimizer, ParamsSoap, Soap};
+///
+/// let w = Var::zeros((2, 2), candle_core::DType::F32, &Device::Cpu)?;
+/// let mut opt = Soap::new(vec![w.clone()], ParamsSoap { lr: 0.05, weight_decay: 0., period: 1, ..Default::default() })?;
+/// let target = Tensor::new(&[[1f32, 2.], [2., -1.]], &Device::Cpu)?;
+/// for _ in 0..300 {
+///     opt.backward_step(&(w.as_tensor() - &target)?.sqr()?.sum_all()?)?;
+/// }
+/// assert!((w.as_tensor() - &target)?.abs()?.max_all()?.to_scalar::<f32>()? < 0.1);
+/// # candle_core::Result::Ok(())
+/// ```
+pub type Soap = FirstOrder<ParamsSoap>;
+
+/// Shampoo (Gupta, Koren and Singer, "Shampoo: preconditioned stochastic tensor optimization", ICML 2018) with grafting (Anil et al., "Scalable
+/// second order optimization for deep learning", 2020) and means in place of sums, as Shi et al. 2023 (arXiv 2309.06497) write it.
+///
+/// Of a matrix, with `G` its gradient,
+///
+/// ```text
+/// L <- beta2 L + (1 - beta2) G G^T,    R likewise of G^T G
+/// M <- beta1 M + (1 - beta1) G
+/// D = L'^-p [M / (1 - beta1^t)] R'^-p,    X' = X / (1 - beta2^t) + eps max(eigenvalues) I,    p = 1/4
+/// W <- (1 - lr weight_decay) W - lr |A| / |D| D
+/// ```
+///
+/// with `A` the step whose length is taken ([`Grafting`]). The roots are renewed at each of the first `period` steps, then every
+/// `period` steps. With
+/// [`ShampooFactors::KlDivergence`] it is KL-Shampoo. Weights of more dimensions, `[out, ..]`, are the matrices `[out, rest]`. Vectors and
+/// scalars get AdamW.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use kronwake::optim::{Optimizer, ParamsShampoo, Shampoo};
+///
+/// let w = Var::zeros((2, 2), candle_core::DType::F32, &Device::Cpu)?;
+/// let mut opt = Shampoo::new(vec![w.clone()], ParamsShampoo { lr: 0.02, period: 1, ..Default::default() })?;
+/// let target = Tensor::new(&[[1f32, 0.5], [0.5, -1.]], &Device::Cpu)?;
+/// for _ in 0..300 {
+///     opt.backward_step(&(w.as_tensor() - &target)?.sqr()?.sum_all()?)?;
+/// }
+/// assert!((w.as_tensor() - &target)?.abs()?.max_all()?.to_scalar::<f32>()? < 0.1);
+/// # candle_core::Result::Ok(())
+/// ```
+pub type Shampoo = FirstOrder<ParamsShampoo>;
+
+/// An optimizer of gradients alone, see [`Sgd`], [`AdamW`], [`Muon`], [`Soap`] and [`Shampoo`].
+///
+/// Beside candle_nn's of the same rule it can be saved and resumed bit for bit, has [`Groups`], refuses Vars that got no gradient and gradients
+/// that are not finite, and keeps f32 values and averages behind f16 and bf16 parameters. A parameter that something else has changed since the
+/// last step, such as a projection, goes on from its new value.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -75,52 +152,18 @@ pub trait Update: Clone {
 #[derive(Debug)]
 pub struct FirstOrder<P> {
     params: P,
+    /// What happens on NaN or infinite gradients; [`NonFinite::Error`] at first.
+    pub non_finite: NonFinite,
     steps: usize,
+    /// Those of `steps` that were left out.
+    skipped: usize,
+    /// AdamW's rate within another rule, where it is its own.
+    adam: Option<(AdamRate, f64)>,
     slots: Vec<Slot>,
 }
 
-/// A parameter with its state.
-#[derive(Debug)]
-struct Slot {
-    name: String,
-    var: Var,
-    /// The value in f32, of a parameter in f16 or bf16.
-    wide: Option<Tensor>,
-    averages: Vec<Tensor>,
-}
-
-impl Slot {
-    fn new(name: String, var: Var, averages: usize) -> Result<Self> {
-        let wide = match var.dtype() {
-            DType::F32 | DType::F64 => None,
-            DType::F16 | DType::BF16 => Some(var.as_detached_tensor().to_dtype(DType::F32)?),
-            other => bail!("{name}: expected a parameter of f64, f32, f16 or bf16, got {other:?}"),
-        };
-        let zeros = wide.as_ref().unwrap_or(var.as_tensor()).zeros_like()?;
-        Ok(Self { name, var, wide, averages: vec![zeros.detach(); averages] })
-    }
-
-    /// The parameter as the averages have it.
-    fn value(&self) -> Result<Tensor> {
-        let value = self.var.as_detached_tensor();
-        match &self.wide {
-            None => Ok(value),
-            // What is rounded is the parameter, but where something else has set it since.
-            Some(wide) => {
-                wide.to_dtype(value.dtype())?.eq(&value)?.where_cond(wide, &value.to_dtype(DType::F32)?)
-            }
-        }
-    }
-
-    fn set(&mut self, value: Tensor, averages: Vec<Tensor>) -> Result<()> {
-        self.var.set(&value.to_dtype(self.var.dtype())?)?;
-        self.averages = averages;
-        if self.wide.is_some() {
-            self.wide = Some(value);
-        }
-        Ok(())
-    }
-}
+/// A parameter and its state after a step.
+type Next = (Tensor, Vec<Tensor>);
 
 impl<P: Update> FirstOrder<P> {
     /// An optimizer of all Vars of `varmap`, under their names.
@@ -128,18 +171,32 @@ impl<P: Update> FirstOrder<P> {
     /// # Errors
     /// When an option is out of its range, or a Var is not of a floating point type.
     pub fn from_varmap(varmap: &VarMap, params: P) -> Result<Self> {
+        Self::from_varmap_with(varmap, params, Groups::default())
+    }
+
+    /// The same with groups: their rates, decays and frozen Vars hold for all rules, and the rule
+    /// [`UpdateRule::Adam`](super::UpdateRule::Adam) for those that have an AdamW beside.
+    ///
+    /// # Errors
+    /// As [`from_varmap`](Self::from_varmap). When a group matches no Var, has a senseless value, or asks for what is
+    /// [`NaturalGradient`](super::NaturalGradient)'s alone: `optional`, `factor_limit` and the rules with curvature.
+    pub fn from_varmap_with(varmap: &VarMap, params: P, groups: Groups) -> Result<Self> {
         let mut named: Vec<(String, Var)> = match varmap.data().lock() {
             Ok(data) => data.iter().map(|(name, var)| (name.clone(), var.clone())).collect(),
             Err(_) => bail!("first-order: the VarMap's lock is poisoned"),
         };
         named.sort_by(|a, b| a.0.cmp(&b.0));
-        Self::named(named, params)
+        Self::named(named, params, &groups)
     }
 
-    fn named(named: Vec<(String, Var)>, params: P) -> Result<Self> {
+    fn named(named: Vec<(String, Var)>, mut params: P, groups: &Groups) -> Result<Self> {
         params.check()?;
-        let slots = named.into_iter().map(|(name, var)| Slot::new(name, var, P::AVERAGES));
-        Ok(Self { params, steps: 0, slots: slots.collect::<Result<_>>()? })
+        groups.check(&named.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>())?;
+        let slots = named.into_iter().map(|(name, var)| Slot::new(&params, name, var, groups));
+        let slots = slots.collect::<Result<_>>()?;
+        let lr = *params.lr();
+        let adam = params.adam_lr().map(|rate| (AdamRate::new(rate, lr), if lr == 0.0 { 0.0 } else { rate }));
+        Ok(Self { params, non_finite: NonFinite::default(), steps: 0, skipped: 0, adam, slots })
     }
 
     /// The options.
@@ -147,14 +204,19 @@ impl<P: Update> FirstOrder<P> {
         &self.params
     }
 
-    /// Steps taken, those before a [`resume`](Self::resume) and those that a loss scale left out included.
+    /// Steps taken, those before a [`resume`](Self::resume) and those that were left out included.
     pub fn steps(&self) -> usize {
         self.steps
     }
 
-    /// Bytes of the state: averages, and values in f32 of parameters in f16 and bf16.
+    /// How many of them were left out, by a loss scale or by [`NonFinite::Skip`].
+    pub fn skipped(&self) -> usize {
+        self.skipped
+    }
+
+    /// Bytes of the state: averages, factors and their bases or roots, and values in f32 of parameters in f16 and bf16.
     pub fn bytes(&self) -> usize {
-        let tensors = self.slots.iter().flat_map(|slot| slot.averages.iter().chain(&slot.wide));
+        let tensors = self.slots.iter().flat_map(|slot| slot.state.iter().chain(&slot.wide));
         tensors.map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
     }
 
@@ -164,39 +226,49 @@ impl<P: Update> FirstOrder<P> {
     /// # Errors
     /// As [`LossScale::backward`], and when a Var got no gradient.
     pub fn backward_step_scaled(&mut self, loss: &Tensor, scale: &mut LossScale) -> Result<bool> {
-        let vars: Vec<Var> = self.slots.iter().map(|slot| slot.var.clone()).collect();
+        let trained = self.slots.iter().filter(|slot| slot.way != Way::Frozen);
+        let vars: Vec<Var> = trained.map(|slot| slot.var.clone()).collect();
         let grads = scale.backward(loss, &vars)?;
         match &grads {
             Some(grads) => self.step(grads)?,
-            None => self.steps += 1,
+            None => self.leave_out(),
         }
         Ok(grads.is_some())
     }
 
-    /// Writes parameters, averages and the number of steps as safetensors.
+    fn leave_out(&mut self) {
+        self.steps += 1;
+        self.skipped += 1;
+    }
+
+    /// Writes parameters, state and the number of steps as safetensors.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let steps = Tensor::new(self.steps as i64, &Device::Cpu)?;
-        let mut tensors = BTreeMap::from([("step".to_string(), steps)]);
+        let count = |count: usize| Tensor::new(count as i64, &Device::Cpu);
+        let mut tensors = BTreeMap::from([("step".to_string(), count(self.steps)?)]);
+        if self.skipped > 0 {
+            tensors.insert("skipped".into(), count(self.skipped)?);
+        }
         for slot in &self.slots {
             tensors.insert(format!("value.{}", slot.name), slot.value()?);
-            for (i, average) in slot.averages.iter().enumerate() {
-                tensors.insert(format!("average{i}.{}", slot.name), average.clone());
+            for (key, tensor) in slot.keys.iter().zip(&slot.state) {
+                tensors.insert(format!("{key}.{}", slot.name), tensor.clone());
             }
         }
         Checkpoint { tensors, ..Default::default() }.write(path)
     }
 
-    /// Goes on from what [`save`](Self::save) wrote for the same model, rule and element types: the next steps are those that would have
-    /// followed there, bit for bit. Options, the learning rate among them, are not in the file.
+    /// Goes on from what [`save`](Self::save) wrote for the same model, rule, frozen Vars and element types: the next steps are those that would
+    /// have followed there, bit for bit. Options, the learning rate among them, are not in the file.
     ///
     /// # Errors
     /// When the file cannot be read or does not fit; nothing is changed then.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let file = path.as_ref().display().to_string();
         let mut tensors = Checkpoint::read(path, &Device::Cpu)?.tensors;
+        let none_skipped = !tensors.contains_key("skipped");
         let mut take = |key: &str, like: &Tensor| match tensors.remove(key) {
             Some(t) if t.dims() == like.dims() && t.dtype() == like.dtype() => t.to_device(like.device()),
             Some(t) => {
@@ -205,22 +277,48 @@ impl<P: Update> FirstOrder<P> {
             }
             None => bail!("{file}: {key} is missing: another model or optimizer wrote this file"),
         };
-        let steps = take("step", &Tensor::new(0i64, &Device::Cpu)?)?.to_scalar::<i64>()?;
+        let mut count = |key: &str| take(key, &Tensor::new(0i64, &Device::Cpu)?)?.to_scalar::<i64>();
+        let steps = count("step")?;
+        let skipped = if none_skipped { 0 } else { count("skipped")? };
+        if !(0..=steps).contains(&skipped) {
+            bail!(
+                "{file}: expected steps of at least 0 and no more of them left out, got {steps} and {skipped}"
+            )
+        }
         let mut read = Vec::new();
         for slot in &self.slots {
             let like = slot.wide.as_ref().unwrap_or(slot.var.as_tensor());
             let value = take(&format!("value.{}", slot.name), like)?;
-            let averages = (0..P::AVERAGES).map(|i| take(&format!("average{i}.{}", slot.name), like));
-            read.push((value, averages.collect::<Result<Vec<_>>>()?));
+            let state = slot.keys.iter().zip(&slot.state);
+            let state = state.map(|(key, like)| take(&format!("{key}.{}", slot.name), like));
+            read.push((value, state.collect::<Result<Vec<_>>>()?));
         }
         if let Some(extra) = tensors.keys().next() {
             bail!("{file}: {extra} has no place here: another model or optimizer wrote this file")
         }
-        for (slot, (value, averages)) in self.slots.iter_mut().zip(read) {
-            slot.set(value, averages)?;
+        for (slot, (value, state)) in self.slots.iter_mut().zip(read) {
+            slot.set(value, state)?;
         }
-        self.steps = steps as usize;
+        (self.steps, self.skipped) = (steps as usize, skipped as usize);
         Ok(())
+    }
+
+    /// The parameter and the state of a slot after the coming step.
+    fn next(&self, slot: &Slot, value: &Tensor, grad: &Tensor, lr: f64) -> Result<Next> {
+        let mut at = At {
+            name: &slot.name,
+            step: self.steps + 1,
+            taken: self.steps + 1 - self.skipped,
+            lr: lr * slot.lr_scale,
+            weight_decay: slot.weight_decay.unwrap_or(self.params.weight_decay()),
+        };
+        match (slot.way, self.params.adam()) {
+            (Way::Adam, Some(adam)) => {
+                at.lr = self.adam.map_or(lr, |(_, rate)| rate) * slot.lr_scale;
+                adam.update(&at, value, grad, &slot.state)
+            }
+            _ => self.params.update(&at, value, grad, &slot.state),
+        }
     }
 }
 
@@ -229,21 +327,47 @@ impl<P: Update> Optimizer for FirstOrder<P> {
 
     /// Vars without names are called by their places, from `0`.
     fn new(vars: Vec<Var>, params: P) -> Result<Self> {
-        Self::named(vars.into_iter().enumerate().map(|(i, var)| (i.to_string(), var)).collect(), params)
+        let named = vars.into_iter().enumerate().map(|(i, var)| (i.to_string(), var));
+        Self::named(named.collect(), params, &Groups::default())
     }
 
     fn step(&mut self, grads: &GradStore) -> Result<()> {
-        let mut next = Vec::with_capacity(self.slots.len());
-        for slot in &self.slots {
+        let mut given = Vec::with_capacity(self.slots.len());
+        for slot in self.slots.iter().filter(|slot| slot.way != Way::Frozen) {
             let Some(grad) = grads.get(&slot.var) else {
                 bail!("{} got no gradient: leave it out of the optimizer's VarMap, or use it", slot.name)
             };
             let value = slot.value()?;
             let grad = grad.detach().to_dtype(value.dtype())?;
-            next.push(self.params.update(self.steps + 1, &value, &grad, &slot.averages)?);
+            given.push((slot, value, grad));
         }
-        for (slot, (value, averages)) in self.slots.iter_mut().zip(next) {
-            slot.set(value, averages)?;
+        let sums = given
+            .iter()
+            .map(|(.., grad)| grad.sum_all()?.to_dtype(DType::F64))
+            .collect::<Result<Vec<_>>>()?;
+        for ((slot, _, grad), sum) in given.iter().zip(numbers(&sums)?) {
+            // The sum of finite numbers may be infinite; that of their products with 0 is not.
+            if !sum.is_finite() && !numbers(&[(grad * 0.0)?.sum_all()?])?[0].is_finite() {
+                match self.non_finite {
+                    NonFinite::Error => bail!("the gradient of {} has NaN or infinite elements", slot.name),
+                    NonFinite::Skip => {
+                        self.leave_out();
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        let lr = self.learning_rate();
+        let next = |(slot, value, grad): &(&Slot, Tensor, Tensor)| self.next(slot, value, grad, lr);
+        let on_host = given.iter().all(|(_, value, _)| value.device().is_cpu());
+        let next: Vec<Result<Next>> = match on_host && given.len() > 1 {
+            true => given.par_iter().map(next).collect(),
+            false => given.iter().map(next).collect(),
+        };
+        let next = next.into_iter().collect::<Result<Vec<_>>>()?;
+        let trained = self.slots.iter_mut().filter(|slot| slot.way != Way::Frozen);
+        for (slot, (value, state)) in trained.zip(next) {
+            slot.set(value, state)?;
         }
         self.steps += 1;
         Ok(())
@@ -255,117 +379,12 @@ impl<P: Update> Optimizer for FirstOrder<P> {
 
     fn set_learning_rate(&mut self, lr: f64) {
         *self.params.lr() = lr;
-    }
-}
-
-/// Asserts that an option is a finite number with `fits`.
-fn in_range(name: &str, value: f64, fits: bool, expected: &str) -> Result<()> {
-    if !(value.is_finite() && fits) {
-        bail!("first-order: expected {name} {expected}, got {value}")
-    }
-    Ok(())
-}
-
-impl Update for ParamsSgd {
-    const AVERAGES: usize = 1;
-
-    fn lr(&mut self) -> &mut f64 {
-        &mut self.lr
-    }
-
-    fn check(&self) -> Result<()> {
-        let &Self { lr, momentum, weight_decay } = self;
-        in_range("lr", lr, lr >= 0.0, "of at least 0")?;
-        in_range("momentum", momentum, (0.0..1.0).contains(&momentum), "in [0, 1)")?;
-        in_range("weight_decay", weight_decay, weight_decay >= 0.0, "of at least 0")
-    }
-
-    fn update(
-        &self,
-        _: usize,
-        value: &Tensor,
-        grad: &Tensor,
-        averages: &[Tensor],
-    ) -> Result<(Tensor, Vec<Tensor>)> {
-        let v = (((&averages[0] * self.momentum)? + grad)? + (value * self.weight_decay)?)?;
-        Ok(((value - (&v * self.lr)?)?, vec![v]))
-    }
-}
-
-impl Update for ParamsAdamW {
-    const AVERAGES: usize = 2;
-
-    fn lr(&mut self) -> &mut f64 {
-        &mut self.lr
-    }
-
-    fn check(&self) -> Result<()> {
-        let &Self { lr, beta1, beta2, eps, weight_decay } = self;
-        in_range("lr", lr, lr >= 0.0, "of at least 0")?;
-        in_range("beta1", beta1, (0.0..1.0).contains(&beta1), "in [0, 1)")?;
-        in_range("beta2", beta2, (0.0..1.0).contains(&beta2), "in [0, 1)")?;
-        in_range("eps", eps, eps > 0.0, "above 0")?;
-        in_range("weight_decay", weight_decay, weight_decay >= 0.0, "of at least 0")
-    }
-
-    fn update(
-        &self,
-        step: usize,
-        value: &Tensor,
-        grad: &Tensor,
-        averages: &[Tensor],
-    ) -> Result<(Tensor, Vec<Tensor>)> {
-        let &Self { lr, beta1, beta2, eps, weight_decay } = self;
-        let bias = |beta: f64| 1.0 - beta.powf(step as f64);
-        if value.dtype() == DType::F32 && value.device().is_cpu() {
-            return one_pass(self, bias(beta1), bias(beta2), [value, grad, &averages[0], &averages[1]]);
+        if let Some((rule, rate)) = &mut self.adam {
+            let followed = rule.follow(lr);
+            // At a learning rate of 0 nothing moves.
+            *rate = if lr == 0.0 { 0.0 } else { followed };
         }
-        let m = ((&averages[0] * beta1)? + (grad * (1.0 - beta1))?)?;
-        let v = ((&averages[1] * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
-        let mean = (&m / bias(beta1))?;
-        let scale = ((&v / bias(beta2))?.sqrt()? + eps)?;
-        let kept = (value * (1.0 - lr * weight_decay))?;
-        Ok(((kept - ((mean / scale)? * lr)?)?, vec![m, v]))
     }
-}
-
-/// Elements that a thread takes at once.
-const CHUNK: usize = 1 << 14;
-
-/// A step of AdamW on the host: the same numbers, but those that are too small to count are zero. Without an input a weight with a penalty goes
-/// to zero for ever, and below f32's normal range every operation takes many times as long.
-fn one_pass(
-    params: &ParamsAdamW,
-    bias1: f64,
-    bias2: f64,
-    tensors: [&Tensor; 4],
-) -> Result<(Tensor, Vec<Tensor>)> {
-    fn flushed(value: f32, least: f32) -> f32 {
-        if value.abs() < least { 0.0 } else { value }
-    }
-    let shape = tensors[0].shape();
-    let read = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-    let (mut value, grad) = (read(tensors[0])?, read(tensors[1])?);
-    let (mut mean, mut square) = (read(tensors[2])?, read(tensors[3])?);
-    let (b1, b2) = (params.beta1 as f32, params.beta2 as f32);
-    let (c1, c2) = ((1.0 - params.beta1) as f32, (1.0 - params.beta2) as f32);
-    let (bias1, bias2) = ((1.0 / bias1) as f32, (1.0 / bias2) as f32);
-    let (lr, eps, kept) =
-        (params.lr as f32, params.eps as f32, (1.0 - params.lr * params.weight_decay) as f32);
-    let chunks = value.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
-    chunks.zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK))).for_each(
-        |((value, grad), (mean, square))| {
-            for i in 0..value.len() {
-                let g = flushed(grad[i], 1e-18);
-                mean[i] = flushed(mean[i] * b1 + g * c1, 1e-18);
-                square[i] = flushed(square[i] * b2 + g * g * c2, 1e-36);
-                let direction = mean[i] * bias1 / ((square[i] * bias2).sqrt() + eps);
-                value[i] = flushed(value[i] * kept - direction * lr, 1e-18);
-            }
-        },
-    );
-    let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);
-    Ok((tensor(value)?, vec![tensor(mean)?, tensor(square)?]))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! | [`NaturalGradient`] | the optimizer |
 //! | [`Params`] | its options, with the defaults of each member of the family |
 //! | [`Wake`] | the members and the mathematics in which they differ |
-//! | [`AdamW`], [`Sgd`] | first-order optimizers, to compare with |
+//! | [`AdamW`], [`Sgd`], [`Muon`], [`Soap`], [`Shampoo`] | optimizers that see gradients alone, to compare with; [`FirstOrder`] is all of them |
 //! | [`Groups`], [`Schedule`], [`clip_gradients`], [`LossScale`] | what goes with any training |
 //!
 //! Within: `wake` and `params` are values, `state` is data that knows no step, `step` has the stages of a step, each for the host and for
@@ -27,7 +27,10 @@ mod wake;
 pub use candle_nn::{Optimizer, ParamsAdamW};
 pub use clip::clip_gradients;
 pub use engine::{NaturalGradient, Outputs, Replay};
-pub use first_order::{AdamW, FirstOrder, ParamsSgd, Sgd, Update};
+pub use first_order::{
+    AdamW, FallbackAdam, FirstOrder, Grafting, Muon, MuonScale, ParamsMuon, ParamsSgd, ParamsShampoo,
+    ParamsSoap, Sgd, Shampoo, ShampooFactors, Soap, SoapBasis, Update,
+};
 pub use groups::{Group, Groups, UpdateRule};
 pub use loss_scale::LossScale;
 pub use params::{

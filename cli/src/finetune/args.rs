@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::model::Spec;
-use crate::values::{Choice, Place, count, dtype, not_negative, one_of, positive};
+use crate::values::{Choice, Place, count, dtype, fraction, not_negative, one_of, positive};
 use candle_core::{DType, Result, bail};
 use clap::Parser;
 use kronwake::optim::{AdaptiveKl, StepRule};
@@ -50,17 +50,35 @@ pub struct Args {
     /// Examples a step
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count)]
     pub batch: usize,
-    /// Highest learning rate; for kldwrm the fraction of a step's length [default: kldwrm 1, so and kfac 0.05, adamw 0.004, but for bert 0.00005 or
-    /// with --lora 0.001]
+    /// Highest learning rate; for kldwrm the fraction of a step's length [default: kldwrm 1, so, kfac and sgd 0.05, the others 0.004, but for bert
+    /// 0.00005 or with --lora 0.001]
     #[arg(long, value_parser = positive)]
     pub lr: Option<f64>,
-    /// Divergence of kldwrm's first step, in nats; later ones find theirs [default: 0.02, but for bert 0.002]
+    /// Divergence of kldwrm's first step, in nats; later ones find theirs [default: 0.02 times the root of a thousandth of a step's loss terms]
     #[arg(long, value_name = "KL", value_parser = positive)]
     pub kl_target: Option<f64>,
     /// Bound on the squared length of so's and kfac's steps in the metric of the curvature [default: none, but for bert 0.001]
     #[arg(long, value_name = "KL", value_parser = positive)]
     pub kl_clip: Option<f64>,
-    /// Weight decay, decoupled
+    /// Highest learning rate of AdamW within muon, soap, shampoo and kl-shampoo, which has the embedding tables, the layer that makes the outputs and
+    /// all vectors [default: that of --lr]
+    #[arg(long, value_parser = positive)]
+    pub ends_lr: Option<f64>,
+    /// Momentum of sgd and muon, and beta1, the decay of the mean of gradients, of adamw, soap, shampoo and kl-shampoo, of the last three for matrices
+    /// alone; in [0, 1) [default: sgd, adamw, shampoo and kl-shampoo 0.9, muon and soap 0.95]
+    #[arg(long, value_parser = fraction)]
+    pub momentum: Option<f64>,
+    /// Decay of the means of squares of adamw, soap, shampoo and kl-shampoo, in [0, 1), for the last three of their matrices alone [default: 0.999,
+    /// 0.95, 0.99, 0.99]
+    #[arg(long, value_parser = fraction)]
+    pub beta2: Option<f64>,
+    /// Steps from one renewal of the bases of soap, or of the roots of shampoo and kl-shampoo, to the next [default: 10]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub period: Option<usize>,
+    /// Eigenvalue damping of so and kfac [default: 0.0033 and 0.011]
+    #[arg(long, value_parser = positive)]
+    pub damping: Option<f64>,
+    /// Weight decay, decoupled; for sgd added to the gradient
     #[arg(long, default_value_t = 0.01, value_parser = not_negative)]
     pub weight_decay: f64,
     /// Steps in which the learning rate rises to --lr; then it falls by half a cosine to 5 %
@@ -97,7 +115,21 @@ pub struct Args {
 }
 
 /// What `--optimizer` takes.
-const CHOICES: [Choice; 5] = [Choice::Kldwrm, Choice::So, Choice::Kfac, Choice::Adamw, Choice::Compare];
+const CHOICES: [Choice; 10] = [
+    Choice::Kldwrm,
+    Choice::So,
+    Choice::Kfac,
+    Choice::Adamw,
+    Choice::Muon,
+    Choice::Soap,
+    Choice::Shampoo,
+    Choice::KlShampoo,
+    Choice::Sgd,
+    Choice::Compare,
+];
+
+/// Those that leave the ends of a model to AdamW.
+const OF_MATRICES: &[Choice] = &[Choice::Muon, Choice::Soap, Choice::Shampoo, Choice::KlShampoo];
 
 /// What `--model` takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -126,7 +158,7 @@ impl Args {
     pub fn lr(&self, choice: Choice) -> f64 {
         let usual = match choice {
             Choice::Kldwrm => 1.0,
-            Choice::So | Choice::Kfac => 0.05,
+            Choice::So | Choice::Kfac | Choice::Sgd => 0.05,
             _ => match (&self.model, self.lora) {
                 (Net::Bert, None) => 5e-5,
                 (Net::Bert, Some(_)) => 1e-3,
@@ -153,8 +185,21 @@ impl Args {
         if self.kl_target.is_some() && !runs(&[Choice::Kldwrm]) {
             bail!("--kl-target is for kldwrm, and --optimizer is {}", self.optimizer.name())
         }
-        if self.kl_clip.is_some() && !runs(&[Choice::So, Choice::Kfac]) {
-            bail!("--kl-clip is for so and kfac, and --optimizer is {}", self.optimizer.name())
+        let roots = &OF_MATRICES[1..];
+        for (option, given, owners) in [
+            ("kl-clip", self.kl_clip.is_some(), &[Choice::So, Choice::Kfac][..]),
+            ("damping", self.damping.is_some(), &[Choice::So, Choice::Kfac]),
+            ("momentum", self.momentum.is_some(), &[OF_MATRICES, &[Choice::Sgd, Choice::Adamw]].concat()),
+            ("beta2", self.beta2.is_some(), &[roots, &[Choice::Adamw]].concat()),
+            ("period", self.period.is_some(), roots),
+            ("ends-lr", self.ends_lr.is_some(), OF_MATRICES),
+        ] {
+            if given && !runs(owners) {
+                let names: Vec<&str> = owners.iter().map(|owner| owner.name()).collect();
+                let last = names.len() - 1;
+                let names = format!("{} and {}", names[..last].join(", "), names[last]);
+                bail!("--{option} is for {names}, and --optimizer is {}", self.optimizer.name())
+            }
         }
         Ok(())
     }
@@ -163,10 +208,9 @@ impl Args {
         (self.model == Net::Bert).then_some(default)
     }
 
-    /// What `rule` has, with the divergence of the first step. Blocks take no account of each other, and the many layers of a pretrained
-    /// encoder all change the same few logits: a step goes further there than the blocks say.
+    /// What `rule` has, with the divergence of the first step.
     pub fn step_rule(&self, rule: StepRule) -> StepRule {
-        match (rule, self.kl_target.or(self.for_bert(0.002))) {
+        match (rule, self.kl_target) {
             (StepRule::AdaptiveKl(rule), Some(initial)) => {
                 StepRule::AdaptiveKl(AdaptiveKl { initial, ..rule })
             }

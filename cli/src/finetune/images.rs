@@ -37,15 +37,6 @@ fn choose(part: &Part, chosen: impl Fn(usize) -> bool) -> Part {
     Part { pixels: pixels.copied().collect(), labels: places.iter().map(|&i| part.labels[i]).collect() }
 }
 
-/// Linear layers of a net, the last one included.
-fn linear_layers(spec: &Spec) -> usize {
-    match spec {
-        Spec::Cnn => 2,
-        Spec::Lenet300 | Spec::Lenet5 => 3,
-        Spec::Mlp { widths, .. } => widths.len() - 1,
-    }
-}
-
 impl Images {
     pub fn new(args: &Args, spec: Option<Spec>, device: &Device) -> Result<Self> {
         let data = Data::bundled()?;
@@ -55,7 +46,7 @@ impl Images {
             false => [train, half(&data.test, false)],
         };
         let head = match &spec {
-            Some(spec) => format!("fc{}.", linear_layers(spec)),
+            Some(spec) => spec.head(),
             None => "classifier.".into(),
         };
         Ok(Self { data, halves, spec, head, dtype: args.dtype, device: device.clone() })
@@ -110,10 +101,21 @@ impl Task for Images {
         Some(&self.head)
     }
 
+    fn ends(&self) -> Vec<String> {
+        let head = format!("{}*", self.head);
+        match &self.spec {
+            Some(_) => vec![head],
+            // The projection of patches is a layer like others.
+            None => {
+                vec!["vit.embeddings.cls_token".into(), "vit.embeddings.position_embeddings".into(), head]
+            }
+        }
+    }
+
     fn adapted(&self) -> Vec<String> {
         match &self.spec {
             None => vec!["*.query".into(), "*.value".into()],
-            Some(spec) => (1..linear_layers(spec)).map(|layer| format!("fc{layer}")).collect(),
+            Some(spec) => (1..spec.linear_layers()).map(|layer| format!("fc{layer}")).collect(),
         }
     }
 

@@ -1,11 +1,15 @@
 //! The optimizers as the command line asks for them, and what is done to gradients first.
 
 use super::args::Args;
-use crate::optimizer::{Optimizer, seeded};
+use crate::optimizer::{self, Optimizer, seeded};
 use crate::values::Choice;
 use candle_core::{DType, Result, Tensor, Var, bail};
+use kronwake::curvature::Damping;
 use kronwake::nn::VarMap;
-use kronwake::optim::{Decay, LossScale, NonFinite, Params, ParamsAdamW, Wake, clip_gradients};
+use kronwake::optim::{
+    Decay, FallbackAdam, Groups, LossScale, NonFinite, Params, ParamsAdamW, ParamsMuon, ParamsSgd,
+    ParamsShampoo, ParamsSoap, Wake, clip_gradients,
+};
 use kronwake::tape::Tape;
 
 /// An optimizer with what is done to its gradients.
@@ -19,15 +23,15 @@ pub struct Tuner {
 }
 
 impl Tuner {
-    /// The optimizer `choice` of all of `vars`, which belong to a model that was built on `tape`.
-    pub fn new(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<Self> {
+    /// The optimizer `choice` of all of `vars`, which belong to a model that was built on `tape`; `ends` are the patterns of its embedding
+    /// tables and of the layer that makes the outputs.
+    pub fn new(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape, ends: &[String]) -> Result<Self> {
         if args.clip.is_some() && args.dtype == DType::F16 {
             bail!("--clip does not go with --dtype f16, whose gradients are scaled; bf16 needs no scale")
         }
-        let (lr, weight_decay) = (args.lr(choice), args.weight_decay);
         let optimizer = match choice.wake() {
-            Some(wake) => Optimizer::natural(vars, params(wake, args, lr, tape))?,
-            None => Optimizer::adamw(vars, ParamsAdamW { lr, weight_decay, ..Default::default() })?,
+            Some(wake) => Optimizer::natural(vars, params(wake, args, args.lr(choice), tape))?,
+            None => first_order(choice, args, vars, optimizer::ends(vars, ends)?)?,
         };
         let scale = (args.dtype == DType::F16).then(LossScale::default);
         Ok(Self { optimizer, vars: vars.all_vars(), tape: tape.clone(), clip: args.clip, scale })
@@ -49,6 +53,54 @@ impl Tuner {
     }
 }
 
+/// An optimizer without curvature.
+fn first_order(choice: Choice, args: &Args, vars: &VarMap, ends: Groups) -> Result<Optimizer> {
+    let (lr, weight_decay) = (args.lr(choice), args.weight_decay);
+    let fallback = |default: FallbackAdam| FallbackAdam { lr: args.ends_lr, ..default };
+    match choice {
+        Choice::Sgd => {
+            let default = ParamsSgd::default();
+            let momentum = args.momentum.unwrap_or(default.momentum);
+            Optimizer::sgd(vars, ParamsSgd { lr, momentum, weight_decay })
+        }
+        Choice::Muon => {
+            let default = ParamsMuon::default();
+            let momentum = args.momentum.unwrap_or(default.momentum);
+            let fallback_adam = fallback(default.fallback_adam);
+            Optimizer::muon(vars, ParamsMuon { lr, momentum, weight_decay, fallback_adam, ..default }, ends)
+        }
+        Choice::Soap => {
+            let default = ParamsSoap::default();
+            let beta1 = args.momentum.unwrap_or(default.beta1);
+            let beta2 = args.beta2.unwrap_or(default.beta2);
+            let period = args.period.unwrap_or(default.period);
+            let fallback_adam = fallback(default.fallback_adam);
+            Optimizer::soap(
+                vars,
+                ParamsSoap { lr, beta1, beta2, period, weight_decay, fallback_adam, ..default },
+                ends,
+            )
+        }
+        Choice::Shampoo | Choice::KlShampoo => {
+            let default = ParamsShampoo::default();
+            let beta1 = args.momentum.unwrap_or(default.beta1);
+            let beta2 = args.beta2.unwrap_or(default.beta2);
+            let period = args.period.unwrap_or(default.period);
+            let fallback_adam = fallback(default.fallback_adam);
+            let params = ParamsShampoo { lr, beta1, beta2, period, weight_decay, fallback_adam, ..default };
+            let kl = choice == Choice::KlShampoo;
+            Optimizer::shampoo(vars, if kl { optimizer::kl_shampoo(params) } else { params }, ends)
+        }
+        Choice::Adamw => {
+            let default = ParamsAdamW::default();
+            let beta1 = args.momentum.unwrap_or(default.beta1);
+            let beta2 = args.beta2.unwrap_or(default.beta2);
+            Optimizer::adamw(vars, ParamsAdamW { lr, beta1, beta2, weight_decay, ..default })
+        }
+        other => bail!("{} is not one optimizer of gradients alone", other.name()),
+    }
+}
+
 /// The defaults of the wake with what the command line says.
 fn params(wake: Wake, args: &Args, lr: f64, tape: &Tape) -> Params {
     let default = Params::of(wake, tape);
@@ -59,6 +111,7 @@ fn params(wake: Wake, args: &Args, lr: f64, tape: &Tape) -> Params {
         fisher: seeded(default.fisher, args.seed),
         step_rule: args.step_rule(default.step_rule),
         kl_clip: args.kl_clip(default.step_rule).or(default.kl_clip),
+        damping: args.damping.map_or(default.damping, Damping::Eigenvalue),
         // Adapters start from zero: their curvature grows fast.
         early_refresh: default.early_refresh || args.lora.is_some(),
         // A scaled loss overflows now and then.

@@ -137,6 +137,10 @@ impl Task for Sentences {
         Some("classifier.")
     }
 
+    fn ends(&self) -> Vec<String> {
+        ["embeddings.*", "classifier.*"].map(String::from).to_vec()
+    }
+
     fn adapted(&self) -> Vec<String> {
         ["*.query", "*.value"].map(String::from).to_vec()
     }

@@ -38,6 +38,8 @@ pub trait Task {
     }
     /// The prefix of the new last layer's parameters, if there is one.
     fn head(&self) -> Option<&str>;
+    /// Patterns of the embedding tables and of the layer that makes the outputs.
+    fn ends(&self) -> Vec<String>;
     /// Patterns of the layers that get adapters.
     fn adapted(&self) -> Vec<String>;
     /// The parameters of a checkpoint, under the names that they have in the model.

@@ -111,6 +111,10 @@ impl Task for Text {
         None
     }
 
+    fn ends(&self) -> Vec<String> {
+        ["*embed_tokens.*", "lm_head.*"].map(String::from).to_vec()
+    }
+
     fn adapted(&self) -> Vec<String> {
         ["*.q_proj", "*.v_proj"].map(String::from).to_vec()
     }

@@ -159,8 +159,8 @@ pub fn base(
     let vb = VarBuilder::from_varmap(&vars, args.dtype, &args.device.open()?);
     let forward = tape.build(|| task.build(vb))?;
     init::seeded_normal(&init::named(&vars)?, args.seed)?;
-    let plain = Args { lr: None, clip: None, lora: None, ..args.clone() };
-    let mut tuner = Tuner::new(Choice::Adamw, &plain, &vars, &tape)?;
+    let plain = Args { lr: None, clip: None, lora: None, beta2: None, ..args.clone() };
+    let mut tuner = Tuner::new(Choice::Adamw, &plain, &vars, &tape, &[])?;
     let steps = Steps::new(args, args.base_epochs, train, tuner.optimizer.learning_rate())?;
     epochs(&mut tuner, task, &steps, &forward, |places| batch(Side::Train, places), |_, _, _| Ok(()))?;
     let (loss, accuracy) = evaluate(test, &forward, |places| batch(Side::Test, places))?;
@@ -200,7 +200,7 @@ pub fn tune(
     let head = |name: &String| task.head().is_some_and(|head| name.starts_with(head));
     let new = first_values(args, task, &vars, base, head)?;
     let trained = trained(args, task, &vars, adapters.as_ref())?;
-    let mut tuner = Tuner::new(choice, args, &trained, &tape)?;
+    let mut tuner = Tuner::new(choice, args, &trained, &tape, &task.ends())?;
     let (all, some) = (measure::parameters(&vars)?, measure::parameters(&trained)?);
     println!("{}: {some} of {all} parameters are trained{new}", choice.title());
     if let (Some(table), true) = (tuner.optimizer.summary(), args.optimizer == choice) {

@@ -202,8 +202,8 @@ those of training alone. With --steps each step also gives
   {\"optimizer\":\"so\",\"step\":1,\"loss\":2.31}
 with the loss of its batch before the step.";
 
-use Choice::{Adamw, Compare, Kfac, Kldwrm, Q, Qe, Sgd, So};
-const SINGLE: &[Choice] = &[Sgd, Adamw, Kfac, So, Q, Qe, Kldwrm];
+use Choice::{Adamw, Compare, Kfac, KlShampoo, Kldwrm, Muon, Q, Qe, Sgd, Shampoo, So, Soap};
+const SINGLE: &[Choice] = &[Sgd, Adamw, Muon, Soap, Shampoo, KlShampoo, Kfac, So, Q, Qe, Kldwrm];
 const CURVED: &[Choice] = &[Kfac, So, Q, Qe, Kldwrm, Compare];
 
 /// The options that not every optimizer has, and the optimizers that have them.
@@ -285,7 +285,10 @@ impl Args {
             Some("--graph does not go with --penalty: a recorded step would not hold it".into())
         } else if matches!(factor, Factor::Auto { .. }) && !predicted {
             Some(format!("--factor {factor} is a prediction for l2, l1 and group alone: give a number"))
-        } else if half && penalty.proximal() && matches!(self.optimizer, Sgd | Adamw | Compare) {
+        } else if half
+            && penalty.proximal()
+            && matches!(self.optimizer, Sgd | Adamw | Muon | Soap | Shampoo | KlShampoo | Compare)
+        {
             let name = self.optimizer.name();
             Some(format!(
                 "--optimizer {name} takes no proximal steps of f16 and bf16 weights: use --dtype f32"
@@ -339,6 +342,10 @@ mod tests {
         for (optimizer, kinds, own) in [
             ("sgd", [single, ""], ""),
             ("adamw", [single, ""], ""),
+            ("muon", [single, ""], ""),
+            ("soap", [single, ""], ""),
+            ("shampoo", [single, ""], ""),
+            ("kl-shampoo", [single, ""], ""),
             ("kfac", [single, curved], "overlap"),
             ("so", [single, curved], "overlap wake-decay carry"),
             ("q", [single, curved], "wake-decay carry q-solve"),
@@ -378,7 +385,10 @@ mod tests {
             ("--device tpu", "expected cpu, cuda or cuda:N"),
             ("--device cuda:x", "number of the GPU: invalid digit"),
             ("--model vgg", "expected cnn, lenet300, lenet5 or mlp"),
-            ("--optimizer lbfgs", "[possible values: sgd, adamw, kfac, so, q, qe, kldwrm, compare]"),
+            (
+                "--optimizer lbfgs",
+                "[possible values: sgd, adamw, muon, soap, shampoo, kl-shampoo, kfac, so, q, qe, kldwrm, compare]",
+            ),
             ("--penalty l3 --factor 1", "expected l2, l1, group, sparse-group:ALPHA or spatial[:KAPPA]"),
             ("--penalty l1", "--factor <F>"),
             ("--factor 1", "--penalty <SPEC>"),

@@ -13,6 +13,8 @@ pub struct FirstOrder {
 
 pub const SGD: FirstOrder = FirstOrder { lr: 0.05, weight_decay: 1e-3 };
 pub const ADAMW: FirstOrder = FirstOrder { lr: 0.01, weight_decay: 0.1 };
+/// Of muon, soap, shampoo and kl-shampoo, whose steps are as long as AdamW's: the same, not tuned.
+pub const OF_MATRICES: FirstOrder = ADAMW;
 
 /// The library's default is none; 6,000 images need some.
 pub const WEIGHT_DECAY: f64 = 3e-3;
@@ -31,8 +33,11 @@ pub fn table() -> String {
         "Defaults by optimizer:\n  {:9} {:>6} {:>12} {:>8} {:>12} {:>10} {:>8}  fisher\n",
         "optimizer", "lr", "weight-decay", "damping", "damping-kind", "stat-decay", "kl-clip"
     );
-    for (choice, FirstOrder { lr, weight_decay }) in [(Choice::Sgd, SGD), (Choice::Adamw, ADAMW)] {
-        text.push_str(&format!("  {:9} {lr:>6} {weight_decay:>12}\n", choice.name()));
+    let of_matrices = [Choice::Muon, Choice::Soap, Choice::Shampoo, Choice::KlShampoo];
+    let first_order = [(Choice::Sgd, SGD), (Choice::Adamw, ADAMW)].into_iter();
+    for (choice, default) in first_order.chain(of_matrices.map(|choice| (choice, OF_MATRICES))) {
+        let FirstOrder { lr, weight_decay } = default;
+        text.push_str(&format!("  {:10} {lr:>5} {weight_decay:>12}\n", choice.name()));
     }
     let or_none = |value: Option<f64>| value.map_or("none".to_string(), |value| value.to_string());
     for choice in [Choice::Kfac, Choice::So, Choice::Q, Choice::Qe, Choice::Kldwrm] {

@@ -1,15 +1,15 @@
 //! The optimizers as the command line asks for them.
 
 use super::args::Args;
-use super::defaults::{self, ADAMW, SGD, WEIGHT_DECAY};
-use crate::optimizer::{Optimizer, fisher_in_words, seeded};
+use super::defaults::{self, ADAMW, OF_MATRICES, SGD, WEIGHT_DECAY};
+use crate::optimizer::{self, Optimizer, fisher_in_words, seeded};
 use crate::values::{BiasKind, CarryKind, Choice, DampingKind, FisherKind, QSolveKind, StepKind};
 use candle_core::{Result, bail};
 use kronwake::curvature::{Adaptive, Damping, Relative};
 use kronwake::nn::VarMap;
 use kronwake::optim::{
-    AdaptiveKl, Average, Bias, Carry, Every, Inner, Params, ParamsAdamW, ParamsSgd, Q, QSolve, Qe, So,
-    StepRule, TwoRate, Wake,
+    AdaptiveKl, Average, Bias, Carry, Every, Inner, Params, ParamsAdamW, ParamsMuon, ParamsSgd,
+    ParamsShampoo, ParamsSoap, Q, QSolve, Qe, So, StepRule, TwoRate, Wake,
 };
 use kronwake::tape::{Fisher, Tape};
 
@@ -27,7 +27,25 @@ pub fn build(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<
             let (lr, weight_decay) = first_order(ADAMW);
             Optimizer::adamw(vars, ParamsAdamW { lr, weight_decay, ..Default::default() })
         }
-        _ => bail!("compare is not one optimizer"),
+        (Choice::Compare, _) => bail!("compare is not one optimizer"),
+        _ => of_matrices(choice, first_order(OF_MATRICES), args, vars),
+    }
+}
+
+/// Muon, SOAP, Shampoo or KL-Shampoo, with AdamW for the last layer.
+fn of_matrices(
+    choice: Choice,
+    (lr, weight_decay): (f64, f64),
+    args: &Args,
+    vars: &VarMap,
+) -> Result<Optimizer> {
+    let ends = optimizer::ends(vars, &[format!("{}*", args.model.head())])?;
+    let shampoo = ParamsShampoo { lr, weight_decay, ..Default::default() };
+    match choice {
+        Choice::Muon => Optimizer::muon(vars, ParamsMuon { lr, weight_decay, ..Default::default() }, ends),
+        Choice::Soap => Optimizer::soap(vars, ParamsSoap { lr, weight_decay, ..Default::default() }, ends),
+        Choice::Shampoo => Optimizer::shampoo(vars, shampoo, ends),
+        _ => Optimizer::shampoo(vars, optimizer::kl_shampoo(shampoo), ends),
     }
 }
 
@@ -140,6 +158,9 @@ pub fn settings(optimizer: &Optimizer) -> String {
     let (lr, weight_decay) = match optimizer {
         Optimizer::Sgd(sgd) => (sgd.params().lr, sgd.params().weight_decay),
         Optimizer::AdamW(adamw) => (adamw.params().lr, adamw.params().weight_decay),
+        Optimizer::Muon(muon) => (muon.params().lr, muon.params().weight_decay),
+        Optimizer::Soap(soap) => (soap.params().lr, soap.params().weight_decay),
+        Optimizer::Shampoo(shampoo) => (shampoo.params().lr, shampoo.params().weight_decay),
         Optimizer::Natural(natural) => return curved_settings(natural.params()),
     };
     format!("learning rate {lr}, weight decay {weight_decay}")
@@ -187,6 +208,10 @@ mod tests {
         for (choice, line, expected) in [
             (Choice::Sgd, "", "learning rate 0.05, weight decay 0.001"),
             (Choice::Adamw, "--lr 0.5", "learning rate 0.5, weight decay 0.1"),
+            (Choice::Muon, "--lr 0.5", "learning rate 0.5, weight decay 0.1"),
+            (Choice::Soap, "", "learning rate 0.01, weight decay 0.1"),
+            (Choice::Shampoo, "--weight-decay 0.2", "learning rate 0.01, weight decay 0.2"),
+            (Choice::KlShampoo, "", "learning rate 0.01, weight decay 0.1"),
             (
                 Choice::Kldwrm,
                 "",

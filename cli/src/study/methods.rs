@@ -1,13 +1,13 @@
 //! The methods: what each tunes, and how its optimizer is made from a setting.
 
 use super::setting::{Knob, Range, Setting};
-use crate::optimizer::{Optimizer, seeded};
+use crate::optimizer::{self, Optimizer, seeded};
 use candle_core::{Result, bail};
 use kronwake::curvature::Damping;
 use kronwake::nn::VarMap;
 use kronwake::optim::{
-    AdaptiveKl, Average, Every, Inner, NonFinite, Params, ParamsAdamW, ParamsSgd, Q, Qe, So, StepRule,
-    TwoRate, Wake,
+    AdaptiveKl, Average, Every, Groups, Inner, NonFinite, Params, ParamsAdamW, ParamsMuon, ParamsSgd,
+    ParamsShampoo, ParamsSoap, Q, Qe, So, StepRule, TwoRate, Wake,
 };
 use kronwake::tape::{Fisher, Tape};
 
@@ -16,6 +16,8 @@ pub struct Context<'a> {
     pub vars: &'a VarMap,
     /// The tape on which the model was built.
     pub tape: &'a Tape,
+    /// What the names of the last layer's parameters begin with.
+    pub head: String,
     /// Periods of the curvature.
     pub every: Every,
     /// Of the sampled labels.
@@ -52,6 +54,13 @@ const fn choice(name: &'static str, list: &'static [&'static str]) -> Knob {
 const SGD: &[Knob] = &[log("lr", 1e-3, 1.0), log("1-momentum", 0.01, 0.5), log("weight_decay", 1e-5, 1e-2)];
 const ADAMW: &[Knob] =
     &[log("lr", 1e-4, 1e-1), log("weight_decay", 1e-4, 1.0), choice("beta1", &["0.8", "0.9", "0.95"])];
+/// As many as AdamW's, of the same ranges: steps are as long as its own. AdamW has the last layer and the biases at the same rate.
+const MUON: &[Knob] =
+    &[log("lr", 1e-4, 1e-1), log("weight_decay", 1e-4, 1.0), choice("momentum", &["0.8", "0.9", "0.95"])];
+const SOAP: &[Knob] =
+    &[log("lr", 1e-4, 1e-1), log("weight_decay", 1e-4, 1.0), choice("beta2", &["0.8", "0.9", "0.95"])];
+const SHAMPOO: &[Knob] =
+    &[log("lr", 1e-4, 1e-1), log("weight_decay", 1e-4, 1.0), choice("beta2", &["0.9", "0.95", "0.99"])];
 /// What all methods with curvature tune. `lr` is that of a steady state: with a gradient that stays the same, a step is
 /// `lr F^-1 g` whatever the momentum or the wake.
 const CURVED: &[Knob] = &[
@@ -90,6 +99,10 @@ pub const METHODS: &[Method] = &[
     Method { name: "fixed-kl", knobs: &[FIXED_KL], build: fixed_kl },
     Method { name: "two-rate", knobs: &[CURVED, RATES], build: two_rate },
     Method { name: "kld-wrm", knobs: &[FREE], build: kld_wrm },
+    Method { name: "muon", knobs: &[MUON], build: muon },
+    Method { name: "soap", knobs: &[SOAP], build: soap },
+    Method { name: "shampoo", knobs: &[SHAMPOO], build: shampoo },
+    Method { name: "kl-shampoo", knobs: &[SHAMPOO], build: kl_shampoo },
 ];
 
 /// The method called `name`.
@@ -102,11 +115,43 @@ pub fn method(name: &str) -> std::result::Result<&'static Method, String> {
 fn sgd(s: &Setting, c: &Context) -> Result<Optimizer> {
     let (lr, weight_decay) = (s.number("lr")?, s.number("weight_decay")?);
     Optimizer::sgd(c.vars, ParamsSgd { lr, momentum: 1.0 - s.number("1-momentum")?, weight_decay })
+        .map(Optimizer::skipping)
 }
 
 fn adamw(s: &Setting, c: &Context) -> Result<Optimizer> {
     let (lr, beta1, weight_decay) = (s.number("lr")?, s.number("beta1")?, s.number("weight_decay")?);
     Optimizer::adamw(c.vars, ParamsAdamW { lr, beta1, weight_decay, ..Default::default() })
+        .map(Optimizer::skipping)
+}
+
+/// The last layer, which AdamW has.
+fn ends(c: &Context) -> Result<Groups> {
+    optimizer::ends(c.vars, &[format!("{}*", c.head)])
+}
+
+fn muon(s: &Setting, c: &Context) -> Result<Optimizer> {
+    let (lr, momentum, weight_decay) = (s.number("lr")?, s.number("momentum")?, s.number("weight_decay")?);
+    let params = ParamsMuon { lr, momentum, weight_decay, ..Default::default() };
+    Optimizer::muon(c.vars, params, ends(c)?).map(Optimizer::skipping)
+}
+
+fn soap(s: &Setting, c: &Context) -> Result<Optimizer> {
+    let (lr, beta2, weight_decay) = (s.number("lr")?, s.number("beta2")?, s.number("weight_decay")?);
+    let params = ParamsSoap { lr, beta2, weight_decay, ..Default::default() };
+    Optimizer::soap(c.vars, params, ends(c)?).map(Optimizer::skipping)
+}
+
+fn shampoo_params(s: &Setting) -> Result<ParamsShampoo> {
+    let (lr, beta2, weight_decay) = (s.number("lr")?, s.number("beta2")?, s.number("weight_decay")?);
+    Ok(ParamsShampoo { lr, beta2, weight_decay, ..Default::default() })
+}
+
+fn shampoo(s: &Setting, c: &Context) -> Result<Optimizer> {
+    Optimizer::shampoo(c.vars, shampoo_params(s)?, ends(c)?).map(Optimizer::skipping)
+}
+
+fn kl_shampoo(s: &Setting, c: &Context) -> Result<Optimizer> {
+    Optimizer::shampoo(c.vars, optimizer::kl_shampoo(shampoo_params(s)?), ends(c)?).map(Optimizer::skipping)
 }
 
 /// The optimizer with the common knobs and a wake; `change` has the last word.
@@ -233,7 +278,7 @@ mod tests {
                 tape.build(|| linear(3, 2, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)))
                     .unwrap();
                 let every = Every { factors: 30, inverses: 30 };
-                let context = Context { vars: &vars, tape: &tape, every, seed: 1 };
+                let context = Context { vars: &vars, tape: &tape, head: "fc9.".into(), every, seed: 1 };
                 let setting = Setting::random(method.knobs(), 0, index);
                 let built = (method.build)(&setting, &context).unwrap();
                 let share = match method.name {

@@ -57,7 +57,7 @@ pub fn train(args: &Args, split: &Split, job: &Job) -> Result<Record> {
         tape.build(|| Model::new(&args.model, VarBuilder::from_varmap(&vars, DType::F32, &DEVICE)))?;
     init::seeded_uniform(&init::named(&vars)?, job.seed)?;
     let every = Every { factors: args.factor_every, inverses: args.inverse_every };
-    let context = Context { vars: &vars, tape: &tape, every, seed: job.seed };
+    let context = Context { vars: &vars, tape: &tape, head: args.model.head(), every, seed: job.seed };
     let mut optimizer = (job.method.build)(&job.setting, &context)?;
     let peak = optimizer.learning_rate();
 

@@ -97,6 +97,38 @@ fn divergences_bound_the_steps() {
     }
 }
 
+/// Every optimizer learns, and what is said of it changes what it learns.
+#[test]
+fn options_of_the_baselines_count() {
+    let folder = Folder::new("finetune-baselines");
+    run(&folder, "--optimizer adamw");
+    for (name, options) in [
+        ("sgd", &["--momentum 0.5"][..]),
+        ("adamw", &["--beta2 0.9"]),
+        ("muon", &["--momentum 0.5", "--ends-lr 0.0001"]),
+        ("soap", &["--beta2 0.9", "--period 1", "--ends-lr 0.0001"]),
+        ("shampoo", &["--beta2 0.9", "--period 1", "--ends-lr 0.0001"]),
+        ("kl-shampoo", &["--beta2 0.9", "--period 1", "--ends-lr 0.0001"]),
+        ("kfac", &["--damping 1"]),
+    ] {
+        let tuned = |more: &str| {
+            let line = format!("--checkpoint base.safetensors --optimizer {name} {more}");
+            let text = run(&folder, &line);
+            let row = text.lines().find(|line| line.trim_start().starts_with("30 ")).unwrap().to_string();
+            let accuracy: f64 = row.split_whitespace().nth(3).unwrap().parse().unwrap();
+            assert!(accuracy > 60.0 || !more.is_empty(), "{line}: {row}");
+            let file = read(&folder, &format!("tuned-{name}.safetensors"));
+            ["fc1.weight", "fc2.weight"].map(|layer| values(&file.tensors[layer]))
+        };
+        let usual = tuned("");
+        for option in options {
+            let other = tuned(option);
+            assert_ne!(usual[1], other[1], "{name} {option}");
+            assert_ne!(usual[0], other[0], "{name} {option}");
+        }
+    }
+}
+
 #[test]
 fn the_last_of_many_layers_is_new() {
     let folder = Folder::new("finetune-deep");
@@ -112,7 +144,7 @@ fn the_last_of_many_layers_is_new() {
 fn a_training_goes_on_where_it_was_saved() {
     let folder = Folder::new("finetune-resume");
     // 30 steps: the state is that of step 28.
-    for name in ["so", "adamw"] {
+    for name in ["so", "adamw", "muon", "soap", "shampoo", "kl-shampoo"] {
         run(&folder, &format!("--optimizer {name} --save-every 28"));
         let tuned = format!("tuned-{name}.safetensors");
         let whole = folder.read(&tuned);
@@ -155,6 +187,28 @@ fn wrong_lines_are_sentences() {
         ("--kl-clip nan", 2, "--kl-clip"),
         ("--optimizer so --kl-target 0.1", 1, "--kl-target is for kldwrm, and --optimizer is so"),
         ("--optimizer adamw --kl-clip 0.1", 1, "--kl-clip is for so and kfac, and --optimizer is adamw"),
+        ("--optimizer muon --damping 1", 1, "--damping is for so and kfac, and --optimizer is muon"),
+        ("--momentum 0.5", 1, "--momentum is for sgd and muon, and --optimizer is compare"),
+        (
+            "--optimizer sgd --beta2 0.5",
+            1,
+            "--beta2 is for soap, shampoo, kl-shampoo and adamw, and --optimizer is sgd",
+        ),
+        (
+            "--optimizer muon --period 5",
+            1,
+            "--period is for soap, shampoo and kl-shampoo, and --optimizer is muon",
+        ),
+        (
+            "--ends-lr 0.1",
+            1,
+            "--ends-lr is for muon, soap, shampoo and kl-shampoo, and --optimizer is compare",
+        ),
+        (
+            "--optimizer q",
+            2,
+            "[possible values: kldwrm, so, kfac, adamw, muon, soap, shampoo, kl-shampoo, sgd, compare]",
+        ),
         ("--checkpoint base.safetensors --base-epochs 2", 2, "cannot be used with"),
         ("--resume", 2, "--save-every"),
         ("--model vgg", 2, "expected cnn, lenet300"),

@@ -10,7 +10,7 @@ fn options_that_do_not_apply_are_errors() {
     for (line, sentence) in [
         (
             "--lr 0.1",
-            "--lr does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe, kldwrm",
+            "--lr does not apply to --optimizer compare, only to sgd, adamw, muon, soap, shampoo, kl-shampoo, kfac, so, q, qe, kldwrm",
         ),
         (
             "--optimizer adamw --damping 1",
@@ -28,7 +28,7 @@ fn options_that_do_not_apply_are_errors() {
         ("--optimizer q --qe-lr 0.1", "--qe-lr does not apply to --optimizer q, only to qe"),
         (
             "--save x",
-            "--save does not apply to --optimizer compare, only to sgd, adamw, kfac, so, q, qe, kldwrm",
+            "--save does not apply to --optimizer compare, only to sgd, adamw, muon, soap, shampoo, kl-shampoo, kfac, so, q, qe, kldwrm",
         ),
     ] {
         let error = folder.fail(line, 2);
@@ -45,7 +45,9 @@ fn penalties_with_any_optimizer() {
         assert!(rest.contains("of 12704"), "{out}");
         rest.split(' ').next().unwrap().parse().unwrap()
     };
-    for optimizer in ["sgd", "adamw", "kfac", "so", "q", "qe", "kldwrm"] {
+    for optimizer in
+        ["sgd", "adamw", "muon", "soap", "shampoo", "kl-shampoo", "kfac", "so", "q", "qe", "kldwrm"]
+    {
         let line = format!("--optimizer {optimizer} --steps 5 {line} --penalty");
         let none = zeros(&folder.train(&format!("{line} l1 --factor 0")));
         assert_eq!(none, 0, "{optimizer}");
@@ -118,7 +120,7 @@ fn without_a_download_the_full_set_asks_for_a_folder() {
 fn three_steps_in_file_order_with_every_optimizer() {
     let folder = Folder::new("steps");
     let mut first = vec![];
-    for optimizer in ["sgd", "adamw", "kfac", "so", "q", "qe"] {
+    for optimizer in ["sgd", "adamw", "muon", "soap", "shampoo", "kl-shampoo", "kfac", "so", "q", "qe"] {
         let line =
             format!("--optimizer {optimizer} --no-shuffle --steps 3 --batch 50 --log {optimizer}.jsonl");
         let out = folder.train(&line);
@@ -152,9 +154,11 @@ fn three_steps_in_file_order_with_every_optimizer() {
 #[test]
 fn a_resumed_training_is_the_uninterrupted_one() {
     let folder = Folder::new("resume");
-    for optimizer in ["sgd", "adamw", "kfac --damping-kind adaptive", "so", "q", "qe --qe-models 3"] {
+    let first_order = ["sgd", "adamw", "muon", "soap", "shampoo", "kl-shampoo"];
+    let curved = ["kfac --damping-kind adaptive", "so", "q", "qe --qe-models 3"];
+    for optimizer in first_order.into_iter().chain(curved) {
         let mut line = format!("--optimizer {optimizer} --batch 100 --epochs 1 --dropout 0.3 --dtype f64");
-        if !["sgd", "adamw"].contains(&optimizer) {
+        if !first_order.contains(&optimizer) {
             line.push_str(" --factor-every 2 --inverse-every 3");
         }
         folder.train(&format!("{line} --steps 9 --out whole"));

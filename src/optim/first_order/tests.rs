@@ -1,6 +1,10 @@
 use super::*;
 use crate::nn;
 
+mod dense;
+mod groups;
+mod rules;
+
 /// Two parameters of a type.
 struct Problem {
     vars: VarMap,

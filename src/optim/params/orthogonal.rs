@@ -24,13 +24,13 @@ use candle_core::{Result, bail};
 /// [`Params::fallback_adam`](super::Params::fallback_adam), unless a group asks for [`UpdateRule::Kronecker`](crate::optim::UpdateRule::Kronecker).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Orthogonal {
-    /// Newton-Schulz iterations; 4 by default, 1 or more. From 3 to 10 trained alike.
+    /// Newton-Schulz iterations; 5 by default, 1 or more; 3 to 10 train about alike.
     pub iterations: usize,
 }
 
 impl Default for Orthogonal {
     fn default() -> Self {
-        Self { iterations: 4 }
+        Self { iterations: 5 }
     }
 }
 

@@ -80,11 +80,16 @@ pub(super) struct AdamRate {
 
 impl AdamRate {
     pub fn of(params: &Params) -> Self {
-        Self { rate: params.fallback_adam.lr, at: params.lr, warming_up: params.lr == 0.0 }
+        Self::new(params.fallback_adam.lr, params.lr)
+    }
+
+    /// Adam's `rate` at the learning rate `at`.
+    pub fn new(rate: f64, at: f64) -> Self {
+        Self { rate, at, warming_up: at == 0.0 }
     }
 
     /// Adam's rate at the learning rate `lr`.
-    fn follow(&mut self, lr: f64) -> f64 {
+    pub fn follow(&mut self, lr: f64) -> f64 {
         if self.warming_up {
             self.at = self.at.max(lr);
         }
