@@ -26,6 +26,7 @@ pub fn params(net: &Net, wake: impl Into<Wake> + Clone, damping: Damping) -> Par
         fisher: Fisher::Exact,
         kl_clip: None,
         step_rule: StepRule::LearningRate,
+        orthogonal: None,
         ..Params::of(wake, &net.tape)
     }
 }

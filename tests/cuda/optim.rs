@@ -6,8 +6,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use kronwake::curvature::{Adaptive, Beyond, Damping, FactorLimit, Inverse, Sharing};
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
-    Bias, Carry, Every, Group, Groups, Inner, NaturalGradient, NonFinite, Optimizer, Params, ParamsAdamW, Q,
-    QSolve, Qe, Replay, So, TwoRate, UpdateRule, Wake,
+    Bias, Carry, Every, Group, Groups, Inner, NaturalGradient, NonFinite, Optimizer, Orthogonal, Params,
+    ParamsAdamW, Q, QSolve, Qe, Replay, So, TwoRate, UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
@@ -245,8 +245,17 @@ fn the_wake_optimizers_train_as_on_the_cpu() -> Result<()> {
         wake: Qe { inner: inner.clone(), ..Qe::default() }.into(),
         ..p
     })?;
-    check(TwoRate::default(), "kld-wrm", ALL, plain, |p| p)?;
-    check(TwoRate::default(), "kld-wrm, overlap", ALL, plain, |p| Params { overlap: 2, ..p })
+    // Half types round gradients, and small singular values with them.
+    for (overlap, orthogonal, types) in [
+        (0, None, ALL),
+        (2, None, ALL),
+        (0, Some(Orthogonal::default()), WIDE),
+        (2, Some(Orthogonal::default()), WIDE),
+    ] {
+        let what = format!("kld-wrm, overlap {overlap}, {orthogonal:?}");
+        check(TwoRate::default(), &what, types, plain, |p| Params { overlap, orthogonal, ..p })?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -345,7 +345,10 @@ fn weights_are_copies_of_examples() -> Result<()> {
             ..params
         })?;
         weights_are_copies("plain", fisher, Q::default(), |params| params)?;
-        weights_are_copies("plain", fisher, TwoRate::default(), |params| params)?;
+        // The length of a first step that finds its own depends on the number of terms, and copies are more of them.
+        weights_are_copies("of fixed divergence", fisher, TwoRate::default(), |params| {
+            params.fixed_kl(0.01)
+        })?;
     }
     Ok(())
 }

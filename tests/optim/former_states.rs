@@ -3,7 +3,7 @@
 use crate::common::*;
 use candle_core::{DType, Result};
 use kronwake::curvature::Damping;
-use kronwake::optim::{Average, Decay, Every, NaturalGradient, Params, Wake};
+use kronwake::optim::{Average, Decay, Every, FallbackRate, NaturalGradient, Params, Wake};
 use kronwake::tape::{Fisher, Likelihood};
 
 /// What the files were written with, beside the defaults.
@@ -15,7 +15,13 @@ fn options(wake: Wake, net: &Net) -> Params {
         Wake::So(_) => Params { ekfac: true, average: Some(Average::default()), ..p },
         Wake::Q(_) => Params { damping: Damping::Pi(0.02), decay: Decay::Loss, ..p },
         Wake::Qe(_) => Params { rms_clip: Some(0.5), ..p },
-        Wake::KldWrm(_) => Params { overlap: 2, fisher: Fisher::Exact, ..p },
+        Wake::KldWrm(_) => Params {
+            overlap: 2,
+            fisher: Fisher::Exact,
+            orthogonal: None,
+            fallback_rate: FallbackRate::Own,
+            ..p
+        },
     }
 }
 

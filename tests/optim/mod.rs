@@ -7,6 +7,7 @@ mod first_order;
 mod former_states;
 mod inner_steps;
 mod keep;
+mod orthogonal;
 mod overlap;
 mod refuse;
 mod resume;

@@ -21,6 +21,7 @@ fn params(net: &Net, wake: impl Into<Wake> + Clone) -> Params {
         kl_clip: None,
         early_refresh: false,
         average: None,
+        orthogonal: None,
         ..Params::of(wake, &net.tape)
     }
 }
@@ -169,7 +170,9 @@ fn the_length_follows_the_slopes() -> Result<()> {
         let groups = Groups(vec![Group { frozen: true, ..Group::named("gain") }]);
         let options = Params { groups, ..params(&net, wake).adaptive_kl(rule) };
         let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
-        let (mut after, mut before, mut target) = (0.0, 0.0, rule.initial);
+        // Nine loss terms.
+        let first = rule.initial * (9.0 / AdaptiveKl::TERMS).sqrt();
+        let (mut after, mut before, mut target) = (0.0, 0.0, first);
         let mut last: Option<(Vec<f64>, f64)> = None;
         for k in 0..9 {
             let part = [1.0, 0.5, 0.8][k % 3];

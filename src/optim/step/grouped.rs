@@ -352,7 +352,7 @@ mod tests {
             p.step_rule = StepRule::AdaptiveKl(AdaptiveKl::default());
             p.kl_clip = None;
         })?;
-        check(TwoRate::default(), "kld-wrm", 9, |_| ())?;
+        check(TwoRate::default(), "kld-wrm, not orthogonal", 9, |p| p.orthogonal = None)?;
         // And the step times the curvature, which a quadratic wake looks back at.
         check(Q::default(), "q", 12, |_| ())
     }

@@ -108,9 +108,7 @@ pub(super) fn device(
     let mut sums = Vec::new();
 
     let mut scaled = Parts::of(&products, 0);
-    let (solved, dots_of) = precondition(core, device, curvature, &mut scaled)?;
-    let directions =
-        solved.into_iter().map(|direction| shaped(core, direction)).collect::<Result<Vec<_>>>()?;
+    let (directions, dots_of) = precondition(core, device, curvature, &mut scaled)?;
     let mut dotted = Parts::of(&products, scaled.next);
     let mut items = Vec::new();
     for (index, direction) in directions.iter().enumerate() {
@@ -186,9 +184,11 @@ fn precondition(
     outputs.extend(single(&device.gpu, device.dtype, &large, sums)?);
     let mut directions: Vec<Tensor> = device.scratch.iter().map(|scratch| scratch.wake.clone()).collect();
     let mut dots_of = vec![None; core.blocks.len()];
-    for (job, output) in small.iter().chain(&large).zip(&outputs) {
+    for (job, output) in small.iter().chain(&large).zip(outputs) {
+        // Blocks of one shape lie together, and are made orthogonal together.
+        let all = shaped(core, output.directions)?;
         for (nth, &index) in job.blocks.iter().enumerate() {
-            directions[index] = job.part(&output.directions, nth)?;
+            directions[index] = job.part(&all, nth)?;
             dots_of[index] = output.dots.get(nth).copied();
         }
     }

@@ -1,0 +1,167 @@
+//! Orthogonal directions against singular value decompositions, and what follows their length.
+
+use crate::common::*;
+use candle_core::{DType, Device, Result, Tensor};
+use faer::Mat;
+use kronwake::curvature::Damping;
+use kronwake::nn::{self, Module, VarBuilder, VarMap};
+use kronwake::optim::{
+    Every, FallbackRate, Group, Groups, NaturalGradient, Optimizer, Orthogonal, Params, StepRule, TwoRate,
+    UpdateRule, Wake,
+};
+use kronwake::tape::{Fisher, Likelihood, Tape};
+
+const DAMPING: f64 = 0.01;
+
+fn params(net: &Net, wake: impl Into<Wake>) -> Params {
+    Params {
+        damping: Damping::Eigenvalue(DAMPING),
+        every: Every { factors: 1, inverses: 1 },
+        fisher: Fisher::Exact,
+        average: None,
+        orthogonal: Some(Orthogonal { iterations: 5 }),
+        ..Params::of(wake, &net.tape)
+    }
+}
+
+/// `0.2 sqrt(max) U p(S / |S|) V^T` of the matrix whose columns lie one after the other in `v`.
+fn orthogonal(v: &Mat<f64>, rows: usize) -> Mat<f64> {
+    let columns = v.nrows() / rows;
+    let matrix = Mat::from_fn(rows, columns, |i, j| v[(j * rows + i, 0)]);
+    let svd = matrix.thin_svd().unwrap();
+    let values = svd.S().column_vector();
+    let norm = matrix.norm_l2();
+    let polynomial = |mut x: f64| {
+        for _ in 0..5 {
+            x = 3.4445 * x - 4.7750 * x.powi(3) + 2.0315 * x.powi(5);
+        }
+        x
+    };
+    let scale = 0.2 * (rows.max(columns) as f64).sqrt();
+    let mut sum = Mat::zeros(rows, columns);
+    for k in 0..values.nrows() {
+        let (u, v) = (svd.U().subcols(k, 1), svd.V().subcols(k, 1));
+        sum += u * v.transpose() * (scale * polynomial(values[k] / norm));
+    }
+    Mat::from_fn(v.nrows(), 1, |i, _| sum[(i % rows, i / rows)])
+}
+
+#[test]
+fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
+    let learning_rate = StepRule::LearningRate;
+    for (wake, rule, lr) in [
+        (Wake::KFac, learning_rate, 0.3),
+        (TwoRate::default().into(), learning_rate, 0.3),
+        (TwoRate::default().into(), StepRule::FixedKl { target: 0.004 }, 0.7),
+    ] {
+        let net = Net::of(DType::F64, 3, |vb: VarBuilder| {
+            let fc = nn::linear(4, 3, vb.pp("fc"))?;
+            Ok(Box::new(move |x| fc.forward(x)))
+        })?;
+        let options = Params { lr, step_rule: rule, kl_clip: None, ..params(&net, wake.clone()) };
+        let (models, distances) = (wake.model_decay(), wake.wake_decay(options.stat_decay).unwrap_or(0.0));
+        let scale = wake.rate_scale();
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
+        let elements = net.elements("fc", 0, 1);
+        let mut mean: Option<Mat<f64>> = None;
+        for k in 0..6 {
+            let z = (net.forward)(&random(20 + k, &[9, 4])?)?;
+            let loss = mean_loss(Likelihood::Gaussian, &z, &random(10 + k, &[9, 3])?)?;
+            let grads = loss.backward()?;
+            let g = column(&elements, |var| grads.get(var).unwrap().clone());
+            let before = values_at(&elements);
+            opt.observe(&z, Likelihood::Gaussian)?;
+            opt.step(&grads)?;
+            let taken = values_at(&elements) - &before;
+            let model = mean.as_ref().map_or(g.clone(), |mean| &g * (1.0 - models) + mean * models);
+            let wake = mean.as_ref().map_or(model.clone(), |mean| &model - mean * distances);
+            mean = Some(model);
+            let (a, f) = opt.factors("fc").unwrap();
+            let metric = kron(&of_group(&a, 0), &of_group(&f, 0)) + eye(elements.len()) * DAMPING;
+            let direction = orthogonal(&solve(&metric, &wake), 3);
+            let squared = (direction.transpose() * &metric * &direction)[(0, 0)];
+            let rate = match rule.clone() {
+                StepRule::FixedKl { target } => lr * (2.0 * target / squared).sqrt(),
+                _ => lr * scale,
+            };
+            assert_same(
+                &taken,
+                &(&direction * -rate),
+                1e-9,
+                &format!("{}, {rule:?}, step {k}", opt.params().wake.name()),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Adam's first step is as long as its rate.
+#[test]
+fn the_rest_steps_at_the_same_rate() -> Result<()> {
+    let moved = |step_rule: StepRule, lr: f64, fallback_rate: FallbackRate| -> Result<f64> {
+        let net = Net::of(DType::F64, 1, small)?;
+        let wake = Wake::KFac;
+        let options = Params { step_rule, lr, kl_clip: None, fallback_rate, ..params(&net, wake) };
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
+        let before = flat(&net.var("gain"))[0];
+        let (x, y) = small_batch(1, 9, DType::F64)?;
+        let z = (net.forward)(&x)?;
+        opt.observe(&z, Likelihood::Categorical)?;
+        opt.backward_step(&mean_loss(Likelihood::Categorical, &z, &y)?)?;
+        Ok((flat(&net.var("gain"))[0] - before).abs())
+    };
+    let close =
+        |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+    let own = Params::k_fac(&Tape::new()).fallback_adam.lr;
+    close(moved(StepRule::LearningRate, 0.3, FallbackRate::Own)?, own);
+    close(moved(StepRule::LearningRate, 0.3, FallbackRate::OfStep(2.0))?, 0.6);
+    assert_eq!(moved(StepRule::LearningRate, 0.0, FallbackRate::OfStep(2.0))?, 0.0);
+    // The rate of a divergence is as its root.
+    let of = |target, share| moved(StepRule::FixedKl { target }, 1.0, FallbackRate::OfStep(share));
+    close(of(0.004, 2.0)?, 2.0 * of(0.001, 2.0)?);
+    close(of(0.004, 2.0)?, 4.0 * of(0.004, 0.5)?);
+    Ok(())
+}
+
+#[test]
+fn tables_are_left_to_adam_unless_asked_for() -> Result<()> {
+    let kronecker = Group { rule: Some(UpdateRule::Kronecker), ..Group::named("words.weight") };
+    for (orthogonal, groups, expected) in [
+        (Some(Orthogonal::default()), Groups::default(), "adam"),
+        (Some(Orthogonal::default()), Groups(vec![kronecker]), "words"),
+        (None, Groups::default(), "words"),
+    ] {
+        let (vars, tape) = (VarMap::new(), Tape::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let (words, fc) =
+            tape.build(|| Ok((nn::embedding(7, 4, vb.pp("words"))?, nn::linear(4, 3, vb.pp("fc"))?)))?;
+        let params = Params { orthogonal, groups, ..Params::kld_wrm(&tape) };
+        let mut opt = NaturalGradient::from_varmap(&vars, params)?;
+        let rows = opt.summary().rows;
+        let found = rows.iter().find(|row| row.var == "words.weight").map(|row| row.rule.as_str());
+        assert_eq!(found, Some(expected));
+        let before = flat(words.embeddings());
+        let ids = Tensor::new(&[1u32, 2, 2, 6], &Device::Cpu)?;
+        for _ in 0..3 {
+            let z = fc.forward(&words.forward(&ids)?)?;
+            opt.observe(&z, Likelihood::Categorical)?;
+            let y = Tensor::new(&[0u32, 1, 1, 2], &Device::Cpu)?;
+            opt.backward_step(&nn::loss::cross_entropy(&z, &y)?)?;
+        }
+        let after = flat(words.embeddings());
+        let moved: Vec<bool> =
+            before.chunks(4).zip(after.chunks(4)).map(|(before, after)| before != after).collect();
+        assert_eq!(moved, [false, true, true, false, false, false, true], "{expected}");
+    }
+    Ok(())
+}
+
+#[test]
+fn senseless_options_are_refused() -> Result<()> {
+    let net = Net::of(DType::F64, 1, small)?;
+    let none = Params { orthogonal: Some(Orthogonal { iterations: 0 }), ..params(&net, Wake::KFac) };
+    assert_says(NaturalGradient::from_varmap(&net.varmap, none), &["kfac", "iteration", "got 0"]);
+    let negative = Params { fallback_rate: FallbackRate::OfStep(-1.0), ..params(&net, Wake::KFac) };
+    assert_says(NaturalGradient::from_varmap(&net.varmap, negative), &["kfac", "fallback_rate", "-1"]);
+    Ok(())
+}
