@@ -57,9 +57,11 @@ pub type AdamW = FirstOrder<ParamsAdamW>;
 /// let (vars, w, head) = (VarMap::new(), Var::zeros((3, 2), candle_core::DType::F32, &Device::Cpu)?, Var::new(&[[1f32, 2.]], &Device::Cpu)?);
 /// vars.data().lock().unwrap().extend([("hidden.weight".into(), w.clone()), ("head.weight".into(), head.clone())]);
 /// let groups = Groups(vec![Group { rule: Some(UpdateRule::Adam), ..Group::named("head.*") }]);
-/// let mut opt = Muon::from_varmap_with(&vars, ParamsMuon { lr: 0.02, ..Default::default() }, groups)?;
+/// let mut opt = Muon::from_varmap_with(&vars, ParamsMuon { lr: 0.03, ..Default::default() }, groups)?;
 /// let target = Tensor::new(&[[1f32, 0.], [0., 1.], [0.5, 0.]], &Device::Cpu)?;
-/// for _ in 0..200 {
+/// for step in 0..300 {
+///     // Steps have the length that the rate says, however small the gradient is: the rate has to fall.
+///     opt.set_learning_rate(0.03 * (1. - f64::from(step) / 300.));
 ///     opt.backward_step(&((w.as_tensor() - &target)?.sqr()?.sum_all()? + head.sqr()?.sum_all()?)?)?;
 /// }
 /// assert!((w.as_tensor() - &target)?.abs()?.max_all()?.to_scalar::<f32>()? < 0.05);

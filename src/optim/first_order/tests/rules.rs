@@ -140,7 +140,7 @@ fn soap_and_loops() -> Result<()> {
                         continue;
                     }
                     factors[i] = factors[i].mixed(0.7, &outer, 0.3);
-                    if updates as usize % period != 0 {
+                    if !(updates as usize).is_multiple_of(period) {
                         continue;
                     }
                     if t == 1 || basis == SoapBasis::Eigenvectors {
@@ -216,7 +216,7 @@ fn shampoo_and_loops() -> Result<()> {
                     };
                     let outer = if i == 0 { seen.times(&seen.t()) } else { seen.t().times(&seen) };
                     factors[i] = factors[i].mixed(beta2, &outer, share);
-                    if t as usize <= period || (t as usize - 1) % period == 0 {
+                    if t as usize <= period || (t as usize - 1).is_multiple_of(period) {
                         roots[i] = factors[i].map(|v| v / correction).inverse_power(power, 1e-3);
                     }
                 }
