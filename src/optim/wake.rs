@@ -147,6 +147,10 @@ impl Default for Inner {
 /// | 0 | `rho` | SO, or Q with quadratic models | [`TwoRate::so`], [`TwoRate::q`] |
 /// | `rho` | `rho` | plain K-FAC again, at a constant rate and with linear models | |
 ///
+/// By default the direction that this solves for is then made an orthogonal matrix, [`Orthogonal`](super::Orthogonal) says what that minimizes.
+/// What is proved is the recursion (tests minimize the objective literally); the orthogonal step, the two rates' values and the length are chosen
+/// by experiment.
+///
 /// Sources: the objective generalizes Puiu 2022, equation 8; the recursions are its stationarity conditions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TwoRate {

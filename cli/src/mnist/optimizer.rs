@@ -171,7 +171,9 @@ fn curved_settings(params: &Params) -> String {
     let length = match step_rule {
         StepRule::LearningRate => format!("learning rate {lr}"),
         StepRule::FixedKl { target } => format!("steps of KL {target}"),
-        StepRule::AdaptiveKl(AdaptiveKl { initial, .. }) => format!("steps of KL {initial} at first"),
+        StepRule::AdaptiveKl(AdaptiveKl { initial, .. }) => {
+            format!("first steps of KL {initial} (for 1024 loss terms)")
+        }
     };
     let rho = match wake.wake_decay(*stat_decay) {
         Some(wake_decay) => format!("{stat_decay} (statistics) and {wake_decay} (wake)"),
@@ -215,7 +217,7 @@ mod tests {
             (
                 Choice::Kldwrm,
                 "",
-                "steps of KL 0.02 at first, eigenvalue damping of 0.02 times the factors' mean curvature, rho 0.5 (statistics) and 0.5 (wake), \
+                "first steps of KL 0.02 (for 1024 loss terms), eigenvalue damping of 0.02 times the factors' mean curvature, rho 0.5 (statistics) and 0.5 (wake), \
                  Fisher of a sampled label, weight decay 0.003, factors every 10 and inverses every 10 steps",
             ),
             (
