@@ -2,6 +2,7 @@
 
 use super::{LossScale, ParamsAdamW};
 use crate::checkpoint::Checkpoint;
+use crate::ops::simd::vectorized;
 use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::{Optimizer, VarMap};
 use rayon::prelude::*;
@@ -340,6 +341,7 @@ fn one_pass(
     bias2: f64,
     tensors: [&Tensor; 4],
 ) -> Result<(Tensor, Vec<Tensor>)> {
+    #[inline(always)]
     fn flushed(value: f32, least: f32) -> f32 {
         if value.abs() < least { 0.0 } else { value }
     }
@@ -355,13 +357,18 @@ fn one_pass(
     let chunks = value.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
     chunks.zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK))).for_each(
         |((value, grad), (mean, square))| {
-            for i in 0..value.len() {
-                let g = flushed(grad[i], 1e-18);
-                mean[i] = flushed(mean[i] * b1 + g * c1, 1e-18);
-                square[i] = flushed(square[i] * b2 + g * g * c2, 1e-36);
-                let direction = mean[i] * bias1 / ((square[i] * bias2).sqrt() + eps);
-                value[i] = flushed(value[i] * kept - direction * lr, 1e-18);
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (((value, grad), mean), square) in value.iter_mut().zip(grad).zip(mean).zip(square) {
+                        let g = flushed(*grad, 1e-18);
+                        *mean = flushed(*mean * b1 + g * c1, 1e-18);
+                        *square = flushed(*square * b2 + g * g * c2, 1e-36);
+                        let direction = *mean * bias1 / ((*square * bias2).sqrt() + eps);
+                        *value = flushed(*value * kept - direction * lr, 1e-18);
+                    }
+                },
+            )
         },
     );
     let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);
