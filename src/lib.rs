@@ -45,8 +45,8 @@
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //!
 //! **Threads**: make the training thread one of rayon's pool before anything else,
-//! `rayon::ThreadPoolBuilder::new().use_current_thread().build_global()`. **Feature** `cuda`: tensors on NVIDIA GPUs. **Processor**: set
-//! `RUSTFLAGS="-C target-cpu=native"`, or loops of convolutions use the least that the target has.
+//! `rayon::ThreadPoolBuilder::new().use_current_thread().build_global()`. **Feature** `cuda`: tensors on NVIDIA GPUs. **Processor**: no
+//! flag is needed, vectors are chosen when the program runs.
 
 #![warn(missing_docs, clippy::missing_errors_doc)]
 

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::device::{self, Job, Queued, Verdict};
 use crate::gpu::Gpu;
+use crate::ops::simd::vectorized;
 
 /// An element type of the dense algebra: f32 or f64.
 pub(crate) trait Real: WithDType + RealField {
@@ -191,7 +192,12 @@ fn first_not_finite<T: Real>(values: &[T]) -> Option<usize> {
     let zero = <T as WithDType>::from_f64(0.0);
     // Without a way out of the loop, so that it is done in vectors. Nothing finite times 0 is not 0.
     let wrong = |run: &[T]| run.iter().fold(false, |wrong, &v| wrong | (v * zero != zero));
-    let run = values.chunks(RUN).position(wrong)?;
+    let run = values.chunks(RUN).position(|run| {
+        vectorized(
+            #[inline(always)]
+            || wrong(run),
+        )
+    })?;
     let at = values.get(run * RUN..)?.iter().position(|&v| !WithDType::to_f64(v).is_finite())?;
     Some(run * RUN + at)
 }

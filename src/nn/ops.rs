@@ -44,7 +44,7 @@ fn as_last(xs: &Tensor, dim: usize, f: fn(&Tensor) -> Result<Tensor>) -> Result<
 /// # Errors
 /// When the dtype is no float.
 pub fn silu(xs: &Tensor) -> Result<Tensor> {
-    in_f32(xs, |xs| xs.silu())
+    in_f32(xs, crate::ops::activation::silu)
 }
 
 /// `silu(a) b` of the halves `a` and `b` of the last dimension.

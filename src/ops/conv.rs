@@ -10,6 +10,7 @@ use super::{
     conv_slices::{conv_slices, grad_input_slices, weight_grads},
     element::{Element, Host, Real, contiguous, float_dispatch, sum},
     patches::{ConvShape, fold_compose, unfold_compose},
+    simd::vectorized,
 };
 use crate::gpu::Gpu;
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
@@ -177,7 +178,7 @@ pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
             let mut sums = vec![<T as Element>::Acc::ZERO; o];
             for sample in part.chunks_exact(o * oh * ow) {
                 for (total, run) in sums.iter_mut().zip(sample.chunks_exact(oh * ow)) {
-                    *total += sum(run, |v| v);
+                    *total += vectorized(#[inline(always)] || sum(run, |v| v));
                 }
             }
             sums
@@ -191,7 +192,7 @@ pub fn grad_bias(gy: &Tensor) -> Result<Tensor> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::CustomOp3;
 
     use super::*;
@@ -259,7 +260,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn agrees_with_the_definition() -> Result<()> {
+    pub(in crate::ops) fn agrees_with_the_definition() -> Result<()> {
         for (x_dims, o, kernel, stride, padding, dilation, groups) in CASES {
             let w_dims = [o, x_dims[1] / groups, kernel.0, kernel.1];
             let shape = ConvShape::new("test", &x_dims, &w_dims, stride, padding, dilation, groups)?;

@@ -143,7 +143,7 @@ pub(crate) fn grad_output(gy: &Tensor, at: &[u8], shape: &PooledShape) -> Result
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::{DType, Module, Var};
     use candle_nn::Conv2dConfig;
 
@@ -179,7 +179,7 @@ pub(super) mod tests {
     ];
 
     #[test]
-    fn agrees_with_the_three_operations() -> Result<()> {
+    pub(in crate::ops) fn agrees_with_the_three_operations() -> Result<()> {
         for (x, w, [stride, padding, dilation, groups], kernel, step) in CASES {
             for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-5)] {
                 for (with_bias, rectify) in [(true, true), (false, true), (true, false)] {

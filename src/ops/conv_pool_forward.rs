@@ -6,6 +6,7 @@ use super::{
     conv_pool::{CUT, PooledShape},
     correlate::{Packed, SPARE, copy, rows_of_band, run_sums},
     element::Real,
+    simd::{Level, with_level},
 };
 
 /// A sample's group of channels cut up such that the outputs that fall on one element of every window are sums of runs.
@@ -45,6 +46,7 @@ impl Phases {
     }
 
     /// The planes of `x [c / groups, h, w]`, with spare numbers after them. `planes` is empty or what a former call left.
+    #[inline(always)]
     fn read<T: Real>(&self, x: &[T], planes: &mut Vec<T>) {
         let conv = &self.shape.conv;
         let ((h, w), (sh, sw)) = (conv.input, self.stride);
@@ -71,6 +73,7 @@ impl Phases {
 }
 
 /// Copies the numbers at even places of `src` to `dst` from `even` on, and the others from `odd` on.
+#[inline(always)]
 fn split<T: Copy>(src: &[T], dst: &mut [T], even: usize, odd: usize) {
     /// `N` pairs from the `at`-th on.
     #[inline(always)]
@@ -105,12 +108,24 @@ pub(super) fn pooled_sums<T: Real>(
     relu: bool,
     n: usize,
 ) -> (Vec<T>, Vec<u8>) {
+    with_level!(level => sums(level, x, w, bias, shape, relu, n))
+}
+
+fn sums<L: Level, T: Real>(
+    level: L,
+    x: &[T],
+    w: &[T],
+    bias: Option<&[T]>,
+    shape: &PooledShape,
+    relu: bool,
+    n: usize,
+) -> (Vec<T>, Vec<u8>) {
     let conv = &shape.conv;
     let (groups, outputs, features) = (conv.groups, conv.group_outputs(), conv.group_features());
     let (x_part, y_part) = (conv.group_channels() * conv.input.0 * conv.input.1, outputs * shape.positions());
     let packed = |group: usize| {
         let bias = bias.map(|bias| &bias[group * outputs..][..outputs]);
-        Packed::new(outputs, features, |o, k| w[(group * outputs + o) * features + k], bias)
+        Packed::new(level, outputs, features, |o, k| w[(group * outputs + o) * features + k], bias)
     };
     let packed: Vec<_> = (0..groups).map(packed).collect();
     let phases = Phases::new(shape);
@@ -120,8 +135,13 @@ pub(super) fn pooled_sums<T: Real>(
         .zip(x.par_chunks_exact(x_part))
         .enumerate()
         .for_each_init(Buffers::default, |buffers, (index, ((y, at), x))| {
-            phases.read(x, &mut buffers.planes);
-            pool_sample(&phases, &packed[index % groups], relu, buffers, y, at);
+            level.call(
+                #[inline(always)]
+                || {
+                    phases.read(x, &mut buffers.planes);
+                    pool_sample(level, &phases, &packed[index % groups], relu, buffers, y, at);
+                },
+            );
         });
     (y, at)
 }
@@ -140,9 +160,11 @@ impl<T> Default for Buffers<T> {
 }
 
 /// The pooled outputs `[o / groups, ph, pw]` of one sample's group, from its planes in `buffers`.
-fn pool_sample<T: Real>(
+#[inline(always)]
+fn pool_sample<L: Level, T: Real>(
+    level: L,
     phases: &Phases,
-    packed: &Packed<T>,
+    packed: &Packed<L, T>,
     relu: bool,
     buffers: &mut Buffers<T>,
     y: &mut [T],
@@ -161,7 +183,7 @@ fn pool_sample<T: Real>(
             let part = bias.len() * step;
             sums.resize(elements * part, T::ZERO);
             for (shifts, sums) in phases.shifts.iter().zip(sums.chunks_exact_mut(part)) {
-                run_sums(shifts, planes, weights, bias, length, sums, step);
+                run_sums(level, shifts, planes, weights, bias, length, sums, step);
             }
             places.clear();
             places.resize(part, 0);
@@ -186,6 +208,7 @@ fn pool_sample<T: Real>(
 }
 
 /// Where `values` are larger than `best`, or NaN, they and `place` take the place of what was there.
+#[inline(always)]
 fn keep_larger<T: Real>(best: &mut [T], places: &mut [u8], values: &[T], place: u8) {
     for ((best, at), &value) in best.iter_mut().zip(places).zip(values) {
         // Without a branch, which would be mispredicted. `value != value` only for a NaN.
@@ -197,6 +220,7 @@ fn keep_larger<T: Real>(best: &mut [T], places: &mut [u8], values: &[T], place: 
 }
 
 /// The rectifier. A NaN is not below zero, so that it passes.
+#[inline(always)]
 fn cut<T: Real>(best: &mut [T], places: &mut [u8]) {
     for (best, at) in best.iter_mut().zip(places) {
         let below = *best <= T::ZERO;

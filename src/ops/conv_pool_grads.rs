@@ -8,7 +8,7 @@ use super::{
     conv_slices::{Samples, add_parts, grad_input_samples},
     correlate::{blocks, pad},
     element::Real,
-    simd::Lanes,
+    simd::{Lanes, Level, with_level},
 };
 
 /// The gradient `[.., oh, ow]` of the convolution's outputs from that of the pooled ones.
@@ -95,7 +95,8 @@ pub(super) fn pooled_grad_input<T: Real>(
     n: usize,
 ) -> Vec<T> {
     let places = Places::new(shape, shape.conv.output.1, (1, 1));
-    grad_input_samples(&Unpooled { gy, at, shape, places }, w, &shape.conv, n)
+    let gy = Unpooled { gy, at, shape, places };
+    with_level!(level => grad_input_samples(level, &gy, w, &shape.conv, n))
 }
 
 /// The gradients of the convolution's outputs, made from the pooled ones a sample at a time.
@@ -125,13 +126,13 @@ impl<T: Real> Samples<T> for Unpooled<'_, T> {
 const ROWS: usize = 8;
 
 /// The pieces of the kernel's rows: the start of each in the padded image, its first feature and how many it has.
-fn kernel_rows<T: Real>(shape: &PooledShape) -> Vec<(usize, Range<usize>)> {
+fn kernel_rows<L: Level, T: Real>(shape: &PooledShape) -> Vec<(usize, Range<usize>)> {
     let conv = &shape.conv;
     let width = conv.input.1 + 2 * conv.padding.1;
     let plane = width * (conv.input.0 + 2 * conv.padding.0);
     let (kh, kw) = conv.kernel;
     // Elements of a row that lie side by side.
-    let piece = if conv.dilation.1 == 1 { T::Lanes::WIDTH } else { 1 };
+    let piece = if conv.dilation.1 == 1 { T::Lanes::<L>::WIDTH } else { 1 };
     let rows = (0..conv.group_channels() * kh).flat_map(|row| {
         (0..kw).step_by(piece).map(move |first| {
             let start = row / kh * plane + row % kh * conv.dilation.0 * width + first * conv.dilation.1;
@@ -149,14 +150,25 @@ pub(super) fn pooled_weight_grads<T: Real>(
     shape: &PooledShape,
     n: usize,
 ) -> (Vec<T>, Vec<T>) {
+    with_level!(level => weight_grads(level, x, gy, at, shape, n))
+}
+
+fn weight_grads<L: Level, T: Real>(
+    level: L,
+    x: &[T],
+    gy: &[T],
+    at: &[u8],
+    shape: &PooledShape,
+    n: usize,
+) -> (Vec<T>, Vec<T>) {
     let conv = &shape.conv;
     let (groups, outputs, features, pooled) =
         (conv.groups, conv.group_outputs(), conv.group_features(), shape.positions());
     let x_part = conv.group_channels() * conv.input.0 * conv.input.1;
     let places = Places::new(shape, conv.input.1 + 2 * conv.padding.1, conv.stride);
-    let rows = kernel_rows::<T>(shape);
+    let rows = kernel_rows::<L, T>(shape);
     // Room for a vector of each row, and for the bias.
-    let room = rows.len() * T::Lanes::WIDTH + 1;
+    let room = rows.len() * T::Lanes::<L>::WIDTH + 1;
     // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
     // the result does not depend on the number of threads. Where the sums are too large for that, the channels are divided.
     let parts = ((1 << 22) / (conv.out_channels * room)).clamp(1, 16);
@@ -173,26 +185,31 @@ pub(super) fn pooled_weight_grads<T: Real>(
         || (Vec::new(), Vec::new()),
         |(image, list), (index, channel, sums)| {
             let (part, group) = (index / groups, index % groups);
-            for sample in part * samples..((part + 1) * samples).min(n) {
-                pad(conv, &x[(sample * groups + group) * x_part..][..x_part], image);
-                let first = ((sample * groups + group) * outputs + channel) * pooled;
-                let channels = gy[first..].chunks_exact(pooled).zip(at[first..].chunks_exact(pooled));
-                for ((gy, at), sums) in channels.zip(sums.chunks_exact_mut(room)) {
-                    list.resize(pooled, (0, T::ZERO));
-                    let count = places.list(gy, at, list);
-                    let list = &list[..count];
-                    if let Some((bias, sums)) = sums.split_last_mut() {
-                        *bias += kept_sum(gy, at);
-                        add_rows(list, image, &rows, places.last, sums);
+            level.call(
+                #[inline(always)]
+                || {
+                    for sample in part * samples..((part + 1) * samples).min(n) {
+                        pad(conv, &x[(sample * groups + group) * x_part..][..x_part], image);
+                        let first = ((sample * groups + group) * outputs + channel) * pooled;
+                        let channels = gy[first..].chunks_exact(pooled).zip(at[first..].chunks_exact(pooled));
+                        for ((gy, at), sums) in channels.zip(sums.chunks_exact_mut(room)) {
+                            list.resize(pooled, (0, T::ZERO));
+                            let count = places.list(gy, at, list);
+                            let list = &list[..count];
+                            if let Some((bias, sums)) = sums.split_last_mut() {
+                                *bias += kept_sum(gy, at);
+                                add_rows(level, list, image, &rows, places.last, sums);
+                            }
+                        }
                     }
-                }
-            }
+                },
+            );
         },
     );
     let sums = add_parts(sums, conv.out_channels * room);
     let (mut gw, mut gb) = (vec![T::ZERO; conv.out_channels * features], vec![T::ZERO; conv.out_channels]);
     for ((gw, gb), sums) in gw.chunks_exact_mut(features).zip(&mut gb).zip(sums.chunks_exact(room)) {
-        for ((_, features), lanes) in rows.iter().zip(sums.chunks_exact(T::Lanes::WIDTH)) {
+        for ((_, features), lanes) in rows.iter().zip(sums.chunks_exact(T::Lanes::<L>::WIDTH)) {
             gw[features.clone()].copy_from_slice(&lanes[..features.len()]);
         }
         *gb = sums[room - 1];
@@ -201,6 +218,7 @@ pub(super) fn pooled_weight_grads<T: Real>(
 }
 
 /// The sum of the gradients that were not cut, in parts that vectorize.
+#[inline(always)]
 fn kept_sum<T: Real>(gy: &[T], at: &[u8]) -> T {
     let ((gy, gy_rest), (at, at_rest)) = (gy.as_chunks::<16>(), at.as_chunks::<16>());
     let kept = |g: T, at: u8| if at == CUT { T::ZERO } else { g };
@@ -215,7 +233,9 @@ fn kept_sum<T: Real>(gy: &[T], at: &[u8]) -> T {
 }
 
 /// Adds to a vector for each row of a kernel the sum over `list` of gradient times what the row sees at its place.
-fn add_rows<T: Real>(
+#[inline(always)]
+fn add_rows<L: Level, T: Real>(
+    level: L,
     list: &[(u32, T)],
     image: &[T],
     rows: &[(usize, Range<usize>)],
@@ -227,39 +247,41 @@ fn add_rows<T: Real>(
     for size in blocks(rows.len(), ROWS) {
         let (block, sums_of_block);
         (block, rows) = rows.split_at(size);
-        (sums_of_block, sums) = sums.split_at_mut(size * T::Lanes::WIDTH);
+        (sums_of_block, sums) = sums.split_at_mut(size * T::Lanes::<L>::WIDTH);
         match size {
-            1 => row_tile::<T, 1>(list, image, block, last, sums_of_block),
-            2 => row_tile::<T, 2>(list, image, block, last, sums_of_block),
-            3 => row_tile::<T, 3>(list, image, block, last, sums_of_block),
-            4 => row_tile::<T, 4>(list, image, block, last, sums_of_block),
-            5 => row_tile::<T, 5>(list, image, block, last, sums_of_block),
-            6 => row_tile::<T, 6>(list, image, block, last, sums_of_block),
-            7 => row_tile::<T, 7>(list, image, block, last, sums_of_block),
-            _ => row_tile::<T, 8>(list, image, block, last, sums_of_block),
+            1 => row_tile::<L, T, 1>(level, list, image, block, last, sums_of_block),
+            2 => row_tile::<L, T, 2>(level, list, image, block, last, sums_of_block),
+            3 => row_tile::<L, T, 3>(level, list, image, block, last, sums_of_block),
+            4 => row_tile::<L, T, 4>(level, list, image, block, last, sums_of_block),
+            5 => row_tile::<L, T, 5>(level, list, image, block, last, sums_of_block),
+            6 => row_tile::<L, T, 6>(level, list, image, block, last, sums_of_block),
+            7 => row_tile::<L, T, 7>(level, list, image, block, last, sums_of_block),
+            _ => row_tile::<L, T, 8>(level, list, image, block, last, sums_of_block),
         }
     }
 }
 
 /// [`add_rows`] for `R` rows; no place lies behind `last`.
-fn row_tile<T: Real, const R: usize>(
+#[inline(always)]
+fn row_tile<L: Level, T: Real, const R: usize>(
+    level: L,
     list: &[(u32, T)],
     image: &[T],
     rows: &[(usize, Range<usize>)],
     last: usize,
     sums: &mut [T],
 ) {
-    let width = T::Lanes::WIDTH;
-    let (mut acc, mut runs) = ([T::Lanes::splat(T::ZERO); R], [&image[..0]; R]);
+    let width = T::Lanes::<L>::WIDTH;
+    let (mut acc, mut runs) = ([T::Lanes::<L>::splat(level, T::ZERO); R], [&image[..0]; R]);
     for r in 0..R {
-        acc[r] = T::Lanes::load(&sums[r * width..]);
+        acc[r] = T::Lanes::<L>::load(level, &sums[r * width..]);
         runs[r] = &image[rows[r].0..][..last + width];
     }
     for &(place, g) in list {
-        let g = T::Lanes::splat(g);
+        let g = T::Lanes::<L>::splat(level, g);
         for r in 0..R {
             // SAFETY: `place` is at most `last`, so that a vector follows in every run.
-            acc[r] = acc[r].add_product(g, unsafe { T::Lanes::load_at(runs[r], place as usize) });
+            acc[r] = acc[r].add_product(g, unsafe { T::Lanes::<L>::load_at(level, runs[r], place as usize) });
         }
     }
     for r in 0..R {

@@ -7,6 +7,7 @@ use super::{
     element::Real,
     patches::{ConvShape, fold_plane, unfold_plane},
     products::products,
+    simd::{Level, vectorized, with_level},
 };
 
 /// How the outputs of a convolution are sums of runs: shifts of the padded image, or rows of patches where the stride
@@ -27,6 +28,7 @@ impl Reader {
 
     /// The runs of one sample's group `x [c / groups, h, w]`, with spare numbers after them. `buffer` is empty or what a
     /// former call on this reader left.
+    #[inline(always)]
     fn read<T: Real>(&self, x: &[T], buffer: &mut Vec<T>) {
         if !self.unfold {
             return pad(&self.shape, x, buffer);
@@ -64,10 +66,12 @@ pub(super) fn conv_slices<T: Real>(
     shape: &ConvShape,
     n: usize,
 ) -> Vec<T> {
-    conv_samples(&Parts(x, shape.group_channels() * shape.input.0 * shape.input.1), at, bias, shape, n)
+    let x = Parts(x, shape.group_channels() * shape.input.0 * shape.input.1);
+    with_level!(level => conv_samples(level, &x, at, bias, shape, n))
 }
 
-fn conv_samples<T: Real>(
+fn conv_samples<L: Level, T: Real>(
+    level: L,
     x: &impl Samples<T>,
     at: impl Fn(usize, usize) -> T,
     bias: Option<&[T]>,
@@ -78,26 +82,33 @@ fn conv_samples<T: Real>(
     let reader = Reader::new(shape);
     let packed = |group: usize| {
         let bias = bias.map(|bias| &bias[group * outputs..][..outputs]);
-        Packed::new(outputs, features, |o, k| at(group * outputs + o, k), bias)
+        Packed::new(level, outputs, features, |o, k| at(group * outputs + o, k), bias)
     };
     let packed: Vec<_> = (0..shape.groups).map(packed).collect();
     let part = outputs * shape.positions();
     let mut y = vec![T::ZERO; n * shape.groups * part];
     let init = || (Vec::new(), Vec::new(), Vec::new());
     y.par_chunks_exact_mut(part).enumerate().for_each_init(init, |(sample, runs, band), (index, y)| {
-        reader.read(x.get(index, sample), runs);
-        correlate(&reader.runs, runs, &packed[index % shape.groups], y, band);
+        level.call(
+            #[inline(always)]
+            || {
+                reader.read(x.get(index, sample), runs);
+                correlate(&reader.runs, runs, &packed[index % shape.groups], y, band);
+            },
+        );
     });
     y
 }
 
 /// `dL/dx [n, c, h, w]` from row-major slices.
 pub(super) fn grad_input_slices<T: Real>(gy: &[T], w: &[T], shape: &ConvShape, n: usize) -> Vec<T> {
-    grad_input_samples(&Parts(gy, shape.group_outputs() * shape.positions()), w, shape, n)
+    let gy = Parts(gy, shape.group_outputs() * shape.positions());
+    with_level!(level => grad_input_samples(level, &gy, w, shape, n))
 }
 
 /// [`grad_input_slices`] from wherever the gradients `[o / groups, oh, ow]` are.
-pub(super) fn grad_input_samples<T: Real>(
+pub(super) fn grad_input_samples<L: Level, T: Real>(
+    level: L,
     gy: &impl Samples<T>,
     w: &[T],
     shape: &ConvShape,
@@ -112,23 +123,32 @@ pub(super) fn grad_input_samples<T: Real>(
             let o = c / channels * outputs + k / taps;
             w[o * features + c % channels * taps + taps - 1 - k % taps]
         };
-        return conv_samples(gy, turned, None, &adjoint, n);
+        return conv_samples(level, gy, turned, None, &adjoint, n);
     }
     let (groups, t, area) = (shape.groups, shape.positions(), shape.input.0 * shape.input.1);
     let (gy_part, gx_part) = (outputs * t, channels * area);
     let runs = Runs::of_rows(shape, outputs);
     let at = |group: usize| move |k: usize, o: usize| w[(group * outputs + o) * features + k];
-    let packed: Vec<_> = (0..groups).map(|group| Packed::new(features, outputs, at(group), None)).collect();
+    let packed: Vec<_> =
+        (0..groups).map(|group| Packed::new(level, features, outputs, at(group), None)).collect();
     let mut gx = vec![T::ZERO; n * groups * gx_part];
     let init = || (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let parts = gx.par_chunks_exact_mut(gx_part).enumerate();
     parts.for_each_init(init, |(sample, rows, patches, band), (index, gx)| {
-        rows.resize(gy_part + SPARE, T::ZERO);
-        rows[..gy_part].copy_from_slice(gy.get(index, sample));
-        patches.resize(features * t, T::ZERO);
-        correlate(&runs, rows, &packed[index % groups], patches, band);
-        let parts = patches.chunks_exact(shape.kernel.0 * shape.kernel.1 * t);
-        gx.chunks_exact_mut(area).zip(parts).for_each(|(gx, part)| fold_plane(shape, part, gx));
+        level.call(
+            #[inline(always)]
+            || {
+                rows.resize(gy_part + SPARE, T::ZERO);
+                rows[..gy_part].copy_from_slice(gy.get(index, sample));
+                patches.resize(features * t, T::ZERO);
+                correlate(&runs, rows, &packed[index % groups], patches, band);
+                let parts = patches.chunks_exact(shape.kernel.0 * shape.kernel.1 * t);
+                gx.chunks_exact_mut(area).zip(parts).for_each(
+                    #[inline(always)]
+                    |(gx, part)| fold_plane(shape, part, gx),
+                );
+            },
+        );
     });
     gx
 }
@@ -152,6 +172,10 @@ fn adjoint(shape: &ConvShape) -> Option<ConvShape> {
 
 /// `dL/dw [o, c / groups, kh, kw]` from row-major slices.
 pub(super) fn weight_grads<T: Real>(shape: &ConvShape, n: usize, x: &[T], gy: &[T]) -> Vec<T> {
+    with_level!(level => weight_grads_at(level, shape, n, x, gy))
+}
+
+fn weight_grads_at<L: Level, T: Real>(level: L, shape: &ConvShape, n: usize, x: &[T], gy: &[T]) -> Vec<T> {
     let (groups, t) = (shape.groups, shape.positions());
     let (outputs, features) = (shape.group_outputs(), shape.group_features());
     let x_part = shape.group_channels() * shape.input.0 * shape.input.1;
@@ -170,13 +194,18 @@ pub(super) fn weight_grads<T: Real>(shape: &ConvShape, n: usize, x: &[T], gy: &[
         buffers.resize_with(together, || (Vec::new(), Vec::new()));
         for first in part.clone().step_by(together) {
             let batch = first..(first + together).min(part.end);
-            for ((spread, runs), sample) in buffers.iter_mut().zip(batch.clone()) {
-                let at = sample * groups + group;
-                reader.runs.spread(&gy[at * outputs * t..][..outputs * t], spread);
-                reader.read(&x[at * x_part..][..x_part], runs);
-            }
+            level.call(
+                #[inline(always)]
+                || {
+                    for ((spread, runs), sample) in buffers.iter_mut().zip(batch.clone()) {
+                        let at = sample * groups + group;
+                        reader.runs.spread(&gy[at * outputs * t..][..outputs * t], spread);
+                        reader.read(&x[at * x_part..][..x_part], runs);
+                    }
+                },
+            );
             let batch: Vec<_> = buffers[..batch.len()].iter().map(|(g, x)| (&g[..], &x[..])).collect();
-            products(&reader.runs, reader.runs.spread_length(), &batch, gw);
+            products(level, &reader.runs, reader.runs.spread_length(), &batch, gw);
         }
     });
     add_parts(sums, length)
@@ -186,7 +215,10 @@ pub(super) fn weight_grads<T: Real>(shape: &ConvShape, n: usize, x: &[T], gy: &[
 pub(super) fn add_parts<T: Real>(mut sums: Vec<T>, length: usize) -> Vec<T> {
     let (first, rest) = sums.split_at_mut(length);
     for part in rest.chunks_exact(length) {
-        first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value);
+        vectorized(
+            #[inline(always)]
+            || first.iter_mut().zip(part).for_each(|(sum, &value)| *sum += value),
+        );
     }
     sums.truncate(length);
     sums

@@ -8,7 +8,7 @@
 use super::{
     element::Real,
     patches::ConvShape,
-    simd::{Lanes, MANY_REGISTERS},
+    simd::{Lanes, Level},
 };
 
 /// Numbers that may be read behind the last one that counts; no vector is longer.
@@ -111,20 +111,24 @@ pub(crate) fn blocks(count: usize, max: usize) -> impl Iterator<Item = usize> {
     (0..parts).map(move |i| count / parts + usize::from(i < count % parts))
 }
 
-/// Output channels of a tile: as many as the processor has registers for.
-const TILE: usize = if MANY_REGISTERS { 8 } else { 6 };
+/// Output channels of a tile: as many as the level has registers for.
+const fn tile_channels<L: Level>() -> usize {
+    if L::MANY_REGISTERS { 8 } else { 6 }
+}
 
 /// The weights of some output channels in the order the tiles read them, and their biases.
-pub(crate) struct Packed<T> {
+pub(crate) struct Packed<L, T> {
+    level: L,
     features: usize,
     /// For each block of channels, `[features, channels of the block]`.
     weights: Vec<T>,
     bias: Vec<T>,
 }
 
-impl<T: Real> Packed<T> {
+impl<L: Level, T: Real> Packed<L, T> {
     /// `at(o, k)` is the weight of channel `o` and feature `k`; no bias is one of zeros.
     pub(crate) fn new(
+        level: L,
         channels: usize,
         features: usize,
         at: impl Fn(usize, usize) -> T,
@@ -132,18 +136,18 @@ impl<T: Real> Packed<T> {
     ) -> Self {
         let mut weights = Vec::with_capacity(channels * features);
         let mut first = 0;
-        for size in blocks(channels, TILE) {
+        for size in blocks(channels, tile_channels::<L>()) {
             weights.extend((0..size * features).map(|i| at(first + i % size, i / size)));
             first += size;
         }
         let bias = bias.map_or_else(|| vec![T::ZERO; channels], |bias| bias.to_vec());
-        Self { features, weights, bias }
+        Self { level, features, weights, bias }
     }
 
     /// The blocks in which the channels are computed: weights and biases of each.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (&[T], &[T])> {
         let (mut weights, mut bias) = (&self.weights[..], &self.bias[..]);
-        blocks(self.bias.len(), TILE).map(move |size| {
+        blocks(self.bias.len(), tile_channels::<L>()).map(move |size| {
             let (block, biases);
             (block, weights) = weights.split_at(size * self.features);
             (biases, bias) = bias.split_at(size);
@@ -159,7 +163,14 @@ pub(crate) fn rows_of_band(features: usize, row_step: usize) -> usize {
 
 /// Writes to `out [channels, rows, cols]` the sums `b_o + sum_k w[k][o] x[s_k + i]`. `x` has `SPARE` numbers behind the
 /// last run; `band` is a buffer.
-pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: &mut [T], band: &mut Vec<T>) {
+#[inline(always)]
+pub(crate) fn correlate<L: Level, T: Real>(
+    runs: &Runs,
+    x: &[T],
+    packed: &Packed<L, T>,
+    out: &mut [T],
+    band: &mut Vec<T>,
+) {
     let channel = runs.rows * runs.cols;
     let rows_of_band = rows_of_band(runs.shifts.len(), runs.row_step).min(runs.rows);
     for first in (0..runs.rows).step_by(rows_of_band) {
@@ -172,7 +183,7 @@ pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: 
             let (block, next) = out.split_at_mut(bias.len() * channel);
             out = next;
             band.resize(bias.len() * step, T::ZERO);
-            run_sums(&runs.shifts, x, weights, bias, length, band, step);
+            run_sums(packed.level, &runs.shifts, x, weights, bias, length, band, step);
             for (sums, out) in band.chunks_exact(step).zip(block.chunks_exact_mut(channel)) {
                 let out = out[first * runs.cols..].chunks_exact_mut(runs.cols);
                 let rows = out.zip(sums.chunks(runs.row_step)).take(rows);
@@ -184,7 +195,9 @@ pub(crate) fn correlate<T: Real>(runs: &Runs, x: &[T], packed: &Packed<T>, out: 
 
 /// Writes the sums `bias[o] + sum_k weights[k][o] x[shifts[k] + i]` of a block of channels to `sums[o step + i]` for
 /// `i < length`, and numbers without meaning up to the next multiple of a vector's length, at most `step`.
-pub(crate) fn run_sums<T: Real>(
+#[inline(always)]
+pub(crate) fn run_sums<L: Level, T: Real>(
+    level: L,
     shifts: &[usize],
     x: &[T],
     weights: &[T],
@@ -194,26 +207,35 @@ pub(crate) fn run_sums<T: Real>(
     step: usize,
 ) {
     // As many vectors a tile as fit into the registers together with the channels.
-    let tiles = match (bias.len(), MANY_REGISTERS) {
-        (1, _) => tiles::<T, 1, 8>,
-        (2, true) => tiles::<T, 2, 8>,
-        (3, true) => tiles::<T, 3, 6>,
-        (4, true) => tiles::<T, 4, 4>,
-        (5, true) => tiles::<T, 5, 4>,
-        (6, true) => tiles::<T, 6, 4>,
-        (7, true) => tiles::<T, 7, 3>,
-        (_, true) => tiles::<T, 8, 3>,
-        (2, false) => tiles::<T, 2, 4>,
-        (3, false) => tiles::<T, 3, 3>,
-        (4, false) => tiles::<T, 4, 2>,
-        (5, false) => tiles::<T, 5, 2>,
-        (_, false) => tiles::<T, 6, 2>,
+    let tiles = if L::MANY_REGISTERS {
+        match bias.len() {
+            1 => tiles::<L, T, 1, 8>,
+            2 => tiles::<L, T, 2, 8>,
+            3 => tiles::<L, T, 3, 6>,
+            4 => tiles::<L, T, 4, 4>,
+            5 => tiles::<L, T, 5, 4>,
+            6 => tiles::<L, T, 6, 4>,
+            7 => tiles::<L, T, 7, 3>,
+            _ => tiles::<L, T, 8, 3>,
+        }
+    } else {
+        match bias.len() {
+            1 => tiles::<L, T, 1, 8>,
+            2 => tiles::<L, T, 2, 4>,
+            3 => tiles::<L, T, 3, 3>,
+            4 => tiles::<L, T, 4, 2>,
+            5 => tiles::<L, T, 5, 2>,
+            _ => tiles::<L, T, 6, 2>,
+        }
     };
-    tiles(shifts, x, weights, bias, length, sums, step)
+    tiles(level, shifts, x, weights, bias, length, sums, step)
 }
 
 /// [`run_sums`] of `O` channels, `V` vectors at a time and then the rest.
-fn tiles<T: Real, const O: usize, const V: usize>(
+#[inline(never)]
+#[allow(clippy::too_many_arguments)]
+fn tiles<L: Level, T: Real, const O: usize, const V: usize>(
+    level: L,
     shifts: &[usize],
     x: &[T],
     weights: &[T],
@@ -222,26 +244,32 @@ fn tiles<T: Real, const O: usize, const V: usize>(
     sums: &mut [T],
     step: usize,
 ) {
-    let width = T::Lanes::WIDTH;
-    let mut left = length.div_ceil(width);
-    let mut at = 0;
-    while left > 0 {
-        let (x, sums) = (&x[at..], &mut sums[at..]);
-        let done = match left {
-            _ if left >= V => tile::<T, O, V>(x, weights, bias, shifts, sums, step),
-            4.. => tile::<T, O, 4>(x, weights, bias, shifts, sums, step),
-            3 => tile::<T, O, 3>(x, weights, bias, shifts, sums, step),
-            2 => tile::<T, O, 2>(x, weights, bias, shifts, sums, step),
-            _ => tile::<T, O, 1>(x, weights, bias, shifts, sums, step),
-        };
-        left -= done;
-        at += done * width;
-    }
+    let width = T::Lanes::<L>::WIDTH;
+    level.call(
+        #[inline(always)]
+        || {
+            let mut left = length.div_ceil(width);
+            let mut at = 0;
+            while left > 0 {
+                let (x, sums) = (&x[at..], &mut sums[at..]);
+                let done = match left {
+                    _ if left >= V => tile::<L, T, O, V>(level, x, weights, bias, shifts, sums, step),
+                    4.. => tile::<L, T, O, 4>(level, x, weights, bias, shifts, sums, step),
+                    3 => tile::<L, T, O, 3>(level, x, weights, bias, shifts, sums, step),
+                    2 => tile::<L, T, O, 2>(level, x, weights, bias, shifts, sums, step),
+                    _ => tile::<L, T, O, 1>(level, x, weights, bias, shifts, sums, step),
+                };
+                left -= done;
+                at += done * width;
+            }
+        },
+    )
 }
 
 /// [`run_sums`] for `O` channels and `V` vectors of positions; returns `V`.
 #[inline(always)]
-fn tile<T: Real, const O: usize, const V: usize>(
+fn tile<L: Level, T: Real, const O: usize, const V: usize>(
+    level: L,
     x: &[T],
     weights: &[T],
     bias: &[T],
@@ -249,20 +277,20 @@ fn tile<T: Real, const O: usize, const V: usize>(
     sums: &mut [T],
     step: usize,
 ) -> usize {
-    let width = T::Lanes::WIDTH;
-    let mut acc = [[T::Lanes::splat(T::ZERO); V]; O];
+    let width = T::Lanes::<L>::WIDTH;
+    let mut acc = [[T::Lanes::<L>::splat(level, T::ZERO); V]; O];
     for o in 0..O {
-        acc[o] = [T::Lanes::splat(bias[o]); V];
+        acc[o] = [T::Lanes::<L>::splat(level, bias[o]); V];
     }
     for (weights, &shift) in weights.chunks_exact(O).zip(shifts) {
         let run = &x[shift..shift + V * width];
-        let mut x = [T::Lanes::splat(T::ZERO); V];
+        let mut x = [T::Lanes::<L>::splat(level, T::ZERO); V];
         // Plain loops: the closures of iterators are not always inlined here, and the sums then leave the registers.
         for v in 0..V {
-            x[v] = T::Lanes::load(&run[v * width..]);
+            x[v] = T::Lanes::<L>::load(level, &run[v * width..]);
         }
         for o in 0..O {
-            let weight = T::Lanes::splat(weights[o]);
+            let weight = T::Lanes::<L>::splat(level, weights[o]);
             for v in 0..V {
                 acc[o][v] = acc[o][v].add_product(weight, x[v]);
             }

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::record_layout::{
     PARTS, Piece, Pieces, WORTH_A_THREAD, by_group, cpu_slice, in_place, record_shape, widen,
 };
+use super::simd::vectorized;
 
 /// `sum_n (sum_t e a^T)^2`, squares entry by entry, for each group, `[groups, o, d]`, in f32 (f64 for f64).
 ///
@@ -110,7 +111,10 @@ fn sum_squares<T: WithDType + RealField>(e: &Pieces<T>, a: &Pieces<T>, sizes: Si
             let a = a.matrix(a_piece, group * dim..(group + 1) * dim);
             let gradient = MatMut::from_row_major_slice_mut(&mut product, out, dim);
             matmul(gradient, Accum::Replace, rows, a.transpose(), <T as WithDType>::from_f64(1.0), Par::Seq);
-            sum.iter_mut().zip(&product).for_each(|(sum, p)| *sum += *p * *p);
+            vectorized(
+                #[inline(always)]
+                || sum.iter_mut().zip(&product).for_each(|(sum, p)| *sum += *p * *p),
+            );
         }
         sum
     };

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, float_dispatch};
 use super::row_launch::{THREADS, a_team_each};
+use super::simd::{Level, with_level};
 use super::softmax::{Softmax, exponentials, log_sum_exp, rows_of_part};
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
@@ -64,28 +65,48 @@ enum Labels {
 
 fn forward<T: Element>(logits: &[T], labels: &[usize]) -> f64 {
     let c = logits.len() / labels.len();
-    let row_loss = |(row, &label): (&[T], &usize)| {
-        let (max, log_sum) = log_sum_exp(row);
-        (log_sum - (row[label].widen() - max)).to_f64()
-    };
-    logits.chunks_exact(c).zip(labels).map(row_loss).sum::<f64>() / labels.len() as f64
+    let total = with_level!(level => level.call(#[inline(always)] || {
+        let mut total = 0.;
+        for (row, &label) in logits.chunks_exact(c).zip(labels) {
+            let (max, log_sum) = log_sum_exp(level, row);
+            total += (log_sum - (row[label].widen() - max)).to_f64();
+        }
+        total
+    }));
+    total / labels.len() as f64
 }
 
 fn backward<T: Element>(logits: &[T], labels: &[usize], scale: f64) -> Vec<T> {
     let c = logits.len() / labels.len();
     let scale = T::Acc::from_f64(scale / labels.len() as f64);
     let mut grad = vec![T::narrow(T::Acc::ZERO); logits.len()];
-    let rows = grad.par_chunks_exact_mut(c).zip(logits.par_chunks_exact(c).zip(labels));
-    rows.with_min_len(rows_of_part(c)).for_each_init(Vec::new, |exps, (grad, (row, &label))| {
-        let one_over_sum = exponentials(row, exps);
-        // A row of -inf alone has no probabilities: its gradient stays 0.
-        if one_over_sum == T::Acc::ZERO {
-            return;
-        }
-        grad.iter_mut().zip(&*exps).for_each(|(g, e)| *g = T::narrow(*e * one_over_sum * scale));
-        grad[label] = T::narrow((exps[label] * one_over_sum - T::Acc::from_f64(1.)) * scale);
+    let part = rows_of_part(c);
+    let parts = grad.par_chunks_mut(part * c).zip(logits.par_chunks(part * c).zip(labels.par_chunks(part)));
+    parts.for_each(|(grad, (logits, labels))| {
+        with_level!(level => level.call(#[inline(always)] || backward_rows(level, logits, labels, scale, grad)))
     });
     grad
+}
+
+#[inline(always)]
+fn backward_rows<L: Level, T: Element>(
+    level: L,
+    logits: &[T],
+    labels: &[usize],
+    scale: T::Acc,
+    grad: &mut [T],
+) {
+    let c = logits.len() / labels.len();
+    let mut exps = Vec::new();
+    for (grad, (row, &label)) in grad.chunks_exact_mut(c).zip(logits.chunks_exact(c).zip(labels)) {
+        let one_over_sum = exponentials(level, row, &mut exps);
+        // A row of -inf alone has no probabilities: its gradient stays 0.
+        if one_over_sum == T::Acc::ZERO {
+            continue;
+        }
+        grad.iter_mut().zip(&exps).for_each(|(g, e)| *g = T::narrow(*e * one_over_sum * scale));
+        grad[label] = T::narrow((exps[label] * one_over_sum - T::Acc::from_f64(1.)) * scale);
+    }
 }
 
 impl CrossEntropy {
@@ -234,7 +255,7 @@ impl CustomOp1 for CrossEntropy {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::Var;
 
     use super::*;
@@ -243,7 +264,7 @@ mod tests {
     use crate::ops::testing::{assert_close, check_gradients, extreme, random_var, values};
 
     #[test]
-    fn values_and_gradients() -> Result<()> {
+    pub(in crate::ops) fn values_and_gradients() -> Result<()> {
         for dims in [[4, 5], [1, 1], [3, 37]] {
             let x = random_var(0, &dims)?;
             let log_p = values(&log_softmax_last_dim(&x)?)?;

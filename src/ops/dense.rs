@@ -7,6 +7,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::record_layout::{WORTH_A_THREAD, cpu_slice};
+use super::simd::vectorized;
 use crate::gpu::{Gpu, Grid, Module, args, typed};
 
 /// `a b` for `[.., m, k]` and `[.., k, n]` with the same leading dimensions: `[.., m, n]`. Not differentiable.
@@ -167,17 +168,25 @@ const RUN: usize = 1 << 12;
 const LANES: usize = 32;
 
 fn dot_slices<T: WithDType>(a: &[T], b: &[T], total: impl Fn(&[T]) -> f64) -> f64 {
-    let run = |(a, b): (&[T], &[T])| {
-        let mut sums = [T::from_f64(0.0); LANES];
-        let (a, b) = (a.chunks(LANES), b.chunks(LANES));
-        for (a, b) in a.zip(b) {
-            for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
-                *sum += a * b;
-            }
+    vectorized(
+        #[inline(always)]
+        || a.chunks(RUN).zip(b.chunks(RUN)).map(|(a, b)| total(&run_sums(a, b))).sum(),
+    )
+}
+
+#[inline(always)]
+fn run_sums<T: WithDType>(a: &[T], b: &[T]) -> [T; LANES] {
+    let mut sums = [T::from_f64(0.0); LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            sums[i] += a[i] * b[i];
         }
-        total(&sums)
-    };
-    a.chunks(RUN).zip(b.chunks(RUN)).map(run).sum()
+    }
+    for ((sum, &a), &b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
+        *sum += a * b;
+    }
+    sums
 }
 
 /// `alpha a + beta b` of two tensors of one shape, in one pass. Not differentiable.
@@ -200,11 +209,28 @@ pub fn mix(a: &Tensor, alpha: f64, b: &Tensor, beta: f64) -> Result<Tensor> {
     let (b_storage, b_layout) = b.storage_and_layout();
     fn mixed<T: WithDType>(a: &[T], alpha: f64, b: &[T], beta: f64) -> Vec<T> {
         let (alpha, beta) = (T::from_f64(alpha), T::from_f64(beta));
-        let one = |(&a, &b): (&T, &T)| alpha * a + beta * b;
+        let one = |a: &[T], b: &[T]| -> Vec<T> {
+            vectorized(
+                #[inline(always)]
+                || a.iter().zip(b).map(|(&a, &b)| alpha * a + beta * b).collect(),
+            )
+        };
         if a.len() < 2 * SHARE {
-            return a.iter().zip(b).map(one).collect();
+            return one(a, b);
         }
-        a.par_iter().zip(b).with_min_len(SHARE).map(one).collect()
+        let mut out = vec![T::from_f64(0.); a.len()];
+        let shares = out.par_chunks_mut(SHARE).zip(a.par_chunks(SHARE).zip(b.par_chunks(SHARE)));
+        shares.for_each(|(out, (a, b))| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (out, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
+                        *out = alpha * a + beta * b;
+                    }
+                },
+            )
+        });
+        out
     }
     let storage = match (&*a_storage, &*b_storage) {
         (Storage::Cpu(CpuStorage::F32(a)), Storage::Cpu(CpuStorage::F32(b))) => {
@@ -239,7 +265,7 @@ fn gpu_mix(gpu: &Gpu, a: &Tensor, alpha: f64, b: &Tensor, beta: f64) -> Result<T
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::Device;
 
     use super::*;
@@ -272,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn mixes() -> Result<()> {
+    pub(in crate::ops) fn mixes() -> Result<()> {
         let (a, b) = (random(0, &[3, 4])?, random(1, &[4, 3])?.t()?);
         let expected: Vec<f64> =
             values(&a)?.iter().zip(values(&b)?).map(|(a, b)| 0.3 * a - 2.0 * b).collect();
@@ -288,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn dots() -> Result<()> {
+    pub(in crate::ops) fn dots() -> Result<()> {
         for n in [0, 1, 31, 33, 5000] {
             let (a, b) = (random(0, &[n])?, random(1, &[n])?);
             let expected: f64 = values(&a)?.iter().zip(values(&b)?).map(|(a, b)| a * b).sum();

@@ -5,7 +5,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::rng;
+use super::{rng, simd::vectorized};
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 /// Places of the random stream, of four elements each, that are worth a task of their own.
@@ -37,12 +37,17 @@ impl Mask {
         let (threshold, kept) = self.numbers();
         let mut mask = vec![0f32; shape.elem_count()];
         mask.par_chunks_mut(4 * PLACES).enumerate().for_each(|(part, mask)| {
-            for (at, mask) in mask.chunks_mut(4).enumerate() {
-                let bits = rng::bits(self.seed, self.stream, (part * PLACES + at) as u64);
-                for (mask, bits) in mask.iter_mut().zip(bits) {
-                    *mask = if u64::from(bits) < threshold { 0. } else { kept };
-                }
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (at, mask) in mask.chunks_mut(4).enumerate() {
+                        let bits = rng::bits(self.seed, self.stream, (part * PLACES + at) as u64);
+                        for (mask, bits) in mask.iter_mut().zip(bits) {
+                            *mask = if u64::from(bits) < threshold { 0. } else { kept };
+                        }
+                    }
+                },
+            )
         });
         Tensor::from_vec(mask, shape, &Device::Cpu)
     }

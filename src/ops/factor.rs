@@ -19,6 +19,7 @@ pub use super::patch_moment::patch_moment;
 use super::record_layout::{
     PARTS, Piece, Pieces, WORTH_A_THREAD, by_group, cpu_slice, in_place, record_shape, widen,
 };
+use super::simd::vectorized;
 
 /// Columns of the result that one task computes.
 const BLOCK: usize = 128;
@@ -122,7 +123,10 @@ fn sum_products<T: WithDType + RealField>(x: &Pieces<T>, groups: usize, dim: usi
     for sums in sums.chunks_mut(stride) {
         let (first, others) = sums.split_at_mut(area);
         for other in others.chunks(area) {
-            first.iter_mut().zip(other).for_each(|(sum, part)| *sum += *part);
+            vectorized(
+                #[inline(always)]
+                || first.iter_mut().zip(other).for_each(|(sum, part)| *sum += *part),
+            );
         }
         if size > dim {
             first[area - 1] = <T as WithDType>::from_f64(total as f64);

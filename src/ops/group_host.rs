@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::element::Element;
 use super::group::Tiles;
 use super::memory::keep_freed_blocks;
+use super::simd::vectorized;
 
 /// Elements that are worth a task of their own. Sums are cut by it alone, so that they do not depend on the number of threads.
 const SHARE: usize = 1 << 16;
@@ -32,7 +33,12 @@ fn wide<T: Element>(w: T) -> f64 {
 pub(super) fn check<T: Element>(name: &str, dims: &[usize], w: &[T]) -> Result<()> {
     let finite = |w: &T| wide(*w).is_finite();
     // Without a way out at the first that is not, so that the loop vectorizes.
-    let all = |w: &[T]| w.iter().fold(true, |all, w| all & finite(w));
+    let all = |w: &[T]| {
+        vectorized(
+            #[inline(always)]
+            || w.iter().fold(true, |all, w| all & finite(w)),
+        )
+    };
     if w.par_chunks(SHARE).all(all) {
         return Ok(());
     }
@@ -79,8 +85,21 @@ pub(super) fn sums<T: Element>(w: &[T], tiles: Tiles, threshold: f64) -> Vec<[f6
         let groups = sums.par_iter_mut().zip(w.par_chunks(tiles.run()));
         groups.with_min_len((SHARE / tiles.run()).max(1)).for_each(|(sum, w)| {
             let parts: Vec<_> = match w.len() {
-                len if len > SHARE => w.par_chunks(SHARE).map(|w| sum_run(w, threshold)).collect(),
-                _ => return *sum = sum_run(w, threshold),
+                len if len > SHARE => w
+                    .par_chunks(SHARE)
+                    .map(|w| {
+                        vectorized(
+                            #[inline(always)]
+                            || sum_run(w, threshold),
+                        )
+                    })
+                    .collect(),
+                _ => {
+                    return *sum = vectorized(
+                        #[inline(always)]
+                        || sum_run(w, threshold),
+                    );
+                }
             };
             parts.into_iter().for_each(|part| plus(sum, part));
         });
@@ -95,23 +114,28 @@ pub(super) fn sums<T: Element>(w: &[T], tiles: Tiles, threshold: f64) -> Vec<[f6
             let above = part * rows / tiles.rows;
             let height = (part * rows + w.len() / tiles.n).div_ceil(tiles.rows) - above;
             let (mut squares, mut sums) = (vec![0.; height * across], vec![0.; height * across]);
-            for (i, row) in w.chunks_exact(tiles.n).enumerate() {
-                let group = ((part * rows + i) / tiles.rows - above) * across;
-                let groups = squares[group..][..across].iter_mut().zip(&mut sums[group..][..across]);
-                if tiles.columns == 1 {
-                    for ((square, sum), w) in groups.zip(row) {
-                        let size = beyond(*w, threshold);
-                        *square += size * size;
-                        *sum += size;
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (i, row) in w.chunks_exact(tiles.n).enumerate() {
+                        let group = ((part * rows + i) / tiles.rows - above) * across;
+                        let groups = squares[group..][..across].iter_mut().zip(&mut sums[group..][..across]);
+                        if tiles.columns == 1 {
+                            for ((square, sum), w) in groups.zip(row) {
+                                let size = beyond(*w, threshold);
+                                *square += size * size;
+                                *sum += size;
+                            }
+                        } else {
+                            for ((square, sum), w) in groups.zip(row.chunks(tiles.columns)) {
+                                let more = sum_run(w, threshold);
+                                *square += more[0];
+                                *sum += more[1];
+                            }
+                        }
                     }
-                } else {
-                    for ((square, sum), w) in groups.zip(row.chunks(tiles.columns)) {
-                        let more = sum_run(w, threshold);
-                        *square += more[0];
-                        *sum += more[1];
-                    }
-                }
-            }
+                },
+            );
             (above * across, squares, sums)
         })
         .collect();
@@ -147,21 +171,33 @@ pub(super) fn map<T: Element>(
     let mut out = vec![T::from_f64(0.); w.len()];
     let run = |out: &mut [T], w: &[T], factor: f64| each(out, w, std::iter::repeat(&factor), f);
     if factors.is_empty() {
-        out.par_chunks_mut(SHARE).zip(w.par_chunks(SHARE)).for_each(|(out, w)| run(out, w, fill));
+        let shares = out.par_chunks_mut(SHARE).zip(w.par_chunks(SHARE));
+        shares.for_each(|(out, w)| {
+            vectorized(
+                #[inline(always)]
+                || run(out, w, fill),
+            )
+        });
         return out;
     }
     let rows = (SHARE / tiles.n).max(1);
     let parts = out.par_chunks_mut(rows * tiles.n).zip(w.par_chunks(rows * tiles.n)).enumerate();
     parts.for_each(|(part, (out, w))| {
-        for (i, (out, w)) in out.chunks_exact_mut(tiles.n).zip(w.chunks_exact(tiles.n)).enumerate() {
-            let factors = &factors[(part * rows + i) / tiles.rows * tiles.across()..][..tiles.across()];
-            if tiles.columns == 1 {
-                each(out, w, factors.iter(), f);
-                continue;
-            }
-            let segments = out.chunks_mut(tiles.columns).zip(w.chunks(tiles.columns));
-            segments.zip(factors).for_each(|((out, w), factor)| run(out, w, *factor));
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for (i, (out, w)) in out.chunks_exact_mut(tiles.n).zip(w.chunks_exact(tiles.n)).enumerate() {
+                    let factors =
+                        &factors[(part * rows + i) / tiles.rows * tiles.across()..][..tiles.across()];
+                    if tiles.columns == 1 {
+                        each(out, w, factors.iter(), f);
+                        continue;
+                    }
+                    let segments = out.chunks_mut(tiles.columns).zip(w.chunks(tiles.columns));
+                    segments.zip(factors).for_each(|((out, w), factor)| run(out, w, *factor));
+                }
+            },
+        )
     });
     out
 }

@@ -1,4 +1,5 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
+pub(crate) mod activation;
 pub(crate) mod bias;
 pub mod conv;
 pub(crate) mod conv_device;
@@ -14,6 +15,7 @@ pub mod dense;
 pub(crate) mod dropout;
 pub(crate) mod dual;
 pub(crate) mod element;
+mod elementary;
 pub mod factor;
 mod factor_device;
 mod factor_launch;
@@ -39,7 +41,7 @@ pub mod rng;
 pub(crate) mod rope;
 mod row_launch;
 pub mod sample;
-mod simd;
+pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod softplus;
 pub(crate) mod spatial;

@@ -13,6 +13,7 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, dot, float_dispatch, sum};
+use super::simd::vectorized;
 use crate::gpu::{self, Gpu};
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the last dimension, with the biased variance; `weight` and
@@ -96,17 +97,35 @@ impl Norm {
     fn forward<T: Element>(&self, x: &[T], weight: &[T], bias: Option<&[T]>) -> Vec<T> {
         let d = weight.len();
         let mut y = vec![T::narrow(T::Acc::ZERO); x.len()];
-        let rows = y.par_chunks_exact_mut(d).zip(x.par_chunks_exact(d));
-        rows.with_min_len(rows_of_part(d)).for_each(|(y, x)| {
-            let (mean, r) = self.moments(x);
-            let scaled = y.iter_mut().zip(x).zip(weight);
-            let scaled = scaled.map(|((y, x), w)| (y, (x.widen() - mean) * r * w.widen()));
-            match bias {
-                Some(bias) => scaled.zip(bias).for_each(|((y, v), b)| *y = T::narrow(v + b.widen())),
-                None => scaled.for_each(|(y, v)| *y = T::narrow(v)),
-            }
+        let part = rows_of_part(d) * d;
+        y.par_chunks_mut(part).zip(x.par_chunks(part)).for_each(|(y, x)| {
+            vectorized(
+                #[inline(always)]
+                || self.forward_rows(x, weight, bias, y),
+            )
         });
         y
+    }
+
+    #[inline(always)]
+    fn forward_rows<T: Element>(&self, x: &[T], weight: &[T], bias: Option<&[T]>, y: &mut [T]) {
+        let d = weight.len();
+        for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+            let (mean, r) = self.moments(x);
+            let scaled = y.iter_mut().zip(x).zip(weight);
+            match bias {
+                Some(bias) => {
+                    for (((y, x), w), b) in scaled.zip(bias) {
+                        *y = T::narrow((x.widen() - mean) * r * w.widen() + b.widen());
+                    }
+                }
+                None => {
+                    for ((y, x), w) in scaled {
+                        *y = T::narrow((x.widen() - mean) * r * w.widen());
+                    }
+                }
+            }
+        }
     }
 
     /// `dL/dx`, `dL/dweight` and `dL/dbias`.
@@ -120,25 +139,32 @@ impl Norm {
             .par_chunks_mut(part)
             .zip(x.par_chunks(part).zip(gy.par_chunks(part)))
             .map(|(gx, (x, gy))| {
-                let mut sums = vec![T::Acc::ZERO; 2 * d];
-                let (gw, gb) = sums.split_at_mut(d);
-                let (mut xh, mut g) = (vec![T::Acc::ZERO; d], vec![T::Acc::ZERO; d]);
-                for (gx, (x, gy)) in gx.chunks_exact_mut(d).zip(x.chunks_exact(d).zip(gy.chunks_exact(d))) {
-                    let (mean, r) = self.moments(x);
-                    for i in 0..d {
-                        let gy = gy[i].widen();
-                        xh[i] = (x[i].widen() - mean) * r;
-                        g[i] = gy * weight[i].widen();
-                        gw[i] += gy * xh[i];
-                        gb[i] += gy;
-                    }
-                    let shift = if self.center { sum(&g, |v| v) / size } else { T::Acc::ZERO };
-                    let slope = dot(&g, &xh) / size;
-                    for (gx, (&g, &xh)) in gx.iter_mut().zip(g.iter().zip(&xh)) {
-                        *gx = T::narrow(r * (g - shift - xh * slope));
-                    }
-                }
-                sums
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let mut sums = vec![T::Acc::ZERO; 2 * d];
+                        let (gw, gb) = sums.split_at_mut(d);
+                        let (mut xh, mut g) = (vec![T::Acc::ZERO; d], vec![T::Acc::ZERO; d]);
+                        for (gx, (x, gy)) in
+                            gx.chunks_exact_mut(d).zip(x.chunks_exact(d).zip(gy.chunks_exact(d)))
+                        {
+                            let (mean, r) = self.moments(x);
+                            for i in 0..d {
+                                let gy = gy[i].widen();
+                                xh[i] = (x[i].widen() - mean) * r;
+                                g[i] = gy * weight[i].widen();
+                                gw[i] += gy * xh[i];
+                                gb[i] += gy;
+                            }
+                            let shift = if self.center { sum(&g, |v| v) / size } else { T::Acc::ZERO };
+                            let slope = dot(&g, &xh) / size;
+                            for (gx, (&g, &xh)) in gx.iter_mut().zip(g.iter().zip(&xh)) {
+                                *gx = T::narrow(r * (g - shift - xh * slope));
+                            }
+                        }
+                        sums
+                    },
+                )
             })
             .collect();
         let mut total = vec![T::Acc::ZERO; 2 * d];
@@ -293,14 +319,14 @@ impl CustomOp3 for Norm {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::Var;
 
     use super::*;
     use crate::ops::testing::{assert_close, check_gradients, random_var, values};
 
     #[test]
-    fn values_and_gradients() -> Result<()> {
+    pub(in crate::ops) fn values_and_gradients() -> Result<()> {
         for (dims, center) in
             [([5, 7], true), ([5, 7], false), ([3, 40], true), ([300, 33], false), ([1, 1], true)]
         {

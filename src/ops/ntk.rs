@@ -9,6 +9,7 @@ use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Ten
 use rayon::prelude::*;
 
 use super::record_layout::cpu_slice;
+use super::simd::vectorized;
 use crate::gpu::{Gpu, Grid, Module, args, typed};
 
 /// Some rows of a Gram matrix `[size, size]`, from its first column on.
@@ -135,9 +136,14 @@ impl Add {
                 }
             }
             for (m, grads) in m.chunks_mut(size).zip(grads.chunks(columns)) {
-                for ((m, &g), &f) in m.iter_mut().zip(grads).zip(&factors) {
-                    *m += f * g;
-                }
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for ((m, &g), &f) in m.iter_mut().zip(grads).zip(&factors) {
+                            *m += f * g;
+                        }
+                    },
+                );
             }
         });
     }
@@ -236,7 +242,10 @@ fn cpu_traces<T: WithDType + Into<f64>>(
             let at = first + example * each + row;
             let left = at.min(columns);
             let m = &m[at * size..at * size + columns];
-            let twice = dots(&m[..left], &grads[..left], &factors[..left]);
+            let twice = vectorized(
+                #[inline(always)]
+                || dots(&m[..left], &grads[..left], &factors[..left]),
+            );
             let own =
                 if at < columns { dots(&m[at..=at], &grads[at..=at], &factors[at..=at]) } else { [0.; 2] };
             for ((sum, twice), own) in sums.iter_mut().zip(twice).zip(own) {
@@ -252,6 +261,7 @@ fn cpu_traces<T: WithDType + Into<f64>>(
 }
 
 /// `sum m g f` and `sum m g`.
+#[inline(always)]
 fn dots<T: WithDType + Into<f64>>(m: &[T], g: &[T], f: &[T]) -> [f64; 2] {
     const LANES: usize = 16;
     let (mut all, mut plain) = ([0.; LANES], [0.; LANES]);

@@ -12,6 +12,7 @@ use super::{
     moment_queue::{Average, Moments},
     patches::{ConvShape, patches, unfold_plane},
     products::square_products,
+    simd::{Level, vectorized, with_level},
 };
 
 /// Numbers in the moments of all groups up to which every part of a sum has moments of its own.
@@ -121,9 +122,14 @@ impl<T: Real> Rows<T> for Patches<'_, T> {
         rows.resize(self.size * length, T::ZERO);
         for (at, sample) in samples.enumerate() {
             let x = &self.x[(sample * shape.groups + group) * part..][..part];
-            for (plane, rows) in x.chunks_exact(area).zip(rows.chunks_mut(taps * length)) {
-                unfold_plane(shape, plane, &mut rows[at * t..], length);
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (plane, rows) in x.chunks_exact(area).zip(rows.chunks_mut(taps * length)) {
+                        unfold_plane(shape, plane, &mut rows[at * t..], length);
+                    }
+                },
+            );
         }
         rows[shape.group_features() * length..].fill(T::from_f64(1.));
         (length, vec![rows])
@@ -132,6 +138,18 @@ impl<T: Real> Rows<T> for Patches<'_, T> {
 
 /// `sum_n x x^T` of the rows `[size, t]` of each group.
 fn moments<T: Real>(x: &impl Rows<T>, n: usize, groups: usize, size: usize, t: usize) -> Result<Tensor> {
+    let sums = with_level!(level => sums(level, x, n, groups, size, t));
+    Tensor::from_vec(sums, (groups, size, size), &Device::Cpu)
+}
+
+fn sums<L: Level, T: Real>(
+    level: L,
+    x: &impl Rows<T>,
+    n: usize,
+    groups: usize,
+    size: usize,
+    t: usize,
+) -> Vec<T> {
     let area = size * size;
     // Samples whose products are added up in registers, while their rows are in the cache.
     let together = ((1 << 16) / (size * t).max(1)).clamp(1, 16);
@@ -145,23 +163,23 @@ fn moments<T: Real>(x: &impl Rows<T>, n: usize, groups: usize, size: usize, t: u
         let end = ((part + 1) * samples).min(n);
         for first in (part * samples..end).step_by(together) {
             let (length, rows) = x.get(first..end.min(first + together), group, buffer);
-            square_products(size, length, &rows, sums);
+            square_products(level, size, length, &rows, sums);
         }
     });
     let mut sums = add_parts(sums, groups * area);
     sums.chunks_exact_mut(area).for_each(|sums| mirror_upper(sums, size));
-    Tensor::from_vec(sums, (groups, size, size), &Device::Cpu)
+    sums
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::DType;
 
     use super::*;
     use crate::ops::testing::{assert_close, random, values};
 
     #[test]
-    fn moments_of_patches_are_those_of_the_stored_ones() -> Result<()> {
+    pub(in crate::ops) fn moments_of_patches_are_those_of_the_stored_ones() -> Result<()> {
         for (x, w, [stride, padding, dilation, groups]) in [
             ([3, 1, 28, 28], [5, 1, 5, 5], [1, 0, 1, 1]),
             ([35, 5, 12, 12], [7, 5, 5, 5], [1, 0, 1, 1]),
@@ -192,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_read_where_they_are() -> Result<()> {
+    pub(in crate::ops) fn gradients_are_read_where_they_are() -> Result<()> {
         for (n, t, d, groups) in
             [(3, 576, 5, 1), (40, 64, 7, 1), (17, 16, 6, 3), (2, 25, 1, 1), (0, 16, 2, 1)]
         {

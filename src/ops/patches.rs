@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use super::correlate::copy;
 use super::element::{Host, float_dispatch};
 use super::patches_device::gpu_patches;
+use super::simd::vectorized;
 use crate::gpu::Gpu;
 
 /// The sizes of a 2-D convolution of `[n, c, h, w]` with weights `[o, c / groups, kh, kw]`; pairs are (height, width).
@@ -172,6 +173,7 @@ impl ConvShape {
 
 /// The patches of one channel plane, as `[kh * kw, oh * ow]` with rows `step` apart. `out` holds zeros where the patches
 /// reach into the padding.
+#[inline(always)]
 pub(crate) fn unfold_plane<T: Copy>(shape: &ConvShape, plane: &[T], out: &mut [T], step: usize) {
     let (width, out_width) = (shape.input.1, shape.output.1);
     let mut rows = out.chunks_mut(step);
@@ -195,6 +197,7 @@ pub(crate) fn unfold_plane<T: Copy>(shape: &ConvShape, plane: &[T], out: &mut [T
 }
 
 /// Adds patches `[kh * kw, oh * ow]` to the channel plane that they were read from: the adjoint of `unfold_plane`.
+#[inline(always)]
 pub(crate) fn fold_plane<T: Copy + std::ops::AddAssign>(shape: &ConvShape, patches: &[T], plane: &mut [T]) {
     let (width, out_width) = (shape.input.1, shape.output.1);
     let mut rows = patches.chunks_exact(shape.positions());
@@ -242,7 +245,9 @@ pub fn patches(x: &Tensor, shape: &ConvShape) -> Result<Tensor> {
         out.par_chunks_exact_mut(taps * shape.positions())
             .zip(x.par_chunks_exact(area))
             .with_min_len(shape.channels)
-            .for_each(|(out, plane)| unfold_plane(shape, plane, out, shape.positions()));
+            .for_each(|(out, plane)| {
+                vectorized(#[inline(always)] || unfold_plane(shape, plane, out, shape.positions()))
+            });
         Tensor::from_vec(out, dims, &candle_core::Device::Cpu)?.transpose(1, 2)
     })
 }

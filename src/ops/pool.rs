@@ -10,6 +10,7 @@ use candle_core::{
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, float_dispatch};
+use super::simd::vectorized;
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 pub use super::relu::relu;
@@ -149,8 +150,10 @@ impl CustomOp1 for MaxPool {
                 .zip(x.par_chunks_exact(h * w))
                 .with_min_len(c)
                 .for_each(|((y, at), x)| match (self.kernel, self.stride) {
-                    ((2, 2), (2, 2)) => plane((x, w), ((2, 2), (2, 2)), ow, y, at),
-                    window => plane((x, w), window, ow, y, at),
+                    ((2, 2), (2, 2)) => {
+                        vectorized(#[inline(always)] || plane((x, w), ((2, 2), (2, 2)), ow, y, at))
+                    }
+                    window => vectorized(#[inline(always)] || plane((x, w), window, ow, y, at)),
                 });
             // Set once: an op is applied to one tensor.
             self.at.get_or_init(|| Places::Host(at));

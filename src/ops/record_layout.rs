@@ -2,6 +2,8 @@
 //! else 1), and the features of all groups side by side; their checks, and how they are read from memory.
 use std::ops::Range;
 
+use super::simd::vectorized;
+
 use candle_core::{DType, Layout, Result, Storage, Tensor, WithDType, bail};
 use faer::MatRef;
 use faer::traits::RealField;
@@ -119,20 +121,30 @@ impl<'a, T: WithDType + RealField> Pieces<'a, T> {
         let data = &self.data[start + features.start * self.feature..];
         if self.feature == 1 {
             let mut totals = vec![zero; features.len()];
-            for i in 0..positions {
-                let values = &data[i * self.position..][..features.len()];
-                totals.iter_mut().zip(values).for_each(|(total, v)| *total += *v);
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for i in 0..positions {
+                        let values = &data[i * self.position..][..features.len()];
+                        totals.iter_mut().zip(values).for_each(|(total, v)| *total += *v);
+                    }
+                },
+            );
             sums.zip(totals).for_each(|(sum, total)| *sum += total);
         } else {
             for (i, sum) in sums.enumerate() {
-                *sum += lane_sum(&data[i * self.feature..][..positions]);
+                let values = &data[i * self.feature..][..positions];
+                *sum += vectorized(
+                    #[inline(always)]
+                    || lane_sum(values),
+                );
             }
         }
     }
 }
 
 /// The sum of a slice, in an order that the compiler can vectorize.
+#[inline(always)]
 fn lane_sum<T: WithDType>(values: &[T]) -> T {
     const LANES: usize = 32;
     let mut lanes = [T::from_f64(0.0); LANES];

@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage,
 
 use super::element::{Host, contiguous, float_dispatch};
 use super::row_launch::THREADS;
+use super::simd::vectorized;
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 struct Relu;
@@ -43,7 +44,8 @@ impl CustomOp1 for Relu {
             let x = contiguous::<T>(x, layout)?;
             let zero = T::default();
             // A NaN is not below zero, so that it passes.
-            let y: Vec<T> = x.iter().map(|&v| if v <= zero { zero } else { v }).collect();
+            let y: Vec<T> =
+                vectorized(#[inline(always)] || x.iter().map(|&v| if v <= zero { zero } else { v }).collect());
             Ok((T::to_cpu_storage_owned(y), layout.shape().clone()))
         })
     }
@@ -66,7 +68,10 @@ impl CustomOp1 for Relu {
             let (ys, gys) = (Host::of(y), Host::of(gy));
             let (ys, gys) = (ys.values::<T>()?, gys.values::<T>()?);
             let zero = T::default();
-            let gx: Vec<T> = ys.iter().zip(&*gys).map(|(&y, &g)| if y <= zero { zero } else { g }).collect();
+            let pairs = ys.iter().zip(&*gys);
+            let gx: Vec<T> = vectorized(#[inline(always)] || {
+                pairs.map(|(&y, &g)| if y <= zero { zero } else { g }).collect()
+            });
             Ok(Some(Tensor::from_vec(gx, y.shape(), &Device::Cpu)?))
         })
     }

@@ -9,6 +9,7 @@ const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const INCREMENTS: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
 /// Ten rounds of Philox 4x32: 128 random bits for a 128-bit counter under a 64-bit key.
+#[inline(always)]
 pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let ([mut a, mut b, mut c, mut d], [mut k0, mut k1]) = (counter, key);
     for _ in 0..10 {
@@ -22,6 +23,7 @@ pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 }
 
 /// The 128 bits of place `index` in `stream` under `seed`.
+#[inline(always)]
 pub fn bits(seed: u64, stream: u64, index: u64) -> [u32; 4] {
     let words = |v: u64| [v as u32, (v >> 32) as u32];
     let ([i0, i1], [s0, s1]) = (words(index), words(stream));

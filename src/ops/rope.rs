@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::element::{Element, contiguous, float_dispatch};
 use super::row_launch::THREADS;
+use super::simd::vectorized;
 use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 
 /// The pairs of elements that are turned, and where a row's position is.
@@ -141,17 +142,22 @@ impl Turn {
         rows.with_min_len((4096 / half).max(1)).for_each(|(row, (y, x))| {
             let start = row / batch_rows * batch_angle + row / inner % seq * half;
             let angles = cos[start..start + half].iter().zip(&sin[start..start + half]);
-            if self.rope.interleaved {
-                for ((y, x), (&c, &s)) in y.chunks_exact_mut(2).zip(x.chunks_exact(2)).zip(angles) {
-                    (y[0], y[1]) = turn(x[0], x[1], c, s);
-                }
-            } else {
-                let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
-                let pairs = y1.iter_mut().zip(y2).zip(x1.iter().zip(x2));
-                for (((y1, y2), (&a, &b)), (&c, &s)) in pairs.zip(angles) {
-                    (*y1, *y2) = turn(a, b, c, s);
-                }
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    if self.rope.interleaved {
+                        for ((y, x), (&c, &s)) in y.chunks_exact_mut(2).zip(x.chunks_exact(2)).zip(angles) {
+                            (y[0], y[1]) = turn(x[0], x[1], c, s);
+                        }
+                    } else {
+                        let ((x1, x2), (y1, y2)) = (x.split_at(half), y.split_at_mut(half));
+                        let pairs = y1.iter_mut().zip(y2).zip(x1.iter().zip(x2));
+                        for (((y1, y2), (&a, &b)), (&c, &s)) in pairs.zip(angles) {
+                            (*y1, *y2) = turn(a, b, c, s);
+                        }
+                    }
+                },
+            )
         });
         y
     }

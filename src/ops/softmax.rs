@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, dot, float_dispatch, sum};
 use super::row_launch::a_team_each;
+use super::simd::{Level, with_level};
 use crate::gpu::{self, Gpu, Module, Operand, args, typed};
 
 pub use super::cross_entropy::cross_entropy;
@@ -40,24 +41,49 @@ pub(super) struct Softmax {
 
 /// What a row's exponentials are taken less: its largest entry, and 0 where all are -inf, less which they would be NaN. A NaN, which
 /// no maximum shows, is one in the sum of the exponentials all the same.
+#[inline(always)]
 fn shift<T: Element>(row: &[T]) -> T::Acc {
-    let max = row.iter().fold(T::Acc::NEG_INFINITY, |m, v| m.max(v.widen()));
+    let max = largest(row);
     if max == T::Acc::NEG_INFINITY { T::Acc::ZERO } else { max }
+}
+
+/// The largest entry that is no NaN, in parts that vectorize.
+#[inline(always)]
+fn largest<T: Element>(row: &[T]) -> T::Acc {
+    const PARTS: usize = 16;
+    let larger = |a: T::Acc, b: T::Acc| if b > a { b } else { a };
+    let (chunks, rest) = row.as_chunks::<PARTS>();
+    let mut parts = [T::Acc::NEG_INFINITY; PARTS];
+    for chunk in chunks {
+        for i in 0..PARTS {
+            parts[i] = larger(parts[i], chunk[i].widen());
+        }
+    }
+    let rest = rest.iter().map(|v| v.widen());
+    parts.into_iter().chain(rest).fold(T::Acc::NEG_INFINITY, larger)
 }
 
 /// The largest entry `m` of a row, and `log sum exp(x - m)`: apart, since in the sum of the two a large `m` would swallow
 /// the other. Both are 0 where all entries are -inf.
-pub(super) fn log_sum_exp<T: Element>(row: &[T]) -> (T::Acc, T::Acc) {
+#[inline(always)]
+pub(super) fn log_sum_exp<L: Level, T: Element>(level: L, row: &[T]) -> (T::Acc, T::Acc) {
     let shift = shift(row);
-    let total = sum(row, |v| (v - shift).exp());
+    let total = sum(
+        row,
+        #[inline(always)]
+        |v| (v - shift).exp_in(level),
+    );
     (shift, if total == T::Acc::ZERO { total } else { total.ln() })
 }
 
 /// The exponentials `exp(x - m)` of a row in `exps`, and one over their sum; 0 where all are 0.
-pub(super) fn exponentials<T: Element>(row: &[T], exps: &mut Vec<T::Acc>) -> T::Acc {
+#[inline(always)]
+pub(super) fn exponentials<L: Level, T: Element>(level: L, row: &[T], exps: &mut Vec<T::Acc>) -> T::Acc {
     let shift = shift(row);
-    exps.clear();
-    exps.extend(row.iter().map(|v| (v.widen() - shift).exp()));
+    exps.resize(row.len(), T::Acc::ZERO);
+    for (exp, v) in exps.iter_mut().zip(row) {
+        *exp = (v.widen() - shift).exp_in(level);
+    }
     let total = sum(exps, |v| v);
     if total == T::Acc::ZERO { total } else { T::Acc::from_f64(1.) / total }
 }
@@ -102,38 +128,56 @@ impl Softmax {
 
     fn forward<T: Element>(self, x: &[T], d: usize) -> Vec<T> {
         let mut y = vec![T::narrow(T::Acc::ZERO); x.len()];
-        let rows = y.par_chunks_exact_mut(d).zip(x.par_chunks_exact(d));
-        rows.with_min_len(rows_of_part(d)).for_each_init(Vec::new, |exps, (y, x)| {
+        let part = rows_of_part(d) * d;
+        y.par_chunks_mut(part).zip(x.par_chunks(part)).for_each(
+            |(y, x)| with_level!(level => level.call(#[inline(always)] || self.forward_rows(level, x, y, d))),
+        );
+        y
+    }
+
+    #[inline(always)]
+    fn forward_rows<L: Level, T: Element>(self, level: L, x: &[T], y: &mut [T], d: usize) {
+        let mut exps = Vec::new();
+        for (y, x) in y.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
             if self.log {
-                let (max, log_sum) = log_sum_exp(x);
+                let (max, log_sum) = log_sum_exp(level, x);
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = T::narrow(x.widen() - max - log_sum));
             } else {
-                let scale = exponentials(x, exps);
-                y.iter_mut().zip(exps).for_each(|(y, e)| *y = T::narrow(*e * scale));
+                let scale = exponentials(level, x, &mut exps);
+                y.iter_mut().zip(&exps).for_each(|(y, e)| *y = T::narrow(*e * scale));
             }
-        });
-        y
+        }
     }
 
     /// `y (g - sum g y)`, and `g - exp(y) sum g` for the logarithm, 0 where all of that is -inf.
     fn backward<T: Element>(self, y: &[T], gy: &[T], d: usize) -> Vec<T> {
         let mut gx = vec![T::narrow(T::Acc::ZERO); y.len()];
-        let rows = gx.par_chunks_exact_mut(d).zip(y.par_chunks_exact(d).zip(gy.par_chunks_exact(d)));
-        rows.with_min_len(rows_of_part(d)).for_each(|(gx, (y, gy))| {
-            let pairs = gx.iter_mut().zip(y.iter().zip(gy));
-            let pairs = pairs.map(|(gx, (y, g))| (gx, y.widen(), g.widen()));
-            if self.log {
-                if y.iter().all(|y| y.widen() == T::Acc::NEG_INFINITY) {
-                    return;
-                }
-                let total = sum(gy, |v| v);
-                pairs.for_each(|(gx, y, g)| *gx = T::narrow(g - y.exp() * total));
-            } else {
-                let total = dot(y, gy);
-                pairs.for_each(|(gx, y, g)| *gx = T::narrow(y * (g - total)));
-            }
+        let part = rows_of_part(d) * d;
+        gx.par_chunks_mut(part).zip(y.par_chunks(part).zip(gy.par_chunks(part))).for_each(|(gx, (y, gy))| {
+            with_level!(level => level.call(#[inline(always)] || self.backward_rows(level, y, gy, gx, d)))
         });
         gx
+    }
+
+    #[inline(always)]
+    fn backward_rows<L: Level, T: Element>(self, level: L, y: &[T], gy: &[T], gx: &mut [T], d: usize) {
+        for (gx, (y, gy)) in gx.chunks_exact_mut(d).zip(y.chunks_exact(d).zip(gy.chunks_exact(d))) {
+            let pairs = gx.iter_mut().zip(y.iter().zip(gy));
+            if self.log {
+                if y.iter().all(|y| y.widen() == T::Acc::NEG_INFINITY) {
+                    continue;
+                }
+                let total = sum(gy, |v| v);
+                for (gx, (y, g)) in pairs {
+                    *gx = T::narrow(g.widen() - y.widen().exp_in(level) * total);
+                }
+            } else {
+                let total = dot(y, gy);
+                for (gx, (y, g)) in pairs {
+                    *gx = T::narrow(y.widen() * (g.widen() - total));
+                }
+            }
+        }
     }
 
     fn gpu_forward(self, gpu: &Gpu, x: &Operand, d: usize) -> Result<Storage> {
@@ -218,7 +262,7 @@ impl CustomOp1 for Softmax {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     use candle_core::Var;
 
     use super::*;
@@ -325,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn other_layouts_and_dtypes() -> Result<()> {
+    pub(in crate::ops) fn other_layouts_and_dtypes() -> Result<()> {
         let x = random_var(0, &[6, 4, 5])?;
         let turned = x.transpose(0, 2)?;
         let expected = values(&softmax_last_dim(&turned.contiguous()?)?)?;

@@ -20,6 +20,7 @@ use rayon::prelude::*;
 use super::element::{Element, Host, Real, float_dispatch};
 use super::group::value_dtype;
 use super::memory::keep_freed_blocks;
+use super::simd::{Level, vectorized, with_level};
 use super::{group_host, precomputed};
 use crate::gpu::{Gpu, tensor_of};
 
@@ -214,11 +215,15 @@ impl Entropy {
                     if w == A::ZERO { A::ZERO } else { slope }
                 };
                 let line = out.iter_mut().zip(w).zip(&columns);
-                if known {
-                    line.for_each(|((out, w), column)| *out = slope(*out, w.widen(), *column));
-                } else {
-                    line.for_each(|((out, w), column)| *out = slope(w.widen().abs().ln_positive(), w.widen(), *column));
-                }
+                with_level!(level => level.call(#[inline(always)] || {
+                    if known {
+                        line.for_each(|((out, w), column)| *out = slope(*out, w.widen(), *column));
+                    } else {
+                        line.for_each(|((out, w), column)| {
+                            *out = slope(w.widen().abs().ln_positive(level), w.widen(), *column)
+                        });
+                    }
+                }))
             });
             Tensor::from_vec(T::narrow_vec(out), w.shape(), &Device::Cpu)
         })
@@ -257,12 +262,13 @@ fn line_sums<T: Element>(w: &[T], logs: &[T::Acc], columns: &mut [f64]) -> [f64;
 }
 
 /// The logarithms of the sizes of a line of weights, 0 of zero. In a loop of their own: they leave no registers for sums.
-#[inline(never)]
 fn line_logs<T: Element>(w: &[T], logs: &mut [T::Acc]) {
-    for (log, w) in logs.iter_mut().zip(w) {
-        let size = w.widen().abs();
-        *log = if size > T::Acc::ZERO { size.ln_positive() } else { T::Acc::ZERO };
-    }
+    with_level!(level => level.call(#[inline(always)] || {
+        for (log, w) in logs.iter_mut().zip(w) {
+            let size = w.widen().abs();
+            *log = if size > T::Acc::ZERO { size.ln_positive(level) } else { T::Acc::ZERO };
+        }
+    }))
 }
 
 /// The sums of at least one weight. The logarithms of their sizes are left in `kept`, which is empty or as long as `w`.
@@ -283,7 +289,10 @@ fn sums<T: Element>(w: &[T], shape: Shape, kept: &mut [T::Acc]) -> Sums {
             for (i, line) in w.chunks_exact(width).enumerate() {
                 let logs = kept.get_mut(i * width..(i + 1) * width).unwrap_or(&mut passing);
                 line_logs(line, logs);
-                let [row, of_logs, squares] = line_sums(line, logs, &mut columns);
+                let [row, of_logs, squares] = vectorized(
+                    #[inline(always)]
+                    || line_sums(line, logs, &mut columns),
+                );
                 rows.push(row);
                 totals[0] += of_logs;
                 totals[1] += squares;

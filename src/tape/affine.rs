@@ -4,6 +4,7 @@ use super::{Inputs, Owed, Tap};
 use crate::gpu::Gpu;
 use crate::ops::bias::{gpu_add, gpu_sum};
 use crate::ops::dense::{self, Matrices, products};
+use crate::ops::simd::vectorized;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::backend::BackendStorage;
@@ -88,13 +89,18 @@ fn cpu_product(x: &CpuStorage, x_l: &Layout, w: &CpuStorage, w_l: &Layout) -> Re
 /// Adds `bias` to every row of `y`.
 fn add_to_rows(y: &mut CpuStorage, bias: &CpuStorage, layout: &Layout) -> Result<()> {
     fn rows<T: Copy + std::ops::AddAssign + Send + Sync>(y: &mut [T], bias: &[T]) {
-        let add = |row: &mut [T]| row.iter_mut().zip(bias).for_each(|(y, b)| *y += *b);
+        let add = |y: &mut [T]| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for row in y.chunks_mut(bias.len().max(1)) {
+                        row.iter_mut().zip(bias).for_each(|(y, b)| *y += *b);
+                    }
+                },
+            )
+        };
         // Below some thousand elements the hand-over to other threads costs more than the sum.
-        if y.len() < 1 << 16 {
-            y.chunks_mut(bias.len().max(1)).for_each(add)
-        } else {
-            y.par_chunks_mut(bias.len().max(1)).with_min_len(64).for_each(add)
-        }
+        if y.len() < 1 << 16 { add(y) } else { y.par_chunks_mut(64 * bias.len().max(1)).for_each(add) }
     }
     let at = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
     match (y, bias) {

@@ -2,6 +2,7 @@
 
 use super::update::{At, CHUNK, LEAST, State, Update, decay, flushed, in_range};
 use crate::ops::element::Host;
+use crate::ops::simd::vectorized;
 use crate::optim::ParamsAdamW;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
@@ -76,13 +77,18 @@ fn one_pass(
     let chunks = value.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
     chunks.zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK))).for_each(
         |((value, grad), (mean, square))| {
-            for i in 0..value.len() {
-                let g = flushed(grad[i], LEAST);
-                mean[i] = flushed(mean[i] * b1 + g * c1, LEAST);
-                square[i] = flushed(square[i] * b2 + g * g * c2, LEAST * LEAST);
-                let direction = mean[i] * bias1 / ((square[i] * bias2).sqrt() + eps);
-                value[i] = flushed(value[i] * kept - direction * lr, LEAST);
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (((value, grad), mean), square) in value.iter_mut().zip(grad).zip(mean).zip(square) {
+                        let g = flushed(*grad, LEAST);
+                        *mean = flushed(*mean * b1 + g * c1, LEAST);
+                        *square = flushed(*square * b2 + g * g * c2, LEAST * LEAST);
+                        let direction = *mean * bias1 / ((*square * bias2).sqrt() + eps);
+                        *value = flushed(*value * kept - direction * lr, LEAST);
+                    }
+                },
+            )
         },
     );
     let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);

@@ -1,6 +1,7 @@
 //! What a rule has to say, and what all rules share.
 
 use crate::ops::element::Host;
+use crate::ops::simd::vectorized;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -131,6 +132,7 @@ pub(super) const CHUNK: usize = 1 << 14;
 pub(super) const LEAST: f32 = 1e-18;
 
 /// `value`, or zero where it is smaller than `least`.
+#[inline(always)]
 pub(super) fn flushed(value: f32, least: f32) -> f32 {
     if value.abs() < least { 0.0 } else { value }
 }
@@ -146,9 +148,14 @@ pub(super) fn mix(a: &Tensor, kept: f64, b: &Tensor, share: f64, least: f32) -> 
     let mut mixed = vec![0f32; x.len()];
     mixed.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK).zip(y.par_chunks(CHUNK))).for_each(
         |(mixed, (x, y))| {
-            for ((mixed, x), y) in mixed.iter_mut().zip(x).zip(y) {
-                *mixed = flushed(x * kept + y * share, least);
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((mixed, x), y) in mixed.iter_mut().zip(x).zip(y) {
+                        *mixed = flushed(x * kept + y * share, least);
+                    }
+                },
+            )
         },
     );
     Tensor::from_vec(mixed, a.shape(), &Device::Cpu)
