@@ -200,9 +200,10 @@ pub fn ends(vars: &VarMap, patterns: &[String]) -> Result<Groups> {
     Ok(Groups(groups.collect()))
 }
 
-/// Shampoo's options made KL-Shampoo's, whose steps have a length of their own.
+/// Shampoo's options made KL-Shampoo's. The published one has no grafting; without it the steps of wide layers are far too long while their
+/// factors are of low rank, and a fine-tuning of few steps never recovers.
 pub fn kl_shampoo(params: ParamsShampoo) -> ParamsShampoo {
-    ParamsShampoo { factors: ShampooFactors::KlDivergence, grafting: Grafting::None, ..params }
+    ParamsShampoo { factors: ShampooFactors::KlDivergence, grafting: Grafting::Adam, ..params }
 }
 
 /// [`Optimizer::step`] with curvature.

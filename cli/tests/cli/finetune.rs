@@ -104,9 +104,9 @@ fn options_of_the_baselines_count() {
     run(&folder, "--optimizer adamw");
     for (name, options) in [
         ("sgd", &["--momentum 0.5"][..]),
-        ("adamw", &["--beta2 0.9"]),
+        ("adamw", &["--momentum 0.5", "--beta2 0.9"]),
         ("muon", &["--momentum 0.5", "--ends-lr 0.0001"]),
-        ("soap", &["--beta2 0.9", "--period 1", "--ends-lr 0.0001"]),
+        ("soap", &["--momentum 0.5", "--beta2 0.9", "--period 1", "--ends-lr 0.0001"]),
         ("shampoo", &["--beta2 0.9", "--period 1", "--ends-lr 0.0001"]),
         ("kl-shampoo", &["--beta2 0.9", "--period 1", "--ends-lr 0.0001"]),
         ("kfac", &["--damping 1"]),
@@ -189,7 +189,11 @@ fn wrong_lines_are_sentences() {
         ("--optimizer so --kl-target 0.1", 1, "--kl-target is for kldwrm, and --optimizer is so"),
         ("--optimizer adamw --kl-clip 0.1", 1, "--kl-clip is for so and kfac, and --optimizer is adamw"),
         ("--optimizer muon --damping 1", 1, "--damping is for so and kfac, and --optimizer is muon"),
-        ("--momentum 0.5", 1, "--momentum is for sgd and muon, and --optimizer is compare"),
+        (
+            "--optimizer kfac --momentum 0.5",
+            1,
+            "--momentum is for muon, soap, shampoo, kl-shampoo, sgd and adamw, and --optimizer is kfac",
+        ),
         (
             "--optimizer sgd --beta2 0.5",
             1,
