@@ -183,7 +183,7 @@ fn pool_sample<L: Level, T: Real>(
             let part = bias.len() * step;
             sums.resize(elements * part, T::ZERO);
             for (shifts, sums) in phases.shifts.iter().zip(sums.chunks_exact_mut(part)) {
-                run_sums(level, shifts, planes, weights, bias, length, sums, step);
+                run_sums(level, shifts, planes, (weights, bias), length, sums, step);
             }
             places.clear();
             places.resize(part, 0);

@@ -7,7 +7,7 @@ use super::{
     conv_pool::{CUT, PooledShape},
     conv_slices::{Samples, add_parts, grad_input_samples},
     correlate::{blocks, pad},
-    element::Real,
+    element::{Real, total},
     simd::{Lanes, Level, with_level},
 };
 
@@ -228,8 +228,11 @@ fn kept_sum<T: Real>(gy: &[T], at: &[u8]) -> T {
             parts[i] += kept(gy[i], at[i]);
         }
     }
-    let rest = gy_rest.iter().zip(at_rest).map(|(&g, &at)| kept(g, at));
-    parts.into_iter().chain(rest).fold(T::ZERO, |sum, v| sum + v)
+    let mut sum = total(parts);
+    for (&g, &at) in gy_rest.iter().zip(at_rest) {
+        sum += kept(g, at);
+    }
+    sum
 }
 
 /// Adds to a vector for each row of a kernel the sum over `list` of gradient times what the row sees at its place.

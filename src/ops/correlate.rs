@@ -183,7 +183,7 @@ pub(crate) fn correlate<L: Level, T: Real>(
             let (block, next) = out.split_at_mut(bias.len() * channel);
             out = next;
             band.resize(bias.len() * step, T::ZERO);
-            run_sums(packed.level, &runs.shifts, x, weights, bias, length, band, step);
+            run_sums(packed.level, &runs.shifts, x, (weights, bias), length, band, step);
             for (sums, out) in band.chunks_exact(step).zip(block.chunks_exact_mut(channel)) {
                 let out = out[first * runs.cols..].chunks_exact_mut(runs.cols);
                 let rows = out.zip(sums.chunks(runs.row_step)).take(rows);
@@ -200,8 +200,7 @@ pub(crate) fn run_sums<L: Level, T: Real>(
     level: L,
     shifts: &[usize],
     x: &[T],
-    weights: &[T],
-    bias: &[T],
+    (weights, bias): (&[T], &[T]),
     length: usize,
     sums: &mut [T],
     step: usize,
@@ -228,18 +227,16 @@ pub(crate) fn run_sums<L: Level, T: Real>(
             _ => tiles::<L, T, 6, 2>,
         }
     };
-    tiles(level, shifts, x, weights, bias, length, sums, step)
+    tiles(level, shifts, x, (weights, bias), length, sums, step)
 }
 
 /// [`run_sums`] of `O` channels, `V` vectors at a time and then the rest.
 #[inline(never)]
-#[allow(clippy::too_many_arguments)]
 fn tiles<L: Level, T: Real, const O: usize, const V: usize>(
     level: L,
     shifts: &[usize],
     x: &[T],
-    weights: &[T],
-    bias: &[T],
+    (weights, bias): (&[T], &[T]),
     length: usize,
     sums: &mut [T],
     step: usize,

@@ -161,6 +161,16 @@ pub(crate) use float_dispatch;
 /// Partial sums that a sum is kept in, so that it vectorizes.
 const PARTS: usize = 16;
 
+/// The sum of partial sums, in order. A plain loop: iterators over arrays are not inlined everywhere.
+#[inline(always)]
+pub(super) fn total<A: Real, const N: usize>(parts: [A; N]) -> A {
+    let mut total = A::ZERO;
+    for part in &parts {
+        total += *part;
+    }
+    total
+}
+
 /// `sum f(x)` in the accumulator type.
 #[inline(always)]
 pub(crate) fn sum<T: Element>(x: &[T], f: impl Fn(T::Acc) -> T::Acc) -> T::Acc {
@@ -171,8 +181,11 @@ pub(crate) fn sum<T: Element>(x: &[T], f: impl Fn(T::Acc) -> T::Acc) -> T::Acc {
             parts[i] += f(chunk[i].widen());
         }
     }
-    let rest = rest.iter().map(|v| f(v.widen()));
-    parts.into_iter().chain(rest).fold(T::Acc::ZERO, |sum, v| sum + v)
+    let mut sum = total(parts);
+    for v in rest {
+        sum += f(v.widen());
+    }
+    sum
 }
 
 /// `sum x y` in the accumulator type.
@@ -185,8 +198,11 @@ pub(crate) fn dot<T: Element>(x: &[T], y: &[T]) -> T::Acc {
             parts[i] += x[i].widen() * y[i].widen();
         }
     }
-    let rest = x_rest.iter().zip(y_rest).map(|(x, y)| x.widen() * y.widen());
-    parts.into_iter().chain(rest).fold(T::Acc::ZERO, |sum, v| sum + v)
+    let mut sum = total(parts);
+    for (x, y) in x_rest.iter().zip(y_rest) {
+        sum += x.widen() * y.widen();
+    }
+    sum
 }
 
 /// The elements of a CPU storage in row-major order of `layout`; borrowed where they already lie so.

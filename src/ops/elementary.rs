@@ -26,7 +26,7 @@ pub(super) fn exp<L: Level>(x: f32) -> f32 {
     /// Added to a small number it leaves the nearest whole one in the last bits.
     const ROUND: f32 = 12_582_912.;
     /// `ln 2` in two parts; multiples of the first by such `k` are exact.
-    const LN_2: [f32; 2] = [0.693_359_375, -2.121_944_4e-4];
+    const LN_2: [f32; 2] = [355. / 512., -2.121_944_4e-4];
     const SERIES: [f32; 6] = [1. / 2., 1. / 6., 1. / 24., 1. / 120., 1. / 720., 1. / 5040.];
     // What is beyond is infinite or 0 all the same. A NaN is neither and stays one.
     let x = if x > 89. { 89. } else { x };

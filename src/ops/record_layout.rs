@@ -153,7 +153,11 @@ fn lane_sum<T: WithDType>(values: &[T]) -> T {
         lanes.iter_mut().zip(block).for_each(|(lane, v)| *lane += *v);
     }
     lanes.iter_mut().zip(blocks.remainder()).for_each(|(lane, v)| *lane += *v);
-    lanes.into_iter().fold(T::from_f64(0.0), |a, b| a + b)
+    let mut sum = T::from_f64(0.0);
+    for lane in &lanes {
+        sum += *lane;
+    }
+    sum
 }
 
 #[cfg(test)]

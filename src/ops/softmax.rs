@@ -59,8 +59,14 @@ fn largest<T: Element>(row: &[T]) -> T::Acc {
             parts[i] = larger(parts[i], chunk[i].widen());
         }
     }
-    let rest = rest.iter().map(|v| v.widen());
-    parts.into_iter().chain(rest).fold(T::Acc::NEG_INFINITY, larger)
+    let mut most = T::Acc::NEG_INFINITY;
+    for part in &parts {
+        most = larger(most, *part);
+    }
+    for v in rest {
+        most = larger(most, v.widen());
+    }
+    most
 }
 
 /// The largest entry `m` of a row, and `log sum exp(x - m)`: apart, since in the sum of the two a large `m` would swallow
