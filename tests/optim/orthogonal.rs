@@ -80,7 +80,7 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
             let metric = kron(&of_group(&a, 0), &of_group(&f, 0)) + eye(elements.len()) * DAMPING;
             let direction = orthogonal(&solve(&metric, &wake), 3);
             let squared = (direction.transpose() * &metric * &direction)[(0, 0)];
-            let rate = match rule.clone() {
+            let rate = match rule {
                 StepRule::FixedKl { target } => lr * (2.0 * target / squared).sqrt(),
                 _ => lr * scale,
             };
