@@ -134,6 +134,10 @@ impl NaturalGradient {
 
     /// Moves new inverses to where the old ones are, which recorded kernels read. Nothing, where they are of another kind.
     pub(super) fn move_inverses(&mut self, old: &[BlockState]) -> Result<bool> {
+        // What measures an orthogonal direction reads the averages and the damping too, which are others after a refresh: it is recorded anew.
+        if self.core.params.orthogonal.is_some() {
+            return Ok(false);
+        }
         let both = || {
             self.core.blocks.iter().zip(old).map(|(b, old)| (&b.state.preconditioner, &old.preconditioner))
         };
