@@ -27,8 +27,8 @@ fn main() -> Result<()> {
     init::seeded_uniform(&init::named(&vars)?, 0)?;
     let [fc1, fc2, fc3] = &layers;
     let forward = |x: &Tensor| x.apply(fc1)?.relu()?.apply(fc2)?.relu()?.apply(fc3);
-    // The decay keeps the net from certainty, at which no weight would be worth anything to it.
-    let mut opt = NaturalGradient::from_varmap(&vars, Params { weight_decay: 0.01, ..Params::kld_wrm(&tape) })?;
+    let params = Params { weight_decay: 0.01, ..Params::kld_wrm(&tape) }; // to a net that is certain no weight is worth anything
+    let mut opt = NaturalGradient::from_varmap(&vars, params)?;
     for _ in 0..100 {
         let logits = forward(&x)?;
         opt.observe(&logits, Likelihood::Categorical)?;
