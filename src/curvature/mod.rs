@@ -9,6 +9,7 @@ mod gradient;
 mod inverse;
 mod rounding;
 mod split;
+pub(crate) mod standard;
 mod sums;
 
 pub use collect::{Collect, Factors};

@@ -3,7 +3,9 @@
 use crate::common::*;
 use candle_core::{DType, Result};
 use kronwake::curvature::Damping;
-use kronwake::optim::{Average, Decay, Every, FallbackRate, NaturalGradient, Params, Wake};
+use kronwake::optim::{
+    AdaptiveKl, Average, Decay, Every, FallbackRate, NaturalGradient, Params, StepRule, Wake,
+};
 use kronwake::tape::{Fisher, Likelihood};
 
 /// What the files were written with, beside the defaults.
@@ -18,6 +20,7 @@ fn options(wake: Wake, net: &Net) -> Params {
         Wake::KldWrm(_) => Params {
             overlap: 2,
             fisher: Fisher::Exact,
+            step_rule: StepRule::AdaptiveKl(AdaptiveKl { slope: 0.1, noise: 0.0, ..AdaptiveKl::default() }),
             orthogonal: None,
             fallback_rate: FallbackRate::Own,
             ..p

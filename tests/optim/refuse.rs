@@ -19,7 +19,7 @@ fn constructed(wake: impl Into<Wake> + Clone, change: impl Fn(Params) -> Params)
 
 #[test]
 fn options() {
-    const KL: AdaptiveKl = AdaptiveKl { initial: 0.01, slope: 0.2, pace: 0.05 };
+    const KL: AdaptiveKl = AdaptiveKl { initial: 0.01, slope: 0.2, noise: 0.0, pace: 0.05 };
     type P = Params;
     type Change = fn(P) -> P;
     fn adaptive(change: fn(Adaptive) -> Adaptive) -> Damping {
@@ -72,6 +72,10 @@ fn options() {
             &["a step of KL 0.01 has no use for kl_clip, got 0.1"],
         ),
         (|p| p.adaptive_kl(AdaptiveKl { initial: f64::NAN, ..KL }), &["a positive KL target, got NaN"]),
+        (
+            |p| p.adaptive_kl(AdaptiveKl { noise: -1.0, ..KL }),
+            &["terms of the noise to be 0 or more, got -1"],
+        ),
         (|p| p.adaptive_kl(AdaptiveKl { slope: 2.0, ..KL }), &["the slope to aim at in [-1, 1], got 2"]),
         (|p| p.adaptive_kl(AdaptiveKl { pace: -0.1, ..KL }), &["expected a pace in [0, 1], got -0.1"]),
         (

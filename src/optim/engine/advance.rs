@@ -143,8 +143,8 @@ impl NaturalGradient {
     /// Queues a step; whether it was one that renewed curvature, where the host waits for it anyway.
     fn queue(&mut self, device: &mut DeviceStep, grads: &[Option<Tensor>]) -> Staged<bool> {
         let refresh = self.take_factors()?;
+        self.core.begin_length(terms_of(&refresh));
         if self.core.steps == 0 {
-            self.core.begin_length(terms_of(&refresh));
             device.set_length(self.core.slopes.length)?;
         }
         let renewing = refresh.is_some() || self.core.inverses_due();

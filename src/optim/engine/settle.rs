@@ -65,6 +65,7 @@ impl NaturalGradient {
                 before: numbers[update::BEFORE],
                 last: device.last_slopes.to_vec1::<f64>()?.iter().sum::<f64>().abs(),
                 length: numbers[update::LENGTH],
+                terms: self.core.slopes.terms,
             },
             previous_rate: (previous >= 0.0).then_some(previous),
             skipped: self.core.skipped + flags[update::SKIPPED] as usize,

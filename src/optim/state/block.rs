@@ -28,6 +28,9 @@ pub(crate) struct BlockState {
     pub factor_a: Option<Tensor>,
     pub factor_g: Option<Tensor>,
     pub preconditioner: Option<Preconditioner>,
+    /// Means and deviations of the inputs, `[groups, 2, columns]`, where directions are made orthogonal and the inputs are far from
+    /// standard ones ([`coordinates`](crate::curvature::standard::coordinates)).
+    pub inputs: Option<Tensor>,
     /// EKFAC's averaged second moments.
     pub moments: Option<Tensor>,
     /// What the next wake gradient looks back at.
@@ -78,6 +81,11 @@ impl Block {
     /// The shape of the scaling of its eigenvectors; of those of two factors where the solve is exact.
     pub fn scale(&self, exact: bool) -> [usize; 3] {
         [self.groups, self.rows.values(exact), self.columns.values(exact)]
+    }
+
+    /// Whether the means and variances of its inputs are known.
+    pub fn knows_its_inputs(&self) -> bool {
+        self.part == Part::Folded && self.columns.is_full()
     }
 
     /// Whether a factor of it is of low rank.

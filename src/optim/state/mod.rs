@@ -60,11 +60,13 @@ pub(super) struct Slopes {
     pub last: f64,
     /// What multiplies the length of a step.
     pub length: f64,
+    /// Loss terms of a step, as the first had; 0 where that is not known yet.
+    pub terms: f64,
 }
 
 impl Default for Slopes {
     fn default() -> Self {
-        Self { after: 0.0, before: 0.0, last: 0.0, length: 1.0 }
+        Self { after: 0.0, before: 0.0, last: 0.0, length: 1.0, terms: 0.0 }
     }
 }
 
@@ -111,11 +113,23 @@ impl Core {
         self.params.wake.name()
     }
 
-    /// Sets the length of the first step, of `terms` loss terms.
+    /// Takes note of the loss terms of a step, and sets the length of the first one.
     pub fn begin_length(&mut self, terms: f64) {
-        if self.steps == 0 && self.measures_slopes() && terms.is_finite() && terms > 0.0 {
+        if !(self.measures_slopes() && terms.is_finite() && terms > 0.0) {
+            return;
+        }
+        if self.steps == 0 {
             self.slopes.length = AdaptiveKl::first_length(terms);
         }
+        if self.slopes.terms == 0.0 {
+            self.slopes.terms = terms;
+        }
+    }
+
+    /// The quotient of slopes that the length aims at, at the whole length of a step.
+    pub fn slope_aim(&self, rule: AdaptiveKl) -> f64 {
+        let elements = self.blocks.iter().map(|block| block.shape().iter().product::<usize>()).sum::<usize>();
+        rule.slope * rule.signal_share(self.slopes.terms, elements)
     }
 
     /// Whether the coming step renews the factors; as long as a block that cannot sit it out has none, they are due.

@@ -116,6 +116,7 @@ impl<'a> StateReader<'a> {
         let factor_a = get("factor_a", &square_a, started);
         let factor_g = get("factor_g", &square_g, started);
         let state = BlockState {
+            inputs: get("inputs", &[block.groups, 2, block.columns.dim], false),
             moments: get("moments", &inside, false),
             carry: get("carry", &matrix, started && needs.wake),
             mean: get("mean", &matrix, false),

@@ -214,7 +214,7 @@ impl Header {
             largest_lr: numbers.optional("largest_lr")?,
             previous_rate: numbers.optional("previous_rate")?,
             damping: numbers.needed("damping")?,
-            slopes: Slopes { after, before, last, length },
+            slopes: Slopes { after, before, last, length, terms: numbers.optional("terms")?.unwrap_or(0.0) },
             pending: numbers.optional("ahead_from")?.zip(numbers.optional("ahead_damping")?),
             closure_checked: numbers.needed("closure_checked")?,
             models,
@@ -245,9 +245,9 @@ impl Header {
                 wrong.push(format!("{name} is {value}, expected zero or more"));
             }
         }
-        let Slopes { after, before, last, length } = self.slopes;
-        let slopes = [after, before, last, length];
-        if slopes.iter().any(|slope| !slope.is_finite()) || length <= 0.0 {
+        let Slopes { after, before, last, length, terms } = self.slopes;
+        let slopes = [after, before, last, length, terms];
+        if slopes.iter().any(|slope| !slope.is_finite()) || length <= 0.0 || terms < 0.0 {
             wrong.push(format!("slopes are {slopes:?}, expected numbers, the length positive"));
         }
         if let Some((from, _)) = self.pending.filter(|(from, _)| *from > self.steps) {

@@ -34,6 +34,7 @@ impl BlockState {
             factor_a,
             factor_g,
             preconditioner,
+            inputs,
             moments,
             carry,
             mean,
@@ -45,6 +46,7 @@ impl BlockState {
         let optional = [
             ("factor_a", factor_a),
             ("factor_g", factor_g),
+            ("inputs", inputs),
             ("moments", moments),
             ("carry", carry),
             ("mean", mean),
@@ -152,9 +154,12 @@ impl Core {
         if let Some(previous_rate) = previous_rate {
             note("previous_rate", previous_rate.to_string());
         }
-        let Slopes { after, before, last, length } = slopes;
+        let Slopes { after, before, last, length, terms } = slopes;
         for (name, value) in SLOPES.into_iter().zip([after, before, last, length]) {
             note(name, value.to_string());
+        }
+        if terms > 0.0 {
+            note("terms", terms.to_string());
         }
         if let Some(Predicted { loss, change }) = predicted {
             note("predicted_loss", loss.to_string());

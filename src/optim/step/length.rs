@@ -87,7 +87,7 @@ fn slopes_after(core: &Core, wakes: &[Option<WakeGradient>]) -> Result<Slopes> {
     let quotient = after / before;
     // Without a step, or where it did not change the loss at all, there is nothing to learn.
     let length = if before > 0.0 && quotient.is_finite() {
-        last.length * (rule.pace * (rule.slope * core.params.lr - quotient.clamp(-1.0, 1.0))).exp()
+        last.length * (rule.pace * (core.slope_aim(rule) * core.params.lr - quotient.clamp(-1.0, 1.0))).exp()
     } else {
         last.length
     };
@@ -100,7 +100,7 @@ pub(super) fn device(core: &Core, device: &DeviceStep, board: &StepScalars) -> R
     let lr_scales = device.gpu.operand(&device.lr_scales, "lr_scales")?;
     let blocks = core.blocks.len();
     let (slope_aim, pace) = match core.params.step_rule {
-        StepRule::AdaptiveKl(rule) => (rule.slope, rule.pace),
+        StepRule::AdaptiveKl(rule) => (core.slope_aim(rule), rule.pace),
         StepRule::LearningRate | StepRule::FixedKl { .. } => (0.0, -1.0),
     };
     let args = RateArgs {

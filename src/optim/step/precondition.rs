@@ -8,7 +8,7 @@ use super::partial_sums::{Parts, Sums};
 use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
-use crate::curvature::damped_product;
+use crate::curvature::{damped_product, standard};
 use crate::linalg::polar::orthogonalized;
 use crate::ops::dense::dot;
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
@@ -38,7 +38,7 @@ pub(super) fn host(
     let Some(preconditioner) = &curvature.state.preconditioner else {
         return Err(missing(core, block, "inverse").into());
     };
-    let direction = shaped(core, preconditioner.apply(&wake.decayed)?)?;
+    let direction = shaped(core, curvature.state.inputs.as_ref(), preconditioner.apply(&wake.decayed)?)?;
     let metric = match measured_by_metric(core) {
         true => in_metric(core, block, curvature, &direction, damping)?,
         false => wake.decayed.clone(),
@@ -50,11 +50,18 @@ pub(super) fn host(
     Ok(Direction { direction, length })
 }
 
-/// The direction as the options want it, of what was solved for.
-fn shaped(core: &Core, direction: Tensor) -> Result<Tensor> {
+/// The direction as the options want it, of what was solved for; `inputs` are the block's coordinates, where it has such.
+fn shaped(core: &Core, inputs: Option<&Tensor>, direction: Tensor) -> Result<Tensor> {
     let Some(Orthogonal { iterations }) = core.params.orthogonal else { return Ok(direction) };
     let (_, rows, columns) = direction.dims3()?;
-    orthogonalized(&direction, iterations)? * (Orthogonal::RMS * (rows.max(columns) as f64).sqrt())
+    let scale = Orthogonal::RMS * (rows.max(columns) as f64).sqrt();
+    match inputs {
+        None => orthogonalized(&direction, iterations)? * scale,
+        Some(inputs) => {
+            let direction = orthogonalized(&standard::inside(inputs, &direction)?, iterations)?;
+            standard::outside(inputs, &(direction * scale)?)
+        }
+    }
 }
 
 /// Whether a direction's length is not `<V, w>`: a quadratic wake solves with more than the divergence's curvature, and an orthogonal
@@ -185,10 +192,18 @@ fn precondition(
     let mut directions: Vec<Tensor> = device.scratch.iter().map(|scratch| scratch.wake.clone()).collect();
     let mut dots_of = vec![None; core.blocks.len()];
     for (job, output) in small.iter().chain(&large).zip(outputs) {
+        let inputs = job.blocks.iter().map(|&index| Ok(of(core, curvature, index)?.state.inputs.as_ref()));
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
         // Blocks of one shape lie together, and are made orthogonal together.
-        let all = shaped(core, output.directions)?;
-        for (nth, &index) in job.blocks.iter().enumerate() {
-            directions[index] = job.part(&all, nth)?;
+        let together = match inputs.iter().all(Option::is_none) {
+            true => Some(shaped(core, None, output.directions.clone())?),
+            false => None,
+        };
+        for (nth, (&index, inputs)) in job.blocks.iter().zip(inputs).enumerate() {
+            directions[index] = match &together {
+                Some(all) => job.part(all, nth)?,
+                None => shaped(core, inputs, job.part(&output.directions, nth)?)?,
+            };
             dots_of[index] = output.dots.get(nth).copied();
         }
     }

@@ -1,6 +1,7 @@
 //! The factors of a batch, and their exponential averages, into which they go.
 
 use super::gradients::{Gradients, Refusal, Staged, gradient, takes_part};
+use crate::curvature::standard::coordinates;
 use crate::curvature::{Counts, LayerFactors, average_product, gradient_factors, wide};
 use crate::gpu::Gpu;
 use crate::linalg::traces::traces;
@@ -81,6 +82,9 @@ fn renewed<'a>(
             true => factors.clone(),
             false => average_of(block, last, factors, core.params.stat_decay)?,
         };
+        if core.params.orthogonal.is_some() && block.knows_its_inputs() {
+            state.inputs = coordinates(&a)?;
+        }
         (state.factor_a, state.factor_g) = (Some(a), Some(g));
     }
     let (Some(a), Some(g)) = (&state.factor_a, &state.factor_g) else {

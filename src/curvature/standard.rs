@@ -1,0 +1,150 @@
+//! Inputs far from standard ones, and the coordinates in which a layer's weights see standard ones.
+//!
+//! With `T x = (x - m) / d` a layer is `W x + b = W' T x + b'`, `W' = W d` (by columns) and `b' = b + W m`: the same function. A matrix that is
+//! made orthogonal in `[W' | b']` moves all inputs alike, whatever their means and deviations; in `[W | b]` an input with a deviation of 300
+//! leaves nothing to the others, and a mean of 300 is all that is seen. Ordinary inputs, whose networks train best as they are, have
+//! `m = 0` and `d = 1`.
+
+use crate::linalg::sketch::diagonal_of;
+use candle_core::{DType, Result, Tensor, bail};
+
+/// A mean is taken out when its square is more than this many variances.
+const FAR: f64 = 30.0;
+/// An input with a larger variance counts as one with this.
+const LARGE: f64 = 10.0;
+/// The inputs of a layer whose mean variance is smaller count as ones that have this.
+const SMALL: f64 = 0.01;
+/// A variance below this share of the mean square is rounding, in f32.
+const ROUNDING: f64 = 1e-6;
+
+/// The means `m` and deviations `d` of the inputs of a layer with a folded bias, `[groups, 2, columns]`, from its factor `A`,
+/// `[groups, columns, columns]`; nothing where all inputs are ordinary ones. The bias's own input keeps 0 and 1.
+///
+/// On a GPU the host waits for the numbers.
+pub(crate) fn coordinates(a: &Tensor) -> Result<Option<Tensor>> {
+    let (groups, columns, _) = a.dims3()?;
+    let numbers = |t: Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+    let (squares, means) = (numbers(diagonal_of(a)?)?, numbers(a.narrow(2, columns - 1, 1)?)?);
+    let mut found = Vec::with_capacity(2 * groups * columns);
+    let mut ordinary = true;
+    for (squares, means) in squares.chunks(columns).zip(means.chunks(columns)) {
+        // Positions are summed, and the bias's input counts them.
+        let Some((&count, squares)) = squares.split_last().filter(|(count, _)| **count > 0.0) else {
+            found.extend(standard(columns));
+            continue;
+        };
+        let inputs = squares.iter().zip(means).map(|(square, mean)| input(square / count, mean / count));
+        let (means, variances): (Vec<f64>, Vec<f64>) = inputs.unzip();
+        let average = variances.iter().sum::<f64>() / variances.len().max(1) as f64;
+        let all = if average > 0.0 { (average / SMALL).sqrt().min(1.0) } else { 1.0 };
+        ordinary &=
+            all == 1.0 && means.iter().all(|mean| *mean == 0.0) && variances.iter().all(|v| *v <= LARGE);
+        found.extend(means.into_iter().chain([0.0]));
+        found.extend(
+            variances.into_iter().map(|variance| all * (variance / LARGE).sqrt().max(1.0)).chain([1.0]),
+        );
+    }
+    match ordinary {
+        true => Ok(None),
+        false => Ok(Some(Tensor::from_vec(found, (groups, 2, columns), a.device())?.to_dtype(a.dtype())?)),
+    }
+}
+
+/// Means of 0 and deviations of 1.
+fn standard(columns: usize) -> impl Iterator<Item = f64> {
+    std::iter::repeat_n(0.0, columns).chain(std::iter::repeat_n(1.0, columns))
+}
+
+/// The mean that is taken out of an input, and the variance that is left, or the mean square where none is.
+fn input(square: f64, mean: f64) -> (f64, f64) {
+    let variance = (square - mean * mean).max(ROUNDING * square);
+    if mean * mean > FAR * variance { (mean, variance) } else { (0.0, square) }
+}
+
+/// `[W' | b']` of the matrix `[W | b]`, `[groups, rows, columns]`.
+pub(crate) fn inside(coordinates: &Tensor, matrix: &Tensor) -> Result<Tensor> {
+    let (means, deviations) = parts(coordinates)?;
+    let shift = matrix.broadcast_mul(&means)?.sum_keepdim(2)?;
+    with_bias(&matrix.broadcast_mul(&deviations)?, &shift)
+}
+
+/// The matrix `[W | b]` of `[W' | b']`.
+pub(crate) fn outside(coordinates: &Tensor, matrix: &Tensor) -> Result<Tensor> {
+    let (means, deviations) = parts(coordinates)?;
+    let matrix = matrix.broadcast_div(&deviations)?;
+    let shift = matrix.broadcast_mul(&means)?.sum_keepdim(2)?;
+    with_bias(&matrix, &shift.neg()?)
+}
+
+fn parts(coordinates: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((coordinates.narrow(1, 0, 1)?, coordinates.narrow(1, 1, 1)?))
+}
+
+/// The matrix with `shift` added to its last column.
+fn with_bias(matrix: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    let Some(weights) = matrix.dim(2)?.checked_sub(1) else {
+        bail!("coordinates of inputs: a matrix without columns has no bias")
+    };
+    let bias = (matrix.narrow(2, weights, 1)? + shift)?;
+    Tensor::cat(&[&matrix.narrow(2, 0, weights)?, &bias], 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::testing::max_abs;
+    use crate::ops::testing::values;
+    use candle_core::Device;
+
+    /// The factor of inputs `[n, features]`, each row counted `positions` times.
+    fn factor(inputs: &[[f64; 2]], positions: f64) -> Result<Tensor> {
+        let rows = inputs.iter().flat_map(|[x, y]| [*x, *y, 1.0]);
+        let x = Tensor::from_iter(rows, &Device::Cpu)?.reshape((inputs.len(), 3))?;
+        (x.t()?.matmul(&x)? * (positions / inputs.len() as f64))?.unsqueeze(0)
+    }
+
+    #[test]
+    fn what_is_far_from_standard_is_taken_out() -> Result<()> {
+        let ordinary = [[1.0, 0.5], [-1.0, 2.5], [0.5, 0.2], [-0.5, 0.0]];
+        for positions in [1.0, 9.0] {
+            let of = |change: fn(f64) -> f64| -> Result<Option<Vec<f64>>> {
+                let inputs: Vec<[f64; 2]> = ordinary.iter().map(|[x, y]| [*x, change(*y)]).collect();
+                coordinates(&factor(&inputs, positions)?)?.map(|found| values(&found)).transpose()
+            };
+            let close = |found: Option<Vec<f64>>, expected: [f64; 6]| {
+                let off = found.unwrap_or_default();
+                assert_eq!(off.len(), 6, "expected {expected:?}");
+                off.iter()
+                    .zip(expected)
+                    .for_each(|(a, b)| assert!((a - b).abs() < 1e-6 * b.abs().max(1.0), "{a} {b}"));
+            };
+            assert_eq!(of(|y| y)?, None);
+            // Values 0.5, 2.5, 0.2, 0: mean 0.8, mean square 1.635, variance 0.995.
+            close(of(|y| 100.0 * y)?, [0.0, 0.0, 0.0, 1.0, 1635.0f64.sqrt(), 1.0]);
+            close(of(|y| 300.0 + y)?, [0.0, 300.8, 0.0, 1.0, 1.0, 1.0]);
+            close(of(|y| 300.0 + 10.0 * y)?, [0.0, 308.0, 0.0, 1.0, 9.95f64.sqrt(), 1.0]);
+        }
+        // All small: mean squares 0.625e-6 and 1.635e-6.
+        let small: Vec<[f64; 2]> = ordinary.iter().map(|[x, y]| [1e-3 * x, 1e-3 * y]).collect();
+        let found = coordinates(&factor(&small, 1.0)?)?.map(|found| values(&found)).transpose()?;
+        let scale = (1.13e-6f64 / 0.01).sqrt();
+        let expected = [0.0, 0.0, 0.0, scale, scale, 1.0];
+        assert!(found.is_some_and(|found| found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-9)));
+        // Without any input there is nothing to know.
+        assert!(coordinates(&Tensor::zeros((2, 3, 3), DType::F32, &Device::Cpu)?)?.is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn the_function_stays() -> Result<()> {
+        let given = Tensor::new(&[[[300.0, 0.0, 0.0], [3.0, 0.5, 1.0]]], &Device::Cpu)?;
+        let matrix = Tensor::new(&[[[0.2, -0.4, 0.7], [1.1, 0.3, -2.0]]], &Device::Cpu)?;
+        let x = Tensor::new(&[[310.0, -0.7, 1.0]], &Device::Cpu)?;
+        let standard = Tensor::new(&[[10.0 / 3.0, -1.4, 1.0]], &Device::Cpu)?;
+        let of = |matrix: &Tensor, x: &Tensor| matrix.squeeze(0)?.matmul(&x.t()?);
+        let within = inside(&given, &matrix)?;
+        assert!(max_abs(&(of(&matrix, &x)? - of(&within, &standard)?)?)? < 1e-12);
+        assert!(max_abs(&(outside(&given, &within)? - &matrix)?)? < 1e-12);
+        Ok(())
+    }
+}
