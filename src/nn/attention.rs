@@ -139,7 +139,7 @@ pub fn multi_head(
     let d = width.checked_div(heads).unwrap_or(0);
     let groups = k_width.checked_div(d).unwrap_or(0);
     let whole = groups > 0
-        && heads % groups == 0
+        && heads.is_multiple_of(groups)
         && [width, k_width, v_width] == [heads * d, groups * d, v_width / groups * groups];
     if !whole || [kv_batch, v_batch, v_seq] != [batch, batch, kv_seq] {
         bail!(

@@ -189,3 +189,52 @@ impl CustomOp3 for TappedNorm {
         CustomOp3::bwd(&self.norm, x, w, b, y, gy)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{LayerNorm, Module};
+    use crate::ops::testing::{assert_close, assert_emulated, check_gradients, random, random_var, values};
+    use crate::tape::{Keep, Tape};
+
+    /// A tapped norm records its normalized inputs and the gradients of its outputs, and computes what it does without a tape.
+    #[test]
+    fn norms_record_what_they_see() -> Result<()> {
+        let (x, w, b) = (random_var(0, &[3, 2, 4])?, random_var(1, &[4])?, random_var(2, &[4])?);
+        for (with_bias, center) in [(true, true), (false, true), (false, false)] {
+            let layer = |a: &[Tensor]| match (with_bias, center) {
+                (true, _) => LayerNorm::new(a[1].clone(), a[2].clone(), 1e-3),
+                (false, true) => LayerNorm::new_no_bias(a[1].clone(), 1e-3),
+                (false, false) => LayerNorm::rms_norm(a[1].clone(), 1e-3),
+            };
+            let tensors = [&x, &w, &b].map(|var| var.as_tensor().clone());
+            let (tape, cotangent) = (Tape::new(), random(5, &[3, 2, 4])?);
+            let tapped = tape.build(|| Ok(layer(&tensors)))?;
+            assert_close(&tapped.forward(&x)?, &values(&layer(&tensors).forward(&x)?)?, 1e-15);
+            let run = || -> Result<Vec<Tensor>> {
+                let kept = tape.reduce(&tapped.forward(&x)?, &cotangent, Keep::default())?;
+                assert_eq!(kept.0.len(), 1);
+                Ok(vec![kept.0[0].1.inputs.rows()?, kept.0[0].1.grads.clone()])
+            };
+            let expected: Vec<f64> = values(&x)?
+                .chunks(4)
+                .flat_map(|row| {
+                    let mean = if center { row.iter().sum::<f64>() / 4. } else { 0. };
+                    let scale = (row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / 4. + 1e-3).sqrt();
+                    row.iter().map(|v| (v - mean) / scale).collect::<Vec<_>>()
+                })
+                .collect();
+            let found = run()?;
+            assert_close(&found[0], &expected, 1e-14);
+            assert_close(&found[1], &values(&cotangent)?, 0.);
+            assert_emulated(run, 1e-12)?;
+            let vars = [x.clone(), w.clone(), b.clone()];
+            let wanted = if with_bias { 3 } else { 2 };
+            check_gradients(&vars[..wanted], |a| {
+                let all = [a[0].clone(), a[1].clone(), a.get(2).unwrap_or(b.as_tensor()).clone()];
+                tape.build(|| Ok(layer(&all)))?.forward(&a[0])
+            });
+        }
+        Ok(())
+    }
+}
