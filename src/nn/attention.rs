@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor, WithDType, bail};
 use half::{bf16, f16};
 
+use crate::ops::attention::{Attention, applies};
 use crate::ops::softmax::softmax_last_dim;
 
 pub use candle_nn::attention::{
@@ -15,6 +16,10 @@ pub use candle_nn::attention::{
 /// `mask` is added to the scores, to whose shape `[batch, heads, seq, kv_seq]` it is broadcast. `do_causal` hides later positions, the last
 /// query seeing every key. Scores are bounded by `softcapping * tanh(scores / softcapping)` unless it is 1. In half precision the softmax is
 /// computed in f32.
+///
+/// On the CPU no tensor of all scores is made, unless they are bounded or the mask has a gradient: they are computed in blocks that stay in the
+/// cache, and again in the backward pass; in half precision all of it in f32. The outputs then are a view whose features `[batch, seq, heads, dv]` lie
+/// together.
 ///
 /// # Errors
 /// When shapes or dtypes do not fit, and for a causal mask over fewer keys than queries.
@@ -40,11 +45,41 @@ fn attend(
 ) -> Result<Tensor> {
     let (batch, heads, seq, d) = q.dims4()?;
     let (kv_batch, kv_heads, kv_seq, kd) = k.dims4()?;
-    let (v_batch, v_heads, v_seq, dv) = v.dims4()?;
+    let (v_batch, v_heads, v_seq, _) = v.dims4()?;
     let fits = [kv_batch, v_batch] == [batch; 2] && kd == d && v_heads == kv_heads && v_seq == kv_seq;
     if !fits || kv_heads == 0 || heads % kv_heads != 0 {
         bail!("sdpa: queries {:?}, keys {:?} and values {:?} do not fit", q.dims(), k.dims(), v.dims())
     }
+    if causally && kv_seq < seq {
+        bail!("attention: a causal mask over {kv_seq} keys and {seq} queries")
+    }
+    if cap.is_none() {
+        let attention = |mask| Attention { scale, causal: causally, mask };
+        if applies([q, k, v], mask) {
+            return attention(mask.cloned()).apply(q, k, v);
+        }
+        let halves = matches!(q.dtype(), DType::F16 | DType::BF16) && q.device().is_cpu();
+        if halves && k.dtype() == q.dtype() && v.dtype() == q.dtype() {
+            let [wide_q, wide_k, wide_v] = [q, k, v].map(|t| t.to_dtype(DType::F32));
+            let (wide_q, wide_k, wide_v) = (wide_q?, wide_k?, wide_v?);
+            if applies([&wide_q, &wide_k, &wide_v], mask) {
+                return attention(mask.cloned()).apply(&wide_q, &wide_k, &wide_v)?.to_dtype(q.dtype());
+            }
+        }
+    }
+    plain([q, k, v], mask, causally, scale, cap)
+}
+
+/// The same from products and a softmax of all scores.
+pub(crate) fn plain(
+    [q, k, v]: [&Tensor; 3],
+    mask: Option<&Tensor>,
+    causally: bool,
+    scale: f64,
+    cap: Option<f64>,
+) -> Result<Tensor> {
+    let (batch, heads, seq, d) = q.dims4()?;
+    let (_, kv_heads, kv_seq, dv) = v.dims4()?;
     // The queries of the heads that share keys are rows of one product: the keys are not repeated.
     let rows = heads / kv_heads * seq;
     let q = (q.contiguous()? * scale)?.reshape((batch, kv_heads, rows, d))?;
@@ -64,13 +99,66 @@ fn attend(
 
 /// 0 where a query may look, -inf elsewhere: `[seq, kv_seq]`, on the device and in the dtype of `like`.
 fn causal(seq: usize, kv_seq: usize, like: &Tensor) -> Result<Tensor> {
-    let Some(before) = kv_seq.checked_sub(seq) else {
-        bail!("attention: a causal mask over {kv_seq} keys and {seq} queries")
-    };
+    let before = kv_seq.saturating_sub(seq);
     let queries = Tensor::arange(before as u32, kv_seq as u32, like.device())?.unsqueeze(1)?;
     let hidden = Tensor::arange(0, kv_seq as u32, like.device())?.unsqueeze(0)?.broadcast_gt(&queries)?;
     let fill = |value: f32| Tensor::full(value, (seq, kv_seq), like.device())?.to_dtype(like.dtype());
     hidden.where_cond(&fill(f32::NEG_INFINITY)?, &fill(0.)?)
+}
+
+/// [`sdpa`] of heads that lie side by side, as linear layers give and take them: `q` `[batch, seq, heads * d]`, `k` `[batch, kv_seq, kv_heads * d]`, `v`
+/// `[batch, kv_seq, kv_heads * dv]`, outputs `[batch, seq, heads * dv]`. How many heads of keys there are follows from the widths. On the CPU nothing is
+/// transposed or copied.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use kronwake::nn::attention::{multi_head, sdpa};
+///
+/// let x = Tensor::randn(0f32, 1., (2, 5, 12), &Device::Cpu)?;
+/// let split = x.reshape((2, 5, 3, 4))?.transpose(1, 2)?;
+/// let apart = sdpa(&split, &split, &split, None, true, 0.5, 1.)?;
+/// let joined = multi_head(&x, &x, &x, 3, None, true, 0.5)?;
+/// assert_eq!(joined.to_vec3::<f32>()?, apart.transpose(1, 2)?.flatten_from(2)?.to_vec3::<f32>()?);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`sdpa`], and when a width does not hold whole heads.
+pub fn multi_head(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    mask: Option<&Tensor>,
+    do_causal: bool,
+    scale: f32,
+) -> Result<Tensor> {
+    let (batch, seq, width) = q.dims3()?;
+    let (kv_batch, kv_seq, k_width) = k.dims3()?;
+    let (v_batch, v_seq, v_width) = v.dims3()?;
+    let d = width.checked_div(heads).unwrap_or(0);
+    let groups = k_width.checked_div(d).unwrap_or(0);
+    let whole = groups > 0
+        && heads.is_multiple_of(groups)
+        && [width, k_width, v_width] == [heads * d, groups * d, v_width / groups * groups];
+    if !whole || [kv_batch, v_batch, v_seq] != [batch, batch, kv_seq] {
+        bail!(
+            "multi_head: queries {:?}, keys {:?} and values {:?} do not fit {heads} heads",
+            q.dims(),
+            k.dims(),
+            v.dims()
+        )
+    }
+    if applies([q, k, v], mask) && !(do_causal && kv_seq < seq) {
+        let attention = Attention { scale: scale.into(), causal: do_causal, mask: mask.cloned() };
+        return attention.apply_joined([q, k, v], [heads, groups]);
+    }
+    let split = |t: &Tensor, heads: usize| {
+        let (batch, rows, width) = t.dims3()?;
+        t.reshape((batch, rows, heads, width / heads))?.transpose(1, 2)
+    };
+    let (q, k, v) = (split(q, heads)?, split(k, groups)?, split(v, groups)?);
+    attend([&q, &k, &v], mask, do_causal, scale.into(), None)?.transpose(1, 2)?.flatten_from(2)
 }
 
 /// Attention in candle's other layout: `q` `[batch, seq, heads, d]`, `k` and `v` `[batch, kv_seq, kv_heads, d]`, outputs

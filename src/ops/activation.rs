@@ -2,7 +2,7 @@
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, WithDType};
 use rayon::prelude::*;
 
 use super::element::{Element, Host, Real, contiguous, float_dispatch};
@@ -20,8 +20,17 @@ pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() { x.apply_op1(Activation::Silu) } else { x.silu() }
 }
 
+/// `silu(a) b`, as exact as [`silu`], for `a` and `b` of one shape: one operation on the CPU, with one pass back.
+pub(crate) fn silu_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.device().is_cpu() && a.dims() == b.dims() && a.dtype() == b.dtype() {
+        return a.apply_op2(b, SiluProduct);
+    }
+    silu(a)? * b
+}
+
+/// Which activation.
 #[derive(Clone, Copy)]
-enum Activation {
+pub(crate) enum Activation {
     Gelu,
     Silu,
 }
@@ -111,6 +120,25 @@ impl Activation {
     }
 }
 
+impl Activation {
+    /// The values at the numbers of a storage.
+    pub(crate) fn of_storage(self, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+        use candle_core::backend::BackendStorage;
+        float_dispatch!(self.name(), x.dtype(), T => {
+            Ok(T::to_cpu_storage_owned(self.forward(&contiguous::<T>(x, layout)?)))
+        })
+    }
+
+    /// The derivative at `x` times `gy`, for tensors on the CPU.
+    pub(crate) fn gradient(self, x: &Tensor, gy: &Tensor) -> Result<Tensor> {
+        float_dispatch!(self.name(), x.dtype(), T => {
+            let hosts = [Host::of(x), Host::of(gy)];
+            let gx = self.backward(&hosts[0].values::<T>()?, &hosts[1].values::<T>()?);
+            Tensor::from_vec(gx, x.shape(), &Device::Cpu)
+        })
+    }
+}
+
 impl CustomOp1 for Activation {
     fn name(&self) -> &'static str {
         match self {
@@ -120,11 +148,7 @@ impl CustomOp1 for Activation {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        use candle_core::backend::BackendStorage;
-        float_dispatch!(self.name(), x.dtype(), T => {
-            let y = self.forward(&contiguous::<T>(x, layout)?);
-            Ok((T::to_cpu_storage_owned(y), layout.shape().clone()))
-        })
+        Ok((self.of_storage(x, layout)?, layout.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
@@ -133,10 +157,88 @@ impl CustomOp1 for Activation {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
-        float_dispatch!(self.name(), x.dtype(), T => {
-            let hosts = [Host::of(x), Host::of(gy)];
-            let gx = self.backward(&hosts[0].values::<T>()?, &hosts[1].values::<T>()?);
-            Ok(Some(Tensor::from_vec(gx, x.shape(), &Device::Cpu)?))
+        self.gradient(x, gy).map(Some)
+    }
+}
+
+struct SiluProduct;
+
+impl SiluProduct {
+    fn forward<T: Element>(a: &[T], b: &[T]) -> Vec<T> {
+        let mut y = vec![T::narrow(T::Acc::ZERO); a.len()];
+        let shares = y.par_chunks_mut(SHARE).zip(a.par_chunks(SHARE).zip(b.par_chunks(SHARE)));
+        shares.for_each(|(y, (a, b))| {
+            with_level!(level => level.call(
+                #[inline(always)]
+                || {
+                    for (y, (a, b)) in y.iter_mut().zip(a.iter().zip(b)) {
+                        let a = a.widen();
+                        *y = T::narrow(value(a, logistic(level, a)) * b.widen());
+                    }
+                },
+            ))
+        });
+        y
+    }
+
+    /// The gradients of `a` and `b`.
+    fn backward<T: Element>(a: &[T], b: &[T], gy: &[T]) -> (Vec<T>, Vec<T>) {
+        let mut ga = vec![T::narrow(T::Acc::ZERO); a.len()];
+        let mut gb = ga.clone();
+        let grads = ga.par_chunks_mut(SHARE).zip(gb.par_chunks_mut(SHARE));
+        let shares = a.par_chunks(SHARE).zip(b.par_chunks(SHARE)).zip(gy.par_chunks(SHARE));
+        grads.zip(shares).for_each(|((ga, gb), ((a, b), gy))| {
+            with_level!(level => level.call(
+                #[inline(always)]
+                || {
+                    let grads = ga.iter_mut().zip(gb.iter_mut());
+                    for ((ga, gb), ((a, b), gy)) in grads.zip(a.iter().zip(b).zip(gy)) {
+                        let (a, gy) = (a.widen(), gy.widen());
+                        let f = logistic(level, a);
+                        *ga = T::narrow(slope(a, f) * b.widen() * gy);
+                        *gb = T::narrow(value(a, f) * gy);
+                    }
+                },
+            ))
+        });
+        (ga, gb)
+    }
+}
+
+impl CustomOp2 for SiluProduct {
+    fn name(&self) -> &'static str {
+        "silu_product"
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        a_l: &Layout,
+        b: &CpuStorage,
+        b_l: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        float_dispatch!("silu_product", a.dtype(), T => {
+            let y = Self::forward(&contiguous::<T>(a, a_l)?, &contiguous::<T>(b, b_l)?);
+            Ok((T::to_cpu_storage_owned(y), a_l.shape().clone()))
+        })
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        gy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        float_dispatch!("silu_product", a.dtype(), T => {
+            let hosts = [Host::of(a), Host::of(b), Host::of(gy)];
+            let (ga, gb) =
+                Self::backward(&hosts[0].values::<T>()?, &hosts[1].values::<T>()?, &hosts[2].values::<T>()?);
+            Ok((
+                Some(Tensor::from_vec(ga, a.shape(), &Device::Cpu)?),
+                Some(Tensor::from_vec(gb, b.shape(), &Device::Cpu)?),
+            ))
         })
     }
 }
@@ -187,6 +289,36 @@ mod tests {
             }
             check_gradients(&[random_var(0, &[3, 5])?], |a| f(&a[0].t()?));
         }
+        Ok(())
+    }
+
+    #[test]
+    fn silu_times_another() -> Result<()> {
+        let vars = [random_var(0, &[4, 7])?, random_var(1, &[4, 7])?];
+        let plain = |a: &Tensor, b: &Tensor| a.silu()?.mul(b);
+        crate::ops::testing::assert_close(
+            &silu_product(&vars[0], &vars[1])?,
+            &values(&plain(&vars[0], &vars[1])?)?,
+            1e-14,
+        );
+        check_gradients(&vars, |a| silu_product(&a[0], &a[1]));
+        check_gradients(&vars, |a| silu_product(&a[0].t()?, &a[1].t()?));
+        for dtype in [DType::F32, DType::BF16] {
+            let narrow = |t: &Tensor| Var::from_tensor(&t.to_dtype(dtype)?);
+            let (a, b) = (narrow(&vars[0])?, narrow(&vars[1])?);
+            let wide =
+                [Var::from_tensor(&a.to_dtype(DType::F64)?)?, Var::from_tensor(&b.to_dtype(DType::F64)?)?];
+            let found = silu_product(&a, &b)?.sum_all()?.backward()?;
+            let expected = plain(&wide[0], &wide[1])?.sum_all()?.backward()?;
+            for (var, wide) in [(&a, &wide[0]), (&b, &wide[1])] {
+                let (Some(found), Some(expected)) = (found.get(var), expected.get(wide)) else {
+                    candle_core::bail!("no gradient")
+                };
+                let tolerance = if dtype == DType::F32 { 1e-6 } else { 1e-2 };
+                crate::ops::testing::assert_close(found, &values(expected)?, tolerance);
+            }
+        }
+        assert!(silu_product(&vars[0], &vars[1].t()?).is_err());
         Ok(())
     }
 

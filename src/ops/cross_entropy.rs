@@ -65,15 +65,22 @@ enum Labels {
 
 fn forward<T: Element>(logits: &[T], labels: &[usize]) -> f64 {
     let c = logits.len() / labels.len();
-    let total = with_level!(level => level.call(#[inline(always)] || {
-        let mut total = 0.;
-        for (row, &label) in logits.chunks_exact(c).zip(labels) {
-            let (max, log_sum) = log_sum_exp(level, row);
-            total += (log_sum - (row[label].widen() - max)).to_f64();
-        }
-        total
-    }));
-    total / labels.len() as f64
+    // The rows are cut by their length alone, so that the sum does not depend on the number of threads.
+    let part = rows_of_part(c);
+    let parts = logits.par_chunks(part * c).zip(labels.par_chunks(part));
+    let sums: Vec<f64> = parts
+        .map(|(logits, labels)| {
+            with_level!(level => level.call(#[inline(always)] || {
+                let mut total = 0.;
+                for (row, &label) in logits.chunks_exact(c).zip(labels) {
+                    let (max, log_sum) = log_sum_exp(level, row);
+                    total += (log_sum - (row[label].widen() - max)).to_f64();
+                }
+                total
+            }))
+        })
+        .collect();
+    sums.iter().sum::<f64>() / labels.len() as f64
 }
 
 fn backward<T: Element>(logits: &[T], labels: &[usize], scale: f64) -> Vec<T> {

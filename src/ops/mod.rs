@@ -1,5 +1,7 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
 pub(crate) mod activation;
+pub(crate) mod attention;
+mod attention_tiles;
 pub(crate) mod bias;
 pub mod conv;
 pub(crate) mod conv_device;

@@ -43,6 +43,21 @@ pub(crate) struct Norm {
 
 impl Norm {
     pub(crate) fn apply(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match self.apply_as(x, weight, bias, self)? {
+            Some(y) => Ok(y),
+            None => self.compose(x, weight, bias),
+        }
+    }
+
+    /// [`Norm::apply`] by an operation that does this norm's work and something beside it; `None` on devices that it is not for, once shapes and
+    /// dtypes are checked.
+    pub(crate) fn apply_as<O: CustomOp2 + CustomOp3 + Send + Sync + 'static>(
+        self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        op: O,
+    ) -> Result<Option<Tensor>> {
         let name = self.name;
         let Some(&d @ 1..) = x.dims().last() else {
             bail!("{name}: expected an input [.., features], got {:?}", x.dims())
@@ -60,14 +75,15 @@ impl Norm {
         }
         let kernels = Gpu::of(x.device()).is_some();
         if !x.device().is_cpu() && !kernels {
-            return self.compose(x, weight, bias);
+            return Ok(None);
         }
         // The kernels read rows alone; the CPU's version reads any layout.
         let laid = |t: &Tensor| if kernels { t.contiguous() } else { Ok(t.clone()) };
-        match bias {
-            Some(bias) => laid(x)?.apply_op3(&laid(weight)?, &laid(bias)?, self),
-            None => laid(x)?.apply_op2(&laid(weight)?, self),
-        }
+        let y = match bias {
+            Some(bias) => laid(x)?.apply_op3(&laid(weight)?, &laid(bias)?, op),
+            None => laid(x)?.apply_op2(&laid(weight)?, op),
+        };
+        y.map(Some)
     }
 
     /// The same from candle's own operations.

@@ -49,7 +49,7 @@ fn shift<T: Element>(row: &[T]) -> T::Acc {
 
 /// The largest entry that is no NaN, in parts that vectorize.
 #[inline(always)]
-fn largest<T: Element>(row: &[T]) -> T::Acc {
+pub(super) fn largest<T: Element>(row: &[T]) -> T::Acc {
     const PARTS: usize = 16;
     let larger = |a: T::Acc, b: T::Acc| if b > a { b } else { a };
     let (chunks, rest) = row.as_chunks::<PARTS>();

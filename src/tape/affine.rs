@@ -21,7 +21,18 @@ pub(crate) fn affine(
     bias: Option<&Tensor>,
     tap: Option<Tap>,
 ) -> Result<Tensor> {
-    let (out, inputs) = weight.dims2()?;
+    let out = weight.dim(0)?;
+    let (x, weight) = operands(name, x, weight)?;
+    match bias {
+        Some(bias) if bias.dims() != [out] => x.apply_op2(&weight, Affine { tap })?.broadcast_add(bias),
+        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Affine { tap }),
+        None => x.apply_op2(&weight, Affine { tap }),
+    }
+}
+
+/// The input and the weight as the operation reads them.
+pub(super) fn operands(name: &str, x: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (_, inputs) = weight.dims2()?;
     if x.rank() < 2 || x.dims().last() != Some(&inputs) {
         bail!(
             "layer {name}: expected an input of shape [.., {inputs}] and rank 2 or more, got {:?}",
@@ -31,17 +42,11 @@ pub(crate) fn affine(
     if x.dtype() != weight.dtype() {
         bail!("layer {name}: the weight is {:?}, the input {:?}", weight.dtype(), x.dtype())
     }
-    let x = x.contiguous()?;
-    let weight = if weight.is_contiguous() { weight.clone() } else { weight.contiguous()? };
-    match bias {
-        Some(bias) if bias.dims() != [out] => x.apply_op2(&weight, Affine { tap })?.broadcast_add(bias),
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, Affine { tap }),
-        None => x.apply_op2(&weight, Affine { tap }),
-    }
+    Ok((x.contiguous()?, if weight.is_contiguous() { weight.clone() } else { weight.contiguous()? }))
 }
 
-struct Affine {
-    tap: Option<Tap>,
+pub(super) struct Affine {
+    pub(super) tap: Option<Tap>,
 }
 
 /// Rows, outputs and inputs of the product; the operands are contiguous.
@@ -115,7 +120,7 @@ fn add_to_rows(y: &mut CpuStorage, bias: &CpuStorage, layout: &Layout) -> Result
 
 impl Affine {
     /// Gradients of x, W and b, as far as they are owed; the record on the way.
-    fn grads(
+    pub(super) fn grads(
         &self,
         x: &Tensor,
         w: &Tensor,

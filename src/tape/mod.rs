@@ -4,6 +4,7 @@
 //! [`Record`] of its inputs and of the gradients of its outputs to a [`Reduce`]. Nothing is stored otherwise, and a
 //! pass that nobody listens to costs nothing more than candle's own.
 
+mod activated;
 mod affine;
 mod conv;
 mod conv_pool;
@@ -21,6 +22,7 @@ pub use record::{Inputs, Keep, Kind, Layer, Record, Reduce};
 pub(crate) use terms::TermWeights;
 pub use terms::{Head, Terms};
 
+pub(crate) use activated::activated;
 pub(crate) use affine::affine;
 pub(crate) use conv::conv;
 pub(crate) use conv_pool::conv_pool;

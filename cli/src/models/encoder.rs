@@ -1,18 +1,7 @@
 //! What the encoders have in common: attention over heads and the feed-forward part.
 
 use candle_core::{Result, Tensor};
-use kronwake::nn::{self, Activation, Linear, Module, VarBuilder};
-
-/// `[batch, positions, heads * d]` as `[batch, heads, positions, d]`.
-pub fn split(x: &Tensor, heads: usize) -> Result<Tensor> {
-    let (batch, positions, features) = x.dims3()?;
-    x.reshape((batch, positions, heads, features / heads))?.transpose(1, 2)
-}
-
-/// The inverse of [`split`].
-pub fn join(x: &Tensor) -> Result<Tensor> {
-    x.transpose(1, 2)?.flatten_from(2)
-}
+use kronwake::nn::{self, Activation, Linear, Module, VarBuilder, attention::multi_head};
 
 /// Attention of every position to every other, from linear layers `query`, `key` and `value`.
 #[derive(Debug, Clone)]
@@ -31,10 +20,9 @@ impl SelfAttention {
 
     /// `mask` is added to the scores `[batch, heads, positions, positions]`.
     pub fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let part = |layer: &Linear| split(&layer.forward(x)?, self.heads);
-        let (q, k, v) = (part(&self.query)?, part(&self.key)?, part(&self.value)?);
-        let scale = 1. / (q.dim(3)? as f32).sqrt();
-        join(&nn::ops::sdpa(&q, &k, &v, mask, false, scale, 1.)?)
+        let (q, k, v) = (self.query.forward(x)?, self.key.forward(x)?, self.value.forward(x)?);
+        let scale = 1. / ((q.dim(2)? / self.heads) as f32).sqrt();
+        multi_head(&q, &k, &v, self.heads, mask, false, scale)
     }
 }
 
@@ -59,6 +47,6 @@ impl FeedForward {
 
 impl Module for FeedForward {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.down.forward(&self.activation.forward(&self.up.forward(x)?)?)
+        self.down.forward(&self.up.forward_activated(x, self.activation)?)
     }
 }

@@ -3,14 +3,12 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kronwake::nn::{
-    self, Embedding, Linear, Module, RmsNorm, VarBuilder,
-    ops::{sdpa, silu},
-    rotary_emb::rope,
+    self, Embedding, Linear, Module, RmsNorm, VarBuilder, attention::multi_head, ops::silu_product,
+    rotary_emb::rope_thd,
 };
 use serde_json::Value;
 
 use super::config::{head_size, number, size};
-use super::encoder::{join, split};
 
 /// Sizes, from `config.json`.
 #[derive(Debug, Clone)]
@@ -107,15 +105,18 @@ impl Layer {
 
     fn forward(&self, x: &Tensor, (cos, sin): (&Tensor, &Tensor)) -> Result<Tensor> {
         let normed = self.before_attention.forward(x)?;
-        let part = |layer: &Linear, heads| split(&layer.forward(&normed)?, heads);
-        let q = rope(&part(&self.query, self.heads)?, cos, sin)?;
-        let k = rope(&part(&self.key, self.key_heads)?, cos, sin)?;
-        let v = part(&self.value, self.key_heads)?;
-        let scale = 1. / (q.dim(3)? as f32).sqrt();
-        let attended = join(&sdpa(&q, &k, &v, None, true, scale, 1.)?)?;
+        let (batch, positions, hidden) = x.dims3()?;
+        let d = hidden / self.heads;
+        let turned = |layer: &Linear, heads| {
+            let heads = layer.forward(&normed)?.reshape((batch, positions, heads, d))?;
+            rope_thd(&heads, cos, sin)?.flatten_from(2)
+        };
+        let (q, k) = (turned(&self.query, self.heads)?, turned(&self.key, self.key_heads)?);
+        let v = self.value.forward(&normed)?;
+        let attended = multi_head(&q, &k, &v, self.heads, None, true, 1. / (d as f32).sqrt())?;
         let x = (self.attended.forward(&attended)? + x)?;
         let normed = self.before_feed_forward.forward(&x)?;
-        let gated = (silu(&self.gate.forward(&normed)?)? * self.up.forward(&normed)?)?;
+        let gated = silu_product(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;
         self.down.forward(&gated)? + x
     }
 }
