@@ -58,13 +58,17 @@ def final(result):
 
 
 def with_error(values):
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+    ended = [value for value in values if value < float("inf")]
+    spread = statistics.stdev(ended) if len(ended) > 1 else 0.0
+    diverged = f", {len(values) - len(ended)} of {len(values)} diverged" if len(ended) < len(values) else ""
+    return f"{statistics.mean(ended):.4f} ± {spread:.4f}{diverged}" if ended else "diverged"
 
 
 def paired(values, against):
     """The mean difference with its standard error."""
-    differences = [a - b for a, b in zip(values, against)]
+    differences = [a - b for a, b in zip(values, against) if a < float("inf")]
+    if len(differences) < 2:
+        return ""
     error = statistics.stdev(differences) / len(differences) ** 0.5
     return f"{statistics.mean(differences):+.4f} ± {error:.4f}"
 
