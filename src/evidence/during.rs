@@ -104,7 +104,7 @@ impl TuneDuring {
     }
 
     /// `data + T/(2N) sum_i precision_i theta_i^2`, differentiable by the parameters, for the *mean* loss of a batch of the `N` training
-    /// examples: the negative log posterior, up to what does not depend on the parameters, times `T/N`. With a Gaussian likelihood
+    /// examples, the squares about the prior's means: the negative log posterior, up to what does not depend on the parameters, times `T/N`. With a Gaussian likelihood
     /// `data` is the mean of `1/(2 noise^2) |y - f|^2`.
     ///
     /// # Errors
@@ -118,9 +118,9 @@ impl TuneDuring {
                 Structure::Diagonal => {
                     let each =
                         self.hyper.vars()[index].as_tensor().detach().exp()?.to_dtype(p.tensor.dtype())?;
-                    (p.tensor.sqr()? * each.to_device(p.tensor.device())?)?.sum_all()? * factor
+                    (p.centred()?.sqr()? * each.to_device(p.tensor.device())?)?.sum_all()? * factor
                 }
-                _ => Lp::l2().value(&p.tensor)? * (factor * precisions.get(index).copied().unwrap_or(0.0)),
+                _ => Lp::l2().value(&p.centred()?)? * (factor * precisions.get(index).copied().unwrap_or(0.0)),
             };
             loss = (loss + part?.to_dtype(data.dtype())?)?;
         }
@@ -169,7 +169,7 @@ impl TuneDuring {
     }
 
     /// Of each parameter tensor the L2 decay that stands for its prior in a mean loss, `T precision / N`: what [`TuneDuring::loss`] adds
-    /// the half of, times the sum of squares.
+    /// the half of, times the sum of squares. With means ([`Problem::with_prior_mean`]) it pulls to these, as an optimizer's decay does not.
     ///
     /// # Errors
     /// When the hyperparameters cannot be read.

@@ -21,7 +21,7 @@ pub enum Structure {
     Diagonal,
 }
 
-/// The hyperparameters of a [`Problem`]: a Gaussian prior of mean 0, the temperature of the likelihood, and the noise of a Gaussian one.
+/// The hyperparameters of a [`Problem`]: a Gaussian prior of mean 0 or of the problem's means, the temperature of the likelihood, and the noise of a Gaussian one.
 ///
 /// They are Vars of f64 on the CPU that hold logarithms, in a VarMap of their own: `log_precision` (`log_precision.NAME`, in the
 /// tensor's shape, for [`Structure::Diagonal`]), `log_temperature`, `log_noise`. Any optimizer may climb
@@ -274,7 +274,9 @@ impl Hyper {
             Scalar::Tuned(_) => "tuned".into(),
         };
         let tensors: Vec<&str> = self.parameters.iter().map(|p| p.name.as_str()).collect();
-        [
+        let means: Vec<&str> =
+            self.parameters.iter().filter(|p| p.mean.is_some()).map(|p| p.name.as_str()).collect();
+        let mut fixed = [
             ("structure", format!("{:?}", self.structure)),
             ("of", tensors.join(", ")),
             ("groups", self.groups.join(", ")),
@@ -282,7 +284,11 @@ impl Hyper {
             ("noise", of(&self.noise)),
         ]
         .map(|(name, value)| (name.to_string(), value))
-        .to_vec()
+        .to_vec();
+        if !means.is_empty() {
+            fixed.push(("means".into(), means.join(", ")));
+        }
+        fixed
     }
 
     /// The Vars by name, to save and load.

@@ -5,6 +5,7 @@
 //! `(U_g (x) U_a) diag(v) (U_g (x) U_a)^T` of `W` their covariance is `U_g diag(d) U_g^T`, `d_i = sum_j v_ij (U_a^T phi)_j^2`: for `c` outputs
 //! and `p` features `c (c + p)` operations an example, where rows of each output would be `c^2 p`.
 
+use super::bridge::log_dirichlet;
 use super::eigenbasis::turned;
 use super::examples::Examples;
 use super::log_det::sum_of;
@@ -14,8 +15,9 @@ use super::predictive::{Predictive, probit_of, sum_of_draws};
 use super::problem::Problem;
 use crate::ops::dense::product;
 use crate::ops::rng::normal;
+use crate::ops::softmax::softmax_last_dim;
 use crate::tape::Likelihood;
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 /// Draws whose outputs are made at a time.
 const DRAWS: usize = 64;
@@ -275,6 +277,41 @@ impl Marginals {
     /// When a tensor operation fails.
     pub fn probit(&self) -> Result<Tensor> {
         probit_of(self.likelihood, &self.mean, &self.variance)
+    }
+
+    /// The parameters of the Laplace bridge's Dirichlet distribution, as [`Predictive::dirichlet`].
+    ///
+    /// # Errors
+    /// As [`Predictive::dirichlet`].
+    pub fn dirichlet(&self) -> Result<Tensor> {
+        self.log_dirichlet()?.exp()
+    }
+
+    /// The prediction by the Laplace bridge, as [`Predictive::bridge`], from the factors of the covariances alone.
+    ///
+    /// # Errors
+    /// As [`Predictive::dirichlet`].
+    pub fn bridge(&self) -> Result<Tensor> {
+        softmax_last_dim(&self.log_dirichlet()?)
+    }
+
+    fn log_dirichlet(&self) -> Result<Tensor> {
+        let row_sums = match &self.draws {
+            Draws::Covariances(predicted) => predicted.covariance.sum(D::Minus1)?,
+            Draws::Factors(factors) => {
+                let mut sums = self.mean.zeros_like()?;
+                for Factor { vectors, d } in factors {
+                    // U diag(d) U^T 1
+                    let part = match vectors {
+                        Some(u) => product(&d.broadcast_mul(&u.sum_keepdim(0)?)?, &u.t()?)?,
+                        None => d.clone(),
+                    };
+                    sums = sums.broadcast_add(&part)?;
+                }
+                sums
+            }
+        };
+        log_dirichlet(self.likelihood, &self.mean, &self.variance, &row_sums)
     }
 
     /// The variance of each prediction, `[n, classes]`: that of the outputs, and the noise's with a Gaussian likelihood.

@@ -20,6 +20,8 @@
 //! goes through them.
 
 mod adam;
+mod bridge;
+mod calibration;
 mod compare;
 mod data_fit;
 mod dense;
@@ -47,6 +49,7 @@ mod rows;
 mod save;
 mod tune;
 
+pub use calibration::{Scores, calibration_error};
 pub use compare::{Advice, EarlyStopping, model_probabilities};
 pub use during::{ParamsTuneDuring, TuneDuring};
 pub use estimator::{Curvature, Estimator, Outputs, Split};

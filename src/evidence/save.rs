@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// The metadata entry.
 const KEY: &str = "kronwake posterior";
-/// What the rows of a prediction of a loaded posterior may take, as [`Estimator::new`](super::Estimator::new) has it.
+/// What a posterior and the rows of its predictions may take by default, as [`Estimator::new`](super::Estimator::new) has it.
 const MEMORY: usize = 4 << 30;
 
 fn dtype_of(problem: &Problem<'_>) -> DType {
@@ -71,8 +71,17 @@ impl Posterior {
         file.write(path.as_ref())
     }
 
+    /// [`Posterior::load_within`] 4 GiB.
+    ///
+    /// # Errors
+    /// As [`Posterior::load_within`].
+    pub fn load(problem: &Problem<'_>, path: impl AsRef<Path>) -> Result<Self> {
+        Self::load_within(problem, path, MEMORY)
+    }
+
     /// Reads what [`Posterior::save`] wrote, for a problem with parameters of the same names and shapes: it predicts bit for bit what that
-    /// one did, given the same parameters.
+    /// one did, given the same parameters. `memory`: the most bytes that the file, and later the rows of a prediction, may take. What a file
+    /// holds is known by its length before any of it is read.
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -89,7 +98,7 @@ impl Posterior {
     /// # let file = std::env::temp_dir().join(format!("kronwake-doc-posterior-{}", std::process::id()));
     /// let posterior = Posterior::fit(&problem, &examples, HessianStructure::Kron, &hyper, 1 << 30)?;
     /// posterior.save(&problem, &file)?;
-    /// let loaded = Posterior::load(&problem, &file)?;
+    /// let loaded = Posterior::load_within(&problem, &file, 1 << 30)?;
     /// # let bits = |p: &Posterior| p.predict(&problem, &x)?.covariance.flatten_all()?.to_vec1::<f64>();
     /// # assert_eq!(bits(&posterior)?, bits(&loaded)?);
     /// # std::fs::remove_file(&file)?;
@@ -97,9 +106,19 @@ impl Posterior {
     /// ```
     ///
     /// # Errors
-    /// When the file cannot be read, or does not fit the problem: one message lists every difference.
-    pub fn load(problem: &Problem<'_>, path: impl AsRef<Path>) -> Result<Self> {
+    /// When the file cannot be read, is larger than `memory` (the message says by how much), or does not fit the problem: one message lists
+    /// every difference.
+    pub fn load_within(problem: &Problem<'_>, path: impl AsRef<Path>, memory: usize) -> Result<Self> {
         let path = path.as_ref();
+        // A file that is not there is a matter of reading it.
+        let bytes = std::fs::metadata(path).map_or(0, |of| of.len());
+        if bytes > memory as u64 {
+            bail!(
+                "{}: a posterior of {bytes} bytes, and {memory} are allowed: give Posterior::load_within more, or fit one with Kronecker \
+                 factors or a diagonal",
+                path.display()
+            )
+        }
         let mut file = Reading::open(path, KEY)?;
         let parameters = problem.parameters();
         let names: Vec<String> = parameters.iter().map(|p| p.name.clone()).collect();
@@ -145,7 +164,7 @@ impl Posterior {
             None => Device::Cpu,
         };
         let covariance = covariance.to_device(&device)?;
-        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory: MEMORY })
+        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory })
     }
 }
 
