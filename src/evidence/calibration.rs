@@ -140,7 +140,8 @@ mod tests {
         let p = Tensor::new(&[[0.5f64, 0.5], [0.2, 0.8]], &Device::Cpu)?;
         let says = |p: &Tensor, labels: &[u32], bins, what: &str| {
             let labels = Tensor::new(labels, &Device::Cpu).expect("labels");
-            let message = calibration_error(p, &labels, bins).err().map(|e| e.to_string()).unwrap_or_default();
+            let message =
+                calibration_error(p, &labels, bins).err().map(|e| e.to_string()).unwrap_or_default();
             assert!(message.contains(what), "{message}");
         };
         says(&p, &[0, 2], 15, "label 2 of example 1 is out of range for 2 classes");

@@ -120,7 +120,9 @@ impl TuneDuring {
                         self.hyper.vars()[index].as_tensor().detach().exp()?.to_dtype(p.tensor.dtype())?;
                     (p.centred()?.sqr()? * each.to_device(p.tensor.device())?)?.sum_all()? * factor
                 }
-                _ => Lp::l2().value(&p.centred()?)? * (factor * precisions.get(index).copied().unwrap_or(0.0)),
+                _ => {
+                    Lp::l2().value(&p.centred()?)? * (factor * precisions.get(index).copied().unwrap_or(0.0))
+                }
             };
             loss = (loss + part?.to_dtype(data.dtype())?)?;
         }

@@ -91,7 +91,8 @@ impl Fit {
             if names(&self.parameters) != names(hyper.parameters()) {
                 bail!("evidence: the hyperparameters are those of another model")
             }
-            let means = |p: &[Parameter]| p.iter().map(|p| p.mean.as_ref().map(Tensor::id)).collect::<Vec<_>>();
+            let means =
+                |p: &[Parameter]| p.iter().map(|p| p.mean.as_ref().map(Tensor::id)).collect::<Vec<_>>();
             if means(&self.parameters) != means(hyper.parameters()) {
                 bail!(
                     "evidence: the hyperparameters are of a prior with other means: make them from the problem after \

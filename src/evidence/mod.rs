@@ -37,6 +37,7 @@ mod gather;
 mod hyper;
 mod kernel;
 mod kron;
+mod last_layer;
 mod log_det;
 mod marginals;
 mod partition;

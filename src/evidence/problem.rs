@@ -31,6 +31,8 @@ pub struct Problem<'a> {
     pub(crate) tape: Tape,
     pub(crate) likelihood: Likelihood,
     parameters: Arc<Vec<Parameter>>,
+    /// Of a Gaussian likelihood the noise of each output, over the noise of all.
+    output_noise: Option<Arc<Vec<f64>>>,
 }
 
 impl Parameter {
@@ -138,7 +140,13 @@ impl<'a> Problem<'a> {
                 if unknown.len() == 1 { "is" } else { "are" }
             )
         }
-        Ok(Self { model, tape: tape.clone(), likelihood, parameters: Arc::new(parameters) })
+        Ok(Self {
+            model,
+            tape: tape.clone(),
+            likelihood,
+            parameters: Arc::new(parameters),
+            output_noise: None,
+        })
     }
 
     /// Centres the prior at `means`, by the parameters' names: of a model that was fine-tuned the pretrained values, of adapters their start.
@@ -187,6 +195,22 @@ impl<'a> Problem<'a> {
         Ok(Self { parameters: Arc::new(parameters), ..self })
     }
 
+    /// Gives every output of a Gaussian likelihood a noise of its own: its standard deviation is `noise[c]` times the noise of
+    /// [`Hyper`](super::Hyper), which is 1 unless it is set or tuned. [`Posterior::output_noise`](super::Posterior::output_noise) finds
+    /// them. [`TuneDuring::loss`](super::TuneDuring::loss) takes the mean of `1/2 sum_c ((y_c - f_c) / noise_c)^2`.
+    ///
+    /// # Errors
+    /// When the likelihood is another one, there are no numbers, or one is not a finite number above 0.
+    pub fn with_output_noise(self, noise: &[f64]) -> Result<Self> {
+        if self.likelihood != Likelihood::Gaussian {
+            bail!("evidence: only a Gaussian likelihood has noise, and this one is {:?}", self.likelihood)
+        }
+        if noise.is_empty() || noise.iter().any(|noise| !(noise.is_finite() && *noise > 0.0)) {
+            bail!("evidence: noise {noise:?}, expected a finite number above 0 for each output")
+        }
+        Ok(Self { output_noise: Some(Arc::new(noise.to_vec())), ..self })
+    }
+
     /// The parameter tensors: layer by layer in the order of construction, weight before bias. Precisions, gradients and effective
     /// numbers of parameters come in this order.
     pub fn parameters(&self) -> &[Parameter] {
@@ -196,6 +220,10 @@ impl<'a> Problem<'a> {
     /// The likelihood.
     pub fn likelihood(&self) -> Likelihood {
         self.likelihood
+    }
+
+    pub(crate) fn output_noise(&self) -> Option<&[f64]> {
+        self.output_noise.as_ref().map(|noise| noise.as_slice())
     }
 
     pub(crate) fn shared_parameters(&self) -> Arc<Vec<Parameter>> {

@@ -4,6 +4,7 @@ use super::eigenbasis::{Eigenbases, Eigenbasis};
 use super::file::{Reading, Writing};
 use super::log_det::Precision;
 use super::posterior::{Covariance, Posterior};
+use super::predictive::Noise;
 use super::problem::{Parameter, Problem};
 use crate::tape::Kind;
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -13,6 +14,11 @@ use std::path::Path;
 const KEY: &str = "kronwake posterior";
 /// What a posterior and the rows of its predictions may take by default, as [`Estimator::new`](super::Estimator::new) has it.
 const MEMORY: usize = 4 << 30;
+
+/// Numbers as a line has them.
+fn listed(numbers: &[f64]) -> String {
+    numbers.iter().map(f64::to_string).collect::<Vec<_>>().join(", ")
+}
 
 fn dtype_of(problem: &Problem<'_>) -> DType {
     match problem.parameters().first().map(|p| p.tensor.dtype()) {
@@ -37,7 +43,10 @@ impl Posterior {
         file.line("likelihood", format!("{:?}", self.likelihood));
         file.line("of", self.names.join(", "));
         file.line("s", self.s);
-        file.line("noise", self.noise);
+        file.line("noise", self.noise.all);
+        if let Some(each) = &self.noise.each {
+            file.line("output_noise", listed(each));
+        }
         for (tensor, precision) in self.precisions.iter().enumerate() {
             let precision = match precision {
                 Precision::Uniform(delta) => Tensor::new(*delta, &Device::Cpu)?,
@@ -124,6 +133,9 @@ impl Posterior {
         let names: Vec<String> = parameters.iter().map(|p| p.name.clone()).collect();
         file.expect("likelihood", format!("{:?}", problem.likelihood));
         file.expect("of", names.join(", "));
+        if let Some(each) = problem.output_noise() {
+            file.expect("output_noise", listed(each));
+        }
         let structure = file.text("structure").unwrap_or_default();
         let (s, noise): (Option<f64>, Option<f64>) = (file.number("s"), file.number("noise"));
         for (name, value) in [("s", s), ("noise", noise)] {
@@ -164,6 +176,7 @@ impl Posterior {
             None => Device::Cpu,
         };
         let covariance = covariance.to_device(&device)?;
+        let noise = Noise { all: noise, each: problem.output_noise().map(<[f64]>::to_vec) };
         Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory })
     }
 }
