@@ -1,5 +1,6 @@
 //! Hyperparameters as Vars in log space: prior precisions, the temperature, the noise.
 
+use super::fit::Evidence;
 use super::log_det::Precision;
 use super::problem::{Parameter, Problem};
 use crate::nn::VarMap;
@@ -354,6 +355,29 @@ impl Hyper {
             Ok(Precision::Each(each))
         };
         self.log_precision.iter().map(of).collect()
+    }
+
+    /// The precision of each group a part `rate` of the way, on the logarithm, to its fixed point, effective parameters over the sum of squares.
+    pub(crate) fn fixed_point(&self, evidence: &Evidence, rate: f64) -> Result<Vec<f64>> {
+        let precisions = self.tensor_precisions()?;
+        let mut sums = vec![(0.0, 0.0); self.groups.len()];
+        for (index, &group) in self.group.iter().enumerate() {
+            let effective = evidence.effective[index];
+            // The derivative by the logarithm is half of the effective number less precision times squares.
+            let squares = (effective - 2.0 * evidence.grad_log_precision[index]) / precisions[index];
+            sums[group].0 += effective;
+            sums[group].1 += squares;
+        }
+        let logs = match self.log_precision.first() {
+            Some(var) => var.to_vec1::<f64>()?,
+            None => vec![],
+        };
+        let moved = |(log, (effective, squares)): (f64, (f64, f64))| {
+            let way = (effective / squares).ln() - log;
+            // Without squares, or effective parameters, there is none.
+            if way.is_finite() { (log + (rate * way).clamp(-2.0, 2.0)).exp() } else { log.exp() }
+        };
+        Ok(logs.into_iter().zip(sums).map(moved).collect())
     }
 
     pub(crate) fn has_noise(&self) -> bool {

@@ -52,7 +52,7 @@ mod tune;
 
 pub use calibration::{Scores, calibration_error};
 pub use compare::{Advice, EarlyStopping, model_probabilities};
-pub use during::{ParamsTuneDuring, TuneDuring};
+pub use during::{ParamsTuneDuring, TuneDuring, TuneRule};
 pub use estimator::{Curvature, Estimator, Outputs, Split};
 pub use examples::Examples;
 pub use fit::{Evidence, Fit};

@@ -3,8 +3,13 @@
 use crate::folder::Folder;
 use candle_core::{DType, Device, Result, Tensor};
 use kronwake::checkpoint::Checkpoint;
-use kronwake::nn::{Lora, ParamsLora, VarBuilder, VarMap, init};
+use kronwake::evidence::{Curvature, Estimator, Examples, Hyper, Outputs, Parts, Problem, Structure};
+use kronwake::nn::{
+    Activation, AdamW, Lora, Module, Optimizer, ParamsAdamW, ParamsLora, VarBuilder, VarMap, init, loss,
+};
+use kronwake::tape::{Likelihood, Tape};
 use kronwake_cli::models::bert::{Bert, Config};
+use kronwake_cli::models::vit;
 use serde_json::{Value, json};
 
 fn run(folder: &Folder, program: &str, line: &str) {
@@ -184,6 +189,59 @@ fn wrong_lines_are_sentences() -> Result<()> {
         assert_eq!(output.status.code(), Some(code), "{line}: {error}");
         assert!(error.contains(part), "{line}: {error}");
         assert!(code == 2 || error.lines().count() == 1, "{line}: {error}");
+    }
+    Ok(())
+}
+
+/// On a small vision transformer that was trained, every kind of layer in it: exact, blocks, the rotated diagonal and the diagonal are bounds in
+/// this order, and the rotated diagonal is tighter than the estimate of Kronecker factors.
+#[test]
+fn the_rotated_bound_of_a_vision_transformer() -> Result<()> {
+    let config = vit::Config {
+        hidden: 8,
+        inner: 16,
+        layers: 2,
+        heads: 2,
+        image: 8,
+        patch: 4,
+        channels: 1,
+        activation: Activation::Gelu,
+        eps: 1e-6,
+        bias: true,
+    };
+    let (vars, tape) = (VarMap::new(), Tape::new());
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+    let model = tape.build(|| vit::Vit::new(&config, 3, &vb))?;
+    init::seeded_normal(&init::named(&vars)?, 0)?;
+    // A bright spot in one of three places, in noise.
+    let n = 48;
+    let noise = init::Stream::new(1, "pixels", 0);
+    let pixel = |i: usize| {
+        let (image, row, column) = (i / 64, i / 8 % 8, i % 8);
+        let spot = [(1, 1), (2, 6), (6, 3)][image % 3];
+        let near = row.abs_diff(spot.0) + column.abs_diff(spot.1) < 2;
+        f64::from(u8::from(near)) + 1.6 * (noise.uniform(i) - 0.5)
+    };
+    let x = Tensor::from_iter((0..n * 64).map(pixel), &Device::Cpu)?.reshape((n, 1, 8, 8))?;
+    let y = Tensor::from_iter((0..n).map(|i| i as u32 % 3), &Device::Cpu)?;
+    let mut adam = AdamW::new(vars.all_vars(), ParamsAdamW { lr: 5e-3, ..Default::default() })?;
+    for _ in 0..60 {
+        adam.backward_step(&loss::cross_entropy(&model.forward(&x)?, &y)?)?;
+    }
+    let part = ["!vit.embeddings.cls_token", "!vit.embeddings.position_embeddings"];
+    let problem = Problem::of_part(&tape, &vars, &model, Likelihood::Categorical, &part)?;
+    let examples = Examples::new(x, y)?;
+    for precision in [0.3, 1.0, 10.0] {
+        let hyper = Hyper::new(&problem, Structure::PerTensor, precision)?;
+        let log_det = |curvature| -> Result<f64> {
+            Ok(Estimator::new(curvature, Parts::Whole).evaluate(&problem, &examples, &hyper, 0)?.log_det)
+        };
+        let exact = log_det(Curvature::Kernel(Outputs::Joint))?;
+        let (blocks, rotated) = (log_det(Curvature::BlockPerTensor)?, log_det(Curvature::Rotated)?);
+        let (kron, diagonal) = (log_det(Curvature::Kron)?, log_det(Curvature::Diagonal)?);
+        println!("precision {precision}: {exact:.1} {blocks:.1} {rotated:.1} {kron:.1} {diagonal:.1}");
+        assert!(exact <= blocks && blocks <= rotated && rotated < diagonal);
+        assert!(rotated < kron, "precision {precision}: {rotated} {kron}");
     }
     Ok(())
 }
