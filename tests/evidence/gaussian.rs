@@ -4,7 +4,7 @@ use crate::common::nets::*;
 use candle_core::{DType, Result, Tensor};
 use kronwake::evidence::{
     Curvature, Estimator, Examples, HessianStructure, Hyper, ParamsTuneDuring, Parts, Posterior, Problem,
-    Structure, TuneDuring,
+    Structure, TuneDuring, TuneRule,
 };
 use kronwake::linalg::cholesky::inverse_spd;
 use kronwake::nn::{self, VarBuilder, VarMap};
@@ -232,5 +232,69 @@ fn the_noise_of_each_output_is_found() -> Result<()> {
     let message = Posterior::fit(&three, &examples, HessianStructure::Full, &hyper, 1 << 30);
     let message = message.map(drop).expect_err("three").to_string();
     assert!(message.contains("the noise of 3 outputs, and the model has [12, 2]"), "{message}");
+    Ok(())
+}
+
+/// A round of the fixed point goes to effective parameters over squares, of all tensors of a group together; half of the way on the logarithm where
+/// the rate is a half; and is resumed.
+#[test]
+fn rounds_of_the_fixed_point() -> Result<()> {
+    let net = Net::new(Kind::Mlp, 4, 6, 3)?;
+    let likelihood = Likelihood::Categorical;
+    let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);
+    let estimator = Estimator::new(Curvature::Full, Parts::Whole);
+    let params =
+        ParamsTuneDuring { estimator, burn_in: 1, every: 1, ..ParamsTuneDuring::by_fixed_points(6, 20) };
+    for (structure, groups) in [
+        (Structure::PerTensor, vec![vec![0], vec![1], vec![2]]),
+        (Structure::PerLayer, vec![vec![0, 1], vec![2]]),
+    ] {
+        for lr in [1.0, 0.5] {
+            let hyper = Hyper::new(&problem, structure, 1.5)?;
+            let before = estimator.fit(&problem, &examples, 0)?.evidence(&hyper)?;
+            let mut tuning = TuneDuring::new(hyper, ParamsTuneDuring { lr, ..params }, 6)?;
+            tuning.after_step(&problem, &examples)?.expect("a round");
+            let found = tuning.hyper().tensor_precisions()?;
+            for group in &groups {
+                let squares: Result<Vec<f64>> = group
+                    .iter()
+                    .map(|&t| problem.parameters()[t].tensor.sqr()?.sum_all()?.to_scalar::<f64>())
+                    .collect();
+                let effective: f64 = group.iter().map(|&t| before.effective[t]).sum();
+                let way = (effective / squares?.iter().sum::<f64>() / 1.5).ln();
+                assert!(way.abs() < 2.0, "not what is clamped: {way}");
+                for &t in group {
+                    let expected = 1.5 * (lr * way).exp();
+                    assert!(
+                        (found[t] / expected - 1.0).abs() < 1e-12,
+                        "{structure:?} {lr}: {} {expected}",
+                        found[t]
+                    );
+                }
+            }
+        }
+    }
+    let new = |rule| -> Result<TuneDuring> {
+        let hyper = Hyper::new(&problem, Structure::PerLayer, 1.5)?;
+        TuneDuring::new(hyper, ParamsTuneDuring { rule, ..params }, 6)
+    };
+    let path = std::env::temp_dir().join(format!("kronwake-fixed-point-{}", std::process::id()));
+    let mut first = new(TuneRule::FixedPoint)?;
+    first.after_step(&problem, &examples)?;
+    first.save(&path)?;
+    let mut second = new(TuneRule::FixedPoint)?;
+    second.resume(&path)?;
+    for tuning in [&mut first, &mut second] {
+        tuning.after_step(&problem, &examples)?;
+    }
+    assert_eq!(first.hyper().tensor_precisions()?, second.hyper().tensor_precisions()?);
+    assert!(new(TuneRule::Adam)?.resume(&path).is_err());
+    std::fs::remove_file(&path)?;
+    for (structure, lr) in [(Structure::Diagonal, 1.0), (Structure::Scalar, 1.5)] {
+        let hyper = Hyper::new(&problem, structure, 1.0)?;
+        let message = TuneDuring::new(hyper, ParamsTuneDuring { lr, ..params }, 6).map(drop);
+        let message = message.expect_err("refused").to_string();
+        assert!(message.contains("a fixed point with a rate of"), "{message}");
+    }
     Ok(())
 }
