@@ -274,7 +274,13 @@ impl TuneDuring {
     /// When the file cannot be read, or does not fit: one message lists every difference, and nothing has changed.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let mut file = Reading::open(path.as_ref(), KEY)?;
-        for (name, value) in self.fixed() {
+        let fixed = self.fixed();
+        for name in SOMETIMES {
+            if fixed.iter().all(|(other, _)| other != name) {
+                file.expect_none(name);
+            }
+        }
+        for (name, value) in fixed {
             file.expect(&name, value);
         }
         let training_steps = file.number("training_steps");
@@ -321,4 +327,6 @@ impl TuneDuring {
 
 /// The metadata entry of a file.
 const KEY: &str = "kronwake tuning";
+/// Lines that not all files have.
+const SOMETIMES: [&str; 2] = ["means", "rule"];
 const MOMENTS: [&str; 2] = ["first_moment", "second_moment"];

@@ -133,8 +133,9 @@ impl Posterior {
         let names: Vec<String> = parameters.iter().map(|p| p.name.clone()).collect();
         file.expect("likelihood", format!("{:?}", problem.likelihood));
         file.expect("of", names.join(", "));
-        if let Some(each) = problem.output_noise() {
-            file.expect("output_noise", listed(each));
+        match problem.output_noise() {
+            Some(each) => file.expect("output_noise", listed(each)),
+            None => file.expect_none("output_noise"),
         }
         let structure = file.text("structure").unwrap_or_default();
         let (s, noise): (Option<f64>, Option<f64>) = (file.number("s"), file.number("noise"));
