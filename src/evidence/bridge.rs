@@ -40,8 +40,8 @@ pub(super) fn log_dirichlet(
     let off = certain.broadcast_as(off.shape())?.where_cond(&off.zeros_like()?, &off)?;
     let left = (variance - off)?;
     for (input, (left, all)) in left.to_vec2::<f64>()?.iter().zip(variance.to_vec2::<f64>()?).enumerate() {
-        // Written so that NaN is refused.
-        if let Some(class) = (0..classes).find(|&c| !(left[c] > 1e-12 * all[c].max(f64::MIN_POSITIVE))) {
+        let none = |c: &usize| left[*c].is_nan() || left[*c] <= 1e-12 * all[*c].max(f64::MIN_POSITIVE);
+        if let Some(class) = (0..classes).find(none) {
             bail!(
                 "posterior: output {class} for input {input} has no variance against the others ({:e} of {:e}), and the Laplace bridge needs \
                  some: take probit or sampled",
