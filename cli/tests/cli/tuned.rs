@@ -98,7 +98,7 @@ fn write_encoder(folder: &Folder) -> Result<()> {
     init::seeded_normal(&init::named(&vars)?, 1)?;
     Checkpoint::from_varmap(&vars)?.write(encoder.join("model.safetensors"))?;
     let line = |i: usize| {
-        let label = if i % 11 == 0 { 1 - i % 2 } else { i % 2 };
+        let label = if i.is_multiple_of(11) { 1 - i % 2 } else { i % 2 };
         let rest = ["day", "night one", "one more day"][i % 3];
         format!("{} {rest}\t{}\n", ["good", "bad"][label], i % 2)
     };
