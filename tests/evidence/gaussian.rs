@@ -189,10 +189,10 @@ fn the_noise_of_each_output_is_found() -> Result<()> {
         noise = [found[0], found[1]];
     }
     assert!(noise[0] < 0.4 && noise[1] > 0.6, "{noise:?}");
-    for c in 0..2 {
+    for (c, now) in noise.into_iter().enumerate() {
         let of = |factor: f64| -> Result<f64> {
             let mean = none.narrow(0, c, 1)?.t()?;
-            Ok(exact(&linear.x, &linear.y.narrow(1, c, 1)?, &mean, factor * noise[c], PRECISION)?.0)
+            Ok(exact(&linear.x, &linear.y.narrow(1, c, 1)?, &mean, factor * now, PRECISION)?.0)
         };
         let slope = (of(1.0 + 1e-4)? - of(1.0 - 1e-4)?) / 2e-4;
         assert!(slope.abs() < 1e-5, "output {c}: {slope}");
