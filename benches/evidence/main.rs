@@ -1,13 +1,14 @@
 //! The evidence measured: how fast, how near to its value for all examples, and what tuning by it does for training.
 //!
 //! ```text
-//! cargo bench --bench evidence -- speed|grid|online [--data-dir DIR] [--help]
+//! cargo bench --bench evidence -- speed|grid|online|last [--data-dir DIR] [--help]
 //! ```
 //!
 //! `speed` works on random images where it is given no folder.
 
 mod clock;
 mod grid;
+mod last;
 mod net;
 mod online;
 mod speed;
@@ -39,6 +40,8 @@ enum What {
     Grid(grid::Options),
     /// Training with decays tuned by the evidence, beside a grid of fixed ones
     Online(online::Options),
+    /// The last layer of a classifier: fit, tuning and prediction, beside laplace-torch
+    Last(last::Options),
 }
 
 fn work(options: Options) -> Result<()> {
@@ -49,6 +52,7 @@ fn work(options: Options) -> Result<()> {
         Some(What::Speed(options)) => speed::measure(&options),
         Some(What::Grid(options)) => grid::measure(&options),
         Some(What::Online(options)) => online::measure(&options),
+        Some(What::Last(options)) => last::measure(&options),
         None => speed::measure(&speed::Options::default()),
     }
 }

@@ -4,16 +4,23 @@ use super::clock::Clock;
 use super::net::{self, Kind, Net};
 use candle_core::{Result, bail};
 use kronwake::evidence::{
-    Curvature, Estimator, Examples, Hyper, Outputs, ParamsTuneDuring, Split, Structure, TuneDuring,
+    Curvature, Estimator, Examples, Hyper, Outputs, ParamsTuneDuring, Split, Structure, TuneDuring, TuneRule,
 };
+use kronwake_cli::data::Data;
 use kronwake_cli::values::count;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Folder of MNIST's four IDX files
+    /// Folder of MNIST's four IDX files [default: the bundled part of Fashion-MNIST]
     #[arg(long, value_name = "DIR")]
-    data_dir: PathBuf,
+    data_dir: Option<PathBuf>,
+    /// Methods whose names have this in them alone
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Not the fixed decays
+    #[arg(long)]
+    no_fixed: bool,
     /// Training images; as many again validate, 1,000 at most
     #[arg(long, value_parser = count, default_value_t = 1000)]
     images: usize,
@@ -46,7 +53,10 @@ struct Outcome {
 }
 
 pub fn measure(options: &Options) -> Result<()> {
-    let data = net::images(&options.data_dir)?;
+    let data = match &options.data_dir {
+        Some(folder) => net::images(folder)?,
+        None => Data::bundled()?,
+    };
     let (n, held) = (options.images, options.images.min(1000));
     if n + held > data.train.len() || n < 250 {
         bail!("--images {n}: expected 250 to {}", data.train.len() - held)
@@ -55,17 +65,42 @@ pub fn measure(options: &Options) -> Result<()> {
     let test = net::examples(&data, &data.test, &places(data.test.len()))?;
     let epochs = (options.steps / (n / 100)).max(1);
     let one = Curvature::Kernel(Outputs::One(Split::Root));
+    let steps = epochs * (n / 100);
+    let by_adam = |estimator| ParamsTuneDuring {
+        estimator,
+        rule: TuneRule::Adam,
+        // 20 rounds of them must not take longer than the training.
+        steps: 5,
+        lr: 0.15,
+        ..ParamsTuneDuring::by_fixed_points(100, steps)
+    };
+    let of_one = Estimator { curvature: one, ..Estimator::batch(250) };
+    let point = ParamsTuneDuring::by_fixed_points(100, steps);
+    let later = ParamsTuneDuring { burn_in: steps / 5, ..point };
+    let half = ParamsTuneDuring { lr: 0.5, ..point };
+    let larger = ParamsTuneDuring { estimator: Estimator::extrapolated(200), ..point };
+    let (scalar, layer, tensor) = (Structure::Scalar, Structure::PerLayer, Structure::PerTensor);
     let methods = [
-        ("evidence, batch 100, a scalar", Structure::Scalar, Estimator::batch(100)),
-        ("evidence, batch 100, a tensor", Structure::PerTensor, Estimator::batch(100)),
+        ("evidence, batch 100, a scalar", scalar, 1.0, by_adam(Estimator::batch(100))),
+        ("evidence, batch 100, a tensor", tensor, 1.0, by_adam(Estimator::batch(100))),
+        ("evidence, one output, batch 250, a tensor", tensor, 1.0, by_adam(of_one)),
+        ("evidence, continued 100, a scalar", scalar, 1.0, by_adam(Estimator::extrapolated(100))),
+        ("evidence, continued 100, a tensor", tensor, 1.0, by_adam(Estimator::extrapolated(100))),
+        ("fixed point, continued 100, a scalar", scalar, 1.0, point),
+        ("fixed point, continued 100, a layer", layer, 1.0, point),
+        ("fixed point, continued 100, a tensor", tensor, 1.0, point),
+        ("fixed point from 10, a layer", layer, 10.0, point),
+        ("fixed point later, a layer", layer, 10.0, later),
+        ("fixed point by halves, a layer", layer, 10.0, half),
         (
-            "evidence, one output, batch 250, a tensor",
-            Structure::PerTensor,
-            Estimator { curvature: one, ..Estimator::batch(250) },
+            "fixed point, batch 100, a layer",
+            layer,
+            10.0,
+            ParamsTuneDuring { estimator: Estimator::batch(100), ..point },
         ),
-        ("evidence, continued 100, a scalar", Structure::Scalar, Estimator::extrapolated(100)),
-        ("evidence, continued 100, a tensor", Structure::PerTensor, Estimator::extrapolated(100)),
+        ("fixed point, continued 200, a layer", layer, 10.0, larger),
     ];
+    let methods: Vec<_> = methods.into_iter().filter(|(name, ..)| name.contains(&options.only)).collect();
     let mut table: Vec<(&str, Vec<Outcome>)> = vec![("none", vec![]), ("best of 6 fixed", vec![])];
     table.extend(methods.iter().map(|(name, ..)| (*name, vec![])));
     for seed in options.first..options.first + options.seeds as u64 {
@@ -77,7 +112,7 @@ pub fn measure(options: &Options) -> Result<()> {
         println!("  seed {seed}, none: {:.4} test, {:.2} s", none.test, none.seconds);
         table[0].1.push(none);
         let mut best: Option<Outcome> = None;
-        for precision in FIXED {
+        for precision in FIXED.into_iter().filter(|_| !options.no_fixed) {
             let run = fixed(&sets, seed, precision)?;
             println!(
                 "  seed {seed}, precision {precision}: {:.4} validation, {:.4} test, {:.2} s",
@@ -88,8 +123,8 @@ pub fn measure(options: &Options) -> Result<()> {
             }
         }
         table[1].1.extend(best);
-        for ((_, structure, estimator), (name, runs)) in methods.iter().zip(&mut table[2..]) {
-            let (run, precisions) = tuned(&sets, seed, *structure, estimator)?;
+        for ((_, structure, start, params), (name, runs)) in methods.iter().zip(&mut table[2..]) {
+            let (run, precisions) = tuned(&sets, seed, *structure, *start, params)?;
             let shown: Vec<_> = precisions.iter().map(|p| format!("{p:.2}")).collect();
             println!(
                 "  seed {seed}, {name}: {:.4} test, {:.2} s, precisions {}",
@@ -138,20 +173,17 @@ fn fixed(sets: &Sets, seed: u64, precision: f64) -> Result<Outcome> {
     outcome(&net, sets, clock.seconds().computed)
 }
 
-fn tuned(sets: &Sets, seed: u64, structure: Structure, estimator: &Estimator) -> Result<(Outcome, Vec<f64>)> {
+fn tuned(
+    sets: &Sets,
+    seed: u64,
+    structure: Structure,
+    start: f64,
+    params: &ParamsTuneDuring,
+) -> Result<(Outcome, Vec<f64>)> {
     let net = Net::new(Kind::Cnn, seed)?;
     let problem = net.problem()?;
-    let steps = sets.epochs * (sets.train.len() / 100);
-    // Rounds from a tenth of the training on, a twentieth apart.
-    let params = ParamsTuneDuring {
-        estimator: *estimator,
-        burn_in: steps / 10,
-        every: (steps / 20).max(1),
-        steps: ROUND,
-        lr: 0.15,
-        seed: seed << 32,
-    };
-    let hyper = Hyper::new(&problem, structure, 1.0)?;
+    let params = ParamsTuneDuring { seed: seed << 32, ..*params };
+    let hyper = Hyper::new(&problem, structure, start)?;
     let mut tuning = TuneDuring::new(hyper, params, sets.train.len())?;
     let clock = Clock::start();
     net.train(
@@ -168,6 +200,3 @@ fn tuned(sets: &Sets, seed: u64, structure: Structure, estimator: &Estimator) ->
     let seconds = clock.seconds().computed;
     Ok((outcome(&net, sets, seconds)?, tuning.hyper().tensor_precisions()?))
 }
-
-/// Steps of a round: 20 rounds of them must not take longer than the training.
-const ROUND: usize = 5;

@@ -71,23 +71,26 @@ impl Targets {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DataFit {
     likelihood: Likelihood,
-    /// The negative log-likelihood, or for a Gaussian one the sum of squared errors.
+    /// The negative log-likelihood, or for a Gaussian one the sum of squared errors, each over its output's own noise.
     loss: f64,
     /// Terms times classes.
     outputs: f64,
+    /// The sum over these of the logarithms of the outputs' own noise.
+    log_noise: f64,
 }
 
 impl DataFit {
     pub fn zero(likelihood: Likelihood) -> Self {
-        Self { likelihood, loss: 0.0, outputs: 0.0 }
+        Self { likelihood, loss: 0.0, outputs: 0.0, log_noise: 0.0 }
     }
 
-    /// Of outputs that are finite where terms count.
+    /// Of outputs that are finite where terms count; `noise` is that of each output of a Gaussian likelihood, over the noise of all.
     pub fn of(
         likelihood: Likelihood,
         outputs: &Tensor,
         targets: &Targets,
         weights: Option<&[f64]>,
+        noise: Option<&[f64]>,
     ) -> Result<Self> {
         let outputs = outputs.detach().to_dtype(DType::F64)?;
         let classes = outputs.dim(D::Minus1)?;
@@ -101,7 +104,15 @@ impl DataFit {
             Targets::Values(y) => {
                 let y = y.to_device(outputs.device())?;
                 let each = match likelihood {
-                    Likelihood::Gaussian => (y - &outputs)?.sqr()?,
+                    Likelihood::Gaussian => {
+                        let errors = (y - &outputs)?;
+                        match noise {
+                            Some(noise) => {
+                                errors.broadcast_div(&Tensor::new(noise, outputs.device())?)?.sqr()?
+                            }
+                            None => errors.sqr()?,
+                        }
+                    }
                     // ln(1 + e^z) - y z, in the form that does not overflow.
                     _ => {
                         let softplus = (outputs.relu()? + (outputs.abs()?.neg()?.exp()? + 1.)?.log()?)?;
@@ -122,19 +133,22 @@ impl DataFit {
         if !loss.is_finite() {
             bail!("evidence: the fit of the outputs to the labels is not finite")
         }
-        Ok(Self { likelihood, loss, outputs: terms * classes as f64 })
+        let log_noise = terms * noise.map_or(0.0, |noise| noise.iter().map(|r| r.ln()).sum());
+        Ok(Self { likelihood, loss, outputs: terms * classes as f64, log_noise })
     }
 
     pub fn add(&mut self, other: &DataFit, weight: f64) {
         self.loss += weight * other.loss;
         self.outputs += weight * other.outputs;
+        self.log_noise += weight * other.log_noise;
     }
 
     /// The log-likelihood.
     pub fn log_likelihood(&self, noise: f64, temperature: f64) -> f64 {
         match self.likelihood {
             Likelihood::Gaussian => {
-                let normalizer = self.outputs * (noise * (2.0 * std::f64::consts::PI).sqrt()).ln();
+                let normalizer =
+                    self.outputs * (noise * (2.0 * std::f64::consts::PI).sqrt()).ln() + self.log_noise;
                 (-self.loss / (2.0 * noise * noise) - normalizer) / temperature
             }
             _ => -self.loss / temperature,

@@ -3,6 +3,7 @@
 //! Parameter space: the matrix has a row a parameter, however many examples there are. The log-determinant is that of the kernel of the
 //! same rows (Sylvester).
 
+use super::last_layer::{Hessians, Last, Sums};
 use super::log_det::{Complexity, LogDet, Precision, precision_of, refuse_condition, remedy};
 use super::rows::Rows;
 use crate::linalg::cholesky::log_det_inverse;
@@ -26,8 +27,18 @@ impl Dense {
         Self { g: None, spans: Vec::new(), dtype: DType::F64 }
     }
 
+    fn take(&mut self, part: Tensor) -> Result<()> {
+        self.g = Some(match self.g.take() {
+            Some(g) => (g + part)?,
+            None => part,
+        });
+        Ok(())
+    }
+}
+
+impl Sums for Dense {
     /// Adds the matrix of some examples' rows, of one set of tensors at every call.
-    pub fn add(&mut self, rows: &Rows) -> Result<()> {
+    fn add(&mut self, rows: &Rows) -> Result<()> {
         let (mut parts, mut spans) = (Vec::new(), Vec::new());
         for layer in &rows.layers {
             if let Some(tensor) = layer.weight {
@@ -48,12 +59,47 @@ impl Dense {
         let j = Tensor::cat(&parts, 1)?.to_dtype(DType::F64)?;
         self.dtype = rows.dtype();
         let part = product(&j.t()?, &j)?;
-        self.g = Some(match self.g.take() {
-            Some(g) => (g + part)?,
-            None => part,
-        });
         self.spans = spans;
-        Ok(())
+        self.take(part)
+    }
+
+    fn add_last(&mut self, last: &Last, hessians: &Hessians) -> Result<()> {
+        let (n, columns) = last.features.dims2()?;
+        let classes = hessians.d.dim(1)?;
+        self.dtype = last.dtype;
+        self.spans.clear();
+        let mut inputs = Vec::new();
+        if let Some(tensor) = last.weight {
+            self.spans.push((tensor, classes * columns));
+            inputs.push(last.features.clone());
+        }
+        if let Some(tensor) = last.bias {
+            self.spans.push((tensor, classes));
+            inputs.push(Tensor::ones((n, 1), DType::F64, last.features.device())?);
+        }
+        let inputs = Tensor::cat(&inputs, 1)?;
+        let of_weight = if last.weight.is_some() { columns } else { 0 };
+        let size = classes * inputs.dim(1)?;
+        // Where the features of an output are, and its one of the bias.
+        let place = |output: usize, feature: usize| match feature < of_weight {
+            true => output * of_weight + feature,
+            false => classes * of_weight + output,
+        };
+        let mut g = vec![0.0; size * size];
+        for row in 0..classes {
+            for column in 0..=row {
+                let weighted = inputs.broadcast_mul(&hessians.entry(row, column)?.unsqueeze(1)?)?;
+                let block = product(&inputs.t()?, &weighted)?.to_vec2::<f64>()?;
+                for (i, line) in block.iter().enumerate() {
+                    for (j, value) in line.iter().enumerate() {
+                        let (at, by) = (place(row, i), place(column, j));
+                        g[at * size + by] = *value;
+                        g[by * size + at] = *value;
+                    }
+                }
+            }
+        }
+        self.take(Tensor::from_vec(g, (size, size), last.features.device())?)
     }
 }
 

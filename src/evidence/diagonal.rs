@@ -1,5 +1,6 @@
 //! The diagonal of the generalized Gauss-Newton matrix: a log-determinant that bounds the exact one from above (Hadamard).
 
+use super::last_layer::{Hessians, Last, Sums};
 use super::log_det::{Complexity, LogDet, Precision, precision_of, refuse_condition, sum_of};
 use super::rows::{CHUNK, LayerRows, Rows};
 use crate::ops::dense::product;
@@ -15,8 +16,8 @@ pub(crate) struct Diagonal {
     dtype: Option<DType>,
 }
 
-impl Diagonal {
-    pub fn add(&mut self, rows: &Rows) -> Result<()> {
+impl Sums for Diagonal {
+    fn add(&mut self, rows: &Rows) -> Result<()> {
         self.dtype = Some(rows.dtype());
         for layer in &rows.layers {
             if let Some(tensor) = layer.weight {
@@ -29,6 +30,20 @@ impl Diagonal {
         Ok(())
     }
 
+    fn add_last(&mut self, last: &Last, hessians: &Hessians) -> Result<()> {
+        self.dtype = Some(last.dtype);
+        let each = hessians.diagonals(None)?;
+        if let Some(tensor) = last.weight {
+            self.take(tensor, product(&each.t()?, &last.features.sqr()?)?.flatten_all()?)?;
+        }
+        if let Some(tensor) = last.bias {
+            self.take(tensor, each.sum(0)?)?;
+        }
+        Ok(())
+    }
+}
+
+impl Diagonal {
     /// `1 / (s h + P0)` of each tensor, flattened.
     pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<Vec<(usize, Tensor)>> {
         // What the evidence refuses.

@@ -12,6 +12,18 @@ use crate::penalty::{Lp, Penalty};
 use candle_core::{Result, Tensor, bail};
 use std::path::Path;
 
+/// How a round moves the precisions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TuneRule {
+    /// Steps of Adam up the evidence. The default.
+    #[default]
+    Adam,
+    /// MacKay's fixed point: a precision moves to the effective number of parameters over the sum of squares about the prior's mean, of all
+    /// tensors that it is of, a part `lr` of the way on the logarithm and by a factor of e^2 at most. One step or two go as far as many of
+    /// Adam, which still moves temperature and noise. Not for [`Structure::Diagonal`].
+    FixedPoint,
+}
+
 /// When and how [`TuneDuring`] moves the hyperparameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ParamsTuneDuring {
@@ -21,9 +33,11 @@ pub struct ParamsTuneDuring {
     pub burn_in: usize,
     /// Training steps from one round to the next.
     pub every: usize,
-    /// Steps of Adam on the logarithms in a round.
+    /// How the precisions move.
+    pub rule: TuneRule,
+    /// Steps on the logarithms in a round.
     pub steps: usize,
-    /// Their rate.
+    /// Adam's rate; of a fixed point the part of the way, at most 1.
     pub lr: f64,
     /// Of random parts and outputs.
     pub seed: u64,
@@ -37,8 +51,23 @@ impl ParamsTuneDuring {
             estimator: Estimator::batch(batch),
             burn_in: 10 * epoch,
             every: epoch,
+            rule: TuneRule::Adam,
             steps: 10,
             lr: 0.1,
+            seed: 0,
+        }
+    }
+
+    /// [`ParamsTuneDuring::by_batches`] with [`Estimator::extrapolated`] and a whole step to the fixed point a round, a twentieth of the training of
+    /// `steps` steps apart and from a tenth of it on: 19 estimates for a training.
+    pub fn by_fixed_points(batch: usize, steps: usize) -> Self {
+        Self {
+            estimator: Estimator::extrapolated(batch),
+            burn_in: steps / 10,
+            every: (steps / 20).max(1),
+            rule: TuneRule::FixedPoint,
+            steps: 1,
+            lr: 1.0,
             seed: 0,
         }
     }
@@ -91,7 +120,8 @@ impl TuneDuring {
     /// For a training set of `examples` examples, from the present values of `hyper`.
     ///
     /// # Errors
-    /// When there are no examples, `every` is 0, or the rate is not a finite number above 0.
+    /// When there are no examples, `every` is 0, or the rate is not a finite number above 0; when a fixed point has a rate above 1 or a prior
+    /// of a precision a weight.
     pub fn new(hyper: Hyper, params: ParamsTuneDuring, examples: usize) -> Result<Self> {
         if examples == 0 || params.every == 0 {
             bail!(
@@ -99,12 +129,21 @@ impl TuneDuring {
                 params.every
             )
         }
+        if params.rule == TuneRule::FixedPoint
+            && (params.lr > 1.0 || hyper.structure() == Structure::Diagonal)
+        {
+            bail!(
+                "evidence: a fixed point with a rate of {} and precisions {:?}, expected at most 1 and one for a tensor, a layer or all",
+                params.lr,
+                hyper.structure()
+            )
+        }
         let adam = Adam::new(hyper.vars(), params.lr)?;
         Ok(Self { hyper, params, adam, examples, training_steps: 0, draws: 0 })
     }
 
     /// `data + T/(2N) sum_i precision_i theta_i^2`, differentiable by the parameters, for the *mean* loss of a batch of the `N` training
-    /// examples: the negative log posterior, up to what does not depend on the parameters, times `T/N`. With a Gaussian likelihood
+    /// examples, the squares about the prior's means: the negative log posterior, up to what does not depend on the parameters, times `T/N`. With a Gaussian likelihood
     /// `data` is the mean of `1/(2 noise^2) |y - f|^2`.
     ///
     /// # Errors
@@ -118,9 +157,11 @@ impl TuneDuring {
                 Structure::Diagonal => {
                     let each =
                         self.hyper.vars()[index].as_tensor().detach().exp()?.to_dtype(p.tensor.dtype())?;
-                    (p.tensor.sqr()? * each.to_device(p.tensor.device())?)?.sum_all()? * factor
+                    (p.centred()?.sqr()? * each.to_device(p.tensor.device())?)?.sum_all()? * factor
                 }
-                _ => Lp::l2().value(&p.tensor)? * (factor * precisions.get(index).copied().unwrap_or(0.0)),
+                _ => {
+                    Lp::l2().value(&p.centred()?)? * (factor * precisions.get(index).copied().unwrap_or(0.0))
+                }
             };
             loss = (loss + part?.to_dtype(data.dtype())?)?;
         }
@@ -157,7 +198,14 @@ impl TuneDuring {
             }
             let Some(fit) = &fit else { break };
             let evidence = fit.evidence(&self.hyper)?;
+            let fixed_point = match self.params.rule {
+                TuneRule::Adam => None,
+                TuneRule::FixedPoint => Some(self.hyper.fixed_point(&evidence, self.params.lr)?),
+            };
             self.adam.climb(&evidence.value.backward()?)?;
+            if let Some(precisions) = fixed_point {
+                self.hyper.set_precisions(&precisions)?;
+            }
             last = Some(evidence);
         }
         Ok(last)
@@ -169,7 +217,7 @@ impl TuneDuring {
     }
 
     /// Of each parameter tensor the L2 decay that stands for its prior in a mean loss, `T precision / N`: what [`TuneDuring::loss`] adds
-    /// the half of, times the sum of squares.
+    /// the half of, times the sum of squares. With means ([`Problem::with_prior_mean`]) it pulls to these, as an optimizer's decay does not.
     ///
     /// # Errors
     /// When the hyperparameters cannot be read.
@@ -226,7 +274,13 @@ impl TuneDuring {
     /// When the file cannot be read, or does not fit: one message lists every difference, and nothing has changed.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
         let mut file = Reading::open(path.as_ref(), KEY)?;
-        for (name, value) in self.fixed() {
+        let fixed = self.fixed();
+        for name in SOMETIMES {
+            if fixed.iter().all(|(other, _)| other != name) {
+                file.expect_none(name);
+            }
+        }
+        for (name, value) in fixed {
             file.expect(&name, value);
         }
         let training_steps = file.number("training_steps");
@@ -253,8 +307,11 @@ impl TuneDuring {
 
     /// What a file must agree with.
     fn fixed(&self) -> Vec<(String, String)> {
-        let ParamsTuneDuring { burn_in, every, steps, seed, .. } = self.params;
+        let ParamsTuneDuring { burn_in, every, rule, steps, seed, .. } = self.params;
         let mut fixed = self.hyper.fixed();
+        if rule != TuneRule::Adam {
+            fixed.push(("rule".into(), format!("{rule:?}")));
+        }
         for (name, value) in [
             ("examples", self.examples as u64),
             ("burn_in", burn_in as u64),
@@ -270,4 +327,6 @@ impl TuneDuring {
 
 /// The metadata entry of a file.
 const KEY: &str = "kronwake tuning";
+/// Lines that not all files have.
+const SOMETIMES: [&str; 2] = ["means", "rule"];
 const MOMENTS: [&str; 2] = ["first_moment", "second_moment"];

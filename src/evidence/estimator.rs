@@ -8,9 +8,10 @@ use super::extrapolate::Extrapolated;
 use super::fit::{Evidence, Fit};
 use super::hyper::Hyper;
 use super::kron::KronSums;
+use super::last_layer::{Sums, sum_up};
 use super::log_det::{Complexity, LogDet};
 use super::partition::Parts;
-use super::pass::{Checked, Columns, Pass, each_pass};
+use super::pass::{Checked, Pass};
 use super::problem::Problem;
 use super::rotated::MarginalSums;
 use super::rows::{CHUNK, Rows};
@@ -192,19 +193,19 @@ impl Estimator {
                 Curvature::BlockPerLayer => read.blocks(false, &mut take)?,
                 Curvature::Kron => {
                     let mut sums = KronSums::default();
-                    read.each(|rows| sums.add(rows))?;
+                    read.sum(&mut sums)?;
                     take(*weight, Box::new(sums.finish()?))?;
                 }
                 Curvature::Rotated => {
                     let mut marginals = MarginalSums::default();
-                    read.each(|rows| marginals.add(rows))?;
+                    read.sum(&mut marginals)?;
                     let mut sums = marginals.bases()?;
-                    read.again(|rows| sums.add(rows))?;
+                    read.again(&mut sums)?;
                     take(*weight, Box::new(sums.finish()?))?;
                 }
                 Curvature::Diagonal => {
                     let mut sums = Diagonal::default();
-                    read.each(|rows| sums.add(rows))?;
+                    read.sum(&mut sums)?;
                     take(*weight, Box::new(sums))?;
                 }
             }
@@ -259,17 +260,17 @@ impl<'a> Reader<'a, '_> {
         Ok(())
     }
 
-    /// Runs `visit` on the rows of all examples, a few examples at a time.
-    fn each(&mut self, mut visit: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
-        each_pass(self.problem, self.part, Columns::Curvature, self.memory, |pass, rows| {
+    /// Adds all examples to `sums`, a few at a time.
+    fn sum(&mut self, sums: &mut dyn Sums) -> Result<()> {
+        sum_up(self.problem, self.part, self.memory, sums, |pass| {
             self.data.add(&pass.fit()?, self.weight);
-            visit(rows)
+            Ok(())
         })
     }
 
-    /// [`Reader::each`] of examples whose fit to the labels has been counted.
-    fn again(&self, mut visit: impl FnMut(&Rows) -> Result<()>) -> Result<()> {
-        each_pass(self.problem, self.part, Columns::Curvature, self.memory, |_, rows| visit(rows))
+    /// [`Reader::sum`] of examples whose fit to the labels has been counted.
+    fn again(&self, sums: &mut dyn Sums) -> Result<()> {
+        sum_up(self.problem, self.part, self.memory, sums, |_| Ok(()))
     }
 
     /// The kernels of the part, each with its weight; `draw(n)` is a uniform number.
@@ -311,7 +312,7 @@ impl<'a> Reader<'a, '_> {
         let parameters = self.problem.parameters().iter().map(|p| p.tensor.elem_count()).sum();
         check_dense(parameters, self.memory)?;
         let mut sums = Dense::new();
-        self.each(|rows| sums.add(rows))?;
+        self.sum(&mut sums)?;
         Ok(sums)
     }
 

@@ -99,6 +99,13 @@ impl Reading {
         }
     }
 
+    /// Notes a line that is there and should not be.
+    pub fn expect_none(&mut self, name: &str) {
+        if let Some((_, found)) = self.lines.iter().find(|(other, _)| other == name) {
+            self.wrong.push(format!("{name} is {found}, expected none"));
+        }
+    }
+
     /// How many dimensions a tensor has.
     pub fn rank(&self, name: &str) -> Option<usize> {
         self.file.tensors.get(name).map(Tensor::rank)

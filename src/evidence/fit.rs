@@ -12,9 +12,9 @@ use std::sync::Arc;
 pub struct Fit {
     parameters: Arc<Vec<Parameter>>,
     data: DataFit,
-    /// Of each tensor the sum of squares.
+    /// Of each tensor the sum of squares, about the prior's mean.
     squares: Vec<f64>,
-    /// The tensors as they were, in f64 on the CPU.
+    /// The tensors as they were less the prior's means, in f64 on the CPU.
     values: Vec<Tensor>,
     terms: Vec<(f64, Box<dyn Complexity>)>,
 }
@@ -27,7 +27,7 @@ pub struct Evidence {
     pub value: Tensor,
     /// `log p(D | theta)`, over all examples.
     pub log_likelihood: f64,
-    /// `-1/2 sum_i precision_i theta_i^2`.
+    /// `-1/2 sum_i precision_i theta_i^2`, about the prior's mean where it has one.
     pub log_prior: f64,
     /// `log det(s G + P0) - log det P0`, by the estimator's curvature; half of it is the complexity.
     pub log_det: f64,
@@ -42,7 +42,7 @@ pub struct Evidence {
     /// The derivative by the logarithm of the noise; 0 without noise.
     pub grad_log_noise: f64,
     /// Of each parameter tensor the precision that a fixed-point step takes: effective parameters over the sum of squares (MacKay
-    /// 1992). Infinite where the tensor is zero.
+    /// 1992). Infinite where the tensor is at the prior's mean.
     pub suggested_precision: Vec<f64>,
     /// A bound of the condition number of what was factorized.
     pub condition: f64,
@@ -55,8 +55,13 @@ impl Fit {
         terms: Vec<(f64, Box<dyn Complexity>)>,
     ) -> Result<Self> {
         let parameters = problem.shared_parameters();
-        let values =
-            parameters.iter().map(|p| p.tensor.detach().to_dtype(DType::F64)?.to_device(&Device::Cpu));
+        let values = parameters.iter().map(|p| {
+            let wide = |t: &Tensor| t.detach().to_dtype(DType::F64)?.to_device(&Device::Cpu);
+            match &p.mean {
+                Some(mean) => wide(&p.tensor)? - wide(mean)?,
+                None => wide(&p.tensor),
+            }
+        });
         let values = values.map(|v| v?.copy()).collect::<Result<Vec<_>>>()?;
         let squares = values.iter().map(|v| sum_of(&v.sqr()?)).collect::<Result<Vec<_>>>()?;
         Ok(Self { parameters, data, squares, values, terms })
@@ -85,6 +90,14 @@ impl Fit {
             let names = |p: &[Parameter]| p.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
             if names(&self.parameters) != names(hyper.parameters()) {
                 bail!("evidence: the hyperparameters are those of another model")
+            }
+            let means =
+                |p: &[Parameter]| p.iter().map(|p| p.mean.as_ref().map(Tensor::id)).collect::<Vec<_>>();
+            if means(&self.parameters) != means(hyper.parameters()) {
+                bail!(
+                    "evidence: the hyperparameters are of a prior with other means: make them from the problem after \
+                     Problem::with_prior_mean"
+                )
             }
         }
         let (temperature, noise) = (hyper.temperature()?, hyper.noise()?);

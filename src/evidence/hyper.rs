@@ -1,5 +1,6 @@
 //! Hyperparameters as Vars in log space: prior precisions, the temperature, the noise.
 
+use super::fit::Evidence;
 use super::log_det::Precision;
 use super::problem::{Parameter, Problem};
 use crate::nn::VarMap;
@@ -21,7 +22,7 @@ pub enum Structure {
     Diagonal,
 }
 
-/// The hyperparameters of a [`Problem`]: a Gaussian prior of mean 0, the temperature of the likelihood, and the noise of a Gaussian one.
+/// The hyperparameters of a [`Problem`]: a Gaussian prior of mean 0 or of the problem's means, the temperature of the likelihood, and the noise of a Gaussian one.
 ///
 /// They are Vars of f64 on the CPU that hold logarithms, in a VarMap of their own: `log_precision` (`log_precision.NAME`, in the
 /// tensor's shape, for [`Structure::Diagonal`]), `log_temperature`, `log_noise`. Any optimizer may climb
@@ -274,7 +275,9 @@ impl Hyper {
             Scalar::Tuned(_) => "tuned".into(),
         };
         let tensors: Vec<&str> = self.parameters.iter().map(|p| p.name.as_str()).collect();
-        [
+        let means: Vec<&str> =
+            self.parameters.iter().filter(|p| p.mean.is_some()).map(|p| p.name.as_str()).collect();
+        let mut fixed = [
             ("structure", format!("{:?}", self.structure)),
             ("of", tensors.join(", ")),
             ("groups", self.groups.join(", ")),
@@ -282,7 +285,11 @@ impl Hyper {
             ("noise", of(&self.noise)),
         ]
         .map(|(name, value)| (name.to_string(), value))
-        .to_vec()
+        .to_vec();
+        if !means.is_empty() {
+            fixed.push(("means".into(), means.join(", ")));
+        }
+        fixed
     }
 
     /// The Vars by name, to save and load.
@@ -348,6 +355,29 @@ impl Hyper {
             Ok(Precision::Each(each))
         };
         self.log_precision.iter().map(of).collect()
+    }
+
+    /// The precision of each group a part `rate` of the way, on the logarithm, to its fixed point, effective parameters over the sum of squares.
+    pub(crate) fn fixed_point(&self, evidence: &Evidence, rate: f64) -> Result<Vec<f64>> {
+        let precisions = self.tensor_precisions()?;
+        let mut sums = vec![(0.0, 0.0); self.groups.len()];
+        for (index, &group) in self.group.iter().enumerate() {
+            let effective = evidence.effective[index];
+            // The derivative by the logarithm is half of the effective number less precision times squares.
+            let squares = (effective - 2.0 * evidence.grad_log_precision[index]) / precisions[index];
+            sums[group].0 += effective;
+            sums[group].1 += squares;
+        }
+        let logs = match self.log_precision.first() {
+            Some(var) => var.to_vec1::<f64>()?,
+            None => vec![],
+        };
+        let moved = |(log, (effective, squares)): (f64, (f64, f64))| {
+            let way = (effective / squares).ln() - log;
+            // Without squares, or effective parameters, there is none.
+            if way.is_finite() { (log + (rate * way).clamp(-2.0, 2.0)).exp() } else { log.exp() }
+        };
+        Ok(logs.into_iter().zip(sums).map(moved).collect())
     }
 
     pub(crate) fn has_noise(&self) -> bool {

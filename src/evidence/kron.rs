@@ -14,8 +14,10 @@
 
 use super::diagonal::weight_squares;
 use super::eigenbasis::{Eigenbases, Eigenbasis};
+use super::last_layer::{Hessians, Last, Sums};
 use super::rows::{LayerRows, Rows};
 use crate::linalg::eigh::eigh;
+use crate::ops::dense::product;
 use crate::ops::factor::second_moment;
 use crate::tape::Kind;
 use candle_core::{DType, Result, Tensor, bail};
@@ -86,6 +88,27 @@ impl Factors {
         })
     }
 
+    fn of_last(last: &Last, hessians: &Hessians) -> Result<Self> {
+        let q = hessians.sum(None)?.unsqueeze(0)?;
+        let weighted = match &hessians.weights {
+            Some(weights) => last.features.broadcast_mul(&weights.unsqueeze(1)?)?,
+            None => last.features.clone(),
+        };
+        let positions = match &hessians.weights {
+            Some(weights) => weights.sum_all()?.to_scalar()?,
+            None => last.features.dim(0)? as f64,
+        };
+        let weight = match last.weight {
+            Some(tensor) => {
+                let a = product(&last.features.t()?, &weighted)?.unsqueeze(0)?;
+                Some((tensor, WeightSums::Matrix { a, q: q.clone() }))
+            }
+            None => None,
+        };
+        let bias = last.bias.map(|tensor| (tensor, BiasSums::Matrix(q)));
+        Ok(Self { name: last.name.clone(), weight, bias, positions })
+    }
+
     fn add(&mut self, other: Factors) -> Result<()> {
         match (&mut self.weight, other.weight) {
             (Some((_, WeightSums::Matrix { a, q })), Some((_, WeightSums::Matrix { a: a1, q: q1 })))
@@ -118,18 +141,25 @@ pub(crate) struct KronSums {
     dtype: Option<DType>,
 }
 
+impl Sums for KronSums {
+    fn add(&mut self, rows: &Rows) -> Result<()> {
+        let factors = rows.layers.iter().map(|layer| Factors::of(layer, rows.weights.as_ref()));
+        self.join(factors.collect::<Result<_>>()?, rows.dtype())
+    }
+
+    fn add_last(&mut self, last: &Last, hessians: &Hessians) -> Result<()> {
+        self.join(vec![Factors::of_last(last, hessians)?], last.dtype)
+    }
+}
+
 impl KronSums {
-    pub fn add(&mut self, rows: &Rows) -> Result<()> {
-        let fresh = self.layers.is_empty();
-        self.dtype = Some(rows.dtype());
-        for (index, layer) in rows.layers.iter().enumerate() {
-            let factors = Factors::of(layer, rows.weights.as_ref())?;
-            match self.layers.get_mut(index) {
-                Some(known) if !fresh => known.add(factors)?,
-                _ => self.layers.push(factors),
-            }
+    fn join(&mut self, factors: Vec<Factors>, dtype: DType) -> Result<()> {
+        self.dtype = Some(dtype);
+        if self.layers.is_empty() {
+            self.layers = factors;
+            return Ok(());
         }
-        Ok(())
+        self.layers.iter_mut().zip(factors).try_for_each(|(known, more)| known.add(more))
     }
 
     /// Where every tensor's block is diagonal, with its eigenvalues.

@@ -1,21 +1,22 @@
 //! Predictions without the covariances of an example's outputs, and through the structure of a last layer where the posterior is of that
 //! alone.
 //!
-//! Where the outputs are those of a linear layer, `z = W phi + b`, no backward pass is needed, and with a posterior
+//! Where the outputs are those of a linear layer, `z = W phi + b`, no backward pass a class is needed, and with a posterior
 //! `(U_g (x) U_a) diag(v) (U_g (x) U_a)^T` of `W` their covariance is `U_g diag(d) U_g^T`, `d_i = sum_j v_ij (U_a^T phi)_j^2`: for `c` outputs
 //! and `p` features `c (c + p)` operations an example, where rows of each output would be `c^2 p`.
 
+use super::bridge::log_dirichlet;
 use super::eigenbasis::turned;
 use super::examples::Examples;
-use super::log_det::sum_of;
 use super::pass::Pass;
 use super::posterior::{Covariance, Posterior};
-use super::predictive::{Predictive, probit_of, sum_of_draws};
+use super::predictive::{Noise, Predictive, probit_of, sum_of_draws};
 use super::problem::Problem;
 use crate::ops::dense::product;
 use crate::ops::rng::normal;
+use crate::ops::softmax::softmax_last_dim;
 use crate::tape::Likelihood;
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 /// Draws whose outputs are made at a time.
 const DRAWS: usize = 64;
@@ -32,7 +33,7 @@ pub struct Marginals {
     pub variance: Tensor,
     draws: Draws,
     likelihood: Likelihood,
-    noise: f64,
+    noise: Noise,
 }
 
 /// From what draws of the outputs are made.
@@ -50,44 +51,6 @@ struct Factor {
     vectors: Option<Tensor>,
     /// `[n, classes]`, or `[1, classes]` for all inputs.
     d: Tensor,
-}
-
-/// The features of the last layer for some inputs, `[n, in]` in f64, with what its weight and bias are.
-struct Last {
-    features: Tensor,
-    weight: Option<usize>,
-    bias: Option<usize>,
-}
-
-impl Pass<'_> {
-    /// The features, if the parameters are those of one linear layer alone, whose outputs are the model's.
-    fn last(&self, problem: &Problem<'_>) -> Result<Option<Last>> {
-        let (parameters, Ok((n, classes))) = (problem.parameters(), self.outputs.dims2()) else {
-            return Ok(None);
-        };
-        let one = parameters.iter().all(|p| p.of_layer == parameters[0].of_layer);
-        let layer = problem.tape.layers().into_iter().find(|layer| parameters[0].of_layer == layer.index);
-        let linear = |layer: &crate::tape::Layer| layer.kind.is_linear() && layer.out_features() == classes;
-        if !one || !layer.is_some_and(|layer| linear(&layer)) {
-            return Ok(None);
-        }
-        // Whatever is between the layer and the outputs would change a random cotangent.
-        let random = (0..n * classes).map(|i| normal(1, 0, i as u64)).collect::<Vec<_>>();
-        let cotangent =
-            Tensor::from_vec(random, (n, classes), self.outputs.device())?.to_dtype(self.outputs.dtype())?;
-        let rows = self.gather(std::iter::once(Ok(cotangent.clone())), usize::MAX)?;
-        let [layer] = rows.layers.as_slice() else { return Ok(None) };
-        let (inputs, grads) = layer.factors();
-        if layer.positions()? != 1 || grads.elem_count() != n * classes {
-            return Ok(None);
-        }
-        let apart = (grads.reshape((n, classes))? - cotangent.to_dtype(grads.dtype())?)?;
-        if sum_of(&apart.abs()?)? != 0.0 {
-            return Ok(None);
-        }
-        let features = inputs.squeeze(1)?.to_dtype(DType::F64)?;
-        Ok(Some(Last { features, weight: layer.weight, bias: layer.bias }))
-    }
 }
 
 impl Posterior {
@@ -113,7 +76,7 @@ impl Posterior {
                     mean: predicted.mean.clone(),
                     variance: crate::linalg::kron::diagonal(&predicted.covariance)?,
                     likelihood: self.likelihood,
-                    noise: self.noise,
+                    noise: self.noise.clone(),
                     draws: Draws::Covariances(Box::new(predicted)),
                 });
             };
@@ -144,7 +107,7 @@ impl Posterior {
             variance: Tensor::cat(&variances, 0)?,
             draws: Draws::Factors(factors),
             likelihood: self.likelihood,
-            noise: self.noise,
+            noise: self.noise.clone(),
         })
     }
 
@@ -277,13 +240,48 @@ impl Marginals {
         probit_of(self.likelihood, &self.mean, &self.variance)
     }
 
+    /// The parameters of the Laplace bridge's Dirichlet distribution, as [`Predictive::dirichlet`].
+    ///
+    /// # Errors
+    /// As [`Predictive::dirichlet`].
+    pub fn dirichlet(&self) -> Result<Tensor> {
+        self.log_dirichlet()?.exp()
+    }
+
+    /// The prediction by the Laplace bridge, as [`Predictive::bridge`], from the factors of the covariances alone.
+    ///
+    /// # Errors
+    /// As [`Predictive::dirichlet`].
+    pub fn bridge(&self) -> Result<Tensor> {
+        softmax_last_dim(&self.log_dirichlet()?)
+    }
+
+    fn log_dirichlet(&self) -> Result<Tensor> {
+        let row_sums = match &self.draws {
+            Draws::Covariances(predicted) => predicted.covariance.sum(D::Minus1)?,
+            Draws::Factors(factors) => {
+                let mut sums = self.mean.zeros_like()?;
+                for Factor { vectors, d } in factors {
+                    // U diag(d) U^T 1
+                    let part = match vectors {
+                        Some(u) => product(&d.broadcast_mul(&u.sum_keepdim(0)?)?, &u.t()?)?,
+                        None => d.clone(),
+                    };
+                    sums = sums.broadcast_add(&part)?;
+                }
+                sums
+            }
+        };
+        log_dirichlet(self.likelihood, &self.mean, &self.variance, &row_sums)
+    }
+
     /// The variance of each prediction, `[n, classes]`: that of the outputs, and the noise's with a Gaussian likelihood.
     ///
     /// # Errors
     /// When a tensor operation fails.
     pub fn predictive_variance(&self) -> Result<Tensor> {
         match self.likelihood {
-            Likelihood::Gaussian => &self.variance + self.noise * self.noise,
+            Likelihood::Gaussian => self.noise.added_to(&self.variance),
             _ => Ok(self.variance.clone()),
         }
     }

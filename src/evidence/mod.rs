@@ -20,6 +20,8 @@
 //! goes through them.
 
 mod adam;
+mod bridge;
+mod calibration;
 mod compare;
 mod data_fit;
 mod dense;
@@ -35,6 +37,7 @@ mod gather;
 mod hyper;
 mod kernel;
 mod kron;
+mod last_layer;
 mod log_det;
 mod marginals;
 mod partition;
@@ -47,8 +50,9 @@ mod rows;
 mod save;
 mod tune;
 
+pub use calibration::{Scores, calibration_error};
 pub use compare::{Advice, EarlyStopping, model_probabilities};
-pub use during::{ParamsTuneDuring, TuneDuring};
+pub use during::{ParamsTuneDuring, TuneDuring, TuneRule};
 pub use estimator::{Curvature, Estimator, Outputs, Split};
 pub use examples::Examples;
 pub use fit::{Evidence, Fit};

@@ -3,6 +3,7 @@
 use super::data_fit::{DataFit, Targets};
 use super::examples::{Examples, PASS};
 use super::gather::Gathered;
+use super::last_layer::Hessians;
 use super::log_det::sum_of;
 use super::problem::Problem;
 use super::rows::Rows;
@@ -43,6 +44,11 @@ impl Problem<'_> {
                 examples.x().dims(),
                 outputs.dims()
             )
+        }
+        if let Some(noise) = self.output_noise()
+            && outputs.dims().last() != Some(&noise.len())
+        {
+            bail!("evidence: the noise of {} outputs, and the model has {:?}", noise.len(), outputs.dims())
         }
         let weights = examples.term_weights(outputs.dims(), self.likelihood == Likelihood::Categorical)?;
         let counted = counted(&outputs, weights.as_deref())?;
@@ -158,7 +164,7 @@ impl Pass<'_> {
     pub fn fit(&self) -> Result<DataFit> {
         let (likelihood, weights) = (self.problem.likelihood, self.weights.as_deref());
         let targets = Targets::of(likelihood, self.examples, self.outputs.dims(), weights)?;
-        DataFit::of(likelihood, &self.counted, &targets, weights)
+        DataFit::of(likelihood, &self.counted, &targets, weights, self.problem.output_noise())
     }
 
     /// The columns of a root of the Hessian by the outputs, with the weights of the terms.
@@ -170,11 +176,51 @@ impl Pass<'_> {
             }
             None => None,
         };
+        let noise = match self.problem.output_noise() {
+            Some(noise) => {
+                Some(Tensor::new(noise, self.outputs.device())?.to_dtype(self.outputs.dtype())?.recip()?)
+            }
+            None => None,
+        };
         let columns = self.problem.likelihood.cotangents(&self.counted, root)?;
-        Ok(columns.map(move |column| match &roots {
-            Some(roots) => column?.broadcast_mul(roots),
-            None => column,
+        Ok(columns.map(move |column| {
+            let mut column = column?;
+            for by in roots.iter().chain(&noise) {
+                column = column.broadcast_mul(by)?;
+            }
+            Ok(column)
         }))
+    }
+
+    /// The Hessians by outputs `[n, classes]`, with the weights of the terms.
+    pub fn hessians(&self) -> Result<Hessians> {
+        let outputs = self.counted.to_dtype(DType::F64)?;
+        let (n, classes) = outputs.dims2()?;
+        let likelihood = self.problem.likelihood;
+        let (mut d, mut m) = match likelihood {
+            Likelihood::Categorical => {
+                let p = likelihood.mean(&outputs)?;
+                (p.clone(), Some(p))
+            }
+            Likelihood::Bernoulli => {
+                let p = likelihood.mean(&outputs)?;
+                ((&p * (1.0 - &p)?)?, None)
+            }
+            Likelihood::Gaussian => (outputs.ones_like()?, None),
+        };
+        if let Some(noise) = self.problem.output_noise() {
+            let by = Tensor::new(noise, outputs.device())?.sqr()?.recip()?.reshape((1, classes))?;
+            d = d.broadcast_mul(&by)?;
+        }
+        let mut weights = None;
+        if let Some(each) = &self.weights {
+            let each = Tensor::new(each.as_slice(), outputs.device())?;
+            let column = each.reshape((n, 1))?;
+            d = d.broadcast_mul(&column)?;
+            m = m.map(|m| m.broadcast_mul(&column.sqrt()?)).transpose()?;
+            weights = Some(each);
+        }
+        Ok(Hessians { d, m, weights })
     }
 
     /// The rows of all parameters for some cotangents; refused where they would take more than `memory` bytes.

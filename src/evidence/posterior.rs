@@ -11,9 +11,10 @@ use super::estimator::check_dense;
 use super::examples::Examples;
 use super::hyper::Hyper;
 use super::kron::KronSums;
+use super::last_layer::{Sums, sum_up};
 use super::log_det::{Complexity, Precision, precision_of};
 use super::pass::{Checked, Columns, each_pass};
-use super::predictive::Predictive;
+use super::predictive::{Noise, Predictive};
 use super::problem::Problem;
 use super::rotated::MarginalSums;
 use super::rows::{CHUNK, LayerRows, Rows};
@@ -52,7 +53,7 @@ pub struct Posterior {
     pub(super) s: f64,
     pub(super) precisions: Vec<Precision>,
     pub(super) likelihood: Likelihood,
-    pub(super) noise: f64,
+    pub(super) noise: Noise,
     /// Of the parameters that it is of.
     pub(super) names: Vec<String>,
     /// What the rows of a prediction may take.
@@ -84,18 +85,16 @@ impl Posterior {
         memory: usize,
     ) -> Result<Self> {
         let precisions = hyper.precisions()?;
-        let noise = hyper.noise()?;
+        let noise = Noise { all: hyper.noise()?, each: problem.output_noise().map(<[f64]>::to_vec) };
         let s = hyper.scale()?;
         let Checked { examples, .. } = problem.checked(examples)?;
-        let each = |visit: &mut dyn FnMut(&Rows) -> Result<()>| {
-            each_pass(problem, &examples, Columns::Curvature, memory, |_, rows| visit(rows))
-        };
+        let sum_up = |sums: &mut dyn Sums| sum_up(problem, &examples, memory, sums, |_| Ok(()));
         let covariance = match structure {
             HessianStructure::Full => {
                 let size: usize = problem.parameters().iter().map(|p| p.tensor.elem_count()).sum();
                 check_dense(size, memory)?;
                 let mut sums = Dense::new();
-                each(&mut |rows| sums.add(rows))?;
+                sum_up(&mut sums)?;
                 let (covariance, spans) = sums.covariance(s, &precisions)?;
                 Covariance::Full(covariance, spans)
             }
@@ -107,13 +106,13 @@ impl Posterior {
                 }
                 let bases = if structure == HessianStructure::Kron {
                     let mut sums = KronSums::default();
-                    each(&mut |rows| sums.add(rows))?;
+                    sum_up(&mut sums)?;
                     sums.finish()?
                 } else {
                     let mut marginals = MarginalSums::default();
-                    each(&mut |rows| marginals.add(rows))?;
+                    sum_up(&mut marginals)?;
                     let mut sums = marginals.bases()?;
-                    each(&mut |rows| sums.add(rows))?;
+                    sum_up(&mut sums)?;
                     sums.finish()?
                 };
                 // What the evidence refuses.
@@ -122,7 +121,7 @@ impl Posterior {
             }
             HessianStructure::Diagonal => {
                 let mut sums = Diagonal::default();
-                each(&mut |rows| sums.add(rows))?;
+                sum_up(&mut sums)?;
                 Covariance::Diagonal(sums.covariance(s, &precisions)?)
             }
         };
@@ -142,6 +141,13 @@ impl Posterior {
     /// Refuses another problem than that of the fit.
     pub(super) fn check(&self, problem: &Problem<'_>) -> Result<()> {
         let names: Vec<&str> = problem.parameters().iter().map(|p| p.name.as_str()).collect();
+        if problem.output_noise() != self.noise.each.as_deref() {
+            bail!(
+                "posterior: of outputs with noise {:?}, expected that of the problem that it was fitted to, {:?}",
+                problem.output_noise(),
+                self.noise.each
+            )
+        }
         if names != self.names || problem.likelihood != self.likelihood {
             bail!(
                 "posterior: of {:?} and {}, expected the problem that it was fitted to, {:?} and {}",
@@ -175,8 +181,49 @@ impl Posterior {
             mean: Tensor::cat(&means, 0)?.to_dtype(DType::F64)?,
             covariance: Tensor::cat(&covariances, 0)?.to_dtype(DType::F64)?,
             likelihood: self.likelihood,
-            noise: self.noise,
+            noise: self.noise.clone(),
         })
+    }
+
+    /// A better noise of each output of a Gaussian likelihood than the present one, for [`Problem::with_output_noise`] and a noise of 1 for
+    /// all: `noise_c^2 = sum_n (y_nc - f_nc)^2 / (N - gamma_c)`, with `gamma_c` the effective number of parameters of the output (MacKay
+    /// 1992). Where it is the present one, the evidence of a full posterior has no slope by it; a few rounds of fitting and this get there.
+    /// Weights of terms count.
+    ///
+    /// # Errors
+    /// When the likelihood is another one, an output fits its targets without an error, or has as many effective parameters as targets; as
+    /// [`Posterior::predict`].
+    pub fn output_noise(&self, problem: &Problem<'_>, examples: &Examples) -> Result<Vec<f64>> {
+        if self.likelihood != Likelihood::Gaussian {
+            bail!("posterior: only a Gaussian likelihood has noise, and this one is {:?}", self.likelihood)
+        }
+        let Checked { examples, .. } = problem.checked(examples)?;
+        let found = self.predict(problem, examples.x())?;
+        let (n, classes) = found.mean.dims2()?;
+        let weights = match examples.term_weights(found.mean.dims(), false)? {
+            Some(weights) => weights,
+            None => vec![1.0; n],
+        };
+        let count: f64 = weights.iter().sum();
+        let weights = Tensor::from_vec(weights, (n, 1), found.mean.device())?;
+        let targets = examples.y().to_dtype(DType::F64)?.to_device(found.mean.device())?;
+        let summed = |t: Tensor| t.broadcast_mul(&weights)?.sum(0)?.to_vec1::<f64>();
+        let errors = summed((targets - &found.mean)?.sqr()?)?;
+        let spread = summed(crate::linalg::kron::diagonal(&found.covariance)?)?;
+        let mut noise = Vec::with_capacity(classes);
+        for (c, (errors, spread)) in errors.into_iter().zip(spread).enumerate() {
+            let now = self.noise.all * self.noise.each.as_ref().map_or(1.0, |each| each[c]);
+            let gamma = spread / (now * now);
+            let next = (errors / (count - gamma)).sqrt();
+            if !(next.is_finite() && next > 0.0) {
+                bail!(
+                    "posterior: output {c} has squared errors of {errors:e} over {count} targets with {gamma:.1} effective parameters, from \
+                     which no noise follows: take larger prior precisions, or leave its noise as it is"
+                )
+            }
+            noise.push(next);
+        }
+        Ok(noise)
     }
 
     /// `J Sigma J^T` of each example, `[n, each, each]`, of rows in f64: the covariances of outputs that move together are small

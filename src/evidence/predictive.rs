@@ -15,7 +15,30 @@ pub struct Predictive {
     /// Their covariance by the parameters' uncertainty, `[n, classes, classes]`, f64; a Gaussian likelihood's noise is not in it.
     pub covariance: Tensor,
     pub(super) likelihood: Likelihood,
-    pub(super) noise: f64,
+    pub(super) noise: Noise,
+}
+
+/// The noise of a Gaussian likelihood.
+#[derive(Debug, Clone)]
+pub(super) struct Noise {
+    /// Of all outputs.
+    pub all: f64,
+    /// Of each, over that of all.
+    pub each: Option<Vec<f64>>,
+}
+
+impl Noise {
+    /// `variance` `[n, classes]` with the noise's added.
+    pub fn added_to(&self, variance: &Tensor) -> Result<Tensor> {
+        let all = self.all * self.all;
+        match &self.each {
+            Some(each) => {
+                let squares = (Tensor::new(each.as_slice(), variance.device())?.sqr()? * all)?;
+                variance.broadcast_add(&squares.unsqueeze(0)?)
+            }
+            None => variance + all,
+        }
+    }
 }
 
 impl Predictive {
@@ -26,7 +49,7 @@ impl Predictive {
     pub fn variance(&self) -> Result<Tensor> {
         let variance = crate::linalg::kron::diagonal(&self.covariance)?;
         match self.likelihood {
-            Likelihood::Gaussian => variance + self.noise * self.noise,
+            Likelihood::Gaussian => self.noise.added_to(&variance),
             _ => Ok(variance),
         }
     }

@@ -3,7 +3,8 @@
 use crate::nn::{Module, VarMap};
 use crate::pattern::matches;
 use crate::tape::{Layer, Likelihood, Tape};
-use candle_core::{Result, Tensor, TensorId, bail};
+use candle_core::{DType, Result, Tensor, TensorId, bail};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// One parameter tensor of a model.
@@ -15,6 +16,8 @@ pub struct Parameter {
     pub layer: String,
     /// Itself.
     pub tensor: Tensor,
+    /// The prior's mean, detached and as it was given; zero without one.
+    pub(crate) mean: Option<Tensor>,
     /// The layer's number on the tape.
     pub(crate) of_layer: usize,
 }
@@ -28,6 +31,18 @@ pub struct Problem<'a> {
     pub(crate) tape: Tape,
     pub(crate) likelihood: Likelihood,
     parameters: Arc<Vec<Parameter>>,
+    /// Of a Gaussian likelihood the noise of each output, over the noise of all.
+    output_noise: Option<Arc<Vec<f64>>>,
+}
+
+impl Parameter {
+    /// What the prior pulls to zero: the tensor, less the prior's mean. Differentiable by the tensor.
+    pub(crate) fn centred(&self) -> Result<Tensor> {
+        match &self.mean {
+            Some(mean) => &self.tensor - mean,
+            None => Ok(self.tensor.clone()),
+        }
+    }
 }
 
 impl std::fmt::Debug for Problem<'_> {
@@ -125,7 +140,75 @@ impl<'a> Problem<'a> {
                 if unknown.len() == 1 { "is" } else { "are" }
             )
         }
-        Ok(Self { model, tape: tape.clone(), likelihood, parameters: Arc::new(parameters) })
+        Ok(Self {
+            model,
+            tape: tape.clone(),
+            likelihood,
+            parameters: Arc::new(parameters),
+            output_noise: None,
+        })
+    }
+
+    /// Centres the prior at `means`, by the parameters' names: of a model that was fine-tuned the pretrained values, of adapters their start.
+    /// A parameter that is not among them keeps a prior of mean zero; names that are no parameters are not looked at, so that a whole
+    /// checkpoint ([`Checkpoint::tensors`](crate::checkpoint::Checkpoint::tensors)) may be given. The means are copied.
+    ///
+    /// The log prior is then `-1/2 sum_i precision_i (theta_i - mean_i)^2`, and [`TuneDuring::loss`](super::TuneDuring::loss) pulls to the
+    /// means; determinants and posteriors are what they were. [`Hyper`](super::Hyper) has to be made from the problem with its means.
+    ///
+    /// ```
+    /// # use candle_core::{DType, Device, Tensor};
+    /// # use kronwake::{checkpoint::Checkpoint, evidence::Problem, nn::{self, VarBuilder, VarMap}, tape::{Likelihood, Tape}};
+    /// # let (vars, tape) = (VarMap::new(), Tape::new());
+    /// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// # let model = tape.build(|| nn::linear(2, 3, vb.pp("fc")))?;
+    /// # let mut base = Checkpoint::default();
+    /// # base.tensors.insert("fc.weight".into(), Tensor::ones((3, 2), DType::F32, &Device::Cpu)?);
+    /// let problem = Problem::new(&tape, &vars, &model, Likelihood::Categorical)?.with_prior_mean(&base.tensors)?;
+    /// # candle_core::Result::Ok(())
+    /// ```
+    ///
+    /// # Errors
+    /// When a mean has another shape than its parameter or is not finite, or none of the parameters has one.
+    pub fn with_prior_mean(self, means: &BTreeMap<String, Tensor>) -> Result<Self> {
+        let mut parameters = self.parameters.as_ref().clone();
+        for p in &mut parameters {
+            let Some(mean) = means.get(&p.name) else { continue };
+            if mean.dims() != p.tensor.dims() {
+                bail!(
+                    "evidence: the prior's mean of {} has shape {:?}, expected {:?}",
+                    p.name,
+                    mean.dims(),
+                    p.tensor.dims()
+                )
+            }
+            let mean = mean.detach().to_device(p.tensor.device())?.to_dtype(p.tensor.dtype())?.copy()?;
+            if !mean.to_dtype(DType::F64)?.abs()?.sum_all()?.to_scalar::<f64>()?.is_finite() {
+                bail!("evidence: the prior's mean of {} is not finite in {:?}", p.name, p.tensor.dtype())
+            }
+            p.mean = Some(mean);
+        }
+        if parameters.iter().all(|p| p.mean.is_none()) {
+            let names: Vec<_> = parameters.iter().map(|p| p.name.as_str()).collect();
+            bail!("evidence: the prior's means are of none of the parameters, which are {}", names.join(", "))
+        }
+        Ok(Self { parameters: Arc::new(parameters), ..self })
+    }
+
+    /// Gives every output of a Gaussian likelihood a noise of its own: its standard deviation is `noise[c]` times the noise of
+    /// [`Hyper`](super::Hyper), which is 1 unless it is set or tuned. [`Posterior::output_noise`](super::Posterior::output_noise) finds
+    /// them. [`TuneDuring::loss`](super::TuneDuring::loss) takes the mean of `1/2 sum_c ((y_c - f_c) / noise_c)^2`.
+    ///
+    /// # Errors
+    /// When the likelihood is another one, there are no numbers, or one is not a finite number above 0.
+    pub fn with_output_noise(self, noise: &[f64]) -> Result<Self> {
+        if self.likelihood != Likelihood::Gaussian {
+            bail!("evidence: only a Gaussian likelihood has noise, and this one is {:?}", self.likelihood)
+        }
+        if noise.is_empty() || noise.iter().any(|noise| !(noise.is_finite() && *noise > 0.0)) {
+            bail!("evidence: noise {noise:?}, expected a finite number above 0 for each output")
+        }
+        Ok(Self { output_noise: Some(Arc::new(noise.to_vec())), ..self })
     }
 
     /// The parameter tensors: layer by layer in the order of construction, weight before bias. Precisions, gradients and effective
@@ -137,6 +220,10 @@ impl<'a> Problem<'a> {
     /// The likelihood.
     pub fn likelihood(&self) -> Likelihood {
         self.likelihood
+    }
+
+    pub(crate) fn output_noise(&self) -> Option<&[f64]> {
+        self.output_noise.as_ref().map(|noise| noise.as_slice())
     }
 
     pub(crate) fn shared_parameters(&self) -> Arc<Vec<Parameter>> {
@@ -198,6 +285,7 @@ impl Found<'_> {
             name: name.clone(),
             layer: layer.name.clone(),
             tensor: tensor.clone(),
+            mean: None,
             of_layer: layer.index,
         });
         Ok(())

@@ -9,7 +9,8 @@
 //! the determinant of a positive definite matrix is at most the product of its diagonal (Hadamard), and of its diagonal blocks (Fischer).
 
 use super::diagonal::weight_squares;
-use super::eigenbasis::{Eigenbases, Eigenbasis};
+use super::eigenbasis::{Eigenbases, Eigenbasis, turned};
+use super::last_layer::{Hessians, Last, Sums};
 use super::rows::{CHUNK, LayerRows, Rows};
 use crate::linalg::eigh::eigh;
 use crate::ops::dense::product;
@@ -107,13 +108,13 @@ fn add(sum: &mut Option<Tensor>, part: Tensor) -> Result<()> {
     Ok(())
 }
 
-impl MarginalSums {
-    pub fn add(&mut self, rows: &Rows) -> Result<()> {
+impl Sums for MarginalSums {
+    fn add(&mut self, rows: &Rows) -> Result<()> {
         self.dtype = Some(rows.dtype());
         for layer in &rows.layers {
             if let Some(tensor) = layer.weight {
                 for some in in_chunks(rows, layer)? {
-                    self.take(tensor, layer, Marginals::of_weight(&some)?)?;
+                    self.take(tensor, &layer.layer.name, Marginals::of_weight(&some)?)?;
                 }
             }
             if let Some(tensor) = layer.bias {
@@ -124,17 +125,36 @@ impl MarginalSums {
                         Marginals::Features(product(&rows.t()?, &rows)?.unsqueeze(0)?)
                     }
                 };
-                self.take(tensor, layer, marginals)?;
+                self.take(tensor, &layer.layer.name, marginals)?;
             }
         }
         Ok(())
     }
 
-    fn take(&mut self, tensor: usize, layer: &LayerRows, marginals: Marginals) -> Result<()> {
+    fn add_last(&mut self, last: &Last, hessians: &Hessians) -> Result<()> {
+        self.dtype = Some(last.dtype);
+        if let Some(tensor) = last.weight {
+            // |phi|^2 H, and tr(H) phi phi^T.
+            let grads = hessians.sum(Some(&last.features.sqr()?.sum(1)?))?.unsqueeze(0)?;
+            let traces = hessians.diagonals(None)?.sum_keepdim(1)?;
+            let inputs = product(&last.features.t()?, &last.features.broadcast_mul(&traces)?)?;
+            let inputs = inputs.unsqueeze(0)?;
+            self.take(tensor, &last.name, Marginals::Matrix { grads, inputs })?;
+        }
+        if let Some(tensor) = last.bias {
+            let features = hessians.sum(None)?.unsqueeze(0)?;
+            self.take(tensor, &last.name, Marginals::Features(features))?;
+        }
+        Ok(())
+    }
+}
+
+impl MarginalSums {
+    fn take(&mut self, tensor: usize, name: &str, marginals: Marginals) -> Result<()> {
         match self.sums.iter_mut().find(|(known, ..)| *known == tensor) {
             Some((.., known)) => known.add(marginals),
             None => {
-                self.sums.push((tensor, layer.layer.name.clone(), marginals));
+                self.sums.push((tensor, name.to_string(), marginals));
                 Ok(())
             }
         }
@@ -176,8 +196,8 @@ pub(crate) struct RotatedSums {
     dtype: DType,
 }
 
-impl RotatedSums {
-    pub fn add(&mut self, rows: &Rows) -> Result<()> {
+impl Sums for RotatedSums {
+    fn add(&mut self, rows: &Rows) -> Result<()> {
         for layer in &rows.layers {
             for (basis, sum) in &mut self.blocks {
                 if layer.weight == Some(basis.tensor) {
@@ -191,6 +211,22 @@ impl RotatedSums {
         Ok(())
     }
 
+    fn add_last(&mut self, last: &Last, hessians: &Hessians) -> Result<()> {
+        for (basis, sum) in &mut self.blocks {
+            let of_basis = |vectors: &Option<Tensor>| vectors.as_ref().map(|v| v.squeeze(0)).transpose();
+            let diagonals = hessians.diagonals(of_basis(&basis.grads)?.as_ref())?;
+            if last.weight == Some(basis.tensor) {
+                let features = turned(&last.features, basis.inputs.as_ref())?.sqr()?;
+                add(sum, product(&diagonals.t()?, &features)?.flatten_all()?)?;
+            } else if last.bias == Some(basis.tensor) {
+                add(sum, diagonals.sum(0)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RotatedSums {
     pub fn finish(self) -> Result<Eigenbases> {
         let mut blocks = Vec::new();
         for (basis, sum) in self.blocks {

@@ -4,6 +4,7 @@ use super::eigenbasis::{Eigenbases, Eigenbasis};
 use super::file::{Reading, Writing};
 use super::log_det::Precision;
 use super::posterior::{Covariance, Posterior};
+use super::predictive::Noise;
 use super::problem::{Parameter, Problem};
 use crate::tape::Kind;
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -11,8 +12,13 @@ use std::path::Path;
 
 /// The metadata entry.
 const KEY: &str = "kronwake posterior";
-/// What the rows of a prediction of a loaded posterior may take, as [`Estimator::new`](super::Estimator::new) has it.
+/// What a posterior and the rows of its predictions may take by default, as [`Estimator::new`](super::Estimator::new) has it.
 const MEMORY: usize = 4 << 30;
+
+/// Numbers as a line has them.
+fn listed(numbers: &[f64]) -> String {
+    numbers.iter().map(f64::to_string).collect::<Vec<_>>().join(", ")
+}
 
 fn dtype_of(problem: &Problem<'_>) -> DType {
     match problem.parameters().first().map(|p| p.tensor.dtype()) {
@@ -37,7 +43,10 @@ impl Posterior {
         file.line("likelihood", format!("{:?}", self.likelihood));
         file.line("of", self.names.join(", "));
         file.line("s", self.s);
-        file.line("noise", self.noise);
+        file.line("noise", self.noise.all);
+        if let Some(each) = &self.noise.each {
+            file.line("output_noise", listed(each));
+        }
         for (tensor, precision) in self.precisions.iter().enumerate() {
             let precision = match precision {
                 Precision::Uniform(delta) => Tensor::new(*delta, &Device::Cpu)?,
@@ -71,8 +80,17 @@ impl Posterior {
         file.write(path.as_ref())
     }
 
+    /// [`Posterior::load_within`] 4 GiB.
+    ///
+    /// # Errors
+    /// As [`Posterior::load_within`].
+    pub fn load(problem: &Problem<'_>, path: impl AsRef<Path>) -> Result<Self> {
+        Self::load_within(problem, path, MEMORY)
+    }
+
     /// Reads what [`Posterior::save`] wrote, for a problem with parameters of the same names and shapes: it predicts bit for bit what that
-    /// one did, given the same parameters.
+    /// one did, given the same parameters. `memory`: the most bytes that the file, and later the rows of a prediction, may take. What a file
+    /// holds is known by its length before any of it is read.
     ///
     /// ```
     /// # use candle_core::{DType, Device, Tensor};
@@ -89,7 +107,7 @@ impl Posterior {
     /// # let file = std::env::temp_dir().join(format!("kronwake-doc-posterior-{}", std::process::id()));
     /// let posterior = Posterior::fit(&problem, &examples, HessianStructure::Kron, &hyper, 1 << 30)?;
     /// posterior.save(&problem, &file)?;
-    /// let loaded = Posterior::load(&problem, &file)?;
+    /// let loaded = Posterior::load_within(&problem, &file, 1 << 30)?;
     /// # let bits = |p: &Posterior| p.predict(&problem, &x)?.covariance.flatten_all()?.to_vec1::<f64>();
     /// # assert_eq!(bits(&posterior)?, bits(&loaded)?);
     /// # std::fs::remove_file(&file)?;
@@ -97,14 +115,28 @@ impl Posterior {
     /// ```
     ///
     /// # Errors
-    /// When the file cannot be read, or does not fit the problem: one message lists every difference.
-    pub fn load(problem: &Problem<'_>, path: impl AsRef<Path>) -> Result<Self> {
+    /// When the file cannot be read, is larger than `memory` (the message says by how much), or does not fit the problem: one message lists
+    /// every difference.
+    pub fn load_within(problem: &Problem<'_>, path: impl AsRef<Path>, memory: usize) -> Result<Self> {
         let path = path.as_ref();
+        // A file that is not there is a matter of reading it.
+        let bytes = std::fs::metadata(path).map_or(0, |of| of.len());
+        if bytes > memory as u64 {
+            bail!(
+                "{}: a posterior of {bytes} bytes, and {memory} are allowed: give Posterior::load_within more, or fit one with Kronecker \
+                 factors or a diagonal",
+                path.display()
+            )
+        }
         let mut file = Reading::open(path, KEY)?;
         let parameters = problem.parameters();
         let names: Vec<String> = parameters.iter().map(|p| p.name.clone()).collect();
         file.expect("likelihood", format!("{:?}", problem.likelihood));
         file.expect("of", names.join(", "));
+        match problem.output_noise() {
+            Some(each) => file.expect("output_noise", listed(each)),
+            None => file.expect_none("output_noise"),
+        }
         let structure = file.text("structure").unwrap_or_default();
         let (s, noise): (Option<f64>, Option<f64>) = (file.number("s"), file.number("noise"));
         for (name, value) in [("s", s), ("noise", noise)] {
@@ -145,7 +177,8 @@ impl Posterior {
             None => Device::Cpu,
         };
         let covariance = covariance.to_device(&device)?;
-        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory: MEMORY })
+        let noise = Noise { all: noise, each: problem.output_noise().map(<[f64]>::to_vec) };
+        Ok(Self { covariance, s, precisions, likelihood: problem.likelihood, noise, names, memory })
     }
 }
 

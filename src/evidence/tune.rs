@@ -3,7 +3,7 @@
 use super::adam::Adam;
 use super::estimator::{Curvature, Estimator, Outputs};
 use super::examples::Examples;
-use super::fit::Evidence;
+use super::fit::{Evidence, Fit};
 use super::hyper::Hyper;
 use super::partition::Parts;
 use super::problem::Problem;
@@ -66,7 +66,7 @@ impl Estimator {
 /// ```
 ///
 /// # Errors
-/// As [`Estimator::fit`] and [`Fit::evidence`](super::Fit::evidence); the hyperparameters are then what they were.
+/// As [`Estimator::fit`] and [`Fit::evidence`]; the hyperparameters are then what they were.
 pub fn tune(
     problem: &Problem<'_>,
     examples: &Examples,
@@ -75,7 +75,24 @@ pub fn tune(
     params: &ParamsTune,
     watch: impl FnMut(usize, &Evidence),
 ) -> Result<Evidence> {
-    or_restored(&hyper.vars(), || climb(problem, examples, estimator, hyper, params, watch))
+    let draw = |step: usize| estimator.fit(problem, examples, params.seed.wrapping_add(step as u64));
+    let redraw = |step: usize| estimator.is_random().then(|| draw(step)).transpose();
+    or_restored(&hyper.vars(), || climb(&draw(0)?, redraw, hyper, params, watch))
+}
+
+impl Fit {
+    /// [`tune`] at this fit, where its estimator is not random: examples are not read again.
+    ///
+    /// # Errors
+    /// As [`Fit::evidence`]; the hyperparameters are then what they were.
+    pub fn tune(
+        &self,
+        hyper: &Hyper,
+        params: &ParamsTune,
+        watch: impl FnMut(usize, &Evidence),
+    ) -> Result<Evidence> {
+        or_restored(&hyper.vars(), || climb(self, |_| Ok(None), hyper, params, watch))
+    }
 }
 
 /// What `change` returns; the Vars are what they were if that is an error.
@@ -90,31 +107,30 @@ pub(super) fn or_restored<T>(vars: &[Var], change: impl FnOnce() -> Result<T>) -
     found
 }
 
+/// `redraw(step)` is a fit in place of the last one, if there is to be another.
 fn climb(
-    problem: &Problem<'_>,
-    examples: &Examples,
-    estimator: &Estimator,
+    first: &Fit,
+    redraw: impl Fn(usize) -> Result<Option<Fit>>,
     hyper: &Hyper,
     params: &ParamsTune,
     mut watch: impl FnMut(usize, &Evidence),
 ) -> Result<Evidence> {
     let mut adam = Adam::new(hyper.vars(), params.lr)?;
-    let draw = |step: usize| estimator.fit(problem, examples, params.seed.wrapping_add(step as u64));
-    let mut fit = draw(0)?;
+    let mut drawn = None;
     for step in 0..params.steps {
-        if step > 0 && estimator.is_random() {
-            fit = draw(step)?;
+        if step > 0
+            && let Some(fit) = redraw(step)?
+        {
+            drawn = Some(fit);
         }
-        let evidence = fit.evidence(hyper)?;
+        let evidence = drawn.as_ref().unwrap_or(first).evidence(hyper)?;
         watch(step, &evidence);
         let phase = std::f64::consts::PI * step as f64 / params.steps as f64;
         adam.lr = params.lr * 0.5 * (1.0 + phase.cos());
         adam.climb(&evidence.value.backward()?)?;
     }
-    if params.steps > 0 && estimator.is_random() {
-        fit = draw(params.steps)?;
-    }
-    let evidence = fit.evidence(hyper)?;
+    let last = if params.steps > 0 { redraw(params.steps)? } else { None };
+    let evidence = last.as_ref().or(drawn.as_ref()).unwrap_or(first).evidence(hyper)?;
     watch(params.steps, &evidence);
     Ok(evidence)
 }

@@ -1,16 +1,17 @@
 //! Fine-tunes a model from a safetensors checkpoint; `cargo run --release --example finetune -- --help` lists what can be chosen.
 
-mod args;
+pub(crate) mod args;
 mod images;
+pub(crate) mod open;
 mod optimizer;
 mod sentences;
-mod task;
+pub(crate) mod task;
 mod text;
 mod train;
 
 use crate::{curves, program};
 use args::{Args, Net};
-use candle_core::Result;
+use candle_core::{Device, Result};
 use clap::Parser;
 use std::process::ExitCode;
 use task::Task;
@@ -21,19 +22,24 @@ pub fn main() -> ExitCode {
     program::start(args.threads, || work(&args))
 }
 
+/// What the options say is to be learnt.
+fn task_of(args: &Args, device: &Device) -> Result<Box<dyn Task>> {
+    Ok(match &args.model {
+        Net::Of(spec) => Box::new(images::Images::new(args, Some(spec.clone()), device)?),
+        Net::Vit => Box::new(images::Images::new(args, None, device)?),
+        Net::Decoder => Box::new(text::Text::new(args, device)?),
+        Net::Bert => {
+            let (folder, data) = args.sentences()?;
+            Box::new(sentences::Sentences::new(args, folder, data, device)?)
+        }
+    })
+}
+
 fn work(args: &Args) -> Result<()> {
     args.check()?;
     program::make_folder("--out", &args.out)?;
     let device = args.device.open()?;
-    let task: Box<dyn Task> = match &args.model {
-        Net::Of(spec) => Box::new(images::Images::new(args, Some(spec.clone()), &device)?),
-        Net::Vit => Box::new(images::Images::new(args, None, &device)?),
-        Net::Decoder => Box::new(text::Text::new(args, &device)?),
-        Net::Bert => {
-            let (folder, data) = args.sentences()?;
-            Box::new(sentences::Sentences::new(args, folder, data, &device)?)
-        }
-    };
+    let task = task_of(args, &device)?;
     println!("{}", task.title());
     let base = match &args.checkpoint {
         Some(path) => Some(path.clone()),

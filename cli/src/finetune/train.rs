@@ -235,8 +235,9 @@ pub fn tune(
     })?;
     tuner.optimizer.adopt_average()?;
     if let Some(lora) = &adapters {
-        lora.merge(&vars)?;
+        // Merging sets them to zero.
         lora.save(args.out.join(format!("adapters-{}.safetensors", choice.name())))?;
+        lora.merge(&vars)?;
     }
     let path = args.out.join(format!("tuned-{}.safetensors", choice.name()));
     vars.save(&path)?;

@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::data::Name;
+use crate::finetune::args::Net;
 use crate::model::Spec;
 use crate::values::{Place, count, positive};
 use candle_core::{DType, Result, bail};
@@ -12,15 +13,26 @@ use std::path::PathBuf;
 ///
 /// Without arguments: trains the CNN of the KLD-WRM paper on a bundled subset of Fashion-MNIST, then tunes a prior precision for each of its
 /// tensors by the stochastic NTK bound. With --checkpoint the net is read from a safetensors file instead. No validation data is used.
+///
+/// With --model vit or bert, or --tuned, it is a net that was fine-tuned, on the examples of finetune: the prior is about what the net was before, and
+/// negative log-likelihood and calibration error of held-out predictions are shown before and after. Without --tuned it is fine-tuned first, by AdamW.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "tune", allow_negative_numbers = true, after_long_help = JSON_FORMAT)]
 pub struct Args {
-    /// Parameters to start from: safetensors with the model's names, as the mnist example or PyTorch writes them
-    #[arg(long, value_name = "FILE", help_heading = MODEL)]
+    /// Parameters to start from: safetensors with the model's names, as the mnist example or PyTorch writes them; of a net that was fine-tuned the base,
+    /// as finetune takes it (for bert a folder, with config.json and tokenizer.json) [default: trained first]
+    #[arg(long, value_name = "PATH", help_heading = MODEL)]
     pub checkpoint: Option<PathBuf>,
-    /// cnn | lenet300 | lenet5 | mlp:784-32-16-10[:relu|tanh], of any widths with --examples
-    #[arg(long, default_value = "cnn", value_parser = spec, help_heading = MODEL)]
-    pub model: Spec,
+    /// cnn | lenet300 | lenet5 | mlp:784-32-16-10[:relu|tanh], of any widths with --examples | vit | bert, which needs --checkpoint and --data
+    #[arg(long, default_value = "cnn", value_parser = model, help_heading = MODEL)]
+    pub model: Net,
+    /// What finetune wrote from that base, tuned-OPTIMIZER.safetensors, with adapters-OPTIMIZER.safetensors beside it where --lora was used [default:
+    /// fine-tuned first]
+    #[arg(long, value_name = "FILE", help_heading = MODEL)]
+    pub tuned: Option<PathBuf>,
+    /// Rank of the adapters where it is fine-tuned first; of a finished fine-tuning the adapters' file has it
+    #[arg(long, value_name = "RANK", default_value_t = 8, value_parser = count, conflicts_with = "tuned", help_heading = MODEL)]
+    pub lora: usize,
     /// Likelihood of the labels [default: categorical for whole numbers, gaussian for others]
     #[arg(long, value_enum, help_heading = MODEL)]
     pub likelihood: Option<Kind>,
@@ -38,6 +50,9 @@ pub struct Args {
     /// normalized, others are taken as they are
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dataset", "data_dir"], help_heading = DATA)]
     pub examples: Option<PathBuf>,
+    /// Sentences for bert: a sentence, a tab and a label a line; every fifth is held out
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["examples", "dataset", "data_dir"], help_heading = DATA)]
+    pub data: Option<PathBuf>,
     /// Full data set: with --data-dir from a folder, else from the cache of Hugging Face or the network, in builds with `--features
     /// datasets` [default: bundled subset of Fashion-MNIST; with --data-dir: mnist]
     #[arg(long, value_enum, help_heading = DATA)]
@@ -48,15 +63,15 @@ pub struct Args {
     /// Use the first N training examples alone
     #[arg(long, value_name = "N", value_parser = count, help_heading = DATA)]
     pub first: Option<usize>,
-    /// Passes over the training set where there is no checkpoint
+    /// Passes over the training set where the net is trained or fine-tuned first
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = count, help_heading = DATA)]
     pub epochs: usize,
 
-    /// Estimator of the evidence
-    #[arg(long, value_enum, default_value_t = Bound::Ntk, help_heading = EVIDENCE)]
-    pub bound: Bound,
-    /// Tensors that the evidence is of, by name, `*` for any characters; a pattern that begins with ! excludes. The others are held fast, as
-    /// for a last layer or adapters [default: all]
+    /// Estimator of the evidence [default: ntk; rotated for a net that was fine-tuned]
+    #[arg(long, value_enum, help_heading = EVIDENCE)]
+    pub bound: Option<Bound>,
+    /// Tensors that the evidence is of, by name, `*` for any characters; a pattern that begins with ! excludes, and the word `adapters` stands for
+    /// those. The others are held fast, as for a last layer [default: all; adapters and the last layer where there are adapters]
     #[arg(long, value_name = "PATTERN[,PATTERN..]", value_delimiter = ',', help_heading = EVIDENCE)]
     pub part: Vec<String>,
     /// Examples of a part. An evaluation adds up all parts in order; a step of the tuning draws one [default: 100 for ntk, indep, single and
@@ -82,6 +97,9 @@ pub struct Args {
     /// Prior precision to start from: one number, or one a tensor in the order of the checkpoint (by name without one)
     #[arg(long, value_name = "V[,V..]", default_value = "1", value_delimiter = ',', value_parser = positive, help_heading = TUNING)]
     pub prior_precision: Vec<f64>,
+    /// Mean of the prior of a net that was fine-tuned [default: start]
+    #[arg(long, value_enum, help_heading = TUNING)]
+    pub prior_mean: Option<Mean>,
     /// Temperature to start from: the likelihood enters to the power 1/T
     #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = positive, help_heading = TUNING)]
     pub temperature: f64,
@@ -100,14 +118,15 @@ pub struct Args {
     /// Rate of the first step on the logarithms; it falls to zero by half a cosine
     #[arg(long, default_value_t = 0.1, value_parser = positive, help_heading = TUNING)]
     pub lr: f64,
-    /// Of initial weights, the order of the images, and random parts
+    /// Of initial weights, the order of the images, and random parts; of adapters' first values, which finetune's --seed says too
     #[arg(long, default_value_t = 0, help_heading = TUNING)]
     pub seed: u64,
 
     /// Write the result here as JSON; the format is below
     #[arg(long, value_name = "FILE", help_heading = FILES)]
     pub json: Option<PathBuf>,
-    /// Folder of evidence.svg, the evidence over a grid of precisions; not drawn with --steps 0
+    /// Folder of evidence.svg, the evidence over a grid of precisions, not drawn with --steps 0 and of nets that were fine-tuned; and of finetune's
+    /// files, where it is fine-tuned first
     #[arg(long, value_name = "DIR", default_value = ".", help_heading = FILES)]
     pub out: PathBuf,
 }
@@ -124,7 +143,9 @@ the sum of precision times squared parameter; log_det, of which half is the comp
 log_det / 2; for each parameter tensor, in the order of the checkpoint, tensors (names), prior_precision, grad_log_precision (the derivative of
 log_evidence by the logarithm of its precision), effective_parameters, weight_decay (in a mean loss, for the gradient decay * w);
 temperature, grad_log_temperature, noise, grad_log_noise; condition, a bound of the condition number of what was factorized. Also bound,
-batch, grouped, examples, steps, and before: the same numbers at the hyperparameters given.";
+batch, grouped, examples, steps, and before: the same numbers at the hyperparameters given. held_out, where there are test examples and --steps
+is not 0: examples; net (the softmax of the net's outputs: before), probit, bridge and sampled (the tuned posterior's predictions: after),
+each with nll, calibration_error (in 15 bins of equal width) and accuracy.";
 
 /// What `--bound` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -170,6 +191,15 @@ pub enum Kind {
     Gaussian,
 }
 
+/// What `--prior-mean` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mean {
+    /// What the net was before: the base's values, or the first values of its adapters; zero for a new last layer
+    Start,
+    /// Zero
+    Zero,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Shared {
     /// All of them
@@ -190,6 +220,14 @@ impl Shared {
             Self::Tensor => Structure::PerTensor,
             Self::None => Structure::Diagonal,
         }
+    }
+}
+
+fn model(text: &str) -> std::result::Result<Net, String> {
+    match text {
+        "vit" => Ok(Net::Vit),
+        "bert" => Ok(Net::Bert),
+        _ => spec(text).map(Net::Of).map_err(|e| format!("{e}, or vit, bert")),
     }
 }
 
@@ -223,27 +261,56 @@ pub struct Estimators {
     /// One part, drawn, where there are several.
     pub tune: Estimator,
     pub batch: usize,
+    /// In all.
+    pub examples: usize,
 }
 
 impl Args {
+    /// Whether it is a net that was fine-tuned.
+    pub fn is_finetuned(&self) -> bool {
+        self.tuned.is_some() || matches!(self.model, Net::Vit | Net::Bert)
+    }
+
+    pub fn bound(&self) -> Bound {
+        self.bound.unwrap_or(if self.is_finetuned() { Bound::Rotated } else { Bound::Ntk })
+    }
+
+    /// Refuses options that nothing would use.
+    pub fn check(&self) -> Result<()> {
+        if self.data.is_some() && self.model != Net::Bert {
+            bail!("--data is for --model bert")
+        }
+        if !self.is_finetuned() && self.prior_mean.is_some() {
+            bail!("--prior-mean is for a net that was fine-tuned: --model vit or bert, or --tuned")
+        }
+        let of_images = [("examples", &self.examples), ("data-dir", &self.data_dir)];
+        let of_images = of_images.into_iter().filter(|(_, given)| given.is_some()).map(|(name, _)| name);
+        if let (true, Some(name)) =
+            (self.is_finetuned(), of_images.chain(self.dataset.map(|_| "dataset")).next())
+        {
+            bail!("--{name} does not apply to a net that was fine-tuned: its examples are those of finetune")
+        }
+        Ok(())
+    }
+
     /// For `examples` examples, a model of `parameters` parameters and `outputs` outputs an example.
     pub fn estimators(&self, examples: usize, parameters: usize, outputs: usize) -> Result<Estimators> {
-        let parted = matches!(self.bound, Bound::Ntk | Bound::Extrapolated | Bound::Indep | Bound::Single);
+        let parted = matches!(self.bound(), Bound::Ntk | Bound::Extrapolated | Bound::Indep | Bound::Single);
         let usual = if parted { examples.min(100) } else { examples };
         let batch = self.batch.unwrap_or(usual);
         if batch > examples {
             bail!("--batch {batch} is more than the {examples} examples there are")
         }
-        if self.output.is_some() && self.bound != Bound::Single {
+        if self.output.is_some() && self.bound() != Bound::Single {
             bail!("--output applies to --bound single alone")
         }
-        if self.grouped && self.bound == Bound::Extrapolated {
+        if self.grouped && self.bound() == Bound::Extrapolated {
             bail!(
                 "--grouped does not apply to --bound extrapolated: a class does not tell how all examples go on"
             )
         }
         let split = if self.split == SplitKind::Root { Split::Root } else { Split::Diagonal };
-        let curvature = match self.bound {
+        let curvature = match self.bound() {
             Bound::Ntk => Curvature::Kernel(Outputs::Joint),
             Bound::Extrapolated => Curvature::Extrapolated,
             Bound::Indep => Curvature::Kernel(Outputs::Independent(split)),
@@ -271,7 +338,7 @@ impl Args {
             Parts::ByLabel(_) => Estimator { draws: Some(1), ..evaluate },
             _ => Estimator { parts: Parts::Random(batch), draws: Some(1), ..evaluate },
         };
-        Ok(Estimators { evaluate, tune: drawn, batch })
+        Ok(Estimators { evaluate, tune: drawn, batch, examples })
     }
 }
 

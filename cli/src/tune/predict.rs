@@ -1,39 +1,60 @@
-//! What the tuned posterior predicts for test images, beside the net itself.
+//! What the tuned posterior predicts for held-out examples, beside the net itself.
 
-use candle_core::{D, DType, Result, Tensor};
-use kronwake::evidence::{Examples, HessianStructure, Hyper, Posterior, Problem, Structure};
+use super::args::{Args, Bound};
+use candle_core::Result;
+use kronwake::evidence::{Examples, HessianStructure, Hyper, Posterior, Problem, Scores, Structure};
 use kronwake::ops::softmax::softmax_last_dim;
+use kronwake::tape::Likelihood;
+use serde_json::{Value, json};
 
-/// Test images that are predicted for.
-const IMAGES: usize = 1000;
+/// Held-out examples that are predicted for.
+const EXAMPLES: usize = 1000;
 /// Draws of the outputs.
 const DRAWS: usize = 100;
 
-/// Negative log-likelihood and accuracy of probabilities `[n, classes]`.
-fn score(probabilities: &Tensor, labels: &Tensor) -> Result<(f64, f64)> {
-    let labels = labels.to_dtype(DType::U32)?;
-    let of_label = probabilities.gather(&labels.unsqueeze(1)?, 1)?;
-    let nll = of_label.clamp(1e-300, 1.0)?.log()?.mean_all()?.to_scalar::<f64>()?;
-    let right = probabilities.argmax(D::Minus1)?.eq(&labels)?.to_dtype(DType::F64)?.mean_all()?;
-    Ok((-nll, 100.0 * right.to_scalar::<f64>()?))
+/// The posterior that goes with the estimate of the evidence, with its name.
+fn structure(args: &Args, hyper: &Hyper) -> (HessianStructure, &'static str) {
+    match args.bound() {
+        Bound::Diag => (HessianStructure::Diagonal, "a diagonal"),
+        _ if hyper.structure() == Structure::Diagonal => (HessianStructure::Diagonal, "a diagonal"),
+        Bound::Rotated => (HessianStructure::Rotated, "a rotated diagonal"),
+        _ => (HessianStructure::Kron, "Kronecker factors"),
+    }
 }
 
-pub fn print(problem: &Problem<'_>, train: &Examples, test: &Examples, hyper: &Hyper) -> Result<()> {
-    if hyper.structure() == Structure::Diagonal {
-        return Ok(());
+/// Prints negative log-likelihood, calibration error and accuracy before and after, and returns them; nothing for likelihoods without classes.
+pub fn held_out(
+    args: &Args,
+    problem: &Problem<'_>,
+    train: &Examples,
+    test: &Examples,
+    hyper: &Hyper,
+) -> Result<Option<Value>> {
+    if problem.likelihood() != Likelihood::Categorical {
+        return Ok(None);
     }
-    let posterior = Posterior::fit(problem, train, HessianStructure::Kron, hyper, usize::MAX)?;
-    let test = test.select(&(0..test.len().min(IMAGES)).collect::<Vec<_>>())?;
+    let (structure, name) = structure(args, hyper);
+    let posterior = Posterior::fit(problem, train, structure, hyper, (args.memory * 1e9) as usize)?;
+    let test = test.select(&(0..test.len().min(EXAMPLES)).collect::<Vec<_>>())?;
     let predictive = posterior.predict(problem, test.x())?;
-    println!("\n{:<44}{:>10}{:>10}", format!("first {} test images", test.len()), "NLL", "%");
-    for (name, probabilities) in [
-        ("the net", softmax_last_dim(&predictive.mean)?),
-        ("its posterior with Kronecker factors, probit", predictive.probit()?),
-        ("the same, sampled", predictive.sampled(DRAWS, 0)?),
+    println!(
+        "\n{:<48}{:>10}{:>20}{:>10}",
+        format!("{} held-out examples", test.len()),
+        "NLL",
+        "calibration error",
+        "%"
+    );
+    let mut found = json!({ "examples": test.len() });
+    for (key, name, probabilities) in [
+        ("net", "the net".into(), softmax_last_dim(&predictive.mean)?),
+        ("probit", format!("its posterior with {name}, probit"), predictive.probit()?),
+        ("bridge", "the same by the Laplace bridge".into(), predictive.bridge()?),
+        ("sampled", "the same, sampled".into(), predictive.sampled(DRAWS, 0)?),
     ] {
-        let (nll, accuracy) = score(&probabilities, test.y())?;
-        println!("{name:<44}{nll:>10.4}{accuracy:>10.2}");
+        let Scores { nll, calibration_error, accuracy } = Scores::of(&probabilities, test.y())?;
+        println!("{name:<48}{nll:>10.4}{calibration_error:>20.4}{:>10.2}", 100.0 * accuracy);
+        found[key] = json!({ "nll": nll, "calibration_error": calibration_error, "accuracy": accuracy });
     }
     println!();
-    Ok(())
+    Ok(Some(found))
 }

@@ -128,16 +128,20 @@ pub fn write(
     [before, after]: [&At; 2],
     parameters: &[Parameter],
     order: &[usize],
-    examples: usize,
+    held_out: Option<Value>,
 ) -> Result<()> {
+    let examples = estimators.examples;
     let mut object = numbers(after, order, examples);
     let names: Vec<&str> = order.iter().map(|&i| parameters[i].name.as_str()).collect();
     object["tensors"] = json!(names);
-    object["bound"] = json!(args.bound.name());
+    object["bound"] = json!(args.bound().name());
     object["batch"] = json!(estimators.batch);
     object["grouped"] = json!(args.grouped);
     object["examples"] = json!(examples);
     object["steps"] = json!(args.steps);
+    if let Some(held_out) = held_out {
+        object["held_out"] = held_out;
+    }
     object["before"] = numbers(before, order, examples);
     let text = format!("{object:#}\n");
     program::write("--json", path, &text)

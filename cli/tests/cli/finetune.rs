@@ -68,6 +68,11 @@ fn frozen_layers_stay_and_adapters_change_a_layer_by_their_rank() -> Result<()> 
     let adapters = read(&folder, "adapters-kldwrm.safetensors");
     let part = |part: &str| &adapters.tensors[&format!("base_model.model.fc1.{part}.weight")];
     assert_eq!(part("lora_A").dims(), [1, 784]);
+    // What was merged is what was saved: alpha / rank is 2.
+    let product = (part("lora_B").matmul(part("lora_A"))? * 2.0)?;
+    let apart = ((&tuned.tensors["fc1.weight"] - &base.tensors["fc1.weight"])? - product)?;
+    assert!(apart.abs()?.max_all()?.to_scalar::<f32>()? < 1e-5);
+    assert!(part("lora_B").abs()?.max_all()?.to_scalar::<f32>()? > 1e-3);
     let change = (&tuned.tensors["fc1.weight"] - &base.tensors["fc1.weight"])?;
     let first = change.narrow(0, 0, 1)?;
     // Rank one: every row is a multiple of `A`.

@@ -12,3 +12,4 @@ mod models;
 mod pipe;
 mod sparse;
 mod tune;
+mod tuned;
