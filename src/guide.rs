@@ -51,3 +51,10 @@ pub mod results {
     #![doc = include_str!("../docs/rustdoc-links.md")]
     #![doc = include_str!("../docs/results.md")]
 }
+
+pub mod speed {
+    //! How fast whole models are beside PyTorch, and why.
+    //!
+    #![doc = include_str!("../docs/rustdoc-links.md")]
+    #![doc = include_str!("../docs/speed.md")]
+}
