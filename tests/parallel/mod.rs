@@ -1,0 +1,4 @@
+//! Several processes, here threads, against one on the whole batch.
+
+mod equal;
+mod harness;
