@@ -22,6 +22,15 @@ pub fn ranks<T: Send>(size: usize, f: impl Fn(World) -> Result<T> + Sync) -> Vec
     })
 }
 
+/// What each rank says, which must be an error, without a backtrace.
+pub fn sentences<T>(outcomes: Vec<Result<T>>) -> Vec<String> {
+    let sentence = |outcome: Result<T>| {
+        let text = outcome.err().map(|error| error.to_string()).unwrap_or_default();
+        text.lines().next().unwrap_or_default().to_string()
+    };
+    outcomes.into_iter().map(sentence).collect()
+}
+
 /// The rows of a split that are a rank's.
 pub fn rows(split: &[usize], rank: usize) -> (usize, usize) {
     (split[..rank].iter().sum(), split[rank])
@@ -37,55 +46,87 @@ pub fn apart(found: &[Tensor], expected: &[Tensor]) -> f64 {
     found.iter().zip(expected).map(far).fold(0.0, f64::max)
 }
 
+/// One process or a rank in a training.
+pub struct Rank {
+    pub net: Net,
+    pub opt: NaturalGradient,
+    pub world: World,
+}
+
+impl Rank {
+    pub fn new(
+        world: World,
+        build: fn(VarBuilder) -> Result<Forward>,
+        params: &dyn Fn(&Net) -> Params,
+    ) -> Result<Self> {
+        // Other values than rank 0's, which are to be taken.
+        let net = Net::of(DType::F64, 1 + world.rank() as u64, build)?;
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net))?;
+        opt.share(&world, Placement::Replicated)?;
+        Ok(Self { net, opt, world })
+    }
+
+    /// A plain step on the rows from `from` on.
+    pub fn step(&mut self, (x, y): &(Tensor, Tensor), (from, n): (usize, usize)) -> Result<()> {
+        if n == 0 {
+            return self.opt.step_without_rows();
+        }
+        let z = (self.net.forward)(&x.narrow(0, from, n)?)?;
+        self.opt.observe(&z, LIKELIHOOD)?;
+        self.opt.backward_step(&mean_loss(LIKELIHOOD, &z, &y.narrow(0, from, n)?)?)
+    }
+}
+
+/// A step of a rank, or of one process, on its part of the batch `k`.
+pub type Step<'a> = &'a (dyn Fn(&mut Rank, u64, (usize, usize)) -> Result<()> + Sync);
+
+/// The plain step.
+pub fn plain(rank: &mut Rank, k: u64, part: (usize, usize)) -> Result<()> {
+    rank.step(&small_batch(k, ROWS, DType::F64)?, part)
+}
+
 /// What a training is of.
 pub struct Training<'a> {
     pub build: fn(VarBuilder) -> Result<Forward>,
     pub params: &'a (dyn Fn(&Net) -> Params + Sync),
-    pub steps: u64,
+    pub step: Step<'a>,
 }
 
 impl Training<'_> {
-    /// The parameters after the steps, with those before: of one process, or of a rank with its rows.
-    pub fn run(&self, world: Option<(&World, &[usize])>) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
-        // Other values than rank 0's, which are to be taken.
-        let seed = world.map_or(1, |(world, _)| 1 + world.rank() as u64);
-        let net = Net::of(DType::F64, seed, self.build)?;
-        let mut opt = NaturalGradient::from_varmap(&net.varmap, (self.params)(&net))?;
-        let mut part = (0, ROWS);
-        if let Some((world, split)) = world {
-            opt.share(world, Placement::Replicated)?;
-            part = rows(split, world.rank());
+    pub const STEPS: u64 = 20;
+
+    /// The parameters before and after the steps.
+    pub fn run(&self, world: World, split: &[usize]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+        let part = rows(split, world.rank());
+        let mut rank = Rank::new(world, self.build, self.params)?;
+        let before = rank.net.values()?;
+        for k in 0..Self::STEPS {
+            (self.step)(&mut rank, k, part)?;
         }
-        let before = net.values()?;
-        for k in 0..self.steps {
-            let (x, y) = small_batch(k, ROWS, DType::F64)?;
-            if part.1 == 0 {
-                opt.step_without_rows()?;
-                continue;
-            }
-            let z = (net.forward)(&x.narrow(0, part.0, part.1)?)?;
-            opt.observe(&z, LIKELIHOOD)?;
-            opt.backward_step(&mean_loss(LIKELIHOOD, &z, &y.narrow(0, part.0, part.1)?)?)?;
-        }
-        Ok((before, net.values()?))
+        Ok((before, rank.net.values()?))
     }
 
     /// Asserts that all splits lead where one process does.
-    pub fn check(&self, what: &str, splits: &[&[usize]]) -> Result<f64> {
-        let (before, expected) = self.run(None)?;
+    pub fn check(&self, what: &str, splits: &[&[usize]]) -> Result<()> {
+        let (before, expected) = self.run(World::alone(), &[ROWS])?;
         let moved = apart(&before, &expected);
         assert!(moved > 0.02, "{what}: moved by {moved}");
         let mut largest = 0f64;
         for split in splits {
-            for (rank, found) in
-                ranks(split.len(), |world| self.run(Some((&world, split)))).into_iter().enumerate()
-            {
+            let found = ranks(split.len(), |world| self.run(world, split));
+            for (rank, found) in found.into_iter().enumerate() {
                 let found = found.map_err(|e| e.context(format!("{what}, {split:?}, rank {rank}")))?.1;
                 let far = apart(&found, &expected);
                 assert!(far < 1e-12, "{what}, {split:?}, rank {rank}: {far:e} apart after a way of {moved}");
                 largest = largest.max(far);
             }
         }
-        Ok(largest)
+        println!("{what}: at most {largest:e} apart after a way of {moved:.2}");
+        Ok(())
     }
+}
+
+/// [`Training::check`] with plain steps of the small net.
+pub fn check(what: &str, params: &(dyn Fn(&Net) -> Params + Sync)) -> Result<()> {
+    Training { build: small, params, step: &plain }.check(what, &SPLITS)
 }

@@ -1,4 +1,6 @@
 //! Several processes, here threads, against one on the whole batch.
 
 mod equal;
+mod errors;
+mod first_order;
 mod harness;
