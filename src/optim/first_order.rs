@@ -18,8 +18,8 @@ pub use soap::{ParamsSoap, SoapBasis};
 pub use update::{FallbackAdam, Update};
 
 use super::numbers::numbers;
-use super::state::AdamRate;
 use super::share::Share;
+use super::state::AdamRate;
 use super::step::gradients::Refusal;
 use super::{Groups, LossScale, NonFinite, ParamsAdamW};
 use crate::checkpoint::Checkpoint;

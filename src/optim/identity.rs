@@ -69,7 +69,10 @@ impl Core {
         }
         lines.extend(self.frozen.iter().map(|(name, var)| of_var(name, var, "frozen")));
         for block in &self.blocks {
-            lines.push((format!("block {}", block.name), format!("{:?} of layer {:?}", block.shape(), block.layer)));
+            lines.push((
+                format!("block {}", block.name),
+                format!("{:?} of layer {:?}", block.shape(), block.layer),
+            ));
         }
         lines.extend(of_params(&self.params));
         lines.push(("a number of steps of".into(), self.steps.to_string()));
@@ -105,7 +108,8 @@ pub(super) fn hash<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> candle_core
     use crate::ops::element::Host;
     use candle_core::{DType, Device};
     // Four lanes, or each multiplication would wait for the last.
-    let mut lanes = [0x9E37_79B9_7F4A_7C15u64, 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB, 0x2545_F491_4F6C_DD1D];
+    let mut lanes =
+        [0x9E37_79B9_7F4A_7C15u64, 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB, 0x2545_F491_4F6C_DD1D];
     let mut mix = |lane: usize, word: u64| {
         lanes[lane] = (lanes[lane] ^ word).wrapping_mul(0x9FB2_1C65_1E98_DF25).rotate_left(29);
     };
@@ -130,5 +134,7 @@ pub(super) fn hash<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> candle_core
         }
         mix(0, tensor.elem_count() as u64);
     }
-    Ok(lanes.into_iter().fold(0, |hash: u64, lane| (hash ^ lane).wrapping_mul(0x9FB2_1C65_1E98_DF25).rotate_left(31)))
+    Ok(lanes
+        .into_iter()
+        .fold(0, |hash: u64, lane| (hash ^ lane).wrapping_mul(0x9FB2_1C65_1E98_DF25).rotate_left(31)))
 }

@@ -40,5 +40,5 @@ pub use params::{
 };
 pub use schedule::Schedule;
 pub use state::Resumed;
-pub use summary::{Summary, SummaryBlock, SummaryRow};
+pub use summary::{Summary, SummaryBlock, SummaryRow, Together};
 pub use wake::{Carry, Inner, Model, Q, QSolve, Qe, So, TwoRate, Wake};

@@ -2,9 +2,8 @@
 
 use super::identity::{Lines, hash};
 use super::step::gradients::Refusal;
-use crate::parallel::{Form, Place, Placement, Sums, Totals, Trouble, World};
-use crate::ops::element::Host;
-use candle_core::{DType, Device, Error, Result, Tensor, Var, bail};
+use crate::parallel::{Division, Form, Place, Placement, Sums, Totals, Trouble, World, bytes_of, tensor_of};
+use candle_core::{Error, Result, Tensor, Var, bail};
 
 /// Steps from one comparison of the parameters' hashes to the next.
 const COMPARED: usize = 100;
@@ -13,7 +12,8 @@ const COMPARED: usize = 100;
 #[derive(Debug)]
 pub(super) struct Share {
     pub world: World,
-    pub placement: Placement,
+    /// How inverses are divided, if they are.
+    pub division: Option<Division>,
     /// The total of loss terms that the coming step has been shown here; none before it was shown any outputs.
     pub terms: Option<f64>,
     /// The loss terms that all processes have drawn labels for in this step.
@@ -22,6 +22,8 @@ pub(super) struct Share {
     pub kept: Option<Error>,
     /// The total of the last step here.
     pub last_terms: f64,
+    /// Bytes that this process has added up with the others.
+    pub added: usize,
 }
 
 /// What a process says of its part of a step, or what is so of all parts.
@@ -62,10 +64,15 @@ impl From<Refusal> for Trouble {
 
 impl Share {
     /// Ties optimizers of equal `identity`.
-    pub fn new(world: &World, placement: Placement, who: &str, identity: &Lines) -> Result<Self> {
-        world.agree_all(&format!("{who}: share"), identity)?;
+    pub fn new(world: &World, placement: Placement, who: &'static str, mut identity: Lines) -> Result<Self> {
+        identity.push(("a placement".into(), format!("{placement:?}")));
+        world.agree_all(&format!("{who}: share"), &identity)?;
+        let division = match placement {
+            Placement::Replicated => None,
+            Placement::Gathered => Some(Division::new(world, who)),
+        };
         let (world, kept) = (world.clone(), None);
-        Ok(Self { world, placement, terms: None, rows: 0, kept, last_terms: 0.0 })
+        Ok(Self { world, division, terms: None, rows: 0, kept, last_terms: 0.0, added: 0 })
     }
 
     /// Sets Vars to what rank 0's are.
@@ -85,8 +92,13 @@ impl Share {
         if self.world.is_first() {
             return Ok(None);
         }
-        let value = Tensor::from_raw_buffer(&bytes, own.dtype(), own.dims(), &Device::Cpu)?;
-        value.to_device(own.device()).map(Some)
+        tensor_of(&bytes, own.dims(), own.dtype(), own.device()).map(Some)
+    }
+
+    /// Adds up what all have brought.
+    pub fn add(&mut self, sums: Sums) -> Result<Totals> {
+        self.added += sums.bytes();
+        sums.over(&self.world)
     }
 
     /// Takes note of loss terms.
@@ -187,7 +199,12 @@ impl Share {
     }
 
     /// Asks all whether they will take the step that they have computed, before any does.
-    pub fn agree<T>(&mut self, of: &'static str, step: usize, outcome: Result<Option<T>>) -> Result<Option<T>> {
+    pub fn agree<T>(
+        &mut self,
+        of: &'static str,
+        step: usize,
+        outcome: Result<Option<T>>,
+    ) -> Result<Option<T>> {
         let numbers = match &outcome {
             Ok(outcome) => Ok(vec![if outcome.is_some() { 1.0 } else { 0.0 }]),
             Err(error) => Err(Trouble::failed(error)),
@@ -245,7 +262,7 @@ impl Share {
         if total <= 0.0 {
             bail!("{of}: no process has a loss term")
         }
-        read_gradients(&mut sums.over(&self.world)?, slots, total)
+        read_gradients(&mut self.add(sums)?, slots, total)
     }
 }
 
@@ -285,16 +302,4 @@ pub(super) fn read_gradients(
         grads.push(present.then_some(grad));
     }
     Ok(grads)
-}
-
-fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
-    let tensor = tensor.to_device(&Device::Cpu)?;
-    let host = Host::of(&tensor);
-    Ok(match tensor.dtype() {
-        DType::F64 => host.values::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F32 => host.values::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F16 => host.values::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::BF16 => host.values::<half::bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        other => bail!("parallel: expected a parameter of f64, f32, f16 or bf16, got {other:?}"),
-    })
 }

@@ -31,20 +31,11 @@ pub(crate) struct Form {
 impl Form {
     /// That of the state of a tensor like this.
     pub fn wide(like: &Tensor) -> Self {
-        Self {
-            dims: like.dims().to_vec(),
-            dtype: wide_dtype(like.dtype()),
-            device: like.device().clone(),
-        }
+        Self { dims: like.dims().to_vec(), dtype: wide_dtype(like.dtype()), device: like.device().clone() }
     }
 
     fn elements(&self) -> usize {
         self.dims.iter().product()
-    }
-
-    /// A tensor of zeros.
-    pub fn zeros(&self) -> Result<Tensor> {
-        Tensor::zeros(self.dims.as_slice(), self.dtype, &self.device)
     }
 }
 
@@ -120,13 +111,21 @@ impl Totals {
                 let range = self.read.0..self.read.0 + elements;
                 self.read.0 = range.end;
                 let values = self.sums.doubles.get(range).ok_or_else(too_few)?;
-                Tensor::from_vec(values.iter().map(|value| value / by).collect::<Vec<_>>(), dims, &Device::Cpu)?
+                Tensor::from_vec(
+                    values.iter().map(|value| value / by).collect::<Vec<_>>(),
+                    dims,
+                    &Device::Cpu,
+                )?
             }
             _ => {
                 let (by, range) = (by as f32, self.read.1..self.read.1 + elements);
                 self.read.1 = range.end;
                 let values = self.sums.singles.get(range).ok_or_else(too_few)?;
-                Tensor::from_vec(values.iter().map(|value| value / by).collect::<Vec<_>>(), dims, &Device::Cpu)?
+                Tensor::from_vec(
+                    values.iter().map(|value| value / by).collect::<Vec<_>>(),
+                    dims,
+                    &Device::Cpu,
+                )?
             }
         };
         sum.to_device(&form.device)

@@ -64,9 +64,8 @@ impl Threads {
             gone: vec![false; size],
         };
         let table = Arc::new(Table { round: Mutex::new(round), changed: Condvar::new() });
-        let of = |rank| {
-            World::new(Self { rank, size, limit: Mutex::new(TIME_LIMIT), table: Arc::clone(&table) })
-        };
+        let of =
+            |rank| World::new(Self { rank, size, limit: Mutex::new(TIME_LIMIT), table: Arc::clone(&table) });
         (0..size).map(of).collect()
     }
 
@@ -83,8 +82,7 @@ impl Threads {
         let limit = *self.limit.lock().unwrap_or_else(PoisonError::into_inner);
         let end = Instant::now() + limit;
         while !ready(&round) {
-            if let Some(rank) =
-                (0..self.size).find(|&rank| round.gone[rank] && round.brought[rank].is_none())
+            if let Some(rank) = (0..self.size).find(|&rank| round.gone[rank] && round.brought[rank].is_none())
             {
                 bail!("parallel: rank {rank} has left, and the others wait for it")
             }
@@ -145,7 +143,9 @@ impl Communicator for Threads {
         let bytes = |(rank, parcel): (usize, &Parcel)| match parcel {
             Parcel::Bytes(bytes) => Ok(bytes.clone()),
             Parcel::F64(_) | Parcel::F32(_) => {
-                bail!("parallel: rank {rank} adds numbers where this rank gathers; all must make the same calls")
+                bail!(
+                    "parallel: rank {rank} adds numbers where this rank gathers; all must make the same calls"
+                )
             }
         };
         parcels.iter().enumerate().map(bytes).collect()

@@ -125,15 +125,27 @@ impl World {
         Ok(())
     }
 
+    /// Replaces numbers by their sums over all processes: of losses and counts to report, say. All processes call it, with as many.
+    ///
+    /// # Errors
+    /// When a process does not come or makes another call.
+    pub fn sum(&self, values: &mut [f64]) -> Result<()> {
+        if self.is_alone() {
+            return Ok(());
+        }
+        let told = self.meet(Place { of: "world", call: "sum", step: values.len() }, Ok(values.to_vec()));
+        let told = told.map_err(Trouble::error)?;
+        for (index, value) in values.iter_mut().enumerate() {
+            *value = told.iter().map(|numbers| numbers.get(index).copied().unwrap_or(0.0)).sum();
+        }
+        Ok(())
+    }
+
     /// Rank 0's `bytes`, on all ranks.
     pub(crate) fn from_first(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
         let own: &[u8] = if self.is_first() { &bytes } else { &[] };
         let mut all = self.0.gather(own)?;
         if all.is_empty() { Ok(bytes) } else { Ok(all.swap_remove(0)) }
-    }
-
-    pub(crate) fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.0.gather(bytes)
     }
 
     pub(crate) fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
@@ -152,72 +164,82 @@ impl World {
         place: Place,
         local: std::result::Result<Vec<f64>, Trouble>,
     ) -> std::result::Result<Vec<Vec<f64>>, Trouble> {
-        let reports = self.0.gather(&written(place, &local)).map_err(|error| Trouble::failed(&error))?;
-        let mut numbers = Vec::with_capacity(reports.len());
+        let bytes = local.map(|numbers| numbers.iter().flat_map(|number| number.to_le_bytes()).collect());
+        let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().unwrap_or_default());
+        let told = self.reports(place, bytes)?;
+        Ok(told.iter().map(|bytes| bytes.chunks_exact(8).map(number).collect()).collect())
+    }
+
+    /// [`meet`](Self::meet) with bytes.
+    pub(crate) fn exchange(
+        &self,
+        place: Place,
+        bytes: Vec<u8>,
+    ) -> std::result::Result<Vec<Vec<u8>>, Trouble> {
+        self.reports(place, Ok(bytes))
+    }
+
+    fn reports(
+        &self,
+        place: Place,
+        local: std::result::Result<Vec<u8>, Trouble>,
+    ) -> std::result::Result<Vec<Vec<u8>>, Trouble> {
+        let reports = self.0.gather(&written(place, local)).map_err(|error| Trouble::failed(&error))?;
+        let mut told = Vec::with_capacity(reports.len());
         let mut trouble = None;
         let here = format!("{} {} {}", place.of, place.call, place.step);
-        for (rank, report) in reports.iter().enumerate() {
-            let Some((there, kind, rest)) = read(report) else {
+        for (rank, report) in reports.into_iter().enumerate() {
+            let Some((there, kind, rest)) = read(&report) else {
                 return Err(Trouble::Failed(format!(
                     "parallel: at {here} rank {rank} sends no report; all processes must make the same calls"
                 )));
             };
             if there != here {
-                let call = |text: &str| {
-                    let mut words = text.split(' ');
-                    let mut next = || words.next().unwrap_or_default().to_string();
-                    let (of, call, step) = (next(), next(), next());
-                    format!("in {call} of {of} after {step} steps")
-                };
+                let (there, here) = (in_words(&there), in_words(&here));
                 return Err(Trouble::Failed(format!(
-                    "parallel: rank {rank} is {}, and rank {} {}; all processes must make the same calls",
-                    call(&there),
-                    self.rank(),
-                    call(&here)
+                    "parallel: rank {rank} is {there}, and rank {} {here}; all processes must make the same calls",
+                    self.rank()
                 )));
             }
-            match (kind, trouble.is_some()) {
-                (b'n', false) => {
-                    let text = String::from_utf8_lossy(rest);
-                    trouble = Some(Trouble::NonFinite(format!("rank {rank}: {text}")));
-                }
-                (b'f', false) => {
-                    let text = String::from_utf8_lossy(rest);
-                    trouble = Some(Trouble::Failed(format!("rank {rank}: {text}")));
-                }
+            let text = || format!("rank {rank}: {}", String::from_utf8_lossy(rest));
+            match (kind, &trouble) {
+                (OK, _) => {}
+                (NON_FINITE, None) => trouble = Some(Trouble::NonFinite(text())),
                 // What failed counts before what is to be left out.
-                (b'f', true) if matches!(trouble, Some(Trouble::NonFinite(_))) => {
-                    let text = String::from_utf8_lossy(rest);
-                    trouble = Some(Trouble::Failed(format!("rank {rank}: {text}")));
-                }
+                (FAILED, None | Some(Trouble::NonFinite(_))) => trouble = Some(Trouble::Failed(text())),
                 _ => {}
             }
-            numbers.push(rest.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap_or_default())).collect());
+            told.push(rest.to_vec());
         }
         match trouble {
             Some(trouble) => Err(trouble),
-            None => Ok(numbers),
+            None => Ok(told),
         }
     }
 }
 
+const OK: u8 = 0;
+const NON_FINITE: u8 = 1;
+const FAILED: u8 = 2;
+
+/// A place that a report names.
+fn in_words(place: &str) -> String {
+    let mut words = place.split(' ');
+    let mut next = || words.next().unwrap_or_default();
+    let (of, call, step) = (next(), next(), next());
+    format!("in {call} of {of} after {step} steps")
+}
+
 /// `of call step`, a zero, what kind of report it is, and what it says.
-fn written(place: Place, local: &std::result::Result<Vec<f64>, Trouble>) -> Vec<u8> {
+fn written(place: Place, local: std::result::Result<Vec<u8>, Trouble>) -> Vec<u8> {
     let mut bytes = format!("{} {} {}\0", place.of, place.call, place.step).into_bytes();
-    match local {
-        Ok(numbers) => {
-            bytes.push(b'o');
-            bytes.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-        }
-        Err(Trouble::NonFinite(what)) => {
-            bytes.push(b'n');
-            bytes.extend(what.as_bytes());
-        }
-        Err(Trouble::Failed(what)) => {
-            bytes.push(b'f');
-            bytes.extend(what.as_bytes());
-        }
-    }
+    let (kind, text) = match local {
+        Ok(bytes) => (OK, bytes),
+        Err(Trouble::NonFinite(what)) => (NON_FINITE, what.into_bytes()),
+        Err(Trouble::Failed(what)) => (FAILED, what.into_bytes()),
+    };
+    bytes.push(kind);
+    bytes.extend(text);
     bytes
 }
 

@@ -9,7 +9,7 @@ use kronwake::ops::sample::{DrawKey, categorical};
 use kronwake::optim::{
     Bias, Decay, Every, Group, Groups, Optimizer, Params, Q, QSolve, So, UpdateRule, Wake,
 };
-use kronwake::parallel::World;
+use kronwake::parallel::{Placement, World};
 use kronwake::tape::Fisher;
 
 const EVERY: Every = Every { factors: 2, inverses: 2 };
@@ -77,7 +77,7 @@ fn dampings_and_inverses() -> Result<()> {
         let z = (rank.net.forward)(&x.narrow(0, from, n)?)?;
         rank.opt.adapt_damping(&mean_loss(LIKELIHOOD, &z, &y.narrow(0, from, n)?)?)
     };
-    Training { build: small, params: &params, step: &step }.check("adaptive damping", &SPLITS)
+    of(small, &params, &step).check("adaptive damping", &SPLITS)
 }
 
 #[test]
@@ -99,7 +99,10 @@ fn options_of_blocks_and_factors() -> Result<()> {
         })?;
         check(&format!("factors of gradients, {fisher:?}"), &|net| Params {
             fisher,
-            groups: Groups(vec![Group { rule: Some(UpdateRule::GradientFactors), ..Group::named("fc1.weight") }]),
+            groups: Groups(vec![Group {
+                rule: Some(UpdateRule::GradientFactors),
+                ..Group::named("fc1.weight")
+            }]),
             every: EVERY,
             ..Params::k_fac(&net.tape)
         })?;
@@ -150,7 +153,7 @@ fn weighted_and_ignored_terms() -> Result<()> {
                 rank.opt.backward_step(&loss)
             };
             let what = format!("weighted terms, {fisher:?}, {sharing:?}");
-            Training { build: sequence, params: &params, step: &step }.check(&what, &SPLITS)?;
+            of(sequence, &params, &step).check(&what, &SPLITS)?;
         }
     }
     Ok(())
@@ -171,7 +174,7 @@ fn micro_batches_of_which_ranks_have_different_numbers() -> Result<()> {
     };
     for fisher in [Fisher::Exact, Fisher::Empirical] {
         let params = |net: &Net| Params { fisher, every: EVERY, ..Params::so_kld_wrm(&net.tape) };
-        Training { build: small, params: &params, step: &step }.check(&format!("{fisher:?}"), &SPLITS)?;
+        of(small, &params, &step).check(&format!("{fisher:?}"), &SPLITS)?;
     }
     // Where labels are drawn all observe as often, and the rows of all first micro-batches come first.
     let params = |net: &Net| Params { every: EVERY, ..Params::k_fac(&net.tape) };
@@ -189,7 +192,7 @@ fn micro_batches_of_which_ranks_have_different_numbers() -> Result<()> {
         }
         rank.opt.step_accumulated()
     };
-    Training { build: small, params: &params, step: &step }.check("drawn labels", &[&[6, 6]])
+    of(small, &params, &step).check("drawn labels", &[&[6, 6]])
 }
 
 #[test]
@@ -213,13 +216,14 @@ fn penalties_and_clipped_gradients() -> Result<()> {
     };
     // The factors are those of gradients before the clip.
     let params = |net: &Net| Params { fisher: Fisher::Exact, ..params(net) };
-    Training { build: small, params: &params, step: &step }.check("penalty and clip", &SPLITS)
+    of(small, &params, &step).check("penalty and clip", &SPLITS)
 }
 
 /// Labels by the public sampler: by the global row they are those that the optimizer draws, by the local one they are not.
 #[test]
 fn labels_keyed_by_the_local_row_lead_elsewhere() -> Result<()> {
-    let params = |net: &Net| Params { fisher: Fisher::Sampled { draws: 1, seed: 0 }, ..Params::k_fac(&net.tape) };
+    let params =
+        |net: &Net| Params { fisher: Fisher::Sampled { draws: 1, seed: 0 }, ..Params::k_fac(&net.tape) };
     let run = |world: World, split: &[usize], global: bool| -> Result<Vec<Tensor>> {
         let (from, n) = rows(split, world.rank());
         let mut rank = Rank::new(world, small, &params)?;
@@ -233,7 +237,7 @@ fn labels_keyed_by_the_local_row_lead_elsewhere() -> Result<()> {
         }
         rank.net.values()
     };
-    let training = Training { build: small, params: &params, step: &plain };
+    let training = of(small, &params, &plain);
     let expected = training.run(World::alone(), &[ROWS])?.1;
     let split: &[usize] = &[7, 5];
     let far = |global: bool| -> Result<f64> {
@@ -244,5 +248,52 @@ fn labels_keyed_by_the_local_row_lead_elsewhere() -> Result<()> {
     assert!(global < 1e-12, "{global:e}");
     assert!(local > 0.005, "{local:e}");
     println!("local rows: {local} apart");
+    Ok(())
+}
+
+/// Factors of 40 and 41 rows, which are divided, and smaller ones, which all decompose.
+fn wide(vb: VarBuilder) -> Result<Forward> {
+    let (a, b) = (nn::linear(9, 40, vb.pp("a"))?, nn::linear(40, 40, vb.pp("b"))?);
+    let c = nn::linear(40, 3, vb.pp("c"))?;
+    Ok(Box::new(move |x| c.forward(&b.forward(&a.forward(&x.flatten_from(1)?)?.tanh()?)?.tanh()?)))
+}
+
+#[test]
+fn gathered_inverses_are_divided_and_lead_where_one_process_does() -> Result<()> {
+    let placement = Placement::Gathered;
+    for (damping, inverse) in [
+        (Damping::Eigenvalue(0.01), Inverse::Eigen),
+        (Damping::Pi(0.01), Inverse::Cholesky),
+        (Damping::Pi(0.01), Inverse::Newton),
+    ] {
+        let params = |net: &Net| Params { damping, inverse, every: EVERY, ..Params::k_fac(&net.tape) };
+        let what = format!("gathered, {inverse:?}");
+        Training { build: wide, params: &params, step: &plain, placement }.check(&what, &SPLITS)?;
+        let together = ranks(2, |world| {
+            let mut rank = Rank::placed(world, wide, &params, placement)?;
+            for k in 0..5 {
+                rank.step(&small_batch(k, 6, DType::F64)?, (0, 6))?;
+            }
+            let summary = rank.opt.summary();
+            assert!(summary.to_string().contains("b: G is decomposed by 1, A by 0"), "{summary}");
+            Ok(summary.together.expect("processes"))
+        });
+        for (rank, together) in together.into_iter().enumerate() {
+            let together = together?;
+            // At steps 0, 2 and 4: of 41, 41, 40 and 40 rows two each, and those of 10 and 3.
+            assert_eq!((together.rank, together.size, together.decomposed), (rank, 2, 3 * 4));
+            let owners = [("a", [Some(0), None]), ("b", [Some(1), Some(0)]), ("c", [None, Some(1)])];
+            let found: Vec<_> = together.owners.iter().map(|(name, of)| (name.as_str(), *of)).collect();
+            assert_eq!(found, owners);
+            // a, b and c have 400, 1640 and 123 elements.
+            assert_eq!(together.gradient_bytes, 8 * (400 + 1640 + 123));
+            assert_eq!(together.factor_bytes, 8 * (100 + 1600 + 1681 + 1600 + 1681 + 9));
+        }
+    }
+    let overlap = ranks(2, |world| {
+        Rank::placed(world, wide, &|net| Params { overlap: 2, ..Params::k_fac(&net.tape) }, placement)
+            .map(drop)
+    });
+    assert!(sentences(overlap).iter().all(|said| said.contains("(overlap 2), got Gathered")));
     Ok(())
 }

@@ -38,7 +38,10 @@ fn other_models_options_and_seeds() {
             Rank::new(world.clone(), small, &params).map(drop)
         })
     };
-    all_say(with(|p| Params { damping: Damping::Pi(0.5), ..p }), &["rank 2 has damping Pi(0.5)", "rank 0 has damping Eigenvalue"]);
+    all_say(
+        with(|p| Params { damping: Damping::Pi(0.5), ..p }),
+        &["rank 2 has damping Pi(0.5)", "rank 0 has damping Eigenvalue"],
+    );
     all_say(with(|p| Params { momentum: 0.25, ..p }), &["rank 2 has momentum 0.25", "momentum 0.0"]);
     let seed = |p| Params { fisher: Fisher::Sampled { draws: 1, seed: 9 }, ..p };
     all_say(with(seed), &["rank 2 has fisher", "seed: 9", "seed: 0"]);
@@ -74,7 +77,10 @@ fn nan(rank: &mut Rank) -> Result<()> {
 
 #[test]
 fn nan_on_one_rank() -> Result<()> {
-    all_say(ranks(3, |w| step(w, NonFinite::Error, &nan).map(drop)), &["kfac: step 1: rank 1: the loss is NaN; parameters and state are unchanged"]);
+    all_say(
+        ranks(3, |w| step(w, NonFinite::Error, &nan).map(drop)),
+        &["kfac: step 1: rank 1: the loss is NaN; parameters and state are unchanged"],
+    );
     let infinite = |rank: &mut Rank| {
         let (x, y) = small_batch(0, 6, DType::F64)?;
         let z = (rank.net.forward)(&(x * f64::INFINITY)?)?;
@@ -102,28 +108,40 @@ fn calls_that_go_wrong_on_one_rank() {
         ranks(3, move |world| step(world, NonFinite::Error, &wrong).map(drop))
     };
     // A gradient is missing.
-    all_say(said(|rank| {
-        let (x, _) = small_batch(0, 6, DType::F64)?;
-        rank.opt.observe(&(rank.net.forward)(&x)?, LIKELIHOOD)?;
-        rank.opt.backward_step(&rank.net.var("gain").sqr()?.sum_all()?)
-    }), &["rank 1: kfac: no gradient for conv.bias"]);
+    all_say(
+        said(|rank| {
+            let (x, _) = small_batch(0, 6, DType::F64)?;
+            rank.opt.observe(&(rank.net.forward)(&x)?, LIKELIHOOD)?;
+            rank.opt.backward_step(&rank.net.var("gain").sqr()?.sum_all()?)
+        }),
+        &["rank 1: kfac: no gradient for conv.bias"],
+    );
     // The rows were not counted.
-    all_say(said(|rank| {
-        let (x, y) = small_batch(0, 6, DType::F64)?;
-        rank.opt.backward_step(&mean_loss(LIKELIHOOD, &(rank.net.forward)(&x)?, &y)?)
-    }), &["rank 1: kfac: step 1", "call observe at every step"]);
+    all_say(
+        said(|rank| {
+            let (x, y) = small_batch(0, 6, DType::F64)?;
+            rank.opt.backward_step(&mean_loss(LIKELIHOOD, &(rank.net.forward)(&x)?, &y)?)
+        }),
+        &["rank 1: kfac: step 1", "call observe at every step"],
+    );
     // Outputs that the likelihood does not take, which observe would refuse at once.
-    all_say(said(|rank| {
-        let (x, y) = small_batch(0, 6, DType::F64)?;
-        let z = (rank.net.forward)(&x)?;
-        rank.opt.observe(&z.flatten_all()?, Likelihood::Gaussian)?;
-        rank.opt.backward_step(&mean_loss(LIKELIHOOD, &z, &y)?)
-    }), &["rank 1: "]);
+    all_say(
+        said(|rank| {
+            let (x, y) = small_batch(0, 6, DType::F64)?;
+            let z = (rank.net.forward)(&x)?;
+            rank.opt.observe(&z.flatten_all()?, Likelihood::Gaussian)?;
+            rank.opt.backward_step(&mean_loss(LIKELIHOOD, &z, &y)?)
+        }),
+        &["rank 1: "],
+    );
     // Another learning rate.
-    all_say(said(|rank| {
-        rank.opt.set_learning_rate(0.5);
-        rank.step(&small_batch(0, 6, DType::F64)?, (0, 6))
-    }), &["rank 1 has the learning rate 0.5, where rank 0 has 0.075"]);
+    all_say(
+        said(|rank| {
+            rank.opt.set_learning_rate(0.5);
+            rank.step(&small_batch(0, 6, DType::F64)?, (0, 6))
+        }),
+        &["rank 1 has the learning rate 0.5, where rank 0 has 0.075"],
+    );
     // Another call.
     let calls = sentences(said(|rank| rank.opt.save(scratch("never"))));
     assert!(calls[0].contains("rank 1 is in save of kfac after 1 steps, and rank 0 in step"), "{calls:?}");

@@ -59,10 +59,19 @@ impl Rank {
         build: fn(VarBuilder) -> Result<Forward>,
         params: &dyn Fn(&Net) -> Params,
     ) -> Result<Self> {
+        Self::placed(world, build, params, Placement::Replicated)
+    }
+
+    pub fn placed(
+        world: World,
+        build: fn(VarBuilder) -> Result<Forward>,
+        params: &dyn Fn(&Net) -> Params,
+        placement: Placement,
+    ) -> Result<Self> {
         // Other values than rank 0's, which are to be taken.
         let net = Net::of(DType::F64, 1 + world.rank() as u64, build)?;
         let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net))?;
-        opt.share(&world, Placement::Replicated)?;
+        opt.share(&world, placement)?;
         Ok(Self { net, opt, world })
     }
 
@@ -90,6 +99,7 @@ pub struct Training<'a> {
     pub build: fn(VarBuilder) -> Result<Forward>,
     pub params: &'a (dyn Fn(&Net) -> Params + Sync),
     pub step: Step<'a>,
+    pub placement: Placement,
 }
 
 impl Training<'_> {
@@ -98,7 +108,7 @@ impl Training<'_> {
     /// The parameters before and after the steps.
     pub fn run(&self, world: World, split: &[usize]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
         let part = rows(split, world.rank());
-        let mut rank = Rank::new(world, self.build, self.params)?;
+        let mut rank = Rank::placed(world, self.build, self.params, self.placement)?;
         let before = rank.net.values()?;
         for k in 0..Self::STEPS {
             (self.step)(&mut rank, k, part)?;
@@ -126,7 +136,16 @@ impl Training<'_> {
     }
 }
 
+/// A training in which all compute all.
+pub fn of<'a>(
+    build: fn(VarBuilder) -> Result<Forward>,
+    params: &'a (dyn Fn(&Net) -> Params + Sync),
+    step: Step<'a>,
+) -> Training<'a> {
+    Training { build, params, step, placement: Placement::Replicated }
+}
+
 /// [`Training::check`] with plain steps of the small net.
 pub fn check(what: &str, params: &(dyn Fn(&Net) -> Params + Sync)) -> Result<()> {
-    Training { build: small, params, step: &plain }.check(what, &SPLITS)
+    of(small, params, &plain).check(what, &SPLITS)
 }

@@ -64,7 +64,8 @@ impl Joint<'_> {
             device: layer.weight.device().clone(),
         };
         let by_rows = self.sharing == Sharing::Expand || !layer.kind.is_linear();
-        let (inputs, grads) = if by_rows { (Count::Weights, Count::Rows) } else { (Count::Terms, Count::Total) };
+        let (inputs, grads) =
+            if by_rows { (Count::Weights, Count::Rows) } else { (Count::Terms, Count::Total) };
         let mut factors = vec![];
         if let Some(weight) = want.weight {
             factors.push(Factor {
@@ -120,7 +121,8 @@ impl Joint<'_> {
                 sums.number(if value.is_some() { 1.0 } else { 0.0 });
                 if !sums.tensor(value, &factor.form, count)? && wrong.is_none() {
                     let layer = &self.layers[index].name;
-                    wrong = Some(format!("factor {} of layer {layer} has NaN or infinite elements", factor.name));
+                    wrong =
+                        Some(format!("factor {} of layer {layer} has NaN or infinite elements", factor.name));
                 }
             }
         }

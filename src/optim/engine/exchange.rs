@@ -36,7 +36,7 @@ impl NaturalGradient {
         }
         let name = self.core.name();
         self.settle()?;
-        let share = Share::new(world, placement, name, &self.core.identity())?;
+        let share = Share::new(world, placement, name, self.core.identity())?;
         // All have the same options here, so all refuse.
         if self.core.params.wake.inner().is_some() {
             bail!(
@@ -44,7 +44,15 @@ impl NaturalGradient {
             )
         }
         if self.core.params.ekfac {
-            bail!("{name}: expected ekfac: false with several processes, got true: its second moments are those of one process's rows")
+            bail!(
+                "{name}: expected ekfac: false with several processes, got true: its second moments are those of one process's rows"
+            )
+        }
+        if share.division.is_some() && self.core.params.overlap > 0 {
+            bail!(
+                "{name}: expected Placement::Replicated with inverses that are made beside the steps (overlap {}), got {placement:?}",
+                self.core.params.overlap
+            )
         }
         share.values_of_first(self.core.vars.iter().map(|param| &param.var))?;
         share.values_of_first(self.core.frozen.iter().map(|(_, var)| var))?;
@@ -56,6 +64,7 @@ impl NaturalGradient {
             }
         }
         self.device = None;
+        self.workplace.division = share.division.clone();
         self.shared = Some(share);
         let alike = self.agree_on_state();
         if alike.is_err() {
@@ -99,9 +108,11 @@ impl NaturalGradient {
         let (name, steps) = (self.core.name(), self.core.steps);
         let joint_due = self.curvature_due();
         let mut drawn = vec![];
-        let own = local.map_err(Refusal::Failed).and_then(|local| self.own(share, local, joint_due, &mut drawn));
+        let own =
+            local.map_err(Refusal::Failed).and_then(|local| self.own(share, local, joint_due, &mut drawn));
         let alike = [("learning rate", self.core.params.lr), ("damping", self.core.damping)];
-        let values: Vec<_> = self.core.vars.iter().map(|param| (param.name.as_str(), param.value())).collect();
+        let values: Vec<_> =
+            self.core.vars.iter().map(|param| (param.name.as_str(), param.value())).collect();
         let (mut sums, brought) = match own {
             Ok((sums, brought)) => (sums, Ok(brought)),
             Err(refused) => (Sums::default(), Err(Trouble::from(refused))),
@@ -114,7 +125,7 @@ impl NaturalGradient {
                 sums.tensor(drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index)), form, 1.0)?;
             }
         }
-        let mut totals = sums.over(&share.world)?;
+        let mut totals = share.add(sums)?;
         let mut grads = read_gradients(&mut totals, &self.slots(), told.total)?;
         let refresh = match joint_due {
             true => {
@@ -123,7 +134,8 @@ impl NaturalGradient {
                 let averaged = !joint.last.is_empty();
                 let mut drawn = Vec::with_capacity(told.passes);
                 for _ in 0..told.passes {
-                    drawn.push(forms.iter().map(|form| totals.tensor(form, 1.0)).collect::<Result<Vec<_>>>()?);
+                    drawn
+                        .push(forms.iter().map(|form| totals.tensor(form, 1.0)).collect::<Result<Vec<_>>>()?);
                 }
                 Some(Refresh { layers, averaged, counts, drawn })
             }

@@ -24,7 +24,7 @@ use super::share::Share;
 use super::state::pending::Workplace;
 use super::state::{AdamRate, Core, Resumed};
 use super::step::work_space::DeviceStep;
-use super::summary::Summary;
+use super::summary::{Summary, Together};
 use crate::curvature::{Damping, Want};
 use crate::tape::Layer;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
@@ -158,7 +158,8 @@ impl NaturalGradient {
 
     /// Says which Var is in which block, with bytes and cost. Known before the first step.
     pub fn summary(&self) -> Summary {
-        Summary::of(&self.core)
+        let together = self.shared.as_ref().map(|share| Together::of(&self.core, share));
+        Summary { together, ..Summary::of(&self.core) }
     }
 
     /// Names of the Kronecker blocks: a layer's name, or `layer.weight` and `layer.bias` where the bias is apart.

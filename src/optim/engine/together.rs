@@ -113,7 +113,11 @@ impl NaturalGradient {
     }
 
     /// Whether the gradients of a scaled loss are finite on all processes.
-    pub(super) fn all_finite(&mut self, local: Result<(Backward, bool)>, scale: f64) -> Result<(Backward, bool)> {
+    pub(super) fn all_finite(
+        &mut self,
+        local: Result<(Backward, bool)>,
+        scale: f64,
+    ) -> Result<(Backward, bool)> {
         match &mut self.shared {
             Some(share) => share.all_finite(self.core.name(), self.core.steps, local, scale),
             None => local,
@@ -129,7 +133,11 @@ impl NaturalGradient {
     }
 
     /// The mean of a loss over the last step's loss terms of all processes.
-    pub(super) fn mean_loss(&mut self, call: &'static str, loss: impl FnOnce() -> Result<f64>) -> Result<f64> {
+    pub(super) fn mean_loss(
+        &mut self,
+        call: &'static str,
+        loss: impl FnOnce() -> Result<f64>,
+    ) -> Result<f64> {
         let Some(share) = &mut self.shared else { return loss() };
         let terms = share.last_terms;
         let local = if terms > 0.0 { loss() } else { Ok(0.0) };

@@ -25,13 +25,14 @@ impl<P: Update> FirstOrder<P> {
         }
         let mut lines = vec![version(), ("optimizer".into(), P::NAME.into())];
         for slot in &self.slots {
-            let trained = format!("{:?}, rate times {}, decay {:?}", slot.way, slot.lr_scale, slot.weight_decay);
+            let trained =
+                format!("{:?}, rate times {}, decay {:?}", slot.way, slot.lr_scale, slot.weight_decay);
             lines.push(of_var(&slot.name, &slot.var, &trained));
         }
         lines.push(("options".into(), format!("{:?}", self.params)));
         lines.push(("non_finite".into(), format!("{:?}", self.non_finite)));
         lines.push(("a number of steps of".into(), self.steps.to_string()));
-        let share = Share::new(world, placement, P::NAME, &lines)?;
+        let share = Share::new(world, placement, P::NAME, lines)?;
         share.values_of_first(self.slots.iter().map(|slot| &slot.var))?;
         for slot in &mut self.slots {
             if let Some(wide) = &slot.wide
@@ -114,7 +115,7 @@ impl<P: Update> FirstOrder<P> {
         let alike = [("learning rate", *self.params.clone().lr())];
         let values: Result<Vec<_>> = self.slots.iter().map(|s| Ok((s.name.as_str(), s.value()?))).collect();
         let told = share.step(P::NAME, self.steps, own.map_err(Trouble::from), &alike, &values?)?;
-        Ok(read_gradients(&mut sums.over(&share.world)?, &slots, told.total)?)
+        Ok(read_gradients(&mut share.add(sums)?, &slots, told.total)?)
     }
 
     fn forms(&self) -> Vec<Slot<'_>> {
@@ -162,7 +163,11 @@ impl<P: Update> FirstOrder<P> {
     pub(super) fn all_did(&self, call: &'static str, outcome: Result<()>) -> Result<()> {
         let Some(share) = &self.shared else { return outcome };
         let local = outcome.map(|()| vec![]).map_err(|error| Trouble::failed(&error));
-        share.world.meet(Place { of: P::NAME, call, step: self.steps }, local).map(drop).map_err(Trouble::error)
+        share
+            .world
+            .meet(Place { of: P::NAME, call, step: self.steps }, local)
+            .map(drop)
+            .map_err(Trouble::error)
     }
 
     pub(super) fn writes(&self) -> bool {
@@ -176,6 +181,8 @@ impl<P: Update> FirstOrder<P> {
             Ok((format!("for {} a state of hash", slot.name), format!("{:016x}", hash(slot.state.iter())?)))
         };
         let lines = self.slots.iter().map(line).collect::<Result<Lines>>()?;
-        share.world.agree_all(&format!("{}: the state (resume the same file on all processes)", P::NAME), &lines)
+        share
+            .world
+            .agree_all(&format!("{}: the state (resume the same file on all processes)", P::NAME), &lines)
     }
 }
