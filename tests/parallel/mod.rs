@@ -2,5 +2,6 @@
 
 mod equal;
 mod errors;
+mod evidence;
 mod first_order;
 mod harness;
