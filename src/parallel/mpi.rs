@@ -9,6 +9,7 @@ use super::communicator::{Communicator, TIME_LIMIT};
 use candle_core::{Error, Result, bail};
 use ferrompi::{Communicator as Comm, MpiDatatype, ReduceOp, Request, Source, ThreadLevel};
 use std::fmt;
+use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -152,18 +153,26 @@ impl Engine {
         if let Some(bytes) = self.message(rank, tag)? {
             return Ok(Some(Some(bytes)));
         }
-        if self.message(rank, LEFT)?.is_none() {
+        // It stays, for the end.
+        if self.comm.iprobe::<u8>(Source::Rank(rank as i32), LEFT).map_err(of_mpi)?.is_none() {
             return Ok(None);
         }
         // What it sent before may have come between the two looks.
         Ok(Some(self.message(rank, tag)?))
     }
 
+    /// Says a sentence on the error output, in one piece: other ranks write there too.
+    fn shout(&self, sentence: &str) {
+        let line = format!("rank {}: {sentence}\n", self.rank);
+        // Nobody is left to be told that it could not be said.
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }
+
     fn fail<T>(&self, state: u8, sentence: &str) -> Result<T> {
         self.state.store(state, Ordering::Relaxed);
         if state == BROKEN {
             // The process may be ended before its caller can say it.
-            eprintln!("rank {}: {sentence}", self.rank);
+            self.shout(sentence);
         }
         bail!("{sentence}")
     }
@@ -280,7 +289,7 @@ impl Engine {
 
     /// Ends all processes.
     fn end(&self, sentence: &str) -> ! {
-        eprintln!("rank {}: parallel: {sentence}", self.rank);
+        self.shout(&format!("parallel: {sentence}"));
         std::thread::sleep(LAST_WORDS);
         self.comm.abort(1)
     }
@@ -325,7 +334,6 @@ impl Engine {
                 return false;
             }
         }
-        // A goodbye that was heard in a roll call has ended it, and is not heard again.
         let ending = self.state.load(Ordering::Relaxed) == ENDING;
         let mut heard = vec![false; self.size];
         let end = Instant::now() + if ending { LAST_WORDS } else { self.limit() };
