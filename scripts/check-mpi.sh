@@ -55,4 +55,31 @@ fault hang 2 'parallel: rank 1 did not come within 3 s'
 # mpirun itself ends the others, and says whose fault it was.
 fault die 1 'process rank 1 .*exited on signal 9'
 fault exit 1 'Process name: .*,1]'
+echo "-- the example programs: the same losses on 1 and 3 processes, files of rank 0 alone"
+cargo build --features mpi --example mnist --example finetune "$@"
+examples=$(dirname "$program")/../examples
+run() {
+    local ranks=$1 name=$2
+    shift 2
+    program=$examples/$name mpi "$ranks" "$@"
+}
+for ranks in 1 3; do
+    run "$ranks" mnist --optimizer kldwrm --model cnn --dtype f64 --batch 61 --steps 6 --dropout 0.2 --placement gathered \
+        --log "$work/mnist-$ranks" --out "$work/$ranks" >"$work/said-$ranks"
+    run "$ranks" finetune --scratch --optimizer adamw --model mlp:784-20-10:tanh --dtype f64 --batch 61 --epochs 1 --clip 0.5 \
+        --out "$work/$ranks" >>"$work/said-$ranks"
+    test -s "$work/$ranks/curves.svg" && test -s "$work/$ranks/model.safetensors" && test -s "$work/$ranks/finetune.svg"
+done
+# Of several processes one speaks.
+test "$(grep -c '^curves:' "$work/said-3")" = 2
+python3 - "$work" <<'PYTHON'
+import json, sys
+read = lambda ranks: [json.loads(line) for line in open(f"{sys.argv[1]}/mnist-{ranks}")]
+one, three = read(1), read(3)
+assert len(one) == len(three) > 6, (len(one), len(three))
+for a, b in zip(one, three):
+    for key, value in a.items():
+        if isinstance(value, float) and "second" not in key:
+            assert abs(value - b[key]) <= 1e-9 * max(1, abs(value)), (key, value, b[key])
+PYTHON
 echo "all that was expected"

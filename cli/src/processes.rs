@@ -9,12 +9,15 @@ use kronwake::parallel::{Placement, World};
 pub enum PlacementKind {
     /// All compute all
     Replicated,
+    /// Each inverts a part of the curvature's factors
+    Gathered,
 }
 
 impl PlacementKind {
     pub fn placement(self) -> Placement {
         match self {
             Self::Replicated => Placement::Replicated,
+            Self::Gathered => Placement::Gathered,
         }
     }
 }

@@ -226,3 +226,61 @@ impl NaturalGradient {
 
 /// What was seen of a step: sums of factors, and the gradients of drawn labels.
 pub(super) type Seen = (FactorSums, Vec<Vec<Tensor>>);
+
+#[cfg(test)]
+mod tests {
+    use crate::gpu::emulate::emulate;
+    use crate::nn::{self, Module, VarBuilder, VarMap};
+    use crate::ops::testing::{random, values};
+    use crate::optim::{Every, NaturalGradient, Optimizer, Params, So, Wake};
+    use crate::parallel::{Placement, Threads, World};
+    use crate::tape::{Likelihood, Tape};
+    use candle_core::{DType, Device, Result, Tensor};
+
+    /// Parameters after some steps of a rank on its part of six rows.
+    fn train(world: &World, wake: Wake, placement: Placement) -> Result<Vec<Vec<f64>>> {
+        let (tape, vars) = (Tape::new(), VarMap::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+        let (a, b) = tape.build(|| Ok((nn::linear(5, 34, vb.pp("a"))?, nn::linear(34, 3, vb.pp("b"))?)))?;
+        let mut named: Vec<_> = vars.data().lock().expect("a lock").clone().into_iter().collect();
+        named.sort_by(|a, b| a.0.cmp(&b.0));
+        for (index, (_, var)) in named.iter().enumerate() {
+            var.set(&random((index + 10 * world.rank()) as u64, var.dims())?)?;
+        }
+        let every = Every { factors: 2, inverses: 2 };
+        let mut opt = NaturalGradient::from_varmap(&vars, Params { every, ..Params::of(wake, &tape) })?;
+        opt.share(world, placement)?;
+        let (x, y) = (random(90, &[6, 5])?, Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?);
+        let (from, n) = if world.is_alone() { (0, 6) } else { [(0, 4), (4, 2)][world.rank()] };
+        for _ in 0..6 {
+            let outputs = b.forward(&a.forward(&x.narrow(0, from, n)?)?.tanh()?)?;
+            opt.observe(&outputs, Likelihood::Categorical)?;
+            opt.backward_step(&nn::loss::cross_entropy(&outputs, &y.narrow(0, from, n)?)?)?;
+        }
+        opt.settle()?;
+        named.iter().map(|(_, var)| values(var)).collect()
+    }
+
+    #[test]
+    fn tensors_on_a_gpu_are_added_up_by_way_of_the_host() -> Result<()> {
+        let wakes: [Wake; 3] = [Wake::KFac, So::default().into(), "kld-wrm".parse()?];
+        for (wake, placement) in
+            wakes.into_iter().zip([Placement::Replicated, Placement::Gathered, Placement::Gathered])
+        {
+            let expected = emulate(|| train(&World::alone(), wake.clone(), placement))?;
+            let run = &|world: World| emulate(|| train(&world, wake.clone(), placement));
+            let found: Vec<_> = std::thread::scope(|scope| {
+                let ranks: Vec<_> =
+                    Threads::worlds(2).into_iter().map(|world| scope.spawn(move || run(world))).collect();
+                ranks.into_iter().map(|rank| rank.join().expect("a rank")).collect()
+            });
+            for found in found {
+                for (found, expected) in found?.iter().flatten().zip(expected.iter().flatten()) {
+                    let far = (found - expected).abs();
+                    assert!(far < 1e-11, "{}: {found}, expected {expected}", wake.name());
+                }
+            }
+        }
+        Ok(())
+    }
+}
