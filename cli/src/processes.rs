@@ -48,9 +48,13 @@ impl Processes {
 
     pub fn world(&self) -> &World {
         #[cfg(feature = "mpi")]
-        return &self.mpi;
+        {
+            &self.mpi
+        }
         #[cfg(not(feature = "mpi"))]
-        return &self.alone;
+        {
+            &self.alone
+        }
     }
 }
 
@@ -78,8 +82,12 @@ pub fn threads() -> Option<usize> {
 /// Of the machine, also where this process is bound to some.
 fn cores() -> Option<usize> {
     #[cfg(unix)]
-    // SAFETY: reads a number.
-    return usize::try_from(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }).ok();
+    {
+        // SAFETY: reads a number.
+        usize::try_from(unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }).ok()
+    }
     #[cfg(not(unix))]
-    None
+    {
+        None
+    }
 }

@@ -184,12 +184,9 @@ impl Engine {
         reports[0] = Some(own);
         let mut left = None;
         until(Instant::now() + limit, || {
-            for rank in 1..self.size {
-                if reports[rank].is_some() {
-                    continue;
-                }
+            for (rank, heard) in reports.iter_mut().enumerate().filter(|(_, heard)| heard.is_none()) {
                 match self.news(rank, COME)? {
-                    Some(Some(report)) => reports[rank] = Some(report),
+                    Some(Some(report)) => *heard = Some(report),
                     Some(None) => left = Some(rank),
                     None => {}
                 }
