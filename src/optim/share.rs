@@ -88,7 +88,7 @@ impl Share {
     /// Rank 0's tensor, on the others.
     pub fn tensor_of_first(&self, own: &Tensor) -> Result<Option<Tensor>> {
         let bytes = if self.world.is_first() { bytes_of(own)? } else { vec![] };
-        let bytes = self.world.from_first(bytes)?;
+        let bytes = self.world.bytes_of_first(bytes)?;
         if self.world.is_first() {
             return Ok(None);
         }

@@ -156,11 +156,11 @@ mod tests {
 
     #[test]
     fn each_does_its_part_and_all_have_all() -> Result<()> {
-        let orders = [40, 8, 50, 60];
+        const ORDERS: [usize; 4] = [40, 8, 50, 60];
         let run = |world: World| -> Result<(Vec<Vec<f64>>, Vec<String>, usize)> {
             let (rank, division) = (world.rank() as f64, Division::new(&world, "test"));
             let found = division.all(
-                &orders,
+                &ORDERS,
                 &Device::Cpu,
                 |jobs| {
                     let result = |&job: &usize| match job {

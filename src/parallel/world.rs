@@ -142,7 +142,7 @@ impl World {
     }
 
     /// Rank 0's `bytes`, on all ranks.
-    pub(crate) fn from_first(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
+    pub(crate) fn bytes_of_first(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
         let own: &[u8] = if self.is_first() { &bytes } else { &[] };
         let mut all = self.0.gather(own)?;
         if all.is_empty() { Ok(bytes) } else { Ok(all.swap_remove(0)) }
