@@ -45,6 +45,13 @@ pub mod gpu {
     #![doc = include_str!("../docs/gpu.md")]
 }
 
+pub mod parallel {
+    //! Several processes on one model: MPI, what is compared when, and what it costs.
+    //!
+    #![doc = include_str!("../docs/rustdoc-links.md")]
+    #![doc = include_str!("../docs/parallel.md")]
+}
+
 pub mod results {
     //! What was measured, and the limits.
     //!

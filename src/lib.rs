@@ -62,6 +62,7 @@ pub mod nn;
 #[doc(hidden)] // as `linalg`
 pub mod ops;
 pub mod optim;
+pub mod parallel;
 mod pattern;
 pub mod penalty;
 pub mod prune;

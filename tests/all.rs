@@ -7,4 +7,5 @@ mod evidence;
 mod files;
 mod nn;
 mod optim;
+mod parallel;
 mod penalty;

@@ -20,6 +20,7 @@ mod measure;
 mod model;
 pub mod models;
 mod optimizer;
+mod processes;
 mod program;
 pub mod sentence;
 mod stats;

@@ -1,7 +1,8 @@
 //! Loss and accuracy of classifiers.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use kronwake::nn::{VarMap, init, loss::cross_entropy};
+use kronwake::parallel::World;
 
 /// Examples of an evaluation batch; the result does not depend on it.
 const EVALUATION_BATCH: usize = 250;
@@ -28,6 +29,25 @@ impl Outcome {
         let found = logits.detach().argmax(D::Minus1)?.eq(labels)?;
         let right = found.to_dtype(DType::F32)?.sum_all()?;
         Ok(Self { loss: loss.detach(), right, count: labels.elem_count() })
+    }
+
+    /// Of no examples.
+    pub fn none() -> Result<Self> {
+        let zero = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        Ok(Self { loss: zero.clone(), right: zero, count: 0 })
+    }
+
+    /// [`Outcome::read`] of batches of which each process has a part.
+    pub fn read_together(world: &World, outcomes: &[Self]) -> Result<Vec<(f64, f64)>> {
+        let own = Self::read(outcomes)?;
+        if world.is_alone() {
+            return Ok(own);
+        }
+        let counts = outcomes.iter().map(|outcome| outcome.count as f64);
+        let mut sums: Vec<f64> =
+            own.iter().zip(counts).flat_map(|((loss, right), n)| [loss * n, *right, n]).collect();
+        world.sum(&mut sums)?;
+        Ok(sums.chunks_exact(3).map(|sums| (sums[0] / sums[2], sums[1])).collect())
     }
 
     /// Losses and how many were right of several batches, read at once.
@@ -78,6 +98,20 @@ pub fn evaluate(places: &[usize], pass: impl Fn(&[usize]) -> Result<(Tensor, Ten
     Ok(sums.means())
 }
 
+/// [`evaluate`] by all processes, each on its part of the places.
+pub fn evaluate_together(
+    world: &World,
+    places: &[usize],
+    pass: impl Fn(&[usize]) -> Result<(Tensor, Tensor)>,
+) -> Result<(f64, f64)> {
+    let own = &places[world.part(places.len())];
+    let (loss, right) = if own.is_empty() { (0.0, 0.0) } else { evaluate(own, pass)? };
+    let count = own.len() as f64;
+    let mut sums = [loss * count, right * count, count];
+    world.sum(&mut sums)?;
+    Ok((sums[0] / sums[2], sums[1] / sums[2]))
+}
+
 /// The number of parameters, all elements counted.
 pub fn parameters(vars: &VarMap) -> Result<usize> {
     Ok(init::named(vars)?.iter().map(|(_, var)| var.elem_count()).sum())
@@ -86,7 +120,6 @@ pub fn parameters(vars: &VarMap) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
 
     #[test]
     fn loss_and_accuracy_of_known_logits() -> Result<()> {

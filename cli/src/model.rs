@@ -86,6 +86,8 @@ pub struct Dropout {
     pub p: f64,
     pub seed: u64,
     pub step: usize,
+    /// The row of the whole batch that the first row is.
+    pub first_row: usize,
 }
 
 impl Model {
@@ -162,7 +164,8 @@ impl Dropout {
     fn mask(&self, x: &Tensor) -> Result<Tensor> {
         let stream = Stream::new(self.seed, "dropout", self.step);
         let keep = 1.0 / (1.0 - self.p);
-        let draw = |i| if stream.uniform(i) < self.p { 0.0 } else { keep };
+        let first = self.first_row * (x.elem_count() / x.dim(0)?.max(1));
+        let draw = |i| if stream.uniform(first + i) < self.p { 0.0 } else { keep };
         let mask: Vec<f64> = (0..x.elem_count()).map(draw).collect();
         Tensor::from_vec(mask, x.shape(), &candle_core::Device::Cpu)?
             .to_dtype(x.dtype())?
@@ -221,7 +224,7 @@ mod tests {
     #[test]
     fn dropout_keeps_the_mean_and_depends_on_the_step_alone() {
         let x = Tensor::ones((1000, 100), DType::F64, &Device::Cpu).unwrap();
-        let mask = |p, step| Dropout { p, seed: 1, step }.mask(&x).unwrap();
+        let mask = |p, step| Dropout { p, seed: 1, step, first_row: 0 }.mask(&x).unwrap();
         for p in [0.2, 0.5] {
             let mean = mask(p, 0).mean_all().unwrap().to_scalar::<f64>().unwrap();
             // Five standard errors: 5 * sqrt(p / (1 - p) / 1e5).

@@ -1,6 +1,6 @@
 //! The optimizers of all programs, chosen at run time.
 
-use candle_core::{Result, Tensor, backprop::GradStore};
+use candle_core::{D, Result, Tensor, backprop::GradStore};
 use kronwake::nn::VarMap;
 use kronwake::nn::init;
 use kronwake::optim::{
@@ -8,6 +8,7 @@ use kronwake::optim::{
     ParamsAdamW, ParamsMuon, ParamsSgd, ParamsShampoo, ParamsSoap, Sgd, Shampoo, ShampooFactors, Soap,
     UpdateRule,
 };
+use kronwake::parallel::{Placement, World};
 use kronwake::penalty::Constraints;
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
@@ -111,6 +112,34 @@ impl Optimizer {
         }
     }
 
+    /// Ties it to those of the other processes.
+    pub fn share(&mut self, world: &World, placement: Placement) -> Result<()> {
+        each!(self, one => one.share(world, placement))
+    }
+
+    /// The step of a process that has no rows of a batch.
+    pub fn step_without_rows(&mut self) -> Result<()> {
+        each!(self, one => one.step_without_rows())
+    }
+
+    /// [`Self::observe`] of a process that has no rows of a batch.
+    pub fn observe_without_rows(&mut self) -> Result<()> {
+        match self {
+            Self::Natural(natural) => natural.observe_without_rows()?,
+            Self::Sgd(one) => one.count_terms(0.0),
+            Self::AdamW(one) => one.count_terms(0.0),
+            Self::Muon(one) => one.count_terms(0.0),
+            Self::Soap(one) => one.count_terms(0.0),
+            Self::Shampoo(one) => one.count_terms(0.0),
+        }
+        Ok(())
+    }
+
+    /// Makes gradients the means of all processes.
+    pub fn mean_gradients(&mut self, grads: &mut GradStore) -> Result<()> {
+        each!(self, one => one.mean_gradients(grads))
+    }
+
     /// Steps taken, those before a resume included.
     pub fn steps(&self) -> usize {
         each!(self, one => one.steps())
@@ -130,17 +159,23 @@ impl Optimizer {
             return natural_step(natural, pass);
         }
         let before = each!(self, one => one.skipped());
+        self.observe(pass.logits)?;
         let grads = info_span!("backward").in_scope(|| pass.loss.backward())?;
         info_span!("step").in_scope(|| self.apply(&grads))?;
         Ok(each!(self, one => one.skipped()) == before)
     }
 
-    /// Shows the curvature a batch's logits, before their loss goes to [`Self::apply`] or [`Self::step_scaled`].
+    /// Shows the curvature a batch's logits, and counts its loss terms, before their loss goes to [`Self::apply`] or [`Self::step_scaled`].
     pub fn observe(&mut self, logits: &Tensor) -> Result<()> {
         match self {
-            Self::Natural(natural) => natural.observe(logits, Likelihood::Categorical),
-            _ => Ok(()),
+            Self::Natural(natural) => natural.observe(logits, Likelihood::Categorical)?,
+            Self::Sgd(one) => one.count_terms(terms(logits)?),
+            Self::AdamW(one) => one.count_terms(terms(logits)?),
+            Self::Muon(one) => one.count_terms(terms(logits)?),
+            Self::Soap(one) => one.count_terms(terms(logits)?),
+            Self::Shampoo(one) => one.count_terms(terms(logits)?),
         }
+        Ok(())
     }
 
     /// A step by gradients.
@@ -204,6 +239,11 @@ pub fn ends(vars: &VarMap, patterns: &[String]) -> Result<Groups> {
 /// factors are of low rank, and a fine-tuning of few steps never recovers.
 pub fn kl_shampoo(params: ParamsShampoo) -> ParamsShampoo {
     ParamsShampoo { factors: ShampooFactors::KlDivergence, grafting: Grafting::Adam, ..params }
+}
+
+/// Loss terms of logits `[.., classes]`.
+fn terms(logits: &Tensor) -> Result<f64> {
+    Ok((logits.elem_count() / logits.dim(D::Minus1)?.max(1)) as f64)
 }
 
 /// [`Optimizer::step`] with curvature.

@@ -1,10 +1,19 @@
 //! How every program starts and ends, and where its files go.
 
+use crate::processes::{self, Processes};
 use crate::sentence::sentence;
 use candle_core::{Error, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
 use std::process::ExitCode;
+
+/// [`start`] of a program that trains on all processes that `mpirun` started.
+pub fn start_together(threads: Option<usize>, work: impl FnOnce(&Processes) -> Result<()>) -> ExitCode {
+    start(threads.or_else(processes::threads), || {
+        let processes = Processes::start()?;
+        work(&processes)
+    })
+}
 
 /// Runs `work` on `threads` threads, one a core if not said; its error is a sentence on stderr and exit code 1.
 pub fn start(threads: Option<usize>, work: impl FnOnce() -> Result<()>) -> ExitCode {

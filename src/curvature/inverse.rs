@@ -15,7 +15,8 @@ use crate::linalg::newton::{NewtonJob, newton_all};
 use crate::linalg::next;
 use crate::linalg::sketch::is_sketch;
 use crate::ops::dense::{mix, product};
-use candle_core::{DType, Result, Tensor, bail};
+use crate::parallel::Division;
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// How the damped factors are inverted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -145,14 +146,16 @@ pub(crate) struct Task {
     pub name: String,
 }
 
-/// `(A (x) G + damping)^-1` for every block. On a CUDA device all of them are queued before the host asks how they went.
-pub(crate) fn damped_inverses(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
+/// `(A (x) G + damping)^-1` for every block. On a CUDA device all of them are queued before the host asks how they went. With a `division`
+/// each process decomposes some of the factors and has the others' from those who do.
+pub(crate) fn damped_inverses(tasks: &[Task], division: Option<&Division>) -> Vec<Result<Preconditioner>> {
     // On the host one after the other takes less memory, and each uses all threads.
     let on_device = tasks.first().is_some_and(|task| Gpu::of(task.a.device()).is_some());
-    tasks.chunks(if on_device { tasks.len() } else { 1 }).flat_map(together).collect()
+    let at_once = if on_device || division.is_some() { tasks.len() } else { 1 };
+    tasks.chunks(at_once.max(1)).flat_map(|tasks| together(tasks, division)).collect()
 }
 
-fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
+fn together(tasks: &[Task], division: Option<&Division>) -> Vec<Result<Preconditioner>> {
     let fine = match below_rounding(tasks) {
         Ok(fine) => fine,
         Err(error) => return tasks.iter().map(|task| bail!("{}: {error}", task.name)).collect(),
@@ -191,9 +194,29 @@ fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
     let sketches =
         pairs().flat_map(|(task, (a, g))| [(&a.m, task.name.as_str()), (&g.m, task.name.as_str())]);
     let sketches: Vec<_> = sketches.filter(|(m, _)| is_sketch(m)).collect();
-    let mut eigen = eigh_all(&named(Inverse::Eigen)).into_iter();
-    let mut inverses = inverse_spd_all(&named(Inverse::Cholesky)).into_iter();
-    let mut newton = newton_all(&starts).into_iter().map(|found| Ok(found?.inverse));
+    let device = tasks.first().map_or(Device::Cpu, |task| task.a.device().clone());
+    let decomposed = |jobs: &[(&Tensor, &str)]| eigh_all(jobs);
+    let parts = |Eigh { values, vectors }: &Eigh| vec![values.clone(), vectors.clone()];
+    let whole = |tensors: Vec<Tensor>| match tensors.as_slice() {
+        [values, vectors] => Ok(Eigh { values: values.clone(), vectors: vectors.clone() }),
+        other => bail!("expected eigenvalues and eigenvectors, got {} tensors", other.len()),
+    };
+    let one = |mut tensors: Vec<Tensor>| match tensors.pop() {
+        Some(tensor) => Ok(tensor),
+        None => bail!("expected an inverse, got none"),
+    };
+    let order = |m: &Tensor| m.dim(1).unwrap_or(0);
+    let by_name = |job: &(&Tensor, &str)| order(job.0);
+    let mut eigen =
+        divided((division, &device), &named(Inverse::Eigen), by_name, decomposed, parts, whole).into_iter();
+    let inverted = |jobs: &[(&Tensor, &str)]| inverse_spd_all(jobs);
+    let itself = |inverse: &Tensor| vec![inverse.clone()];
+    let mut inverses =
+        divided((division, &device), &named(Inverse::Cholesky), by_name, inverted, itself, one).into_iter();
+    let iterated =
+        |jobs: &[NewtonJob<'_>]| newton_all(jobs).into_iter().map(|found| Ok(found?.inverse)).collect();
+    let mut newton =
+        divided((division, &device), &starts, |job| order(job.m), iterated, itself, one).into_iter();
     let mut low = low_rank_all(&sketches).into_iter();
     let found = tasks.iter().zip(&damped).zip(&fine).map(|((task, pair), &fine)| {
         let (a, g) = match pair {
@@ -242,6 +265,25 @@ fn together(tasks: &[Task]) -> Vec<Result<Preconditioner>> {
         Ok(Preconditioner::Factors { inv_a: inv_a?, inv_g: inv_g? })
     });
     found.collect()
+}
+
+/// What `compute` makes of the jobs, here or by all processes.
+fn divided<J: Copy, T>(
+    (division, device): (Option<&Division>, &Device),
+    jobs: &[J],
+    order: impl Fn(&J) -> usize,
+    compute: impl Fn(&[J]) -> Vec<Result<T>>,
+    parts: impl Fn(&T) -> Vec<Tensor>,
+    whole: impl Fn(Vec<Tensor>) -> Result<T>,
+) -> Vec<Result<T>> {
+    match division {
+        None => compute(jobs),
+        Some(division) => {
+            let orders: Vec<usize> = jobs.iter().map(order).collect();
+            let own = |own: &[usize]| compute(&own.iter().map(|&job| jobs[job]).collect::<Vec<_>>());
+            division.all(&orders, device, own, parts, whole)
+        }
+    }
 }
 
 /// The eigenvalues of all runs of a group, one behind the other.
@@ -310,7 +352,7 @@ mod tests {
                             name: "fc".into(),
                         });
                     }
-                    let found = damped_inverses(&tasks).into_iter().zip(&blocks);
+                    let found = damped_inverses(&tasks, None).into_iter().zip(&blocks);
                     found
                         .map(|(found, (_, _, gradient))| {
                             let found = found?;
@@ -352,7 +394,7 @@ mod tests {
                     let shape = [1, 4, if a.dims() == large.dims() { 70 } else { 4 }];
                     Task { a: a.clone(), g: good.clone(), shape, recipe, last: None, name: name.into() }
                 });
-                for found in [damped_inverses(&tasks), emulate(|| damped_inverses(&tasks))] {
+                for found in [damped_inverses(&tasks, None), emulate(|| damped_inverses(&tasks, None))] {
                     assert!(found[0].is_ok() && found[2].is_ok());
                     let message = found[1].as_ref().err().map(ToString::to_string).unwrap_or_default();
                     assert!(message.contains("conv2") && message.contains(part), "{message}");

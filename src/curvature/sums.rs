@@ -16,9 +16,11 @@
 //! The layer's Fisher is about `A (x) G`. Sources: Martens & Grosse 2015; for convolutions Grosse & Martens 2016; expand and
 //! reduce after Eschenhagen et al. 2023. The uses of a layer that a forward pass uses several times count as positions.
 
+mod joint;
 mod mean;
 mod weighted;
 
+pub(crate) use joint::Joint;
 pub(crate) use weighted::Pass;
 
 use super::FactorShape;

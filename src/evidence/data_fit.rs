@@ -143,6 +143,16 @@ impl DataFit {
         self.log_noise += weight * other.log_noise;
     }
 
+    /// The numbers that add up.
+    pub fn numbers(&self) -> [f64; 2] {
+        [self.loss, self.outputs]
+    }
+
+    /// One of such numbers.
+    pub fn with(self, [loss, outputs]: [f64; 2]) -> Self {
+        Self { loss, outputs, ..self }
+    }
+
     /// The log-likelihood.
     pub fn log_likelihood(&self, noise: f64, temperature: f64) -> f64 {
         match self.likelihood {

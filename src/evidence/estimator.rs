@@ -16,6 +16,7 @@ use super::problem::Problem;
 use super::rotated::MarginalSums;
 use super::rows::{CHUNK, Rows};
 use crate::ops::rng::uniform;
+use crate::parallel::World;
 use crate::tape::Root;
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -120,8 +121,35 @@ impl Estimator {
     /// When parts do not fit the examples, a matrix or the rows that are kept would take more than `memory` bytes (the message says how
     /// many), labels or outputs are wrong or not finite, the model mixes examples, or its forward fails.
     pub fn fit(&self, problem: &Problem<'_>, examples: &Examples, seed: u64) -> Result<Fit> {
+        self.fit_part(problem, examples, seed, (0, 1))
+    }
+
+    /// [`Estimator::fit`] by all processes of a world, each of which reads every `size`th part. All have the same model and examples, and make
+    /// the same calls of this and of [`Fit::evidence`], which adds up what they have found.
+    ///
+    /// # Errors
+    /// As [`Estimator::fit`], on all processes, with the rank of the one that it is of.
+    pub fn fit_together(
+        &self,
+        world: &World,
+        problem: &Problem<'_>,
+        examples: &Examples,
+        seed: u64,
+    ) -> Result<Fit> {
+        let fit = self.fit_part(problem, examples, seed, (world.rank(), world.size()));
+        if world.is_alone() { fit } else { Fit::shared(fit, world) }
+    }
+
+    /// Of all parts those whose numbers leave the remainder `turn.0` when they are divided by `turn.1`.
+    fn fit_part(
+        &self,
+        problem: &Problem<'_>,
+        examples: &Examples,
+        seed: u64,
+        turn: (usize, usize),
+    ) -> Result<Fit> {
         let mut terms = Vec::new();
-        let data = self.each_term(problem, examples, seed, true, |weight, term| {
+        let data = self.each_term(problem, examples, seed, (true, turn), |weight, term| {
             terms.push((weight, term));
             Ok(())
         })?;
@@ -141,19 +169,20 @@ impl Estimator {
     ) -> Result<Evidence> {
         let (s, precisions) = (hyper.scale()?, hyper.precisions()?);
         let mut total = LogDet::zero(problem.parameters().len());
-        let data = self.each_term(problem, examples, seed, false, |weight, term| {
+        let data = self.each_term(problem, examples, seed, (false, (0, 1)), |weight, term| {
             total.add(term.log_det(s, &precisions)?, weight)
         })?;
         Fit::new(problem, data, vec![])?.with(total, hyper)
     }
 
-    /// Hands the complexities of the parts to `take`, with their weights. Whether it keeps them says how much memory there is for each.
+    /// Hands the complexities of the parts whose turn it is to `take`, with their weights. Whether it keeps them says how much memory there is
+    /// for each.
     fn each_term(
         &self,
         problem: &Problem<'_>,
         examples: &Examples,
         seed: u64,
-        kept: bool,
+        (kept, (turn, turns)): (bool, (usize, usize)),
         mut take: impl FnMut(f64, Box<dyn Complexity>) -> Result<()>,
     ) -> Result<DataFit> {
         if matches!((self.curvature, self.parts), (Curvature::Extrapolated, Parts::ByLabel(_))) {
@@ -164,7 +193,8 @@ impl Estimator {
         let Checked { examples, columns } = problem.checked(examples)?;
         let parts = self.parts.of(&examples, self.draws, seed)?;
         let mut data = DataFit::zero(problem.likelihood);
-        for (index, (weight, numbers)) in parts.iter().enumerate() {
+        let own = parts.iter().enumerate().skip(turn).step_by(turns);
+        for (index, (weight, numbers)) in own {
             let whole = numbers.len() == examples.len() && numbers.is_sorted();
             let part = if whole { examples.clone() } else { examples.select(numbers)? };
             let mut read = Reader {
@@ -174,7 +204,7 @@ impl Estimator {
                 weight: *weight,
                 columns,
                 memory: self.memory,
-                for_rows: self.memory / if kept { parts.len() } else { 1 },
+                for_rows: self.memory / if kept { parts.len().div_ceil(turns) } else { 1 },
             };
             match self.curvature {
                 Curvature::Kernel(outputs) => {

@@ -4,6 +4,7 @@ use super::data_fit::DataFit;
 use super::hyper::Hyper;
 use super::log_det::{Complexity, Effective, LogDet, Precision, sum_of};
 use super::problem::{Parameter, Problem};
+use crate::parallel::{Place, Trouble, World};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 
@@ -17,6 +18,8 @@ pub struct Fit {
     /// The tensors as they were less the prior's means, in f64 on the CPU.
     values: Vec<Tensor>,
     terms: Vec<(f64, Box<dyn Complexity>)>,
+    /// The processes that have the other parts' terms, where there are some.
+    world: Option<World>,
 }
 
 /// An estimate of the log marginal likelihood with its parts and derivatives.
@@ -64,7 +67,20 @@ impl Fit {
         });
         let values = values.map(|v| v?.copy()).collect::<Result<Vec<_>>>()?;
         let squares = values.iter().map(|v| sum_of(&v.sqr()?)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { parameters, data, squares, values, terms })
+        Ok(Self { parameters, data, squares, values, terms, world: None })
+    }
+
+    /// What this process and the others of `world` have read.
+    pub(crate) fn shared(own: Result<Self>, world: &World) -> Result<Self> {
+        let place = Place { of: "evidence", call: "fit_together", step: 0 };
+        let local = match &own {
+            Ok(fit) => Ok(fit.data.numbers().to_vec()),
+            Err(error) => Err(Trouble::failed(error)),
+        };
+        let told = world.meet(place, local).map_err(Trouble::error)?;
+        let fit = own?;
+        let sum = |index: usize| told.iter().filter_map(|numbers| numbers.get(index)).sum();
+        Ok(Self { data: fit.data.with([sum(0), sum(1)]), world: Some(world.clone()), ..fit })
     }
 
     /// The evidence at some hyperparameters.
@@ -77,11 +93,17 @@ impl Fit {
         if precisions.len() != self.parameters.len() {
             return self.with(LogDet::zero(0), hyper);
         }
-        let mut total = LogDet::zero(precisions.len());
-        for (weight, term) in &self.terms {
-            total.add(term.log_det(s, &precisions)?, *weight)?;
+        let own = || {
+            let mut total = LogDet::zero(precisions.len());
+            for (weight, term) in &self.terms {
+                total.add(term.log_det(s, &precisions)?, *weight)?;
+            }
+            Ok(total)
+        };
+        match &self.world {
+            None => self.with(own()?, hyper),
+            Some(world) => self.with(LogDet::over(world, own(), &precisions)?, hyper),
         }
-        self.with(total, hyper)
     }
 
     /// The evidence with a log-determinant that has been computed.

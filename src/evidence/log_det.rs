@@ -1,5 +1,6 @@
 //! `log det(sG + P0) - log det P0`: the complexity that the evidence charges for, and what each parameter tensor has part in it.
 
+use crate::parallel::{Place, Trouble, World};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// The prior precisions of one parameter tensor.
@@ -127,6 +128,65 @@ impl LogDet {
             }
         }
         Ok(())
+    }
+}
+
+impl LogDet {
+    /// The sum of what the processes of a world have found; what failed on one has failed on all.
+    pub fn over(world: &World, own: Result<Self>, precisions: &[Precision]) -> Result<Self> {
+        let numbers = own.and_then(|own| own.numbers());
+        let place = Place { of: "evidence", call: "evidence", step: 0 };
+        let told = world.meet(place, numbers.map_err(|error| Trouble::failed(&error)));
+        let mut total = Self::zero(precisions.len());
+        for numbers in told.map_err(Trouble::error)? {
+            total.add(Self::of_numbers(&numbers, precisions)?, 1.0)?;
+        }
+        Ok(total)
+    }
+
+    /// Value, condition, and of each tensor how many numbers follow, and these.
+    fn numbers(&self) -> Result<Vec<f64>> {
+        let mut numbers = vec![self.value, self.condition];
+        for effective in &self.effective {
+            let found = match effective {
+                None => vec![],
+                Some(Effective::Total(total)) => vec![-1.0, *total],
+                Some(Effective::Each(each)) => {
+                    let each = each.flatten_all()?.to_device(&Device::Cpu)?.to_vec1::<f64>()?;
+                    [vec![each.len() as f64], each].concat()
+                }
+            };
+            if found.is_empty() {
+                numbers.push(-2.0);
+            }
+            numbers.extend(found);
+        }
+        Ok(numbers)
+    }
+
+    fn of_numbers(numbers: &[f64], precisions: &[Precision]) -> Result<Self> {
+        let mut rest = numbers.iter().copied();
+        let mut next = || match rest.next() {
+            Some(number) => Ok(number),
+            None => bail!("evidence: a process has found other tensors"),
+        };
+        let (value, condition) = (next()?, next()?);
+        let mut effective = Vec::with_capacity(precisions.len());
+        for precision in precisions {
+            let kind = next()?;
+            effective.push(match precision {
+                _ if kind == -2.0 => None,
+                _ if kind == -1.0 => Some(Effective::Total(next()?)),
+                Precision::Each(deltas) => {
+                    let each = (0..kind as usize).map(|_| next()).collect::<Result<Vec<_>>>()?;
+                    Some(Effective::Each(
+                        Tensor::from_vec(each, deltas.shape(), &Device::Cpu)?.to_device(deltas.device())?,
+                    ))
+                }
+                Precision::Uniform(_) => bail!("evidence: a process has another prior"),
+            });
+        }
+        Ok(Self { value, effective, condition })
     }
 }
 

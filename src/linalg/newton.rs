@@ -62,6 +62,7 @@ pub fn newton_inverse(
 }
 
 /// A matrix to invert; see [`newton_inverse`] for the fields.
+#[derive(Clone, Copy)]
 pub(crate) struct NewtonJob<'a> {
     pub m: &'a Tensor,
     pub start: Option<&'a Tensor>,

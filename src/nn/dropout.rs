@@ -19,13 +19,14 @@ pub struct Dropout {
     seed: Option<u64>,
     /// Shared by the clones of a layer.
     step: Arc<AtomicU64>,
+    first_row: Arc<AtomicU64>,
 }
 
 impl Dropout {
     /// candle_nn's: the mask comes from the device's random numbers, which candle cannot seed on the CPU. `forward` fails in
     /// training unless `drop_p` is in [0, 1).
     pub fn new(drop_p: f32) -> Self {
-        Self { drop_p, seed: None, step: Arc::default() }
+        Self { drop_p, seed: None, step: Arc::default(), first_row: Arc::default() }
     }
 
     /// The reproducible kind, at step 0. Layers of equal seed drop equal places: give each its own.
@@ -48,6 +49,12 @@ impl Dropout {
         self.step.load(Ordering::Relaxed)
     }
 
+    /// Says to a seeded layer, and its clones, which row of the whole batch the first row of what comes next is; 0 at first. Rows are along
+    /// the first dimension. So the parts of a batch, of several processes or micro-batches, lose together what the whole batch would.
+    pub fn set_first_row(&self, row: u64) {
+        self.first_row.store(row, Ordering::Relaxed);
+    }
+
     fn check(&self) -> Result<()> {
         if !(0. ..1.).contains(&self.drop_p) {
             bail!("dropout: expected a probability in [0, 1), got {}", self.drop_p)
@@ -66,7 +73,9 @@ impl Dropout {
         self.check()?;
         let Some(seed) = self.seed else { return candle_nn::ops::dropout(xs, self.drop_p) };
         // The lower half of the streams belongs to the samples of labels.
-        dropout(xs, self.drop_p.into(), seed, self.step() | 1 << 63)
+        let elements_of_a_row = xs.elem_count() / xs.dims().first().copied().unwrap_or(1).max(1);
+        let first = self.first_row.load(Ordering::Relaxed).wrapping_mul(elements_of_a_row as u64);
+        dropout(xs, self.drop_p.into(), seed, self.step() | 1 << 63, first)
     }
 }
 
@@ -113,6 +122,23 @@ mod tests {
         assert_ne!(mask(&layer, 1000)?, first);
         layer.set_step(0);
         assert_eq!(mask(&layer, 1000)?, first);
+        Ok(())
+    }
+
+    #[test]
+    fn parts_lose_what_the_whole_batch_does() -> Result<()> {
+        // Rows of 5 elements do not begin where the random words do.
+        for columns in [4, 5] {
+            let layer = Dropout::seeded(0.4, 3)?;
+            let of = |from: u64, rows: usize| -> Result<Vec<f32>> {
+                layer.set_first_row(from);
+                let x = Tensor::ones((rows, columns), DType::F32, &Device::Cpu)?;
+                layer.forward(&x, true)?.flatten_all()?.to_vec1()
+            };
+            let whole = of(0, 3000)?;
+            assert_eq!([of(0, 1)?, of(1, 1707)?, of(1708, 1292)?].concat(), whole);
+            assert_ne!(of(1, 3000)?, whole);
+        }
         Ok(())
     }
 

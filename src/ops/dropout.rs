@@ -11,9 +11,10 @@ use crate::gpu::{self, Gpu, Grid, Module, Operand, args, typed};
 /// Places of the random stream, of four elements each, that are worth a task of their own.
 const PLACES: usize = 1024;
 
-/// Sets each element of `x` to 0 with probability `p`, in [0, 1), and divides the others by `1 - p`. Differentiable.
-pub(crate) fn dropout(x: &Tensor, p: f64, seed: u64, stream: u64) -> Result<Tensor> {
-    let mask = Mask { p, seed, stream };
+/// Sets each element of `x` to 0 with probability `p`, in [0, 1), and divides the others by `1 - p`. Differentiable. The first element is the
+/// one of the number `first` in the stream.
+pub(crate) fn dropout(x: &Tensor, p: f64, seed: u64, stream: u64, first: u64) -> Result<Tensor> {
+    let mask = Mask { p, seed, stream, first };
     if Gpu::of(x.device()).is_some() {
         return x.contiguous()?.apply_op1(mask);
     }
@@ -25,6 +26,7 @@ struct Mask {
     p: f64,
     seed: u64,
     stream: u64,
+    first: u64,
 }
 
 impl Mask {
@@ -35,13 +37,15 @@ impl Mask {
 
     fn on_host(&self, shape: &Shape) -> Result<Tensor> {
         let (threshold, kept) = self.numbers();
-        let mut mask = vec![0f32; shape.elem_count()];
+        // A place has four elements, and the first may be within one.
+        let (place, within) = (self.first / 4, (self.first % 4) as usize);
+        let mut mask = vec![0f32; within + shape.elem_count()];
         mask.par_chunks_mut(4 * PLACES).enumerate().for_each(|(part, mask)| {
             vectorized(
                 #[inline(always)]
                 || {
                     for (at, mask) in mask.chunks_mut(4).enumerate() {
-                        let bits = rng::bits(self.seed, self.stream, (part * PLACES + at) as u64);
+                        let bits = rng::bits(self.seed, self.stream, place + (part * PLACES + at) as u64);
                         for (mask, bits) in mask.iter_mut().zip(bits) {
                             *mask = if u64::from(bits) < threshold { 0. } else { kept };
                         }
@@ -49,6 +53,7 @@ impl Mask {
                 },
             )
         });
+        mask.drain(..within);
         Tensor::from_vec(mask, shape, &Device::Cpu)
     }
 
@@ -65,8 +70,10 @@ impl Mask {
             stream: self.stream,
             threshold,
             kept: kept.into(),
+            first: self.first,
         };
-        let grid = Grid::line(x.len.div_ceil(4 * THREADS as usize), THREADS)?;
+        let within = (self.first % 4) as usize;
+        let grid = Grid::line((within + x.len).div_ceil(4 * THREADS as usize), THREADS)?;
         gpu.launch(Module::Dropout, &typed("dropout", x.dtype)?, grid, &args)?;
         Ok(out)
     }
@@ -74,7 +81,7 @@ impl Mask {
 
 args! {
     /// The argument of the kernels in `dropout.cu`.
-    struct DropoutArgs { x: u64, y: u64, len: u64, seed: u64, stream: u64, threshold: u64, kept: f64 }
+    struct DropoutArgs { x: u64, y: u64, len: u64, seed: u64, stream: u64, threshold: u64, kept: f64, first: u64 }
 }
 
 impl CustomOp1 for Mask {
@@ -115,14 +122,16 @@ mod tests {
         for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
             for (dims, p) in [([0, 3], 0.5), ([1, 1], 0.), ([3, 7], 0.1), ([33, 31], 0.9), ([5, 1024], 0.5)] {
                 let x = Var::from_tensor(&random(0, &dims)?.to_dtype(dtype)?)?;
-                let run = || -> Result<Vec<Vec<f64>>> {
-                    let y = dropout(&x.t()?, p, 3, 1 << 63 | 5)?;
-                    let grads = y.sqr()?.sum_all()?.backward()?;
-                    [Some(&y), grads.get(&x)].into_iter().flatten().map(values).collect()
-                };
-                let (found, expected) = (emulate(run)?, run()?);
-                assert_eq!(found.len(), 2);
-                assert_eq!(found, expected, "{dtype:?} {dims:?} {p}");
+                for first in [0, 8, 13] {
+                    let run = || -> Result<Vec<Vec<f64>>> {
+                        let y = dropout(&x.t()?, p, 3, 1 << 63 | 5, first)?;
+                        let grads = y.sqr()?.sum_all()?.backward()?;
+                        [Some(&y), grads.get(&x)].into_iter().flatten().map(values).collect()
+                    };
+                    let (found, expected) = (emulate(run)?, run()?);
+                    assert_eq!(found.len(), 2);
+                    assert_eq!(found, expected, "{dtype:?} {dims:?} {p} {first}");
+                }
             }
         }
         Ok(())

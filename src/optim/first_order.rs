@@ -8,6 +8,7 @@ mod shampoo;
 mod sides;
 mod slot;
 mod soap;
+mod together;
 mod update;
 
 pub use muon::{MuonScale, ParamsMuon};
@@ -17,9 +18,13 @@ pub use soap::{ParamsSoap, SoapBasis};
 pub use update::{FallbackAdam, Update};
 
 use super::numbers::numbers;
+use super::share::Share;
 use super::state::AdamRate;
+use super::step::gradients::Refusal;
 use super::{Groups, LossScale, NonFinite, ParamsAdamW};
 use crate::checkpoint::Checkpoint;
+use crate::curvature::wide_dtype;
+use crate::stack::deep;
 use candle_core::{DType, Device, Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::{Optimizer, VarMap};
 use rayon::prelude::*;
@@ -162,10 +167,19 @@ pub struct FirstOrder<P> {
     /// AdamW's rate within another rule, where it is its own.
     adam: Option<(AdamRate, f64)>,
     slots: Vec<Slot>,
+    /// The tie to the optimizers of other processes, where there are some.
+    shared: Option<Share>,
 }
 
 /// A parameter and its state after a step.
 type Next = (Tensor, Vec<Tensor>);
+
+/// What a file says.
+struct Read {
+    slots: Vec<Next>,
+    steps: usize,
+    skipped: usize,
+}
 
 impl<P: Update> FirstOrder<P> {
     /// An optimizer of all Vars of `varmap`, under their names.
@@ -198,7 +212,8 @@ impl<P: Update> FirstOrder<P> {
         let slots = slots.collect::<Result<_>>()?;
         let lr = *params.lr();
         let adam = params.adam_lr().map(|rate| (AdamRate::new(rate, lr), if lr == 0.0 { 0.0 } else { rate }));
-        Ok(Self { params, non_finite: NonFinite::default(), steps: 0, skipped: 0, adam, slots })
+        let non_finite = NonFinite::default();
+        Ok(Self { params, non_finite, steps: 0, skipped: 0, adam, slots, shared: None })
     }
 
     /// The options.
@@ -228,26 +243,42 @@ impl<P: Update> FirstOrder<P> {
     /// # Errors
     /// As [`LossScale::backward`], and when a Var got no gradient.
     pub fn backward_step_scaled(&mut self, loss: &Tensor, scale: &mut LossScale) -> Result<bool> {
-        let trained = self.slots.iter().filter(|slot| slot.way != Way::Frozen);
-        let vars: Vec<Var> = trained.map(|slot| slot.var.clone()).collect();
-        let grads = scale.backward(loss, &vars)?;
-        match &grads {
-            Some(grads) => self.step(grads)?,
-            None => self.leave_out(),
+        let local = self.scaled_gradients(loss, scale);
+        let (grads, finite) = self.all_finite(local, scale.scale)?;
+        scale.follow(finite);
+        match finite {
+            true => self.advance(Ok(grads))?,
+            false => self.leave_out(),
         }
-        Ok(grads.is_some())
+        Ok(finite)
+    }
+
+    fn scaled_gradients(&self, loss: &Tensor, scale: &LossScale) -> Result<(Vec<Option<Tensor>>, bool)> {
+        if self.has_no_rows() {
+            return Ok((self.no_gradients(), true));
+        }
+        let scaled = scale.scaled(loss)?;
+        let grads = self.picked(&deep(|| scaled.backward())?)?;
+        let (grads, finite) = scale.divided(grads.into_iter().flatten().collect())?;
+        Ok((grads.into_iter().map(Some).collect(), finite))
     }
 
     fn leave_out(&mut self) {
+        self.forget();
         self.steps += 1;
         self.skipped += 1;
     }
 
-    /// Writes parameters, state and the number of steps as safetensors.
+    /// Writes parameters, state and the number of steps as safetensors. Of several processes all call it and rank 0 writes.
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let written = if self.writes() { self.write(path.as_ref()) } else { Ok(()) };
+        self.all_did("save", written)
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
         let count = |count: usize| Tensor::new(count as i64, &Device::Cpu);
         let mut tensors = BTreeMap::from([("step".to_string(), count(self.steps)?)]);
         if self.skipped > 0 {
@@ -268,7 +299,22 @@ impl<P: Update> FirstOrder<P> {
     /// # Errors
     /// When the file cannot be read or does not fit; nothing is changed then.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        let file = path.as_ref().display().to_string();
+        let (found, outcome) = match self.read(path.as_ref()) {
+            Ok(found) => (Some(found), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        self.all_did("resume", outcome)?;
+        let Some(Read { slots, steps, skipped }) = found else { bail!("first-order: no state was read") };
+        for (slot, (value, state)) in self.slots.iter_mut().zip(slots) {
+            slot.set(value, state)?;
+        }
+        (self.steps, self.skipped) = (steps, skipped);
+        self.forget();
+        self.agree_on_state()
+    }
+
+    fn read(&self, path: &Path) -> Result<Read> {
+        let file = path.display().to_string();
         let mut tensors = Checkpoint::read(path, &Device::Cpu)?.tensors;
         let none_skipped = !tensors.contains_key("skipped");
         let mut take = |key: &str, like: &Tensor| match tensors.remove(key) {
@@ -298,11 +344,7 @@ impl<P: Update> FirstOrder<P> {
         if let Some(extra) = tensors.keys().next() {
             bail!("{file}: {extra} has no place here: another model or optimizer wrote this file")
         }
-        for (slot, (value, state)) in self.slots.iter_mut().zip(read) {
-            slot.set(value, state)?;
-        }
-        (self.steps, self.skipped) = (steps as usize, skipped as usize);
-        Ok(())
+        Ok(Read { slots: read, steps: steps as usize, skipped: skipped as usize })
     }
 
     /// The parameter and the state of a slot after the coming step.
@@ -322,6 +364,70 @@ impl<P: Update> FirstOrder<P> {
             _ => self.params.update(&at, value, grad, &slot.state),
         }
     }
+
+    /// The gradients of what is trained, in the order of the slots.
+    fn picked(&self, grads: &GradStore) -> Result<Vec<Option<Tensor>>> {
+        let gradient = |slot: &Slot| match grads.get(&slot.var) {
+            Some(grad) => grad.detach().to_dtype(wide_dtype(slot.var.dtype())).map(Some),
+            None => bail!("{} got no gradient: leave it out of the optimizer's VarMap, or use it", slot.name),
+        };
+        self.trained().map(gradient).collect()
+    }
+
+    fn trained(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().filter(|slot| slot.way != Way::Frozen)
+    }
+
+    /// A step on this process's gradients, and on what the others have.
+    fn advance(&mut self, local: Result<Vec<Option<Tensor>>>) -> Result<()> {
+        let incoming = self.incoming(local);
+        self.forget();
+        match incoming {
+            Ok(grads) => self.take(&grads),
+            Err(Refusal::NonFinite(what)) => match self.non_finite {
+                NonFinite::Error => bail!("{what}"),
+                NonFinite::Skip => {
+                    self.leave_out();
+                    Ok(())
+                }
+            },
+            Err(Refusal::Failed(error)) => Err(error),
+        }
+    }
+
+    /// Refuses gradients that are not finite.
+    fn check_finite(&self, grads: &[Option<Tensor>]) -> std::result::Result<(), Refusal> {
+        let sum = |grad: &Tensor| grad.sum_all()?.to_dtype(DType::F64);
+        let sums = grads.iter().flatten().map(sum).collect::<Result<Vec<_>>>()?;
+        for ((slot, grad), sum) in self.trained().zip(grads.iter().flatten()).zip(numbers(&sums)?) {
+            // The sum of finite numbers may be infinite; that of their products with 0 is not.
+            if !sum.is_finite() && !numbers(&[(grad * 0.0)?.sum_all()?])?[0].is_finite() {
+                let what = format!("the gradient of {} has NaN or infinite elements", slot.name);
+                return Err(Refusal::NonFinite(what));
+            }
+        }
+        Ok(())
+    }
+
+    /// The step on finite gradients.
+    fn take(&mut self, grads: &[Option<Tensor>]) -> Result<()> {
+        let lr = self.learning_rate();
+        let given = self.trained().zip(grads.iter().flatten());
+        let given = given.map(|(slot, grad)| Ok((slot, slot.value()?, grad))).collect::<Result<Vec<_>>>()?;
+        let next = |(slot, value, grad): &(&Slot, Tensor, &Tensor)| self.next(slot, value, grad, lr);
+        let on_host = given.iter().all(|(_, value, _)| value.device().is_cpu());
+        let next: Vec<Result<Next>> = match on_host && given.len() > 1 {
+            true => given.par_iter().map(next).collect(),
+            false => given.iter().map(next).collect(),
+        };
+        let next = self.all_agree(next.into_iter().collect::<Result<Vec<_>>>())?;
+        let trained = self.slots.iter_mut().filter(|slot| slot.way != Way::Frozen);
+        for (slot, (value, state)) in trained.zip(next) {
+            slot.set(value, state)?;
+        }
+        self.steps += 1;
+        Ok(())
+    }
 }
 
 impl<P: Update> Optimizer for FirstOrder<P> {
@@ -334,45 +440,16 @@ impl<P: Update> Optimizer for FirstOrder<P> {
     }
 
     fn step(&mut self, grads: &GradStore) -> Result<()> {
-        let mut given = Vec::with_capacity(self.slots.len());
-        for slot in self.slots.iter().filter(|slot| slot.way != Way::Frozen) {
-            let Some(grad) = grads.get(&slot.var) else {
-                bail!("{} got no gradient: leave it out of the optimizer's VarMap, or use it", slot.name)
-            };
-            let value = slot.value()?;
-            let grad = grad.detach().to_dtype(value.dtype())?;
-            given.push((slot, value, grad));
-        }
-        let sums = given
-            .iter()
-            .map(|(.., grad)| grad.sum_all()?.to_dtype(DType::F64))
-            .collect::<Result<Vec<_>>>()?;
-        for ((slot, _, grad), sum) in given.iter().zip(numbers(&sums)?) {
-            // The sum of finite numbers may be infinite; that of their products with 0 is not.
-            if !sum.is_finite() && !numbers(&[(grad * 0.0)?.sum_all()?])?[0].is_finite() {
-                match self.non_finite {
-                    NonFinite::Error => bail!("the gradient of {} has NaN or infinite elements", slot.name),
-                    NonFinite::Skip => {
-                        self.leave_out();
-                        return Ok(());
-                    }
-                }
-            }
-        }
-        let lr = self.learning_rate();
-        let next = |(slot, value, grad): &(&Slot, Tensor, Tensor)| self.next(slot, value, grad, lr);
-        let on_host = given.iter().all(|(_, value, _)| value.device().is_cpu());
-        let next: Vec<Result<Next>> = match on_host && given.len() > 1 {
-            true => given.par_iter().map(next).collect(),
-            false => given.iter().map(next).collect(),
+        let local = if self.has_no_rows() { Ok(self.no_gradients()) } else { self.picked(grads) };
+        self.advance(local)
+    }
+
+    fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
+        let local = match self.has_no_rows() {
+            true => Ok(self.no_gradients()),
+            false => deep(|| loss.backward()).and_then(|grads| self.picked(&grads)),
         };
-        let next = next.into_iter().collect::<Result<Vec<_>>>()?;
-        let trained = self.slots.iter_mut().filter(|slot| slot.way != Way::Frozen);
-        for (slot, (value, state)) in trained.zip(next) {
-            slot.set(value, state)?;
-        }
-        self.steps += 1;
-        Ok(())
+        self.advance(local)
     }
 
     fn learning_rate(&self) -> f64 {

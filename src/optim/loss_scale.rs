@@ -70,18 +70,30 @@ impl LossScale {
 
     /// Gradients of a scaled loss divided by the scale, which follows from whether they are finite.
     pub(super) fn unscaled(&mut self, grads: Vec<Tensor>) -> Result<Option<Vec<Tensor>>> {
+        let (grads, finite) = self.divided(grads)?;
+        self.follow(finite);
+        Ok(finite.then_some(grads))
+    }
+
+    /// Gradients of a scaled loss divided by the scale, and whether they are finite.
+    pub(super) fn divided(&self, grads: Vec<Tensor>) -> Result<(Vec<Tensor>, bool)> {
         let unscale = |grad: &Tensor| wide(grad)? * (1.0 / self.scale);
         let grads = grads.iter().map(unscale).collect::<Result<Vec<_>>>()?;
         let sums = grads.iter().map(|grad| grad.sum_all()).collect::<Result<Vec<_>>>()?;
-        if numbers(&sums)?.iter().any(|sum| !sum.is_finite()) {
+        let finite = numbers(&sums)?.iter().all(|sum| sum.is_finite());
+        Ok((grads, finite))
+    }
+
+    /// Takes the next scale, after gradients that were `finite` or not.
+    pub(super) fn follow(&mut self, finite: bool) {
+        if !finite {
             (self.scale, self.good_steps) = (self.scale / 2.0, 0);
-            return Ok(None);
+            return;
         }
         self.good_steps += 1;
         if self.good_steps >= self.interval {
             // Beyond this no loss of any type is left.
             (self.scale, self.good_steps) = ((self.scale * 2.0).min(f64::from(f32::MAX).sqrt()), 0);
         }
-        Ok(Some(grads))
     }
 }

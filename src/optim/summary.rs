@@ -1,5 +1,9 @@
 //! What an optimizer does with each Var, and what it costs.
 
+mod together;
+
+pub use together::Together;
+
 use super::state::Core;
 use super::state::block::{Block, Part};
 use super::wake::{Carry, Model, QSolve};
@@ -66,6 +70,8 @@ pub struct Summary {
     /// decompositions work with at a time, and copies for inverses that are made in the background. Factors of a batch and records of
     /// layers are not counted.
     pub workspace_bytes: usize,
+    /// What several processes do together, where they share the optimizer.
+    pub together: Option<Together>,
 }
 
 impl Summary {
@@ -104,7 +110,7 @@ impl Summary {
         let beside = if core.params.overlap > 0 { factors } else { 0 };
         let workspace_bytes = matrices + decomposing(core, &blocks) + beside;
         let other_bytes = masters + adam + models;
-        Self { optimizer: core.name(), rows, blocks, other_bytes, workspace_bytes }
+        Self { optimizer: core.name(), rows, blocks, other_bytes, workspace_bytes, together: None }
     }
 
     /// Bytes of all state in steady operation.
@@ -268,7 +274,10 @@ impl fmt::Display for Summary {
                 b.step_cost
             )?;
         }
-        Ok(())
+        match &self.together {
+            Some(together) => writeln!(f, "{together}"),
+            None => Ok(()),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::model::Spec;
+use crate::processes::PlacementKind;
 use crate::values::{Choice, Place, count, dtype, fraction, not_negative, one_of, positive};
 use candle_core::{DType, Result, bail};
 use clap::Parser;
@@ -37,7 +38,10 @@ pub struct Args {
     /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
     #[arg(long, default_value = "cpu")]
     pub device: Place,
-    /// Worker threads [default: one a core]
+    /// Which process computes what, under mpirun; needs a build with `--features mpi`
+    #[arg(long, value_enum, default_value_t = PlacementKind::Replicated)]
+    pub placement: PlacementKind,
+    /// Worker threads [default: one a core; under mpirun this process's share of them]
     #[arg(long, value_name = "N", value_parser = count)]
     pub threads: Option<usize>,
 
@@ -47,7 +51,7 @@ pub struct Args {
     /// Passes over that of the base, where one is trained
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = count, conflicts_with_all = ["checkpoint", "scratch"])]
     pub base_epochs: usize,
-    /// Examples a step
+    /// Examples a step, of all processes together
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count)]
     pub batch: usize,
     /// Highest learning rate; for kldwrm the fraction of a step's length [default: kldwrm 1, so, kfac and sgd 0.05, the others 0.004, but for bert

@@ -9,6 +9,7 @@ use crate::model::{Model, Spec};
 use crate::models::vit;
 use candle_core::{DType, Device, Result, Tensor};
 use kronwake::nn::{Activation, Module, VarBuilder};
+use kronwake::parallel::World;
 use std::path::Path;
 
 /// Classes of the base; the fine-tuning is on the others.
@@ -119,12 +120,12 @@ impl Task for Images {
         }
     }
 
-    fn train_base(&self, args: &Args, path: &Path) -> Result<()> {
+    fn train_base(&self, args: &Args, path: &Path, world: &World) -> Result<()> {
         let [train, test] = [half(&self.data.train, true), half(&self.data.test, true)];
         let batch = |side: Side, places: &[usize]| match side {
             Side::Train => self.of(&train, places),
             Side::Test => self.of(&test, places),
         };
-        train::base(self, args, [train.len(), test.len()], &batch, path)
+        train::base(self, args, [train.len(), test.len()], &batch, path, world)
     }
 }

@@ -13,13 +13,14 @@ use crate::{curves, program};
 use args::{Args, Net};
 use candle_core::{Device, Result};
 use clap::Parser;
+use kronwake::parallel::World;
 use std::process::ExitCode;
 use task::Task;
 
 /// The program.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    program::start(args.threads, || work(&args))
+    program::start_together(args.threads, |processes| work(&args, processes.world()))
 }
 
 /// What the options say is to be learnt.
@@ -35,8 +36,9 @@ fn task_of(args: &Args, device: &Device) -> Result<Box<dyn Task>> {
     })
 }
 
-fn work(args: &Args) -> Result<()> {
+fn work(args: &Args, world: &World) -> Result<()> {
     args.check()?;
+    world.agree("a command line of", &format!("{args:?}"))?;
     program::make_folder("--out", &args.out)?;
     let device = args.device.open()?;
     let task = task_of(args, &device)?;
@@ -46,17 +48,20 @@ fn work(args: &Args) -> Result<()> {
         None if args.scratch => None,
         None => {
             let path = args.out.join("base.safetensors");
-            task.train_base(args, &path)?;
+            task.train_base(args, &path, world)?;
             Some(path)
         }
     };
     let mut runs = Vec::new();
     for &choice in args.runs() {
         println!();
-        runs.push(train::tune(choice, args, task.as_ref(), base.as_deref(), &device)?);
+        runs.push(train::tune(choice, args, task.as_ref(), base.as_deref(), (&device, world))?);
     }
     println!();
     println!("{}", train::comparison(&runs));
+    if !world.is_first() {
+        return Ok(());
+    }
     let path = args.out.join("finetune.svg");
     curves::curves(&path, "step", "test loss", |by_time, accuracy| {
         runs.iter().map(|run| run.line(by_time, accuracy)).collect()

@@ -7,6 +7,7 @@ use crate::values::Choice;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::{Lora, ParamsLora, VarBuilder, VarMap};
+use kronwake::parallel::World;
 use kronwake::tape::Tape;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -110,12 +111,12 @@ fn fine_tuned(
         Some(base) => base.to_path_buf(),
         None => {
             let path = args.out.join("base.safetensors");
-            task.train_base(args, &path)?;
+            task.train_base(args, &path, &World::alone())?;
             path
         }
     };
     println!();
-    train::tune(Choice::Adamw, args, task, Some(&base), device)?;
+    train::tune(Choice::Adamw, args, task, Some(&base), (device, &World::alone()))?;
     println!();
     Ok((base, args.out.join("tuned-adamw.safetensors")))
 }

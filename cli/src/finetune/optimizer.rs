@@ -3,7 +3,7 @@
 use super::args::Args;
 use crate::optimizer::{self, Optimizer, seeded};
 use crate::values::Choice;
-use candle_core::{DType, Result, Tensor, Var, bail};
+use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use kronwake::curvature::Damping;
 use kronwake::nn::VarMap;
 use kronwake::optim::{
@@ -37,16 +37,28 @@ impl Tuner {
         Ok(Self { optimizer, vars: vars.all_vars(), tape: tape.clone(), clip: args.clip, scale })
     }
 
+    /// The step of a process that has no rows of a batch.
+    pub fn step_without_rows(&mut self, lr: f64) -> Result<()> {
+        self.optimizer.set_learning_rate(lr);
+        self.optimizer.observe_without_rows()?;
+        self.advance(&Tensor::zeros((), DType::F32, &Device::Cpu)?)
+    }
+
     /// A step on a batch's logits and mean loss at the learning rate `lr`; `mask`: which of its positions count.
     pub fn step(&mut self, logits: &Tensor, loss: &Tensor, mask: Option<&Tensor>, lr: f64) -> Result<()> {
         self.optimizer.set_learning_rate(lr);
         self.tape.mask(mask)?;
         self.optimizer.observe(logits)?;
+        self.advance(loss)
+    }
+
+    fn advance(&mut self, loss: &Tensor) -> Result<()> {
         if let Some(scale) = &mut self.scale {
             return self.optimizer.step_scaled(loss, scale).map(drop);
         }
         let mut grads = loss.backward()?;
         if let Some(norm) = self.clip {
+            self.optimizer.mean_gradients(&mut grads)?;
             clip_gradients(&mut grads, &self.vars, norm)?;
         }
         self.optimizer.apply(&grads)

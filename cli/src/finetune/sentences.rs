@@ -6,6 +6,7 @@ use crate::models::bert::{Bert, Config, mean_over_tokens};
 use candle_core::{Device, Result, Tensor, bail};
 use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::{self, Module, VarBuilder};
+use kronwake::parallel::World;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tokenizers::{Tokenizer, TruncationParams};
@@ -153,7 +154,7 @@ impl Task for Sentences {
         Ok(file)
     }
 
-    fn train_base(&self, _: &Args, _: &Path) -> Result<()> {
+    fn train_base(&self, _: &Args, _: &Path, _: &World) -> Result<()> {
         bail!("--model bert needs --checkpoint: the folder of the encoder")
     }
 }

@@ -4,6 +4,7 @@ use super::args::Args;
 use candle_core::{Device, Result, Tensor};
 use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::VarBuilder;
+use kronwake::parallel::World;
 use std::path::Path;
 
 /// Which examples.
@@ -47,5 +48,5 @@ pub trait Task {
         Checkpoint::read(path, &Device::Cpu)
     }
     /// Trains the base and writes it to `path`.
-    fn train_base(&self, args: &Args, path: &Path) -> Result<()>;
+    fn train_base(&self, args: &Args, path: &Path, world: &World) -> Result<()>;
 }

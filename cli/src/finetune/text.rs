@@ -7,6 +7,7 @@ use crate::idx;
 use crate::models::llama::{Config, Llama};
 use candle_core::{Device, Result, Tensor};
 use kronwake::nn::{Module, VarBuilder};
+use kronwake::parallel::World;
 use std::path::Path;
 
 /// Characters that a sequence goes on for.
@@ -119,10 +120,10 @@ impl Task for Text {
         ["*.q_proj", "*.v_proj"].map(String::from).to_vec()
     }
 
-    fn train_base(&self, args: &Args, path: &Path) -> Result<()> {
+    fn train_base(&self, args: &Args, path: &Path, world: &World) -> Result<()> {
         let rust = Sequences::new(RUST, false)?;
         let sizes = [rust.starts(Side::Train).len(), rust.starts(Side::Test).len()];
-        train::base(self, args, sizes, &|side, places| rust.batch(side, places, &self.device), path)
+        train::base(self, args, sizes, &|side, places| rust.batch(side, places, &self.device), path, world)
     }
 }
 

@@ -11,6 +11,7 @@ use crate::{data, program};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use kronwake::nn::{Lora, ParamsLora, VarBuilder, VarMap, init};
 use kronwake::optim::{Group, Groups, Schedule};
+use kronwake::parallel::World;
 use kronwake::tape::Tape;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -64,13 +65,14 @@ impl Steps {
     }
 }
 
-/// Mean loss and accuracy of a model on the `count` examples that `batch` gives.
+/// Mean loss and accuracy of a model on the `count` examples that `batch` gives, of which each process takes a part.
 fn evaluate(
+    world: &World,
     count: usize,
     forward: &Forward,
     batch: impl Fn(&[usize]) -> Result<(Inputs, Tensor)>,
 ) -> Result<(f64, f64)> {
-    measure::evaluate(&data::order(count, None, 0), |places| {
+    measure::evaluate_together(world, &data::order(count, None, 0), |places| {
         let (inputs, labels) = batch(places)?;
         Ok((forward(&inputs)?, labels))
     })
@@ -79,6 +81,7 @@ fn evaluate(
 /// Trains for all epochs; `after(optimizer, step, seconds)` is told after each.
 pub fn epochs(
     tuner: &mut Tuner,
+    world: &World,
     task: &dyn Task,
     steps: &Steps,
     forward: &Forward,
@@ -93,15 +96,22 @@ pub fn epochs(
         let order = data::order(steps.examples, Some(steps.seed), epoch);
         let clock = Instant::now();
         for places in order.chunks(steps.batch).skip(tuner.optimizer.steps() - epoch * per_epoch) {
-            let (inputs, labels) = batch(places)?;
-            let logits = forward(&inputs)?;
-            let loss = mean_loss(&logits, &labels)?;
-            let (step, value) = (tuner.optimizer.steps(), loss.to_dtype(DType::F64)?.to_scalar::<f64>()?);
-            if !value.is_finite() {
-                bail!("the loss of step {} is {value}; a lower --lr may help", step + 1)
+            let step = tuner.optimizer.steps();
+            let own = &places[world.part(places.len())];
+            if own.is_empty() {
+                tuner.step_without_rows(steps.schedule.at(step))?;
+            } else {
+                let (inputs, labels) = batch(own)?;
+                let logits = forward(&inputs)?;
+                let loss = mean_loss(&logits, &labels)?;
+                let value = loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+                // With several processes the optimizer says so to all.
+                if !value.is_finite() && world.is_alone() {
+                    bail!("the loss of step {} is {value}; a lower --lr may help", step + 1)
+                }
+                tuner.step(&logits, &loss, task.mask(&inputs), steps.schedule.at(step))?;
+                bar.set_message(format!("{value:.3}"));
             }
-            tuner.step(&logits, &loss, task.mask(&inputs), steps.schedule.at(step))?;
-            bar.set_message(format!("{value:.3}"));
             bar.inc(1);
             if let Some((path, _)) =
                 steps.save.as_ref().filter(|(_, every)| tuner.optimizer.steps().is_multiple_of(*every))
@@ -154,6 +164,7 @@ pub fn base(
     [train, test]: [usize; 2],
     batch: &Batches,
     path: &Path,
+    world: &World,
 ) -> Result<()> {
     let (vars, tape) = (VarMap::new(), Tape::new());
     let vb = VarBuilder::from_varmap(&vars, args.dtype, &args.device.open()?);
@@ -161,10 +172,11 @@ pub fn base(
     init::seeded_normal(&init::named(&vars)?, args.seed)?;
     let plain = Args { lr: None, clip: None, lora: None, beta2: None, ..args.clone() };
     let mut tuner = Tuner::new(Choice::Adamw, &plain, &vars, &tape, &[])?;
+    tuner.optimizer.share(world, args.placement.placement())?;
     let steps = Steps::new(args, args.base_epochs, train, tuner.optimizer.learning_rate())?;
-    epochs(&mut tuner, task, &steps, &forward, |places| batch(Side::Train, places), |_, _, _| Ok(()))?;
-    let (loss, accuracy) = evaluate(test, &forward, |places| batch(Side::Test, places))?;
-    vars.save(path)?;
+    epochs(&mut tuner, world, task, &steps, &forward, |places| batch(Side::Train, places), |_, _, _| Ok(()))?;
+    let (loss, accuracy) = evaluate(world, test, &forward, |places| batch(Side::Test, places))?;
+    first_writes(world, || vars.save(path))?;
     println!(
         "base: {train} training examples, {} epochs of AdamW, test loss {loss:.4}, accuracy {:.2} %; {}",
         args.base_epochs,
@@ -180,7 +192,7 @@ pub fn tune(
     args: &Args,
     task: &dyn Task,
     base: Option<&Path>,
-    device: &Device,
+    (device, world): (&Device, &World),
 ) -> Result<Run> {
     let (vars, tape) = (VarMap::new(), Tape::new());
     let vb = VarBuilder::from_varmap(&vars, args.dtype, device);
@@ -201,6 +213,7 @@ pub fn tune(
     let new = first_values(args, task, &vars, base, head)?;
     let trained = trained(args, task, &vars, adapters.as_ref())?;
     let mut tuner = Tuner::new(choice, args, &trained, &tape, &task.ends())?;
+    tuner.optimizer.share(world, args.placement.placement())?;
     let (all, some) = (measure::parameters(&vars)?, measure::parameters(&trained)?);
     println!("{}: {some} of {all} parameters are trained{new}", choice.title());
     if let (Some(table), true) = (tuner.optimizer.summary(), args.optimizer == choice) {
@@ -215,7 +228,7 @@ pub fn tune(
         }
         steps.save = Some((path, every));
     }
-    let test = || evaluate(task.len(Side::Test), &forward, |places| task.batch(Side::Test, places));
+    let test = || evaluate(world, task.len(Side::Test), &forward, |places| task.batch(Side::Test, places));
     let (loss, accuracy) = test()?;
     let mut rows = vec![Row { step: tuner.optimizer.steps(), seconds: 0.0, loss, accuracy }];
     println!("  step  seconds    test loss  accuracy");
@@ -224,7 +237,7 @@ pub fn tune(
     };
     rows.iter().for_each(show);
     let batch = |places: &[usize]| task.batch(Side::Train, places);
-    epochs(&mut tuner, task, &steps, &forward, batch, |optimizer, step, seconds| {
+    epochs(&mut tuner, world, task, &steps, &forward, batch, |optimizer, step, seconds| {
         optimizer.at_average(|| {
             let (loss, accuracy) = test()?;
             rows.push(Row { step, seconds, loss, accuracy });
@@ -236,13 +249,25 @@ pub fn tune(
     tuner.optimizer.adopt_average()?;
     if let Some(lora) = &adapters {
         // Merging sets them to zero.
-        lora.save(args.out.join(format!("adapters-{}.safetensors", choice.name())))?;
+        first_writes(world, || lora.save(args.out.join(format!("adapters-{}.safetensors", choice.name()))))?;
         lora.merge(&vars)?;
     }
     let path = args.out.join(format!("tuned-{}.safetensors", choice.name()));
-    vars.save(&path)?;
+    first_writes(world, || vars.save(&path))?;
     println!("parameters: {}", path.display());
     Ok(Run { choice, rows, bytes: tuner.optimizer.bytes(), trained: some })
+}
+
+/// Writes a file on the first process, which all of them wait for.
+fn first_writes(world: &World, write: impl FnOnce() -> Result<()>) -> Result<()> {
+    let written = if world.is_first() { write() } else { Ok(()) };
+    let failed = if written.is_err() { 1.0 } else { 0.0 };
+    let mut failures = [failed];
+    world.sum(&mut failures)?;
+    match (written, failures[0] > 0.0) {
+        (Ok(()), true) => bail!("the first process could not write a file"),
+        (written, _) => written,
+    }
 }
 
 /// The parameters that are trained: with adapters those and the new layer, else all that is not frozen.

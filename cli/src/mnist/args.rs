@@ -4,6 +4,7 @@ use super::defaults;
 use super::penalty;
 use crate::data::Name;
 use crate::model::Spec;
+use crate::processes::PlacementKind;
 use crate::values::*;
 use candle_core::DType;
 use clap::parser::ValueSource;
@@ -45,7 +46,10 @@ pub struct Args {
     /// no --penalty
     #[arg(long, help_heading = DATA)]
     pub graph: bool,
-    /// Worker threads [default: one a core]
+    /// Which process computes what, under mpirun; needs a build with `--features mpi`
+    #[arg(long, value_enum, default_value_t = PlacementKind::Replicated, help_heading = DATA)]
+    pub placement: PlacementKind,
+    /// Worker threads [default: one a core; under mpirun this process's share of them]
     #[arg(long, value_name = "N", value_parser = count, help_heading = DATA)]
     pub threads: Option<usize>,
 
@@ -55,7 +59,7 @@ pub struct Args {
     /// Stop after this many steps, those before --resume included; each step's loss goes to --log
     #[arg(long, value_name = "N", value_parser = count, help_heading = TRAINING)]
     pub steps: Option<usize>,
-    /// Examples a step; an epoch's last batch may be smaller
+    /// Examples a step, of all processes together; an epoch's last batch may be smaller
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count, help_heading = TRAINING)]
     pub batch: usize,
     /// Learning rate; where steps have a fixed KL, the fraction of their length [default: by optimizer, see below]

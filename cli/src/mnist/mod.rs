@@ -13,15 +13,17 @@ use crate::values::Choice;
 use crate::{curves, program, trace};
 use args::Args;
 use candle_core::Result;
+use kronwake::parallel::World;
 use std::process::ExitCode;
 
 /// The program.
 pub fn main() -> ExitCode {
     let args = Args::from_command_line();
-    program::start(args.threads, || work(&args))
+    program::start_together(args.threads, |processes| work(&args, processes.world()))
 }
 
-fn work(args: &Args) -> Result<()> {
+fn work(args: &Args, world: &World) -> Result<()> {
+    world.agree("a command line of", &format!("{args:?}"))?;
     let times = trace::Times::install(args.trace);
     let device = args.device.open()?;
     let data = Data::open(args.data_dir.as_deref(), args.dataset)?;
@@ -31,11 +33,11 @@ fn work(args: &Args) -> Result<()> {
         Choice::Compare => &[Choice::Kldwrm, Choice::So, Choice::Kfac, Choice::Adamw],
         ref one => std::slice::from_ref(one),
     };
-    let mut log = report::Log::create(args.log.as_deref())?;
+    let mut log = report::Log::create(args.log.as_deref().filter(|_| world.is_first()))?;
     let mut runs = Vec::new();
     for &choice in choices {
         println!();
-        runs.push(train::run(choice, args, &data, &device, &mut log)?);
+        runs.push(train::run(choice, args, &data, (&device, world), &mut log)?);
     }
     println!();
     if runs.len() > 1 {
@@ -43,6 +45,9 @@ fn work(args: &Args) -> Result<()> {
     }
     if args.trace {
         println!("{}", times.table());
+    }
+    if !world.is_first() {
+        return Ok(());
     }
     let (curves, parameters) = (args.out.join("curves.svg"), args.out.join("model.safetensors"));
     curves::curves(&curves, "epoch", "training loss", |by_time, accuracy| {

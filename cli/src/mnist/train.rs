@@ -19,6 +19,7 @@ use indicatif::ProgressBar;
 use kronwake::checkpoint::Checkpoint;
 use kronwake::nn::{VarBuilder, VarMap, init};
 use kronwake::optim::{Replay, Schedule};
+use kronwake::parallel::World;
 use kronwake::tape::Tape;
 use std::path::Path;
 use std::time::Instant;
@@ -89,7 +90,17 @@ fn check(choice: Choice, loss: f64, step: usize) -> Result<()> {
 }
 
 /// Trains a fresh model with the optimizer `choice`; prints a row an epoch and logs it.
-pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut Log) -> Result<Run> {
+pub fn run(
+    choice: Choice,
+    args: &Args,
+    data: &Data,
+    (device, world): (&Device, &World),
+    log: &mut Log,
+) -> Result<Run> {
+    let together = [("--graph", args.graph), ("--tune-decay", args.tune_decay)];
+    if let Some((flag, _)) = together.iter().find(|(_, given)| *given && !world.is_alone()) {
+        bail!("{flag} is for one process, and mpirun started {}", world.size());
+    }
     let vars = VarMap::new();
     let tape = Tape::new();
     let model = tape.build(|| Model::new(&args.model, VarBuilder::from_varmap(&vars, args.dtype, device)))?;
@@ -98,6 +109,7 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
         None => init::seeded_uniform(&init::named(&vars)?, args.seed)?,
     }
     let mut optimizer = optimizer::build(choice, args, &vars, &tape)?;
+    optimizer.share(world, args.placement.placement())?;
     let plan = Plan::new(args, data.train.len())?;
     let schedule =
         schedule(args.schedule, optimizer.learning_rate(), plan.horizon, optimizer::warmup(&optimizer))?;
@@ -144,6 +156,7 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
     let mut looped = Loop {
         choice,
         args,
+        world,
         feed,
         model,
         optimizer,
@@ -160,7 +173,7 @@ pub fn run(choice: Choice, args: &Args, data: &Data, device: &Device, log: &mut 
         let (mut row, sums) = looped.epoch(epoch, &bar, log)?;
         (row.train_loss, row.train_accuracy) = sums.means();
         looped.optimizer.at_average(|| {
-            (row.test_loss, row.test_accuracy) = measure::evaluate(&all_of_test, |places| {
+            (row.test_loss, row.test_accuracy) = measure::evaluate_together(world, &all_of_test, |places| {
                 let (x, y) = test.batch(places)?;
                 Ok((model.forward(&x, None)?, y))
             })?;
@@ -198,6 +211,7 @@ fn load(vars: &VarMap, path: &Path) -> Result<()> {
 struct Loop<'a> {
     choice: Choice,
     args: &'a Args,
+    world: &'a World,
     feed: Feed<'a>,
     model: &'a Model,
     optimizer: &'a mut Optimizer,
@@ -241,7 +255,7 @@ impl Loop<'_> {
                     bar.suspend(|| println!("{found}"));
                 }
             }
-            for (index, read) in Outcome::read(&outcomes)?.into_iter().enumerate() {
+            for (index, read) in Outcome::read_together(self.world, &outcomes)?.into_iter().enumerate() {
                 let (loss, _) = read;
                 check(self.choice, loss, before + index)?;
                 sums.add(read, batches[index].len());
@@ -259,9 +273,21 @@ impl Loop<'_> {
 
     /// One step on the examples at `places`.
     fn step(&mut self, places: &[usize], step: usize) -> Result<Outcome> {
+        let part = self.world.part(places.len());
+        let first_row = part.start;
+        if part.is_empty() {
+            self.optimizer.step_without_rows()?;
+            if let Some(penalized) = &mut self.penalized {
+                penalized.after_step(self.optimizer)?;
+            }
+            return Outcome::none();
+        }
+        let places = &places[part];
         let (x, y) = self.feed.batch(places)?;
-        let (args, model, choice, read) = (self.args, self.model, self.choice, self.at_once == 1);
-        let dropout = Some(Dropout { p: args.dropout, seed: args.seed, step });
+        let (args, model, choice) = (self.args, self.model, self.choice);
+        // With several processes the optimizer says so to all.
+        let read = self.at_once == 1 && self.world.is_alone();
+        let dropout = Some(Dropout { p: args.dropout, seed: args.seed, step, first_row });
         let (penalized, tuning) = (self.penalized.as_ref(), self.tuning.as_ref());
         let pass = |advance: &mut dyn FnMut(&Pass) -> Result<bool>, x: &Tensor, y: &Tensor| {
             let forward = |dropout| info_span!("forward").in_scope(|| model.forward(x, dropout));

@@ -73,7 +73,7 @@ pub fn train(args: &Args, split: &Split, job: &Job) -> Result<Record> {
         for chunk in order.chunks(args.batch) {
             let places: Vec<usize> = chunk.iter().map(|&i| split.train[i]).collect();
             optimizer.set_learning_rate(peak * rate(step, steps));
-            let dropout = Dropout { p: args.dropout, seed: job.seed, step };
+            let dropout = Dropout { p: args.dropout, seed: job.seed, step, first_row: 0 };
             let Some(loss) = take_step(&model, data, &places, dropout, &mut optimizer)? else {
                 record.diverged = true;
                 return Ok(record);

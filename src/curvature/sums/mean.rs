@@ -63,4 +63,10 @@ impl<'a> Last<'a> {
         let before = counted / count;
         Average { weight: before, ..self.average(None, before, 0.0) }.add(value).map(Some)
     }
+
+    /// A sum of shares of means, each with as much of the last average in it: `share` is what they are of the whole. What they lack of the
+    /// last average is added.
+    pub fn completed(&self, mean: Tensor, share: f64) -> Result<Tensor> {
+        Average { weight: 1.0, ..self.average(None, share, 0.0) }.add(mean)
+    }
 }

@@ -12,6 +12,9 @@ impl NaturalGradient {
     /// # Errors
     /// When there are no terms, or as `backward_step`. What was accumulated before is then forgotten.
     pub fn accumulate(&mut self, loss: &Tensor, terms: usize) -> Result<()> {
+        if terms == 0 && self.shared.is_some() {
+            return Ok(());
+        }
         if terms == 0 {
             bail!("{}: a micro-batch without loss terms", self.core.name())
         }
@@ -24,6 +27,18 @@ impl NaturalGradient {
     /// # Errors
     /// When the total is not positive and finite, and as for a step.
     pub fn accumulate_weighted(&mut self, loss: &Tensor, total: f64) -> Result<()> {
+        let result = self.add_checked(loss, total);
+        match (&mut self.shared, result) {
+            // It is everybody's error, at the step.
+            (Some(share), Err(error)) => {
+                share.keep(error);
+                Ok(())
+            }
+            (_, result) => result,
+        }
+    }
+
+    fn add_checked(&mut self, loss: &Tensor, total: f64) -> Result<()> {
         self.no_closure("accumulate")?;
         if !(total.is_finite() && total > 0.0) {
             let name = self.core.name();
@@ -54,17 +69,27 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// Takes the step on the accumulated micro-batches. It is the one that their union would give.
+    /// Takes the step on the accumulated micro-batches. It is the one that their union would give. Several processes may have accumulated
+    /// different numbers of them, also none; they meet here and, where labels are drawn, at each `observe`, of which all then make as many.
     ///
     /// # Errors
     /// When nothing was accumulated, or as any step.
     pub fn step_accumulated(&mut self) -> Result<()> {
-        let Some(Accumulated { grads, loss, total }) = self.accumulated.take() else {
-            bail!("{}: nothing was accumulated", self.core.name())
+        let accumulated = self.accumulated.take();
+        if let Some(share) = &mut self.shared {
+            share.terms = Some(accumulated.as_ref().map_or(0.0, |sum| sum.total));
+        }
+        let local = match accumulated {
+            Some(Accumulated { grads, loss, total }) => {
+                let mean = |grad: Option<Tensor>| grad.map(|grad| grad / total).transpose();
+                let grads = grads.into_iter().map(mean).collect::<Result<Vec<_>>>();
+                grads.map(|grads| (loss.map(|loss| loss / total), grads))
+            }
+            // Others may have some.
+            None if self.shared.is_some() => Ok(self.no_gradients()),
+            None => bail!("{}: nothing was accumulated", self.core.name()),
         };
-        let mean = |grad: Option<Tensor>| grad.map(|grad| grad / total).transpose();
-        let grads = grads.into_iter().map(mean).collect::<Result<Vec<_>>>()?;
-        self.advance(grads, loss.map(|loss| loss / total))
+        self.advance(local)
     }
 }
 

@@ -1,6 +1,8 @@
 //! A whole step: its stages (`optim/step`), and what becomes of one that cannot be taken.
 
 use super::NaturalGradient;
+use super::exchange::Incoming;
+use super::gradients::Backward;
 use crate::curvature::{Damping, wide_dtype};
 use crate::gpu::Gpu;
 use crate::optim::params::NonFinite;
@@ -17,14 +19,25 @@ use crate::optim::wake::{Carry, Model};
 use candle_core::{Result, Tensor, bail};
 
 impl NaturalGradient {
-    /// A step on gradients in the order of the params.
-    pub(super) fn advance(&mut self, grads: Vec<Option<Tensor>>, loss: Option<f64>) -> Result<()> {
+    /// A step on this process's loss and gradients, in the order of the params, and on what the others have.
+    pub(super) fn advance(&mut self, local: Result<Backward>) -> Result<()> {
+        let incoming = match self.incoming(local) {
+            Ok(incoming) => incoming,
+            Err(refused) => return self.refuse(refused),
+        };
+        let steps = self.core.steps;
         if let Some(gpu) = self.gpu() {
-            return self.advance_on(gpu, &grads, loss);
+            let outcome = self.advance_on(gpu, incoming).map(Some);
+            return self.all_agree(steps, outcome).map(drop);
         }
-        self.settle()?;
-        self.device = None;
-        let Some((proposal, predicted)) = self.proposed(grads, loss)? else { return Ok(()) };
+        let proposed = match self.settle() {
+            Ok(()) => {
+                self.device = None;
+                self.proposed(incoming)
+            }
+            Err(error) => Err(error),
+        };
+        let Some((proposal, predicted)) = self.all_agree(steps, proposed)? else { return Ok(()) };
         let values = proposal.values(&self.core)?;
         commit(proposal, &mut self.core, &values, None)?;
         self.core.predicted = predicted;
@@ -34,8 +47,7 @@ impl NaturalGradient {
     /// The proposal, or `None` where the step is to be left out.
     pub(super) fn proposed(
         &mut self,
-        grads: Vec<Option<Tensor>>,
-        loss: Option<f64>,
+        Incoming { grads, loss, refresh }: Incoming,
     ) -> Result<Option<(Proposal, Option<Predicted>)>> {
         let _span = tracing::info_span!("step").entered();
         if self.core.predicted.is_some() {
@@ -48,13 +60,10 @@ impl NaturalGradient {
             )
         }
         self.check_rate()?;
-        let proposal = match loss {
-            Some(loss) if !loss.is_finite() => Err(Refusal::NonFinite(format!("the loss is {loss}"))),
-            _ => self.take_factors().and_then(|refresh| {
-                self.core.begin_length(terms_of(&refresh));
-                propose(&self.core, &self.workplace, refresh.as_ref(), &grads)
-            }),
-        };
+        let proposal = refresh.and_then(|refresh| {
+            self.core.begin_length(terms_of(&refresh));
+            propose(&self.core, &self.workplace, refresh.as_ref(), &grads)
+        });
         self.forget();
         match proposal {
             Ok(proposal) => {
@@ -74,7 +83,7 @@ impl NaturalGradient {
     }
 
     /// Leaves a step out, or says why it cannot be taken.
-    fn refuse(&mut self, refused: Refusal) -> Result<()> {
+    pub(super) fn refuse(&mut self, refused: Refusal) -> Result<()> {
         let core = &mut self.core;
         match refused {
             Refusal::NonFinite(_) if core.params.non_finite == NonFinite::Skip => {
@@ -105,7 +114,7 @@ impl NaturalGradient {
     }
 
     /// [`advance`](Self::advance) on a GPU.
-    fn advance_on(&mut self, gpu: Gpu, grads: &[Option<Tensor>], loss: Option<f64>) -> Result<()> {
+    fn advance_on(&mut self, gpu: Gpu, incoming: Incoming) -> Result<()> {
         let _span = tracing::info_span!("step").entered();
         self.check_rate()?;
         if self.device.as_ref().is_some_and(|device| device.needs != Needs::of(&self.core)) {
@@ -127,10 +136,8 @@ impl NaturalGradient {
                 DeviceStep::new(&mut self.core, gpu)?
             }
         };
-        let outcome = match loss {
-            Some(loss) if !loss.is_finite() => Err(Refusal::NonFinite(format!("the loss is {loss}"))),
-            _ => self.queue(&mut device, grads),
-        };
+        let Incoming { grads, loss: _, refresh } = incoming;
+        let outcome = refresh.and_then(|refresh| self.queue(&mut device, refresh, &grads));
         self.device = Some(device);
         self.forget();
         match outcome {
@@ -141,8 +148,12 @@ impl NaturalGradient {
     }
 
     /// Queues a step; whether it was one that renewed curvature, where the host waits for it anyway.
-    fn queue(&mut self, device: &mut DeviceStep, grads: &[Option<Tensor>]) -> Staged<bool> {
-        let refresh = self.take_factors()?;
+    fn queue(
+        &mut self,
+        device: &mut DeviceStep,
+        refresh: Option<Refresh>,
+        grads: &[Option<Tensor>],
+    ) -> Staged<bool> {
         self.core.begin_length(terms_of(&refresh));
         if self.core.steps == 0 {
             device.set_length(self.core.slopes.length)?;

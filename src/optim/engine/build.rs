@@ -99,6 +99,7 @@ impl NaturalGradient {
             wants,
             observed: None,
             accumulated: None,
+            shared: None,
             workplace: Workplace::default(),
             device: None,
             told,

@@ -40,20 +40,27 @@ impl NaturalGradient {
     /// As `backward_step`, and if the scale is not a finite number above 0.
     pub fn backward_step_scaled(&mut self, loss: &Tensor, scale: &mut LossScale) -> Result<bool> {
         self.no_closure("backward_step_scaled")?;
-        match self.scaled_gradients(loss, scale) {
-            Ok(Some((value, grads))) => self.advance(grads, value).map(|()| true),
-            Ok(None) => {
-                self.forget();
+        let local = self.scaled_gradients(loss, scale);
+        match self.all_finite(local, scale.scale) {
+            Ok((local, finite)) => {
+                scale.follow(finite);
+                if finite {
+                    return self.advance(Ok(local)).map(|()| true);
+                }
+                self.forget_with_others();
                 Ok(false)
             }
             Err(error) => {
-                self.forget();
+                self.forget_with_others();
                 Err(error)
             }
         }
     }
 
-    fn scaled_gradients(&mut self, loss: &Tensor, scale: &mut LossScale) -> Result<Option<Backward>> {
+    fn scaled_gradients(&mut self, loss: &Tensor, scale: &mut LossScale) -> Result<(Backward, bool)> {
+        if self.has_no_rows() {
+            return Ok((self.no_gradients(), true));
+        }
         let value = scalar(loss)?;
         self.check_loss(value)?;
         let scaled = scale.scaled(loss)?;
@@ -62,15 +69,18 @@ impl NaturalGradient {
         }
         let grads = self.gradients(&deep(|| scaled.backward())?)?;
         let found: Vec<Tensor> = grads.iter().flatten().cloned().collect();
-        let Some(unscaled) = scale.unscaled(found)? else { return Ok(None) };
+        let (unscaled, finite) = scale.divided(found)?;
         let mut unscaled = unscaled.into_iter();
         let grads = grads.into_iter().map(|grad| grad.and_then(|_| unscaled.next())).collect();
-        Ok(Some((Some(value), grads)))
+        Ok(((Some(value), grads), finite))
     }
 
     /// The loss's value and gradients, one a param. A step on a GPU has no use for the value, and does not wait for it.
     pub(super) fn backward(&mut self, loss: &Tensor) -> Result<Backward> {
         let _span = tracing::info_span!("backward").entered();
+        if self.has_no_rows() {
+            return Ok(self.no_gradients());
+        }
         if self.gpu().is_some() {
             return Ok((None, self.gradients(&deep(|| loss.backward())?)?));
         }
@@ -81,9 +91,10 @@ impl NaturalGradient {
     }
 
     /// Refuses a loss that is no number, unless such steps are left out.
-    fn check_loss(&self, loss: f64) -> Result<()> {
+    pub(super) fn check_loss(&self, loss: f64) -> Result<()> {
         let core = &self.core;
-        if !loss.is_finite() && core.params.non_finite == NonFinite::Error {
+        // With several processes all hear of it at the step.
+        if !loss.is_finite() && core.params.non_finite == NonFinite::Error && self.shared.is_none() {
             bail!(
                 "{}: step {}: the loss is {loss}; parameters and state are unchanged",
                 core.name(),
@@ -118,12 +129,14 @@ impl NaturalGradient {
         let state = |grad: &Tensor| if on_gpu { Ok(grad.clone()) } else { wide(grad) };
         let pick = |param: &super::super::state::param::Param| grads.get(&param.var).map(state).transpose();
         let mut found = core.vars.iter().map(pick).collect::<Result<Vec<_>>>()?;
-        self.sit_out(&mut found)?;
+        if self.shared.is_none() {
+            self.sit_out(&mut found)?;
+        }
         Ok(found)
     }
 
     /// Takes out of `grads` what cannot take part, of the params that need not, and says once what does not.
-    fn sit_out(&mut self, grads: &mut [Option<Tensor>]) -> Result<()> {
+    pub(super) fn sit_out(&mut self, grads: &mut [Option<Tensor>]) -> Result<()> {
         let core = &self.core;
         if core.vars.iter().all(|param| !param.optional) {
             return Ok(());

@@ -46,14 +46,12 @@ impl NaturalGradient {
         outputs: &mut Outputs<'_>,
     ) -> Result<()> {
         let Some(inner) = self.core.params.wake.inner().cloned() else { return self.backward_step(loss) };
-        let (value, grads) = match self.backward(loss) {
-            Ok(found) => found,
-            Err(error) => {
-                self.forget();
-                return Err(error);
-            }
+        let local = self.backward(loss);
+        let incoming = match self.incoming(local) {
+            Ok(incoming) => incoming,
+            Err(refused) => return self.refuse(refused),
         };
-        let Some((proposal, predicted)) = self.proposed(grads, value)? else { return Ok(()) };
+        let Some((proposal, predicted)) = self.proposed(incoming)? else { return Ok(()) };
         let before: Vec<Tensor> = self.core.vars.iter().map(|p| p.snapshot()).collect::<Result<_>>()?;
         let mut values = proposal.values(&self.core)?;
         let mut taken = None;

@@ -6,11 +6,13 @@ mod advance;
 mod average;
 mod build;
 mod constrain;
+mod exchange;
 mod gradients;
 mod inner_steps;
 mod observe;
 mod replay;
 mod settle;
+mod together;
 mod under_way;
 
 pub use inner_steps::Outputs;
@@ -18,10 +20,11 @@ pub use replay::Replay;
 
 use super::numbers::scalar;
 use super::params::Params;
+use super::share::Share;
 use super::state::pending::Workplace;
 use super::state::{AdamRate, Core, Resumed};
 use super::step::work_space::DeviceStep;
-use super::summary::Summary;
+use super::summary::{Summary, Together};
 use crate::curvature::{Damping, Want};
 use crate::tape::Layer;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
@@ -68,6 +71,8 @@ pub struct NaturalGradient {
     /// The curvature of the coming step, as far as it has been seen.
     observed: Option<Observed>,
     accumulated: Option<Accumulated>,
+    /// The tie to the optimizers of other processes, where there are some.
+    shared: Option<Share>,
     /// Where inverses are made beside the steps, once some were.
     workplace: Workplace,
     /// The step's numbers and work space on a GPU, once a step was taken there.
@@ -153,7 +158,8 @@ impl NaturalGradient {
 
     /// Says which Var is in which block, with bytes and cost. Known before the first step.
     pub fn summary(&self) -> Summary {
-        Summary::of(&self.core)
+        let together = self.shared.as_ref().map(|share| Together::of(&self.core, share));
+        Summary { together, ..Summary::of(&self.core) }
     }
 
     /// Names of the Kronecker blocks: a layer's name, or `layer.weight` and `layer.bias` where the bias is apart.
@@ -184,25 +190,31 @@ impl NaturalGradient {
     /// When the loss is not a scalar.
     pub fn adapt_damping(&mut self, loss_after: &Tensor) -> Result<()> {
         if let (Some(predicted), Some(adaptive)) = (self.core.predicted, self.core.adaptive()) {
-            let actual = scalar(loss_after)? - predicted.loss;
+            let actual = self.mean_loss("adapt_damping", || scalar(loss_after))? - predicted.loss;
             self.core.damping = adaptive.next(self.core.damping, actual, predicted.change);
             self.core.predicted = None;
         }
         Ok(())
     }
 
-    /// Writes parameters and state to a safetensors file. A file that is already there is replaced at once or not at all.
+    /// Writes parameters and state to a safetensors file. A file that is already there is replaced at once or not at all. Of several
+    /// processes all call it and rank 0 writes; any number of processes can resume the file.
     ///
     /// # Errors
     /// When a Var has no name: build with [`from_varmap`](Self::from_varmap). When micro-batches or an observation wait for their step. When
     /// the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        let written = if self.writes() { self.write(path.as_ref()) } else { Ok(()) };
+        self.all_did("save", written)
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
         self.core.check_named()?;
         if self.accumulated.is_some() || self.observed.is_some() {
             bail!("{}: save between two steps; one is under way", self.core.name())
         }
         let seen = self.seen()?;
-        self.core.save(path.as_ref(), seen.slopes, seen.previous_rate, seen.skipped)
+        self.core.save(path, seen.slopes, seen.previous_rate, seen.skipped)
     }
 
     /// Restores parameters and state, the learning rate included, from a file that [`save`](Self::save) wrote with the same member on the same
@@ -211,10 +223,25 @@ impl NaturalGradient {
     /// # Errors
     /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.
     pub fn resume(&mut self, path: impl AsRef<Path>) -> Result<()> {
-        self.core.resume(path.as_ref(), false)?;
-        self.forget();
+        self.restore(path.as_ref(), false).map(drop)
+    }
+
+    /// Takes a file that all processes could read.
+    fn restore(&mut self, path: &Path, partly: bool) -> Result<Resumed> {
+        let read = self.core.read_state(path, partly);
+        let (state, outcome) = match read {
+            Ok(state) => (Some(state), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        self.all_did("resume", outcome)?;
+        let Some((resumed, state)) = state else { bail!("{}: no state was read", self.core.name()) };
+        self.core.take_state(state)?;
+        if self.shared.is_some() {
+            self.agree_on_state()?;
+        }
+        self.forget_with_others();
         self.device = None;
-        Ok(())
+        Ok(resumed)
     }
 
     /// [`resume`](Self::resume) where the file was written with other Vars frozen or present, as when a model is unfrozen step by step:
@@ -251,10 +278,7 @@ impl NaturalGradient {
     /// # Errors
     /// When the file is unreadable or holds no optimizer state, or what it does hold does not fit; nothing has changed then.
     pub fn resume_partly(&mut self, path: impl AsRef<Path>) -> Result<Resumed> {
-        let resumed = self.core.resume(path.as_ref(), true)?;
-        self.forget();
-        self.device = None;
-        Ok(resumed)
+        self.restore(path.as_ref(), true)
     }
 }
 
@@ -267,24 +291,17 @@ impl Optimizer for NaturalGradient {
 
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         self.no_closure("step")?;
-        match self.gradients(grads) {
-            Ok(grads) => self.advance(grads, None),
-            Err(error) => {
-                self.forget();
-                Err(error)
-            }
-        }
+        let local = match self.has_no_rows() {
+            true => Ok(self.no_gradients()),
+            false => self.gradients(grads).map(|grads| (None, grads)),
+        };
+        self.advance(local)
     }
 
     fn backward_step(&mut self, loss: &Tensor) -> Result<()> {
         self.no_closure("backward_step")?;
-        match self.backward(loss) {
-            Ok((value, grads)) => self.advance(grads, value),
-            Err(error) => {
-                self.forget();
-                Err(error)
-            }
-        }
+        let local = self.backward(loss);
+        self.advance(local)
     }
 
     fn learning_rate(&self) -> f64 {

@@ -1,14 +1,14 @@
 //! The curvature of the coming step: from a model's outputs to the factors of a batch.
 
 use super::NaturalGradient;
+use super::exchange::Seen;
 use super::under_way::{Observed, lock};
-use crate::curvature::{FactorSums, LayerFactors, Pass, wide};
+use crate::curvature::{FactorSums, Pass, wide};
 use crate::ops::sample::DrawKey;
 use crate::optim::numbers::sum;
 use crate::optim::params::NonFinite;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
-use crate::optim::wake::Model;
 use crate::stack::deep;
 use crate::tape::{Cotangents, Fisher, Head, Likelihood, TermWeights, Terms};
 use candle_core::{Result, Tensor, backprop::GradStore, bail};
@@ -76,6 +76,14 @@ impl NaturalGradient {
     /// As [`observe`](Self::observe) and [`observe_weighted`](Self::observe_weighted) for each head, and when there is none. What was
     /// observed for the step before is then forgotten.
     pub fn observe_heads(&mut self, heads: &[Head<'_>]) -> Result<()> {
+        match self.shared.is_some() {
+            true => self.observe_with_others(heads),
+            false => self.observe_here(heads, None),
+        }
+    }
+
+    /// Takes note of the heads of this process. With `first_rows`, one a head, these are the rows of the whole batch that their first rows are.
+    pub(super) fn observe_here(&mut self, heads: &[Head<'_>], first_rows: Option<&[u64]>) -> Result<()> {
         let name = self.core.name();
         if heads.is_empty() {
             bail!("{name}: expected at least one head to observe, got none")
@@ -94,7 +102,8 @@ impl NaturalGradient {
             share = share.or(passes.last().map(|(_, total, _)| *total));
         }
         for (index, (head, share, weights)) in passes.into_iter().enumerate() {
-            if let Err(error) = self.observe_pass(head, share, weights) {
+            let first_row = first_rows.and_then(|rows| rows.get(index).copied());
+            if let Err(error) = self.observe_pass(head, share, weights, first_row) {
                 if index > 0 {
                     self.forget();
                 }
@@ -105,7 +114,13 @@ impl NaturalGradient {
     }
 
     /// Shows a head whose terms add `share` to what sums over terms are divided by.
-    fn observe_pass(&mut self, head: &Head<'_>, share: f64, weights: Arc<TermWeights>) -> Result<()> {
+    fn observe_pass(
+        &mut self,
+        head: &Head<'_>,
+        share: f64,
+        weights: Arc<TermWeights>,
+        first_row: Option<u64>,
+    ) -> Result<()> {
         let Head { outputs, likelihood, labels, .. } = *head;
         let _span = tracing::info_span!("factors").entered();
         let sums = match &self.observed {
@@ -159,7 +174,7 @@ impl NaturalGradient {
                 (none(), 1.0)
             }
             (labels, fisher) => {
-                let first_row = lock(&sums).counts().terms as u64;
+                let first_row = first_row.unwrap_or_else(|| lock(&sums).counts().terms as u64);
                 let key = DrawKey { seed: 0, step: self.core.steps as u64, draw: 0, first_row };
                 likelihood.passes(fisher, outputs, labels, &weights, key)?
             }
@@ -184,19 +199,8 @@ impl NaturalGradient {
 
     /// Where nothing needs the factors of the batch alone, they join the averages as they are computed.
     fn factor_sums(&self) -> FactorSums {
-        let sums = FactorSums::new(self.wants.clone(), self.core.params.sharing);
-        // A quadratic wake's model has the factors of the batch.
-        match self.core.params.wake.model() {
-            Model::Linear => {}
-            Model::Quadratic(_) => return sums,
-        }
-        let mut last = vec![LayerFactors::default(); self.layers.len()];
-        for block in &self.core.blocks {
-            if let Some(layer) = block.layer {
-                block.last_factors(&mut last[layer]);
-            }
-        }
-        sums.averaging(last, self.core.params.stat_decay)
+        let (last, decay) = self.averages_to_join();
+        FactorSums::new(self.wants.clone(), self.core.params.sharing).averaging(last, decay)
     }
 
     /// Matrices of gradients, one for each block without a layer.
@@ -236,9 +240,16 @@ impl NaturalGradient {
 
     /// The factors of the coming step with what their sums were divided by, when they are due.
     pub(super) fn take_factors(&mut self) -> Staged<Option<Refresh>> {
+        let Some((sums, drawn)) = self.take_sums(true)? else { return Ok(None) };
+        let (counts, averaged) = (sums.counts(), sums.averages());
+        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, counts, drawn }))
+    }
+
+    /// What was seen for the coming step's factors, when they are due and there were rows.
+    pub(super) fn take_sums(&mut self, with_rows: bool) -> Staged<Option<Seen>> {
         self.close_pass()?;
         let observed = self.observed.take();
-        if !self.curvature_due() {
+        if !(self.curvature_due() && with_rows) {
             return Ok(None);
         }
         let name = self.core.name();
@@ -257,8 +268,7 @@ impl NaturalGradient {
         else {
             return Err(failed("the observed curvature is still in use".into()));
         };
-        let (counts, averaged) = (sums.counts(), sums.averages());
-        Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, counts, drawn: observed.drawn }))
+        Ok(Some((sums, observed.drawn)))
     }
 }
 

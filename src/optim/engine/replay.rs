@@ -121,6 +121,10 @@ impl<T: Clone> Replay<T> {
 impl NaturalGradient {
     /// The GPU that can record this optimizer's plain steps.
     fn records(&self) -> Option<Gpu> {
+        // What comes from other processes cannot be recorded.
+        if self.shared.is_some() {
+            return None;
+        }
         match self.core.params.wake.model() {
             Model::Linear => self.gpu(),
             Model::Quadratic(_) => None,

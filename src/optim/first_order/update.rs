@@ -29,7 +29,7 @@ pub struct At<'a> {
 
 /// What a step of a [`FirstOrder`](super::FirstOrder) optimizer does with a gradient: implemented by [`ParamsSgd`](super::ParamsSgd),
 /// [`ParamsAdamW`], [`ParamsMuon`](super::ParamsMuon), [`ParamsSoap`](super::ParamsSoap) and [`ParamsShampoo`](super::ParamsShampoo).
-pub trait Update: Clone + Send + Sync {
+pub trait Update: Clone + std::fmt::Debug + Send + Sync {
     /// What messages call the optimizer.
     #[doc(hidden)]
     const NAME: &'static str;

@@ -3,6 +3,7 @@
 use crate::curvature::{Preconditioner, Task, damped_inverses};
 use crate::gpu::background::{BackgroundTask, Worker};
 use crate::linalg::next;
+use crate::parallel::Division;
 use candle_core::{Device, Result};
 use std::sync::{Arc, OnceLock};
 
@@ -31,7 +32,10 @@ impl PendingInverses {
         let tasks = sent(&beside, tasks)?;
         let work = move || {
             let _span = tracing::info_span!("inverse").entered();
-            damped_inverses(&tasks).into_iter().map(|made| made.map_err(|error| error.to_string())).collect()
+            damped_inverses(&tasks, None)
+                .into_iter()
+                .map(|made| made.map_err(|error| error.to_string()))
+                .collect()
         };
         let running = Arc::new(beside.start(work)?);
         Ok(Self { from, damping, beside, running })
@@ -50,18 +54,22 @@ impl PendingInverses {
     }
 }
 
-/// Where inverses are made beside the steps, the same place each time.
+/// Where inverses are made: beside the steps, the same place each time, and by which of several processes.
 #[derive(Debug, Default)]
-pub(crate) struct Workplace(OnceLock<Worker>);
+pub(crate) struct Workplace {
+    beside: OnceLock<Worker>,
+    /// How several processes divide inverses that the step waits for, if they do.
+    pub division: Option<Division>,
+}
 
 impl Workplace {
     /// The place for tensors on `device`.
     pub fn on(&self, device: Option<&Device>) -> Result<Worker> {
-        if let Some(beside) = self.0.get() {
+        if let Some(beside) = self.beside.get() {
             return Ok(beside.clone());
         }
         let beside = device.map_or(Ok(Worker::AtOnce), Worker::of)?;
-        Ok(self.0.get_or_init(|| beside).clone())
+        Ok(self.beside.get_or_init(|| beside).clone())
     }
 }
 

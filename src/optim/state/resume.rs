@@ -11,6 +11,12 @@ use crate::curvature::wide_dtype;
 use candle_core::{Device, Result, Tensor, bail};
 use std::path::Path;
 
+/// What a file says, checked.
+pub(in crate::optim) struct State {
+    header: Header,
+    body: Body,
+}
+
 /// The numbers of a file.
 struct Header {
     steps: usize,
@@ -42,11 +48,11 @@ struct Body {
 }
 
 impl Core {
-    /// Restores everything from a file that [`Core::save`] wrote; where it is read `partly`, what it has and is wanted.
+    /// Reads everything of a file that [`Core::save`] wrote, for [`Core::take_state`]; where it is read `partly`, what it has and is wanted.
     ///
     /// # Errors
     /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.
-    pub fn resume(&mut self, path: &Path, partly: bool) -> Result<Resumed> {
+    pub fn read_state(&self, path: &Path, partly: bool) -> Result<(Resumed, State)> {
         let device = self.vars.first().map_or(Device::Cpu, |p| p.var.device().clone());
         let file = Checkpoint::read(path, &device)?;
         let text = file.metadata.get(KEY).map_or("", String::as_str);
@@ -56,9 +62,7 @@ impl Core {
         let mut reader = StateReader::new(&file, partly);
         header.check(self.name(), file.tensors.len(), &mut reader.wrong);
         let body = self.read(&header, &numbers, &mut reader)?;
-        let resumed = reader.finish(path)?;
-        self.take(header, body)?;
-        Ok(resumed)
+        Ok((reader.finish(path)?, State { header, body }))
     }
 
     fn read(&self, header: &Header, numbers: &Numbers<'_>, reader: &mut StateReader<'_>) -> Result<Body> {
@@ -125,7 +129,8 @@ impl Core {
         Ok(Body { values, masters, frozen, states, pending, adam, models, averages })
     }
 
-    fn take(&mut self, header: Header, body: Body) -> Result<()> {
+    /// Takes what [`Core::read_state`] has read.
+    pub fn take_state(&mut self, State { header, body }: State) -> Result<()> {
         let Header {
             steps,
             skipped,

@@ -28,7 +28,7 @@ pub(super) fn slot(owner: &str, slot: &str) -> String {
 
 impl BlockState {
     /// All tensors with their names in a file.
-    fn slots(&self) -> Vec<(&'static str, &Tensor)> {
+    pub fn slots(&self) -> Vec<(&'static str, &Tensor)> {
         // A slot that is forgotten here does not compile.
         let Self {
             factor_a,

@@ -10,6 +10,7 @@ use crate::optim::state::Core;
 use crate::optim::state::block::{Block, Factors};
 use crate::optim::state::pending::{PendingInverses, Workplace};
 use crate::optim::wake::{Model, QSolve};
+use crate::parallel::Division;
 use candle_core::Result;
 
 /// What [`renew`] has done, beside the inverses in the blocks' states.
@@ -30,7 +31,7 @@ pub(super) fn renew(
 ) -> Staged<Inverses> {
     let due = damping_due(core, curvature)?;
     let inverses = overlapped(core, workplace, curvature, due)?;
-    prepare(core, curvature, inverses.damping)?;
+    prepare(core, workplace, curvature, inverses.damping)?;
     Ok(inverses)
 }
 
@@ -112,12 +113,17 @@ fn overlapped(
 
 /// The inverses, made anew where they are due and not made beside the steps. On a GPU the host waits for all of them at once. `damping`
 /// is the one that all blocks share.
-fn prepare(core: &Core, curvature: &mut [Option<BlockCurvature<'_>>], damping: f64) -> Staged<()> {
+fn prepare(
+    core: &Core,
+    workplace: &Workplace,
+    curvature: &mut [Option<BlockCurvature<'_>>],
+    damping: f64,
+) -> Staged<()> {
     if core.inverses_due() && !overlaps(core) {
         let _span = tracing::info_span!("inverse").entered();
         let pairs = core.blocks.iter().zip(curvature.iter_mut());
         let mut taking_part: Vec<_> = pairs.filter_map(|(b, found)| Some((b, found.as_mut()?))).collect();
-        let made = invert(core, &taking_part, damping);
+        let made = invert(core, workplace.division.as_ref(), &taking_part, damping);
         for ((block, found), made) in taking_part.iter_mut().zip(made) {
             found.fresh = true;
             match made {
@@ -145,6 +151,7 @@ fn prepare(core: &Core, curvature: &mut [Option<BlockCurvature<'_>>], damping: f
 
 fn invert(
     core: &Core,
+    division: Option<&Division>,
     blocks: &[(&Block, &mut BlockCurvature<'_>)],
     damping: f64,
 ) -> Vec<Result<Preconditioner>> {
@@ -156,7 +163,7 @@ fn invert(
     match core.params.wake.model() {
         Model::Linear => {
             let tasks: Vec<_> = blocks.iter().map(|(block, found)| of(block, &found.average)).collect();
-            damped_inverses(&tasks)
+            damped_inverses(&tasks, division)
         }
         Model::Quadratic(QSolve::Factor) => {
             let sum = |(block, found): &(&Block, &mut BlockCurvature<'_>)| -> Result<Task> {
@@ -166,7 +173,7 @@ fn invert(
                 Ok(of(block, &(a, g)))
             };
             match blocks.iter().map(sum).collect::<Result<Vec<_>>>() {
-                Ok(tasks) => damped_inverses(&tasks),
+                Ok(tasks) => damped_inverses(&tasks, division),
                 Err(error) => vec![Err(error)],
             }
         }

@@ -1,0 +1,286 @@
+//! What a step takes in: this process's gradients and factors, or those of all processes that share the optimizer.
+
+use super::NaturalGradient;
+use super::gradients::Backward;
+use crate::curvature::{FactorSums, Joint, LayerFactors};
+use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
+use crate::optim::step::gradients::{Refusal, Staged};
+use crate::optim::step::renew::Refresh;
+use crate::optim::wake::Model;
+use crate::parallel::{Form, Placement, Sums, Trouble, World};
+use candle_core::{Result, Tensor, bail};
+
+/// What a step takes in. With several processes it is made of what all have brought, and equal on all.
+pub(super) struct Incoming {
+    pub grads: Vec<Option<Tensor>>,
+    pub loss: Option<f64>,
+    pub refresh: Staged<Option<Refresh>>,
+}
+
+impl NaturalGradient {
+    /// Ties this optimizer to those of the other processes of `world`, so that each step is the one that one process would take on all
+    /// processes' rows: gradients, factors and counts are added up over them, with the weights of their loss terms.
+    ///
+    /// Each process builds the same model and the same optimizer; the parameters become rank 0's. Call it before the first step, or after all
+    /// have resumed the same file. From then on every process makes the same calls: [`observe`](Self::observe) at *every* step, which counts
+    /// its rows, then `backward_step`, whose loss is the mean over its own rows. A process without rows calls
+    /// [`step_without_rows`](Self::step_without_rows). What goes wrong on one process is an error on all, at the step, that names its rank.
+    /// In a world of one nothing changes.
+    ///
+    /// # Errors
+    /// On all processes: when options, Vars, blocks, steps taken or state differ, with the first thing that does; when a process does not
+    /// come; with QE, whose inner steps evaluate the model on rows of one process, with [`Params::ekfac`](crate::optim::Params::ekfac).
+    pub fn share(&mut self, world: &World, placement: Placement) -> Result<()> {
+        if world.is_alone() {
+            return Ok(());
+        }
+        let name = self.core.name();
+        self.settle()?;
+        let share = Share::new(world, placement, name, self.core.identity())?;
+        // All have the same options here, so all refuse.
+        if self.core.params.wake.inner().is_some() {
+            bail!(
+                "{name}: expected a member whose step is one evaluation of the model, got inner steps, whose closure sees one process's rows alone"
+            )
+        }
+        if self.core.params.ekfac {
+            bail!(
+                "{name}: expected ekfac: false with several processes, got true: its second moments are those of one process's rows"
+            )
+        }
+        if share.division.is_some() && self.core.params.overlap > 0 {
+            bail!(
+                "{name}: expected Placement::Replicated with inverses that are made beside the steps (overlap {}), got {placement:?}",
+                self.core.params.overlap
+            )
+        }
+        share.values_of_first(self.core.vars.iter().map(|param| &param.var))?;
+        share.values_of_first(self.core.frozen.iter().map(|(_, var)| var))?;
+        for param in &mut self.core.vars {
+            if let Some(master) = &param.master
+                && let Some(value) = share.tensor_of_first(master)?
+            {
+                param.master = Some(value);
+            }
+        }
+        self.device = None;
+        self.workplace.division = share.division.clone();
+        self.shared = Some(share);
+        let alike = self.agree_on_state();
+        if alike.is_err() {
+            self.shared = None;
+        }
+        alike
+    }
+
+    /// Compares the state of all processes, hash by hash.
+    pub(super) fn agree_on_state(&self) -> Result<()> {
+        let Some(share) = &self.shared else { return Ok(()) };
+        let who = format!("{}: the state (resume the same file on all processes)", self.core.name());
+        share.world.agree_all(&who, &self.core.state_hashes()?)
+    }
+
+    /// What is brought to a step: this process's part, or everybody's. A local error is everybody's too.
+    pub(super) fn incoming(&mut self, local: Result<Backward>) -> Staged<Incoming> {
+        let incoming = match self.shared.take() {
+            None => local.map_err(Refusal::Failed).map(|(loss, grads)| {
+                let refresh = match loss {
+                    Some(loss) if !loss.is_finite() => Err(Refusal::NonFinite(format!("the loss is {loss}"))),
+                    _ => self.take_factors(),
+                };
+                Incoming { grads, loss, refresh }
+            }),
+            Some(mut share) => {
+                let incoming = self.of_all(&mut share, local);
+                share.forget();
+                self.shared = Some(share);
+                incoming
+            }
+        };
+        if incoming.is_err() {
+            self.forget();
+        }
+        incoming
+    }
+
+    /// Meets the others with this process's part of the step, and adds all parts up.
+    fn of_all(&mut self, share: &mut Share, local: Result<Backward>) -> Staged<Incoming> {
+        let (name, steps) = (self.core.name(), self.core.steps);
+        let joint_due = self.curvature_due();
+        let mut drawn = vec![];
+        let own =
+            local.map_err(Refusal::Failed).and_then(|local| self.own(share, local, joint_due, &mut drawn));
+        let alike = [("learning rate", self.core.params.lr), ("damping", self.core.damping)];
+        let values: Vec<_> =
+            self.core.vars.iter().map(|param| (param.name.as_str(), param.value())).collect();
+        let (mut sums, brought) = match own {
+            Ok((sums, brought)) => (sums, Ok(brought)),
+            Err(refused) => (Sums::default(), Err(Trouble::from(refused))),
+        };
+        share.last_terms = brought.as_ref().map_or(0.0, |brought| brought.total);
+        let told = share.step(name, steps, brought, &alike, &values)?;
+        let forms: Vec<Form> = self.without_layer().collect();
+        for pass in 0..told.passes {
+            for (index, form) in forms.iter().enumerate() {
+                sums.tensor(drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index)), form, 1.0)?;
+            }
+        }
+        let mut totals = share.add(sums)?;
+        let mut grads = read_gradients(&mut totals, &self.slots(), told.total)?;
+        let refresh = match joint_due {
+            true => {
+                let joint = self.joint();
+                let (layers, counts) = joint.read(&mut totals)?;
+                let averaged = !joint.last.is_empty();
+                let mut drawn = Vec::with_capacity(told.passes);
+                for _ in 0..told.passes {
+                    drawn
+                        .push(forms.iter().map(|form| totals.tensor(form, 1.0)).collect::<Result<Vec<_>>>()?);
+                }
+                Some(Refresh { layers, averaged, counts, drawn })
+            }
+            false => None,
+        };
+        self.sit_out(&mut grads)?;
+        Ok(Incoming { grads, loss: told.loss, refresh: Ok(refresh) })
+    }
+
+    /// This process's part of a step, with the gradients of drawn labels in `drawn`.
+    fn own(
+        &mut self,
+        share: &mut Share,
+        (loss, grads): Backward,
+        due: bool,
+        drawn: &mut Vec<Vec<Tensor>>,
+    ) -> Staged<(Sums, Brought)> {
+        if let Some(kept) = share.kept.take() {
+            return Err(Refusal::Failed(kept));
+        }
+        self.core.check_rate()?;
+        if let Some(loss) = loss.filter(|loss| !loss.is_finite()) {
+            return Err(Refusal::NonFinite(format!("the loss is {loss}")));
+        }
+        let Some(total) = share.terms else {
+            let what = format!("{}: step {}: {NOT_COUNTED}", self.core.name(), self.core.steps);
+            return Err(Refusal::Failed(candle_core::Error::Msg(what)));
+        };
+        let mut sums = Sums::default();
+        add_gradients(&mut sums, &self.slots(), &grads, total)?;
+        let mut passes = 0;
+        if due {
+            let observed = self.take_sums(total > 0.0)?;
+            let (factors, gradients) = observed.map_or((None, vec![]), |(sums, drawn)| (Some(sums), drawn));
+            passes = gradients.len();
+            *drawn = gradients;
+            if let Some(what) = self.joint().add(factors, &mut sums)? {
+                return Err(Refusal::NonFinite(what));
+            }
+        }
+        Ok((sums, Brought { total, loss, passes }))
+    }
+
+    pub(super) fn slots(&self) -> Vec<Slot<'_>> {
+        let slot = |param: &'_ super::super::state::param::Param| Form::wide(param.var.as_tensor());
+        let slots = self.core.vars.iter();
+        slots.map(|param| Slot { name: &param.name, form: slot(param), optional: param.optional }).collect()
+    }
+
+    /// The forms of the gradients of blocks without a layer.
+    fn without_layer(&self) -> impl Iterator<Item = Form> {
+        let blocks = self.core.blocks.iter().filter(|block| block.layer.is_none());
+        blocks.map(|block| Form {
+            dims: block.shape().to_vec(),
+            ..Form::wide(self.core.vars[block.params[0]].var.as_tensor())
+        })
+    }
+
+    fn joint(&self) -> Joint<'_> {
+        let (last, decay) = self.averages_to_join();
+        Joint { wants: &self.wants, layers: &self.layers, sharing: self.core.params.sharing, last, decay }
+    }
+
+    /// The averages that factors join as they are computed, and how much of these stays. None where something needs the factors of the
+    /// batch alone, as a quadratic wake's model does.
+    pub(super) fn averages_to_join(&self) -> (Vec<LayerFactors>, f64) {
+        match self.core.params.wake.model() {
+            Model::Linear => {}
+            Model::Quadratic(_) => return (vec![], 0.0),
+        }
+        let mut last = vec![LayerFactors::default(); self.layers.len()];
+        for block in &self.core.blocks {
+            if let Some(layer) = block.layer {
+                block.last_factors(&mut last[layer]);
+            }
+        }
+        (last, self.core.params.stat_decay)
+    }
+
+    /// Asks all whether they will take the step that they have computed after `steps` others, before any does.
+    pub(super) fn all_agree<T>(&mut self, steps: usize, outcome: Result<Option<T>>) -> Result<Option<T>> {
+        match &mut self.shared {
+            Some(share) => share.agree(self.core.name(), steps, outcome),
+            None => outcome,
+        }
+    }
+}
+
+/// What was seen of a step: sums of factors, and the gradients of drawn labels.
+pub(super) type Seen = (FactorSums, Vec<Vec<Tensor>>);
+
+#[cfg(test)]
+mod tests {
+    use crate::gpu::emulate::emulate;
+    use crate::nn::{self, Module, VarBuilder, VarMap};
+    use crate::ops::testing::{random, values};
+    use crate::optim::{Every, NaturalGradient, Optimizer, Params, So, Wake};
+    use crate::parallel::{Placement, Threads, World};
+    use crate::tape::{Likelihood, Tape};
+    use candle_core::{DType, Device, Result, Tensor};
+
+    /// Parameters after some steps of a rank on its part of six rows.
+    fn train(world: &World, wake: Wake, placement: Placement) -> Result<Vec<Vec<f64>>> {
+        let (tape, vars) = (Tape::new(), VarMap::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+        let (a, b) = tape.build(|| Ok((nn::linear(5, 34, vb.pp("a"))?, nn::linear(34, 3, vb.pp("b"))?)))?;
+        let mut named: Vec<_> = vars.data().lock().expect("a lock").clone().into_iter().collect();
+        named.sort_by(|a, b| a.0.cmp(&b.0));
+        for (index, (_, var)) in named.iter().enumerate() {
+            var.set(&random((index + 10 * world.rank()) as u64, var.dims())?)?;
+        }
+        let every = Every { factors: 2, inverses: 2 };
+        let mut opt = NaturalGradient::from_varmap(&vars, Params { every, ..Params::of(wake, &tape) })?;
+        opt.share(world, placement)?;
+        let (x, y) = (random(90, &[6, 5])?, Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?);
+        let (from, n) = if world.is_alone() { (0, 6) } else { [(0, 4), (4, 2)][world.rank()] };
+        for _ in 0..6 {
+            let outputs = b.forward(&a.forward(&x.narrow(0, from, n)?)?.tanh()?)?;
+            opt.observe(&outputs, Likelihood::Categorical)?;
+            opt.backward_step(&nn::loss::cross_entropy(&outputs, &y.narrow(0, from, n)?)?)?;
+        }
+        opt.settle()?;
+        named.iter().map(|(_, var)| values(var)).collect()
+    }
+
+    #[test]
+    fn tensors_on_a_gpu_are_added_up_by_way_of_the_host() -> Result<()> {
+        let wakes: [Wake; 3] = [Wake::KFac, So::default().into(), "kld-wrm".parse()?];
+        for (wake, placement) in
+            wakes.into_iter().zip([Placement::Replicated, Placement::Gathered, Placement::Gathered])
+        {
+            let expected = emulate(|| train(&World::alone(), wake.clone(), placement))?;
+            let run = &|world: World| emulate(|| train(&world, wake.clone(), placement));
+            let found: Vec<_> = std::thread::scope(|scope| {
+                let ranks: Vec<_> =
+                    Threads::worlds(2).into_iter().map(|world| scope.spawn(move || run(world))).collect();
+                ranks.into_iter().map(|rank| rank.join().expect("a rank")).collect()
+            });
+            for found in found {
+                for (found, expected) in found?.iter().flatten().zip(expected.iter().flatten()) {
+                    let far = (found - expected).abs();
+                    assert!(far < 1e-11, "{}: {found}, expected {expected}", wake.name());
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,188 @@
+//! A first-order optimizer of several processes.
+
+use super::{FirstOrder, Update};
+use crate::optim::identity::{Lines, hash, of_var, version};
+use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
+use crate::optim::step::gradients::Refusal;
+use crate::parallel::{Form, Place, Placement, Sums, Trouble, World};
+use candle_core::{Error, Result, Tensor, backprop::GradStore, bail};
+
+type Grads = Vec<Option<Tensor>>;
+
+impl<P: Update> FirstOrder<P> {
+    /// Ties this optimizer to those of the other processes of `world`, so that each step is the one on the mean gradient over all processes'
+    /// loss terms.
+    ///
+    /// Each process builds the same model and the same optimizer; the parameters become rank 0's. From then on every process makes the
+    /// same calls: [`count_terms`](Self::count_terms) at every step, then `backward_step`, whose loss is the mean over its own terms. What
+    /// goes wrong on one process is an error on all that names its rank. In a world of one nothing changes.
+    ///
+    /// # Errors
+    /// On all processes: when options, Vars, steps taken or state differ, with the first thing that does; when a process does not come.
+    pub fn share(&mut self, world: &World, placement: Placement) -> Result<()> {
+        if world.is_alone() {
+            return Ok(());
+        }
+        let mut lines = vec![version(), ("optimizer".into(), P::NAME.into())];
+        for slot in &self.slots {
+            let trained =
+                format!("{:?}, rate times {}, decay {:?}", slot.way, slot.lr_scale, slot.weight_decay);
+            lines.push(of_var(&slot.name, &slot.var, &trained));
+        }
+        lines.push(("options".into(), format!("{:?}", self.params)));
+        lines.push(("non_finite".into(), format!("{:?}", self.non_finite)));
+        lines.push(("a number of steps of".into(), self.steps.to_string()));
+        let share = Share::new(world, placement, P::NAME, lines)?;
+        share.values_of_first(self.slots.iter().map(|slot| &slot.var))?;
+        for slot in &mut self.slots {
+            if let Some(wide) = &slot.wide
+                && let Some(value) = share.tensor_of_first(wide)?
+            {
+                slot.wide = Some(value);
+            }
+        }
+        self.shared = Some(share);
+        let alike = self.agree_on_state();
+        if alike.is_err() {
+            self.shared = None;
+        }
+        alike
+    }
+
+    /// Says that the coming step's loss is the mean over `terms` loss terms (examples, for a classifier) of this process, also none, or has
+    /// the weights of that many. Several calls add up. With one process nothing happens.
+    pub fn count_terms(&mut self, terms: f64) {
+        if let Some(share) = &mut self.shared {
+            share.count(terms);
+        }
+    }
+
+    /// The step of a process that has no rows of this batch: `count_terms(0)` and `backward_step` in one.
+    ///
+    /// # Errors
+    /// When the optimizer is not shared with other processes, and as any step.
+    pub fn step_without_rows(&mut self) -> Result<()> {
+        if self.shared.is_none() {
+            bail!("{}: expected a batch with rows, got none, and there is no other process", P::NAME)
+        }
+        self.count_terms(0.0);
+        self.advance(Ok(self.no_gradients()))
+    }
+
+    /// Replaces the gradients in `grads` by their means over the loss terms of all processes, to be clipped, say, before
+    /// [`step`](candle_nn::Optimizer::step) takes them. With one process nothing happens.
+    ///
+    /// # Errors
+    /// On all processes: when a gradient is missing or not finite on one, or its terms were not counted.
+    pub fn mean_gradients(&mut self, grads: &mut GradStore) -> Result<()> {
+        let Some(mut share) = self.shared.take() else { return Ok(()) };
+        let local = match share.terms.is_some_and(|total| total > 0.0) {
+            true => self.picked(grads),
+            false => Ok(self.no_gradients()),
+        };
+        let means = share.means(P::NAME, self.steps, &self.forms(), local);
+        self.shared = Some(share);
+        for (slot, mean) in self.trained().zip(means?) {
+            if let Some(mean) = mean {
+                grads.insert(&slot.var, mean);
+            }
+        }
+        Ok(())
+    }
+
+    /// The gradients of the coming step: this process's, or the means of all. A local error is everybody's too.
+    pub(super) fn incoming(&mut self, local: Result<Grads>) -> std::result::Result<Grads, Refusal> {
+        let Some(mut share) = self.shared.take() else {
+            let grads = local?;
+            self.check_finite(&grads)?;
+            return Ok(grads);
+        };
+        let incoming = self.of_all(&mut share, local);
+        self.shared = Some(share);
+        incoming
+    }
+
+    fn of_all(&self, share: &mut Share, local: Result<Grads>) -> std::result::Result<Grads, Refusal> {
+        let (mut sums, slots) = (Sums::default(), self.forms());
+        let own = match (share.terms, local) {
+            (None, _) => Err(Refusal::Failed(Error::Msg(NOT_COUNTED.into()))),
+            (_, Err(error)) => Err(Refusal::Failed(error)),
+            (Some(total), Ok(grads)) => {
+                let brought = Brought { total, loss: None, passes: 0 };
+                add_gradients(&mut sums, &slots, &grads, total).map(|()| brought)
+            }
+        };
+        let alike = [("learning rate", *self.params.clone().lr())];
+        let values: Result<Vec<_>> = self.slots.iter().map(|s| Ok((s.name.as_str(), s.value()?))).collect();
+        let told = share.step(P::NAME, self.steps, own.map_err(Trouble::from), &alike, &values?)?;
+        Ok(read_gradients(&mut share.add(sums)?, &slots, told.total)?)
+    }
+
+    fn forms(&self) -> Vec<Slot<'_>> {
+        let slots = self.trained();
+        slots.map(|s| Slot { name: &s.name, form: Form::wide(s.var.as_tensor()), optional: false }).collect()
+    }
+
+    /// What a process without rows brings.
+    pub(super) fn no_gradients(&self) -> Grads {
+        self.trained().map(|_| None).collect()
+    }
+
+    pub(super) fn has_no_rows(&self) -> bool {
+        self.shared.as_ref().is_some_and(|share| share.terms == Some(0.0))
+    }
+
+    /// Forgets what was counted of a step.
+    pub(super) fn forget(&mut self) {
+        if let Some(share) = &mut self.shared {
+            share.forget();
+        }
+    }
+
+    /// Whether scaled gradients are finite on all processes.
+    pub(super) fn all_finite(&mut self, local: Result<(Grads, bool)>, scale: f64) -> Result<(Grads, bool)> {
+        match &mut self.shared {
+            Some(share) => share.all_finite(P::NAME, self.steps, local, scale),
+            None => local,
+        }
+    }
+
+    /// What all have computed, unless one could not.
+    pub(super) fn all_agree<T>(&self, outcome: Result<T>) -> Result<T> {
+        match self.shared.is_some() {
+            true => {
+                let local = outcome.as_ref().map(drop).map_err(|error| Trouble::failed(error).error());
+                self.all_did("commit", local)?;
+                outcome
+            }
+            false => outcome,
+        }
+    }
+
+    /// Says to all how something that each did for itself went: on all the same outcome.
+    pub(super) fn all_did(&self, call: &'static str, outcome: Result<()>) -> Result<()> {
+        let Some(share) = &self.shared else { return outcome };
+        let local = outcome.map(|()| vec![]).map_err(|error| Trouble::failed(&error));
+        share
+            .world
+            .meet(Place { of: P::NAME, call, step: self.steps }, local)
+            .map(drop)
+            .map_err(Trouble::error)
+    }
+
+    pub(super) fn writes(&self) -> bool {
+        self.shared.as_ref().is_none_or(|share| share.world.is_first())
+    }
+
+    /// Compares the state of all processes, hash by hash.
+    pub(super) fn agree_on_state(&self) -> Result<()> {
+        let Some(share) = &self.shared else { return Ok(()) };
+        let line = |slot: &super::slot::Slot| {
+            Ok((format!("for {} a state of hash", slot.name), format!("{:016x}", hash(slot.state.iter())?)))
+        };
+        let lines = self.slots.iter().map(line).collect::<Result<Lines>>()?;
+        share
+            .world
+            .agree_all(&format!("{}: the state (resume the same file on all processes)", P::NAME), &lines)
+    }
+}

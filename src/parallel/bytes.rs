@@ -1,0 +1,82 @@
+//! Tensors as bytes and back.
+
+use crate::ops::element::Host;
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+/// The elements, in row-major order.
+pub(crate) fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
+    let tensor = tensor.to_device(&Device::Cpu)?;
+    let host = Host::of(&tensor);
+    Ok(match tensor.dtype() {
+        DType::F64 => host.values::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F32 => host.values::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F16 => host.values::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::BF16 => host.values::<half::bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        other => bail!("parallel: expected a tensor of f64, f32, f16 or bf16, got {other:?}"),
+    })
+}
+
+/// The inverse of [`bytes_of`].
+pub(crate) fn tensor_of(bytes: &[u8], dims: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    let expected = dims.iter().product::<usize>() * dtype.size_in_bytes();
+    if bytes.len() != expected {
+        bail!("parallel: expected {expected} bytes of a tensor {dims:?}, got {}", bytes.len())
+    }
+    Tensor::from_raw_buffer(bytes, dtype, dims, &Device::Cpu)?.to_device(device)
+}
+
+/// What is written one after the other, and read so.
+#[derive(Debug, Default)]
+pub(crate) struct Writer(pub Vec<u8>);
+
+impl Writer {
+    pub fn number(&mut self, value: usize) {
+        self.0.extend((value as u64).to_le_bytes());
+    }
+
+    pub fn bytes(&mut self, bytes: &[u8]) {
+        self.number(bytes.len());
+        self.0.extend(bytes);
+    }
+
+    /// With its shape and element type.
+    pub fn tensor(&mut self, tensor: &Tensor) -> Result<()> {
+        self.bytes(tensor.dtype().as_str().as_bytes());
+        self.number(tensor.rank());
+        tensor.dims().iter().for_each(|&dim| self.number(dim));
+        self.bytes(&bytes_of(tensor)?);
+        Ok(())
+    }
+}
+
+/// What a [`Writer`] has written.
+#[derive(Debug)]
+pub(crate) struct Reader<'a>(pub &'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, length: usize) -> Result<&'a [u8]> {
+        let Some((taken, rest)) = self.0.split_at_checked(length) else {
+            bail!("parallel: a message ends too early")
+        };
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    pub fn number(&mut self) -> Result<usize> {
+        let bytes = self.take(8)?;
+        Ok(u64::from_le_bytes(bytes.try_into().unwrap_or_default()) as usize)
+    }
+
+    pub fn bytes(&mut self) -> Result<&'a [u8]> {
+        let length = self.number()?;
+        self.take(length)
+    }
+
+    pub fn tensor(&mut self, device: &Device) -> Result<Tensor> {
+        let dtype =
+            String::from_utf8_lossy(self.bytes()?).parse::<DType>().map_err(candle_core::Error::wrap)?;
+        let rank = self.number()?;
+        let dims = (0..rank).map(|_| self.number()).collect::<Result<Vec<_>>>()?;
+        tensor_of(self.bytes()?, &dims, dtype, device)
+    }
+}

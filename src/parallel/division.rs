@@ -1,0 +1,197 @@
+//! Work that ranks divide: each does a part of the jobs, and all have the results.
+
+use super::bytes::{Reader, Writer};
+use super::world::{Place, Trouble, World};
+use candle_core::{Device, Error, Result, Tensor};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Jobs on matrices with fewer rows take less time than a message.
+const WORTH_IT: usize = 32;
+
+/// Work that ranks divide.
+#[derive(Debug, Clone)]
+pub(crate) struct Division {
+    world: World,
+    of: &'static str,
+    /// The jobs that this rank did, and the bytes that it gave the others.
+    done: Arc<AtomicUsize>,
+    sent: Arc<AtomicUsize>,
+}
+
+/// Who does which of jobs of the orders `orders`, `n^3` each: the largest first, each to whom has the least to do. None, all do, where a job
+/// is not worth a message.
+pub(crate) fn owners(orders: &[usize], ranks: usize) -> Vec<Option<usize>> {
+    let mut owners = vec![None; orders.len()];
+    let mut load = vec![0f64; ranks];
+    let mut largest_first: Vec<usize> = (0..orders.len()).filter(|&job| orders[job] >= WORTH_IT).collect();
+    largest_first.sort_by_key(|&job| (std::cmp::Reverse(orders[job]), job));
+    for job in largest_first {
+        let least = (0..ranks).min_by(|&a, &b| load[a].total_cmp(&load[b])).unwrap_or(0);
+        owners[job] = Some(least);
+        load[least] += (orders[job] as f64).powi(3);
+    }
+    owners
+}
+
+impl Division {
+    pub fn new(world: &World, of: &'static str) -> Self {
+        Self { world: world.clone(), of, done: Arc::default(), sent: Arc::default() }
+    }
+
+    /// The jobs that this rank did itself.
+    pub fn done(&self) -> usize {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// The bytes that this rank gave the others.
+    pub fn sent(&self) -> usize {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// The results of jobs, of the orders `orders`: those of this rank by `compute`, which is told their numbers, the others' from them.
+    /// `parts` and `whole` take a result apart and make it of the parts again. What failed on its owner has failed on all.
+    pub fn all<T>(
+        &self,
+        orders: &[usize],
+        device: &Device,
+        compute: impl FnOnce(&[usize]) -> Vec<Result<T>>,
+        parts: impl Fn(&T) -> Vec<Tensor>,
+        whole: impl Fn(Vec<Tensor>) -> Result<T>,
+    ) -> Vec<Result<T>> {
+        let (rank, owners) = (self.world.rank(), owners(orders, self.world.size()));
+        let own: Vec<usize> =
+            (0..orders.len()).filter(|&job| owners[job].is_none_or(|o| o == rank)).collect();
+        let mut found: Vec<Option<Result<T>>> = orders.iter().map(|_| None).collect();
+        for (job, result) in own.iter().zip(compute(&own)) {
+            found[*job] = Some(result);
+        }
+        self.done.fetch_add(own.len(), Ordering::Relaxed);
+        if owners.iter().any(Option::is_some)
+            && let Err(error) = self.exchange(&owners, device, &mut found, parts, whole)
+        {
+            return orders.iter().map(|_| Err(Error::Msg(error.clone()))).collect();
+        }
+        let missing = || Err(Error::Msg("parallel: a job of this rank has no result".into()));
+        found.into_iter().map(|result| result.unwrap_or_else(missing)).collect()
+    }
+
+    fn exchange<T>(
+        &self,
+        owners: &[Option<usize>],
+        device: &Device,
+        found: &mut [Option<Result<T>>],
+        parts: impl Fn(&T) -> Vec<Tensor>,
+        whole: impl Fn(Vec<Tensor>) -> Result<T>,
+    ) -> std::result::Result<(), String> {
+        let rank = self.world.rank();
+        let text = |error: &Error| match Trouble::failed(error) {
+            Trouble::NonFinite(what) | Trouble::Failed(what) => what,
+        };
+        let mut message = Writer::default();
+        for (job, owner) in owners.iter().enumerate() {
+            if *owner != Some(rank) {
+                continue;
+            }
+            let tensors = match &found[job] {
+                Some(Ok(result)) => Ok(parts(result)),
+                Some(Err(error)) => Err(text(error)),
+                None => Err("no result".into()),
+            };
+            match tensors {
+                Ok(tensors) => {
+                    message.number(tensors.len());
+                    for tensor in &tensors {
+                        message.tensor(tensor).map_err(|error| text(&error))?;
+                    }
+                }
+                Err(why) => {
+                    message.number(0);
+                    message.bytes(why.as_bytes());
+                }
+            }
+        }
+        self.sent.fetch_add(message.0.len() * (self.world.size() - 1), Ordering::Relaxed);
+        let place = Place { of: self.of, call: "inverses", step: 0 };
+        let messages = self.world.exchange(place, message.0).map_err(|trouble| text(&trouble.error()))?;
+        let mut readers: Vec<Reader> = messages.iter().map(|message| Reader(message)).collect();
+        for (job, owner) in owners.iter().enumerate() {
+            let Some(owner) = *owner else { continue };
+            let Some(reader) = readers.get_mut(owner) else { continue };
+            let mut read = || -> Result<Result<T>> {
+                let count = reader.number()?;
+                if count == 0 {
+                    let why = String::from_utf8_lossy(reader.bytes()?).into_owned();
+                    return Ok(Err(Error::Msg(why)));
+                }
+                let tensors = (0..count).map(|_| reader.tensor(device)).collect::<Result<Vec<_>>>()?;
+                whole(tensors).map(Ok)
+            };
+            let result = read().map_err(|error| text(&error))?;
+            // An owner's own is the same, and need not come back.
+            if owner != rank {
+                found[job] = Some(result);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Threads;
+    use super::*;
+    use candle_core::bail;
+
+    #[test]
+    fn the_largest_jobs_go_to_whom_has_least_to_do() {
+        // 8^3 = 7.4 * 4.1^3: the others together are less than the first.
+        assert_eq!(
+            owners(&[784, 300, 300, 100, 100, 10], 2),
+            [Some(0), Some(1), Some(1), Some(1), Some(1), None]
+        );
+        assert_eq!(owners(&[64, 64, 64, 64], 2), [Some(0), Some(1), Some(0), Some(1)]);
+        assert_eq!(owners(&[8, 31], 3), [None, None]);
+    }
+
+    #[test]
+    fn each_does_its_part_and_all_have_all() -> Result<()> {
+        const ORDERS: [usize; 4] = [40, 8, 50, 60];
+        let run = |world: World| -> Result<(Vec<Vec<f64>>, Vec<String>, usize)> {
+            let (rank, division) = (world.rank() as f64, Division::new(&world, "test"));
+            let found = division.all(
+                &ORDERS,
+                &Device::Cpu,
+                |jobs| {
+                    let result = |&job: &usize| match job {
+                        2 => bail!("job 2 cannot be done by rank {rank}"),
+                        _ => Tensor::new(&[job as f64, rank], &Device::Cpu),
+                    };
+                    jobs.iter().map(result).collect()
+                },
+                |tensor| vec![tensor.clone()],
+                |mut tensors| Ok(tensors.remove(0)),
+            );
+            let (mut values, mut errors) = (vec![], vec![]);
+            for result in found {
+                match result {
+                    Ok(tensor) => values.push(tensor.to_vec1()?),
+                    Err(error) => {
+                        errors.push(error.to_string().lines().next().unwrap_or_default().to_string())
+                    }
+                }
+            }
+            Ok((values, errors, division.done()))
+        };
+        let threads: Vec<_> =
+            Threads::worlds(2).into_iter().map(|world| std::thread::spawn(move || run(world))).collect();
+        for (rank, thread) in threads.into_iter().enumerate() {
+            let (values, errors, done) = thread.join().expect("a rank")?;
+            // Of 60, 50 and 40 rank 0 has the first and rank 1 the others; 8 is everybody's.
+            assert_eq!(values, [[0.0, 1.0], [1.0, rank as f64], [3.0, 0.0]]);
+            assert_eq!(errors, ["job 2 cannot be done by rank 1"]);
+            assert_eq!(done, [2, 3][rank]);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,44 @@
+//! Several processes that train one model on parts of each batch: data parallel, step for step what one process does on the whole batch.
+//!
+//! | | |
+//! |---|---|
+//! | [`World`] | this process's place among the others: rank, size, its part of a batch |
+//! | [`Threads`], [`Alone`] | engines: threads of one process, and one process; with the feature `mpi` also `Mpi` |
+//! | [`Communicator`] | what an engine has to do |
+//! | [`Placement`] | which process holds and computes what |
+//!
+//! An optimizer that is shared ([`NaturalGradient::share`](crate::optim::NaturalGradient::share),
+//! [`FirstOrder::share`](crate::optim::FirstOrder::share)) adds gradients, factors and counts up over all processes at each step. Every
+//! process calls the same methods in the same order. What goes wrong on one is brought to the next meeting and returned on all, with its
+//! rank; so no process waits for one that has given up.
+
+mod bytes;
+mod communicator;
+mod division;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod sums;
+mod threads;
+mod world;
+
+pub use communicator::{Alone, Communicator};
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
+pub use threads::Threads;
+pub use world::World;
+
+pub(crate) use bytes::{bytes_of, tensor_of};
+pub(crate) use division::{Division, owners};
+pub(crate) use sums::{Form, Sums, Totals};
+pub(crate) use world::{Place, Trouble};
+
+/// Which process holds and computes what of an optimizer's step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Placement {
+    /// All hold all and compute all, from the same sums.
+    #[default]
+    Replicated,
+    /// All hold all, but each inverts a part of the factors: the largest first, each goes to the process that has the least to do, by the cube
+    /// of its order. The results are gathered, so all have the same bits.
+    Gathered,
+}

@@ -1,0 +1,151 @@
+//! Trainings of one process and of several, on the same batches.
+
+use crate::common::*;
+use candle_core::{DType, Result, Tensor};
+use kronwake::nn::VarBuilder;
+use kronwake::optim::{NaturalGradient, Optimizer, Params};
+use kronwake::parallel::{Placement, Threads, World};
+use kronwake::tape::Likelihood;
+
+pub const ROWS: usize = 12;
+pub const LIKELIHOOD: Likelihood = Likelihood::Categorical;
+
+/// How the rows of a batch are divided: evenly, not, with a rank without rows, over three and four.
+pub const SPLITS: [&[usize]; 5] = [&[6, 6], &[9, 3], &[12, 0], &[5, 4, 3], &[2, 0, 7, 3]];
+
+/// Runs a training on each rank, on a thread of its own.
+pub fn ranks<T: Send>(size: usize, f: impl Fn(World) -> Result<T> + Sync) -> Vec<Result<T>> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            Threads::worlds(size).into_iter().map(|world| scope.spawn(|| f(world))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a rank")).collect()
+    })
+}
+
+/// What each rank says, which must be an error, without a backtrace.
+pub fn sentences<T>(outcomes: Vec<Result<T>>) -> Vec<String> {
+    let sentence = |outcome: Result<T>| {
+        let text = outcome.err().map(|error| error.to_string()).unwrap_or_default();
+        text.lines().next().unwrap_or_default().to_string()
+    };
+    outcomes.into_iter().map(sentence).collect()
+}
+
+/// The rows of a split that are a rank's.
+pub fn rows(split: &[usize], rank: usize) -> (usize, usize) {
+    (split[..rank].iter().sum(), split[rank])
+}
+
+/// How far parameters lie apart, relative to their size.
+pub fn apart(found: &[Tensor], expected: &[Tensor]) -> f64 {
+    let far = |(a, b): (&Tensor, &Tensor)| {
+        let (a, b) = (flat(a), flat(b));
+        let size = b.iter().fold(1e-300f64, |m, v| m.max(v.abs()));
+        a.iter().zip(&b).fold(0.0f64, |m, (a, b)| m.max((a - b).abs() / size))
+    };
+    found.iter().zip(expected).map(far).fold(0.0, f64::max)
+}
+
+/// One process or a rank in a training.
+pub struct Rank {
+    pub net: Net,
+    pub opt: NaturalGradient,
+    pub world: World,
+}
+
+impl Rank {
+    pub fn new(
+        world: World,
+        build: fn(VarBuilder) -> Result<Forward>,
+        params: &dyn Fn(&Net) -> Params,
+    ) -> Result<Self> {
+        Self::placed(world, build, params, Placement::Replicated)
+    }
+
+    pub fn placed(
+        world: World,
+        build: fn(VarBuilder) -> Result<Forward>,
+        params: &dyn Fn(&Net) -> Params,
+        placement: Placement,
+    ) -> Result<Self> {
+        // Other values than rank 0's, which are to be taken.
+        let net = Net::of(DType::F64, 1 + world.rank() as u64, build)?;
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, params(&net))?;
+        opt.share(&world, placement)?;
+        Ok(Self { net, opt, world })
+    }
+
+    /// A plain step on the rows from `from` on.
+    pub fn step(&mut self, (x, y): &(Tensor, Tensor), (from, n): (usize, usize)) -> Result<()> {
+        if n == 0 {
+            return self.opt.step_without_rows();
+        }
+        let z = (self.net.forward)(&x.narrow(0, from, n)?)?;
+        self.opt.observe(&z, LIKELIHOOD)?;
+        self.opt.backward_step(&mean_loss(LIKELIHOOD, &z, &y.narrow(0, from, n)?)?)
+    }
+}
+
+/// A step of a rank, or of one process, on its part of the batch `k`.
+pub type Step<'a> = &'a (dyn Fn(&mut Rank, u64, (usize, usize)) -> Result<()> + Sync);
+
+/// The plain step.
+pub fn plain(rank: &mut Rank, k: u64, part: (usize, usize)) -> Result<()> {
+    rank.step(&small_batch(k, ROWS, DType::F64)?, part)
+}
+
+/// What a training is of.
+pub struct Training<'a> {
+    pub build: fn(VarBuilder) -> Result<Forward>,
+    pub params: &'a (dyn Fn(&Net) -> Params + Sync),
+    pub step: Step<'a>,
+    pub placement: Placement,
+}
+
+impl Training<'_> {
+    pub const STEPS: u64 = 20;
+
+    /// The parameters before and after the steps.
+    pub fn run(&self, world: World, split: &[usize]) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+        let part = rows(split, world.rank());
+        let mut rank = Rank::placed(world, self.build, self.params, self.placement)?;
+        let before = rank.net.values()?;
+        for k in 0..Self::STEPS {
+            (self.step)(&mut rank, k, part)?;
+        }
+        Ok((before, rank.net.values()?))
+    }
+
+    /// Asserts that all splits lead where one process does.
+    pub fn check(&self, what: &str, splits: &[&[usize]]) -> Result<()> {
+        let (before, expected) = self.run(World::alone(), &[ROWS])?;
+        let moved = apart(&before, &expected);
+        assert!(moved > 0.02, "{what}: moved by {moved}");
+        let mut largest = 0f64;
+        for split in splits {
+            let found = ranks(split.len(), |world| self.run(world, split));
+            for (rank, found) in found.into_iter().enumerate() {
+                let found = found.map_err(|e| e.context(format!("{what}, {split:?}, rank {rank}")))?.1;
+                let far = apart(&found, &expected);
+                assert!(far < 1e-12, "{what}, {split:?}, rank {rank}: {far:e} apart after a way of {moved}");
+                largest = largest.max(far);
+            }
+        }
+        println!("{what}: at most {largest:e} apart after a way of {moved:.2}");
+        Ok(())
+    }
+}
+
+/// A training in which all compute all.
+pub fn of<'a>(
+    build: fn(VarBuilder) -> Result<Forward>,
+    params: &'a (dyn Fn(&Net) -> Params + Sync),
+    step: Step<'a>,
+) -> Training<'a> {
+    Training { build, params, step, placement: Placement::Replicated }
+}
+
+/// [`Training::check`] with plain steps of the small net.
+pub fn check(what: &str, params: &(dyn Fn(&Net) -> Params + Sync)) -> Result<()> {
+    of(small, params, &plain).check(what, &SPLITS)
+}
