@@ -31,7 +31,7 @@ def sources(commit):
     found = {}
     for path, text in zip(paths, texts):
         parts = path[len(ROOT) + 1 : -3].split("/")
-        if parts[-1].endswith("tests"):
+        if any(part.endswith("tests") for part in parts):
             continue
         found[tuple(parts[:-1] if parts[-1] == "mod" else parts)] = text
     return found
