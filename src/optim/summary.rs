@@ -41,7 +41,8 @@ pub struct SummaryBlock {
     pub factor_bytes: usize,
     /// Bytes of its damped inverse.
     pub inverse_bytes: usize,
-    /// Bytes of its other state in steady operation: carry, averaged models, last step, momentum, second moments.
+    /// Bytes of its other state in steady operation: carry, averaged models, last step, momentum, second moments. Not counted are the means and
+    /// deviations of inputs far from standard ([`Orthogonal`](super::Orthogonal)), two rows of its matrix where there are any.
     pub other_bytes: usize,
     /// About how many bytes the making of its inverse takes beside the factors and the inverse. Blocks take them one after the other; small
     /// ones on a GPU together.
