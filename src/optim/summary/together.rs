@@ -9,7 +9,7 @@ use crate::optim::state::param::Param;
 use crate::parallel::{Division, owners};
 use std::fmt;
 
-/// What the processes of a [`Summary`] do together.
+/// What the processes of a [`Summary`](super::Summary) do together.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Together {
     /// The number of this process, and how many there are.
