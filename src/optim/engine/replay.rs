@@ -50,8 +50,9 @@ use candle_core::{Result, Tensor};
 #[derive(Debug, Default)]
 pub struct Replay<T> {
     recorded: Option<Recorded<T>>,
-    /// Whether a plain step has run with candle's uploads kept for the recording.
-    warm: bool,
+    /// [`NaturalGradient::moves`] at a plain step with candle's uploads kept for the recording. A renewal since may have changed what a step
+    /// uploads.
+    warm: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -65,7 +66,7 @@ struct Recorded<T> {
 impl<T: Clone> Replay<T> {
     /// Begins with nothing recorded.
     pub fn new() -> Self {
-        Self { recorded: None, warm: false }
+        Self { recorded: None, warm: None }
     }
 
     /// Takes one training step, `pass`: runs it, records it, or repeats it. See [`Replay`].
@@ -88,8 +89,8 @@ impl<T: Clone> Replay<T> {
             return pass(optimizer);
         }
         let _kept = gpu.keep_uploads();
-        if !self.warm {
-            self.warm = true;
+        if self.warm != Some(optimizer.moves) {
+            self.warm = Some(optimizer.moves);
             return pass(optimizer);
         }
         let recorded = match self.recorded.take() {
