@@ -18,7 +18,8 @@ use candle_core::{Result, Tensor};
 /// - It does not call [`NaturalGradient::constrain`] on a half-precision model, whose f32 masters that moves.
 ///
 /// What it returns (the loss, say) is written anew by every repetition. Steps that renew curvature, and those before the first inverse, run
-/// as they are. So does everything where nothing can be recorded: on other devices, and with quadratic wakes.
+/// as they are. So does everything where nothing can be recorded: on other devices, with quadratic wakes, and with orthogonal directions
+/// (KLD-WRM's default), where a renewal may change what a step is made of.
 ///
 /// ```
 /// use kronwake::nn::{self, Module, VarBuilder, VarMap};
@@ -50,9 +51,8 @@ use candle_core::{Result, Tensor};
 #[derive(Debug, Default)]
 pub struct Replay<T> {
     recorded: Option<Recorded<T>>,
-    /// [`NaturalGradient::moves`] at a plain step with candle's uploads kept for the recording. A renewal since may have changed what a step
-    /// uploads.
-    warm: Option<usize>,
+    /// Whether a plain step has run with candle's uploads kept for the recording.
+    warm: bool,
 }
 
 #[derive(Debug)]
@@ -66,7 +66,7 @@ struct Recorded<T> {
 impl<T: Clone> Replay<T> {
     /// Begins with nothing recorded.
     pub fn new() -> Self {
-        Self { recorded: None, warm: None }
+        Self { recorded: None, warm: false }
     }
 
     /// Takes one training step, `pass`: runs it, records it, or repeats it. See [`Replay`].
@@ -89,8 +89,8 @@ impl<T: Clone> Replay<T> {
             return pass(optimizer);
         }
         let _kept = gpu.keep_uploads();
-        if self.warm != Some(optimizer.moves) {
-            self.warm = Some(optimizer.moves);
+        if !self.warm {
+            self.warm = true;
             return pass(optimizer);
         }
         let recorded = match self.recorded.take() {
@@ -127,8 +127,8 @@ impl NaturalGradient {
             return None;
         }
         match self.core.params.wake.model() {
-            Model::Linear => self.gpu(),
-            Model::Quadratic(_) => None,
+            Model::Linear if self.core.params.orthogonal.is_none() => self.gpu(),
+            Model::Linear | Model::Quadratic(_) => None,
         }
     }
 
@@ -139,10 +139,6 @@ impl NaturalGradient {
 
     /// Moves new inverses to where the old ones are, which recorded kernels read. Nothing, where they are of another kind.
     pub(super) fn move_inverses(&mut self, old: &[BlockState]) -> Result<bool> {
-        // What measures an orthogonal direction reads the averages and the damping too, which are others after a refresh: it is recorded anew.
-        if self.core.params.orthogonal.is_some() {
-            return Ok(false);
-        }
         let both = || {
             self.core.blocks.iter().zip(old).map(|(b, old)| (&b.state.preconditioner, &old.preconditioner))
         };
