@@ -144,13 +144,15 @@ impl DataFit {
     }
 
     /// The numbers that add up.
-    pub fn numbers(&self) -> [f64; 2] {
-        [self.loss, self.outputs]
+    pub fn numbers(&self) -> [f64; 3] {
+        // One that is forgotten here does not compile.
+        let Self { likelihood: _, loss, outputs, log_noise } = *self;
+        [loss, outputs, log_noise]
     }
 
     /// One of such numbers.
-    pub fn with(self, [loss, outputs]: [f64; 2]) -> Self {
-        Self { loss, outputs, ..self }
+    pub fn with(self, [loss, outputs, log_noise]: [f64; 3]) -> Self {
+        Self { likelihood: self.likelihood, loss, outputs, log_noise }
     }
 
     /// The log-likelihood.

@@ -80,7 +80,7 @@ impl Fit {
         let told = world.meet(place, local).map_err(Trouble::error)?;
         let fit = own?;
         let sum = |index: usize| told.iter().filter_map(|numbers| numbers.get(index)).sum();
-        Ok(Self { data: fit.data.with([sum(0), sum(1)]), world: Some(world.clone()), ..fit })
+        Ok(Self { data: fit.data.with([0, 1, 2].map(sum)), world: Some(world.clone()), ..fit })
     }
 
     /// The evidence at some hyperparameters.

@@ -7,9 +7,13 @@ use kronwake::evidence::{Curvature, Estimator, Evidence, Hyper, Parts, Structure
 use kronwake::parallel::World;
 use kronwake::tape::Likelihood;
 
-fn evidence(world: &World, curvature: Curvature, each: bool) -> Result<Evidence> {
+fn evidence(world: &World, likelihood: Likelihood, curvature: Curvature, each: bool) -> Result<Evidence> {
     let net = Net::new(Kind::Mlp, 3, 11, 3)?;
-    let (problem, likelihood) = (net.problem(Likelihood::Categorical)?, Likelihood::Categorical);
+    let problem = net.problem(likelihood)?;
+    let problem = match likelihood {
+        Likelihood::Gaussian => problem.with_output_noise(&[0.7, 1.0, 1.6])?,
+        _ => problem,
+    };
     let examples = net.examples(likelihood)?;
     let estimator = Estimator::new(curvature, Parts::Consecutive(4));
     let structure = if each { Structure::Diagonal } else { Structure::PerTensor };
@@ -19,17 +23,19 @@ fn evidence(world: &World, curvature: Curvature, each: bool) -> Result<Evidence>
 
 #[test]
 fn parts_are_divided_and_add_up() -> Result<()> {
-    for (curvature, each) in [
-        (Curvature::Full, false),
-        (Curvature::Diagonal, true),
-        (Curvature::Kron, false),
-        (Curvature::Diagonal, false),
+    let (categorical, gaussian) = (Likelihood::Categorical, Likelihood::Gaussian);
+    for (likelihood, curvature, each) in [
+        (categorical, Curvature::Full, false),
+        (categorical, Curvature::Diagonal, true),
+        (categorical, Curvature::Kron, false),
+        (categorical, Curvature::Diagonal, false),
+        (gaussian, Curvature::Full, false),
     ] {
-        let one = evidence(&World::alone(), curvature, each)?;
+        let one = evidence(&World::alone(), likelihood, curvature, each)?;
         // Three parts on two processes, and on four, of which one has none.
         for size in [2, 4] {
             for found in ranks(size, |world| {
-                let found = evidence(&world, curvature, each)?;
+                let found = evidence(&world, likelihood, curvature, each)?;
                 let of = |e: &Evidence| {
                     let lists =
                         [e.effective.clone(), e.grad_log_precision.clone(), e.suggested_precision.clone()];
@@ -51,7 +57,10 @@ fn parts_are_divided_and_add_up() -> Result<()> {
                 let expected = [lists.concat(), numbers.to_vec()].concat();
                 for (found, expected) in found?.iter().zip(&expected) {
                     let far = (found - expected).abs() / expected.abs().max(1.0);
-                    assert!(far < 1e-13, "{curvature:?}, {size} processes: {found}, expected {expected}");
+                    assert!(
+                        far < 1e-13,
+                        "{likelihood:?}, {curvature:?}, {size} processes: {found}, expected {expected}"
+                    );
                 }
             }
         }

@@ -54,6 +54,8 @@ impl NaturalGradient {
                 self.core.params.overlap
             )
         }
+        // Before any parameter is another.
+        self.states_agree(&share)?;
         share.values_of_first(self.core.vars.iter().map(|param| &param.var))?;
         share.values_of_first(self.core.frozen.iter().map(|(_, var)| var))?;
         for param in &mut self.core.vars {
@@ -66,16 +68,16 @@ impl NaturalGradient {
         self.device = None;
         self.workplace.division = share.division.clone();
         self.shared = Some(share);
-        let alike = self.agree_on_state();
-        if alike.is_err() {
-            self.shared = None;
-        }
-        alike
+        Ok(())
+    }
+
+    /// Compares the state of all processes, where there are several.
+    pub(super) fn agree_on_state(&self) -> Result<()> {
+        self.shared.as_ref().map_or(Ok(()), |share| self.states_agree(share))
     }
 
     /// Compares the state of all processes, hash by hash.
-    pub(super) fn agree_on_state(&self) -> Result<()> {
-        let Some(share) = &self.shared else { return Ok(()) };
+    fn states_agree(&self, share: &Share) -> Result<()> {
         let who = format!("{}: the state (resume the same file on all processes)", self.core.name());
         share.world.agree_all(&who, &self.core.state_hashes()?)
     }
