@@ -125,14 +125,12 @@ impl Optimizer {
     /// [`Self::observe`] of a process that has no rows of a batch.
     pub fn observe_without_rows(&mut self) -> Result<()> {
         match self {
-            Self::Natural(natural) => natural.observe_without_rows()?,
-            Self::Sgd(one) => one.count_terms(0.0),
-            Self::AdamW(one) => one.count_terms(0.0),
-            Self::Muon(one) => one.count_terms(0.0),
-            Self::Soap(one) => one.count_terms(0.0),
-            Self::Shampoo(one) => one.count_terms(0.0),
+            Self::Natural(natural) => natural.observe_without_rows(),
+            first_order => {
+                first_order.count_terms(0.0);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     /// Makes gradients the means of all processes.
@@ -168,14 +166,24 @@ impl Optimizer {
     /// Shows the curvature a batch's logits, and counts its loss terms, before their loss goes to [`Self::apply`] or [`Self::step_scaled`].
     pub fn observe(&mut self, logits: &Tensor) -> Result<()> {
         match self {
-            Self::Natural(natural) => natural.observe(logits, Likelihood::Categorical)?,
-            Self::Sgd(one) => one.count_terms(terms(logits)?),
-            Self::AdamW(one) => one.count_terms(terms(logits)?),
-            Self::Muon(one) => one.count_terms(terms(logits)?),
-            Self::Soap(one) => one.count_terms(terms(logits)?),
-            Self::Shampoo(one) => one.count_terms(terms(logits)?),
+            Self::Natural(natural) => natural.observe(logits, Likelihood::Categorical),
+            first_order => {
+                first_order.count_terms(terms(logits)?);
+                Ok(())
+            }
         }
-        Ok(())
+    }
+
+    /// Counts the loss terms of a batch; the curvature counts them itself.
+    fn count_terms(&mut self, terms: f64) {
+        match self {
+            Self::Natural(_) => {}
+            Self::Sgd(one) => one.count_terms(terms),
+            Self::AdamW(one) => one.count_terms(terms),
+            Self::Muon(one) => one.count_terms(terms),
+            Self::Soap(one) => one.count_terms(terms),
+            Self::Shampoo(one) => one.count_terms(terms),
+        }
     }
 
     /// A step by gradients.

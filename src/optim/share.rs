@@ -129,6 +129,21 @@ impl Share {
         self.world.meet(Place { of, call, step }, local)
     }
 
+    /// Says to all how something that each did for itself went: on all the same outcome.
+    pub fn all_did(
+        &self,
+        (of, call, step): (&'static str, &'static str, usize),
+        outcome: Result<()>,
+    ) -> Result<()> {
+        let local = outcome.map(|()| vec![]).map_err(|error| Trouble::failed(&error));
+        self.world.meet(Place { of, call, step }, local).map(drop).map_err(Trouble::error)
+    }
+
+    /// Whether this process was shown a batch without rows.
+    pub fn has_no_rows(&self) -> bool {
+        self.terms == Some(0.0)
+    }
+
     /// Meets the others with the gradients of a step. `alike` are numbers that must be the same on all, with their names; `vars` are compared
     /// every [`COMPARED`] steps.
     pub fn step(

@@ -32,7 +32,10 @@ fn examples((inputs, labels): (Inputs, Tensor)) -> Result<Examples> {
     match inputs.as_slice() {
         [tokens, mask] => Examples::new(Tensor::stack(&[tokens, mask], 1)?, labels)?.masked(mask),
         [images] => Examples::new(images.clone(), labels),
-        _ => bail!("a model of {} inputs", inputs.len()),
+        _ => bail!(
+            "expected a model of images, or of tokens and their mask, got one of {} inputs",
+            inputs.len()
+        ),
     }
 }
 

@@ -3,7 +3,7 @@
 use super::NaturalGradient;
 use super::gradients::Backward;
 use crate::optim::share::Share;
-use crate::parallel::{Place, Trouble};
+use crate::parallel::Trouble;
 use crate::tape::Head;
 use candle_core::{Result, backprop::GradStore, bail};
 
@@ -149,10 +149,10 @@ impl NaturalGradient {
 
     /// Says to all how something that each did for itself went: on all the same outcome.
     pub(super) fn all_did(&self, call: &'static str, outcome: Result<()>) -> Result<()> {
-        let Some(share) = &self.shared else { return outcome };
-        let place = Place { of: self.core.name(), call, step: self.core.steps };
-        let local = outcome.map(|()| vec![]).map_err(|error| Trouble::failed(&error));
-        share.world.meet(place, local).map(drop).map_err(Trouble::error)
+        match &self.shared {
+            Some(share) => share.all_did((self.core.name(), call, self.core.steps), outcome),
+            None => outcome,
+        }
     }
 
     /// Whether this process writes files: rank 0 does, or the only one.
@@ -162,7 +162,7 @@ impl NaturalGradient {
 
     /// Whether this process was shown a batch without rows.
     pub(super) fn has_no_rows(&self) -> bool {
-        self.shared.as_ref().is_some_and(|share| share.terms == Some(0.0))
+        self.shared.as_ref().is_some_and(Share::has_no_rows)
     }
 
     /// What a process without rows brings to a step.

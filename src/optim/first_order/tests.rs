@@ -1,5 +1,7 @@
 use super::*;
 use crate::nn;
+use candle_core::Device;
+use std::path::Path;
 
 mod dense;
 mod groups;

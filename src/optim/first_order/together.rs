@@ -4,7 +4,7 @@ use super::{FirstOrder, Update};
 use crate::optim::identity::{Lines, hash, of_var, version};
 use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
 use crate::optim::step::gradients::Refusal;
-use crate::parallel::{Form, Place, Placement, Sums, Trouble, World};
+use crate::parallel::{Form, Placement, Sums, Trouble, World};
 use candle_core::{Error, Result, Tensor, backprop::GradStore, bail};
 
 type Grads = Vec<Option<Tensor>>;
@@ -33,6 +33,8 @@ impl<P: Update> FirstOrder<P> {
         lines.push(("non_finite".into(), format!("{:?}", self.non_finite)));
         lines.push(("a number of steps of".into(), self.steps.to_string()));
         let share = Share::new(world, placement, P::NAME, lines)?;
+        // Before any parameter is another.
+        self.states_agree(&share)?;
         share.values_of_first(self.slots.iter().map(|slot| &slot.var))?;
         for slot in &mut self.slots {
             if let Some(wide) = &slot.wide
@@ -42,11 +44,7 @@ impl<P: Update> FirstOrder<P> {
             }
         }
         self.shared = Some(share);
-        let alike = self.agree_on_state();
-        if alike.is_err() {
-            self.shared = None;
-        }
-        alike
+        Ok(())
     }
 
     /// Says that the coming step's loss is the mean over `terms` loss terms (examples, for a classifier) of this process, also none, or has
@@ -129,7 +127,7 @@ impl<P: Update> FirstOrder<P> {
     }
 
     pub(super) fn has_no_rows(&self) -> bool {
-        self.shared.as_ref().is_some_and(|share| share.terms == Some(0.0))
+        self.shared.as_ref().is_some_and(Share::has_no_rows)
     }
 
     /// Forgets what was counted of a step.
@@ -161,22 +159,23 @@ impl<P: Update> FirstOrder<P> {
 
     /// Says to all how something that each did for itself went: on all the same outcome.
     pub(super) fn all_did(&self, call: &'static str, outcome: Result<()>) -> Result<()> {
-        let Some(share) = &self.shared else { return outcome };
-        let local = outcome.map(|()| vec![]).map_err(|error| Trouble::failed(&error));
-        share
-            .world
-            .meet(Place { of: P::NAME, call, step: self.steps }, local)
-            .map(drop)
-            .map_err(Trouble::error)
+        match &self.shared {
+            Some(share) => share.all_did((P::NAME, call, self.steps), outcome),
+            None => outcome,
+        }
     }
 
     pub(super) fn writes(&self) -> bool {
         self.shared.as_ref().is_none_or(|share| share.world.is_first())
     }
 
-    /// Compares the state of all processes, hash by hash.
+    /// Compares the state of all processes, where there are several.
     pub(super) fn agree_on_state(&self) -> Result<()> {
-        let Some(share) = &self.shared else { return Ok(()) };
+        self.shared.as_ref().map_or(Ok(()), |share| self.states_agree(share))
+    }
+
+    /// Compares the state of all processes, hash by hash.
+    fn states_agree(&self, share: &Share) -> Result<()> {
         let line = |slot: &super::slot::Slot| {
             Ok((format!("for {} a state of hash", slot.name), format!("{:016x}", hash(slot.state.iter())?)))
         };
