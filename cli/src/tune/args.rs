@@ -30,9 +30,9 @@ pub struct Args {
     /// fine-tuned first]
     #[arg(long, value_name = "FILE", help_heading = MODEL)]
     pub tuned: Option<PathBuf>,
-    /// Rank of the adapters where it is fine-tuned first; of a finished fine-tuning the adapters' file has it
-    #[arg(long, value_name = "RANK", default_value_t = 8, value_parser = count, conflicts_with = "tuned", help_heading = MODEL)]
-    pub lora: usize,
+    /// Rank of the adapters where it is fine-tuned first; of a finished fine-tuning the adapters' file has it [default: 8]
+    #[arg(long, value_name = "RANK", value_parser = count, conflicts_with = "tuned", help_heading = MODEL)]
+    pub lora: Option<usize>,
     /// Likelihood of the labels [default: categorical for whole numbers, gaussian for others]
     #[arg(long, value_enum, help_heading = MODEL)]
     pub likelihood: Option<Kind>,
@@ -280,8 +280,10 @@ impl Args {
         if self.data.is_some() && self.model != Net::Bert {
             bail!("--data is for --model bert")
         }
-        if !self.is_finetuned() && self.prior_mean.is_some() {
-            bail!("--prior-mean is for a net that was fine-tuned: --model vit or bert, or --tuned")
+        let of_finetuned = [("prior-mean", self.prior_mean.is_some()), ("lora", self.lora.is_some())];
+        if let (false, Some((name, _))) = (self.is_finetuned(), of_finetuned.iter().find(|(_, given)| *given))
+        {
+            bail!("--{name} is for a net that was fine-tuned: --model vit or bert, or --tuned")
         }
         let of_images = [("examples", &self.examples), ("data-dir", &self.data_dir)];
         let of_images = of_images.into_iter().filter(|(_, given)| given.is_some()).map(|(name, _)| name);

@@ -49,7 +49,7 @@ fn options(args: &Args) -> Result<Finetune> {
         dtype: args.dtype,
         device: args.device,
         epochs: args.epochs,
-        lora: args.tuned.is_none().then_some(args.lora),
+        lora: args.tuned.is_none().then_some(args.lora.unwrap_or(8)),
         seed: args.seed,
         out: args.out.clone(),
         ..usual

@@ -179,6 +179,7 @@ fn wrong_lines_are_sentences() -> Result<()> {
         ),
         (format!("{net} --data s.tsv"), 1, "--data is for --model bert"),
         (format!("{net} --prior-mean zero"), 1, "--prior-mean is for a net that was fine-tuned"),
+        (format!("{net} --lora 4"), 1, "--lora is for a net that was fine-tuned"),
         ("--model vit --examples x.safetensors".into(), 1, "--examples does not apply"),
         ("--model bert".into(), 1, "--model bert needs --checkpoint DIR and --data FILE"),
         (format!("{net} --tuned net.safetensors --lora 4"), 2, "cannot be used with"),
