@@ -16,7 +16,8 @@ namespace {
 // A handle of any of the libraries.
 struct Handle {
     Stream *stream = nullptr;
-    std::mt19937_64 random;
+    // Shared with the work that is queued, which may be done after the handle is destroyed or has another seed.
+    std::shared_ptr<std::mt19937_64> random = std::make_shared<std::mt19937_64>();
 };
 
 int create(void **made) {
@@ -262,8 +263,8 @@ int sygv(void *handle, int upper, size_t n, void *a, size_t lda, void *b, size_t
 template <class T, class F> int generate(void *handle, T *to, size_t count, F make) {
     LOCKED;
     auto *own = static_cast<Handle *>(handle);
-    auto work = [=] {
-        auto uniform = [own] { return ((own->random() >> 11) + 0.5) * 0x1p-53; };
+    auto work = [to, count, make, random = own->random] {
+        auto uniform = [&random] { return (((*random)() >> 11) + 0.5) * 0x1p-53; };
         for (size_t i = 0; i < count; ++i) {
             double first = uniform();
             to[i] = (T)make(first, uniform());
@@ -336,7 +337,7 @@ SHOWN int curandDestroyGenerator(void *handle) { return destroy(handle); }
 SHOWN int curandSetStream(void *handle, void *stream) { return set_stream(handle, stream); }
 SHOWN int curandSetPseudoRandomGeneratorSeed(void *handle, unsigned long long seed) {
     LOCKED;
-    static_cast<Handle *>(handle)->random.seed(seed);
+    static_cast<Handle *>(handle)->random = std::make_shared<std::mt19937_64>(seed);
     return 0;
 }
 SHOWN int curandGenerateUniform(void *handle, float *to, size_t count) { return generate(handle, to, count, uniform); }
