@@ -28,7 +28,7 @@ mod wake;
 
 pub use candle_nn::{Optimizer, ParamsAdamW};
 pub use clip::clip_gradients;
-pub use engine::{NaturalGradient, Outputs, Replay};
+pub use engine::{BlockDivergence, NaturalGradient, Outputs, Replay, StepDivergence};
 pub use first_order::{
     AdamW, FallbackAdam, FirstOrder, Grafting, Muon, MuonScale, ParamsMuon, ParamsSgd, ParamsShampoo,
     ParamsSoap, Sgd, Shampoo, ShampooFactors, Soap, SoapBasis, Update,

@@ -9,7 +9,7 @@ use kronwake::optim::{Bias, Inner, Model, NaturalGradient, Params, QSolve, Qe};
 use kronwake::tape::Likelihood;
 
 /// The mean over terms of `(KL(p || q) + KL(q || p)) / 2`, from the definitions of the divergences.
-fn symmetric_kl(likelihood: Likelihood, z: &Tensor, old: &Tensor) -> f64 {
+pub fn symmetric_kl(likelihood: Likelihood, z: &Tensor, old: &Tensor) -> f64 {
     let kl = |p: &[f64], q: &[f64]| -> f64 { p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum() };
     let both = |p: &[f64], q: &[f64]| 0.5 * (kl(p, q) + kl(q, p));
     let classes = z.dim(1).unwrap();

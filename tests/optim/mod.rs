@@ -3,6 +3,7 @@
 mod accumulate;
 mod averages;
 mod deep;
+mod divergence;
 mod first_order;
 mod former_states;
 mod inner_steps;

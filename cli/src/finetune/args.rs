@@ -1,5 +1,6 @@
 //! The command line.
 
+use super::text::Size;
 use crate::model::Spec;
 use crate::processes::PlacementKind;
 use crate::values::{Choice, Place, count, dtype, fraction, not_negative, one_of, positive};
@@ -18,15 +19,16 @@ pub struct Args {
     /// How to fine-tune; `compare` runs kldwrm, so and adamw
     #[arg(long, default_value = "compare", value_parser = one_of(&CHOICES))]
     pub optimizer: Choice,
-    /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh] | vit, a vision transformer | decoder, a small Llama that learns this project's Rust and is
-    /// tuned on its CUDA | bert, which needs --checkpoint and --data
+    /// cnn | lenet300 | lenet5 | mlp:784-32-10[:relu|tanh] | vit, a vision transformer | decoder[:WIDTH-LAYERS], a small Llama that learns
+    /// this project's Rust and is tuned on its CUDA; 64-2 without a size | bert, which needs --checkpoint and --data
     #[arg(long, default_value = "lenet5")]
     pub model: Net,
     /// Parameters to start from (safetensors, an index of several, or a folder with either) [default: a base that is trained first]; for bert the
     /// folder also has config.json and tokenizer.json
     #[arg(long, value_name = "PATH")]
     pub checkpoint: Option<PathBuf>,
-    /// Sentences for bert: a sentence, a tab and a label a line; every fifth is a test
+    /// Sentences for bert: a sentence, a tab and a label a line; every fifth is a test. A text for decoder in place of the CUDA, read as bytes; every
+    /// tenth run of 64 is a test
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Start from random parameters, without a base
@@ -110,6 +112,9 @@ pub struct Args {
     /// Folder of base.safetensors, tuned-OPTIMIZER.safetensors and finetune.svg, made if missing
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub out: PathBuf,
+    /// Measure every Nth step of kldwrm, so or kfac: the KL divergence that it brings, whole and block by block, beside what the curvature predicted
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub measure_every: Option<usize>,
     /// Write parameters and state to DIR/state-OPTIMIZER.safetensors after every N steps, replaced at once
     #[arg(long, value_name = "N", value_parser = count)]
     pub save_every: Option<usize>,
@@ -140,7 +145,7 @@ const OF_MATRICES: &[Choice] = &[Choice::Muon, Choice::Soap, Choice::Shampoo, Ch
 pub enum Net {
     Of(Spec),
     Vit,
-    Decoder,
+    Decoder(Size),
     Bert,
 }
 
@@ -150,9 +155,12 @@ impl std::str::FromStr for Net {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text {
             "vit" => Ok(Self::Vit),
-            "decoder" => Ok(Self::Decoder),
+            "decoder" => Ok(Self::Decoder(Size::default())),
             "bert" => Ok(Self::Bert),
-            _ => text.parse().map(Self::Of).map_err(|e| format!("{e}, or vit, decoder, bert")),
+            _ => match text.strip_prefix("decoder:") {
+                Some(size) => size.parse().map(Self::Decoder),
+                None => text.parse().map(Self::Of).map_err(|e| format!("{e}, or vit, decoder, bert")),
+            },
         }
     }
 }
@@ -183,14 +191,20 @@ impl Args {
     /// Refuses options that nothing that is run would use.
     pub fn check(&self) -> Result<()> {
         let runs = |choices: &[Choice]| self.runs().iter().any(|choice| choices.contains(choice));
-        if self.data.is_some() && self.model != Net::Bert {
-            bail!("--data is for --model bert; the other models are trained on what is bundled")
+        match self.model {
+            Net::Of(_) | Net::Vit if self.data.is_some() => {
+                bail!(
+                    "--data is for --model bert and decoder; the other models are trained on what is bundled"
+                )
+            }
+            Net::Of(_) | Net::Vit | Net::Decoder(_) | Net::Bert => {}
         }
         if self.kl_target.is_some() && !runs(&[Choice::Kldwrm]) {
             bail!("--kl-target is for kldwrm, and --optimizer is {}", self.optimizer.name())
         }
         let roots = &OF_MATRICES[1..];
         for (option, given, owners) in [
+            ("measure-every", self.measure_every.is_some(), &[Choice::Kldwrm, Choice::So, Choice::Kfac][..]),
             ("kl-clip", self.kl_clip.is_some(), &[Choice::So, Choice::Kfac][..]),
             ("damping", self.damping.is_some(), &[Choice::So, Choice::Kfac]),
             ("momentum", self.momentum.is_some(), &[OF_MATRICES, &[Choice::Sgd, Choice::Adamw]].concat()),

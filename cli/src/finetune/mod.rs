@@ -28,7 +28,7 @@ fn task_of(args: &Args, device: &Device) -> Result<Box<dyn Task>> {
     Ok(match &args.model {
         Net::Of(spec) => Box::new(images::Images::new(args, Some(spec.clone()), device)?),
         Net::Vit => Box::new(images::Images::new(args, None, device)?),
-        Net::Decoder => Box::new(text::Text::new(args, device)?),
+        Net::Decoder(_) => Box::new(text::Text::new(args, device)?),
         Net::Bert => {
             let (folder, data) = args.sentences()?;
             Box::new(sentences::Sentences::new(args, folder, data, device)?)

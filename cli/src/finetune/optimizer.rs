@@ -8,9 +8,9 @@ use kronwake::curvature::Damping;
 use kronwake::nn::VarMap;
 use kronwake::optim::{
     Decay, FallbackAdam, Groups, LossScale, NonFinite, Params, ParamsAdamW, ParamsMuon, ParamsSgd,
-    ParamsShampoo, ParamsSoap, Wake, clip_gradients,
+    ParamsShampoo, ParamsSoap, StepDivergence, Wake, clip_gradients,
 };
-use kronwake::tape::Tape;
+use kronwake::tape::{Likelihood, Tape, Terms};
 
 /// An optimizer with what is done to its gradients.
 pub struct Tuner {
@@ -20,6 +20,8 @@ pub struct Tuner {
     clip: Option<f64>,
     /// For f16.
     scale: Option<LossScale>,
+    /// Which steps are measured.
+    measure_every: Option<usize>,
 }
 
 impl Tuner {
@@ -29,12 +31,18 @@ impl Tuner {
         if args.clip.is_some() && args.dtype == DType::F16 {
             bail!("--clip does not go with --dtype f16, whose gradients are scaled; bf16 needs no scale")
         }
+        if args.measure_every.is_some() && (args.clip.is_some() || args.dtype == DType::F16) {
+            bail!(
+                "--measure-every does not go with --clip or --dtype f16: what it measures are steps as the optimizer takes them"
+            )
+        }
         let optimizer = match choice.wake() {
             Some(wake) => Optimizer::natural(vars, params(wake, args, args.lr(choice), tape))?,
             None => first_order(choice, args, vars, optimizer::ends(vars, ends)?)?,
         };
         let scale = (args.dtype == DType::F16).then(LossScale::default);
-        Ok(Self { optimizer, vars: vars.all_vars(), tape: tape.clone(), clip: args.clip, scale })
+        let (vars, tape) = (vars.all_vars(), tape.clone());
+        Ok(Self { optimizer, vars, tape, clip: args.clip, scale, measure_every: args.measure_every })
     }
 
     /// The step of a process that has no rows of a batch.
@@ -44,12 +52,25 @@ impl Tuner {
         self.advance(&Tensor::zeros((), DType::F32, &Device::Cpu)?)
     }
 
-    /// A step on a batch's logits and mean loss at the learning rate `lr`; `mask`: which of its positions count.
-    pub fn step(&mut self, logits: &Tensor, loss: &Tensor, mask: Option<&Tensor>, lr: f64) -> Result<()> {
+    /// A step on a batch's logits and mean loss at the learning rate `lr`; `mask`: which of its positions count. `now` makes the logits anew. What the
+    /// step did, where it is one that is measured.
+    pub fn step(
+        &mut self,
+        (logits, loss): (&Tensor, &Tensor),
+        mask: Option<&Tensor>,
+        lr: f64,
+        now: &dyn Fn() -> Result<Tensor>,
+    ) -> Result<Option<StepDivergence>> {
         self.optimizer.set_learning_rate(lr);
         self.tape.mask(mask)?;
         self.optimizer.observe(logits)?;
-        self.advance(loss)
+        let nth = self.optimizer.steps() + 1;
+        match (&mut self.optimizer, self.measure_every) {
+            (Optimizer::Natural(natural), Some(every)) if nth.is_multiple_of(every) => {
+                natural.step_measured(loss, Likelihood::Categorical, &Terms::equal(), &mut || now()).map(Some)
+            }
+            _ => self.advance(loss).map(|()| None),
+        }
     }
 
     fn advance(&mut self, loss: &Tensor) -> Result<()> {

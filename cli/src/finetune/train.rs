@@ -109,7 +109,11 @@ pub fn epochs(
                 if !value.is_finite() && world.is_alone() {
                     bail!("the loss of step {} is {value}; a lower --lr may help", step + 1)
                 }
-                tuner.step(&logits, &loss, task.mask(&inputs), steps.schedule.at(step))?;
+                let now = || forward(&inputs);
+                let done = tuner.step((&logits, &loss), task.mask(&inputs), steps.schedule.at(step), &now)?;
+                if let Some(divergence) = done {
+                    bar.suspend(|| println!("step {}\n{divergence}", step + 1));
+                }
                 bar.set_message(format!("{value:.3}"));
             }
             bar.inc(1);

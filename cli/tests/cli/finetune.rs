@@ -102,6 +102,21 @@ fn divergences_bound_the_steps() {
     }
 }
 
+#[test]
+fn steps_are_measured_and_stay_what_they_are() {
+    let folder = Folder::new("finetune-measured");
+    run(&folder, "--optimizer adamw");
+    let tuned = |more: &str| {
+        let text = run(&folder, &format!("--checkpoint base.safetensors --optimizer kldwrm {more}"));
+        (text, values(&read(&folder, "tuned-kldwrm.safetensors").tensors["fc1.weight"]))
+    };
+    let (measured, plain) = (tuned("--measure-every 12"), tuned(""));
+    assert_eq!(measured.1, plain.1);
+    for part in ["step 12\ndivergence, nats", "step 24\n", "the whole step", "fc1 ", "the rest"] {
+        assert!(measured.0.contains(part) && !plain.0.contains(part), "{part}: {}", measured.0);
+    }
+}
+
 /// Every optimizer learns, and what is said of it changes what it learns.
 #[test]
 fn options_of_the_baselines_count() {
@@ -181,7 +196,15 @@ fn wrong_lines_are_sentences() {
     std::fs::write(folder.0.join("short.safetensors"), [1, 2, 3]).unwrap();
     for (line, code, part) in [
         ("--freeze nope", 1, "error: --freeze nope: matches no parameter; those are fc1.bias, fc1.weight"),
-        ("--data sentences.tsv", 1, "--data is for --model bert"),
+        ("--data sentences.tsv", 1, "--data is for --model bert and decoder"),
+        ("--model decoder:50-2", 2, "multiple of 32"),
+        ("--model decoder --data none.txt --scratch", 1, "none.txt: "),
+        (
+            "--optimizer adamw --measure-every 2",
+            1,
+            "--measure-every is for kldwrm, so and kfac, and --optimizer is adamw",
+        ),
+        ("--clip 1 --measure-every 2", 1, "--measure-every does not go with --clip or --dtype f16"),
         ("--model mlp:784-10 --lora 4", 1, "--lora: the model has no linear layer beside the new one"),
         ("--freeze *", 1, "error: --freeze leaves no parameter to train"),
         ("--checkpoint none.safetensors", 1, "none.safetensors: cannot be read"),

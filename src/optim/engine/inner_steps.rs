@@ -1,6 +1,7 @@
 //! QE's steps on the exact symmetric divergence from earlier models, which follow on Q's.
 
 use super::NaturalGradient;
+use super::divergence::symmetric_divergence;
 use crate::curvature::factor_product;
 use crate::ops::dense::{dot, mix};
 use crate::optim::numbers::{scalar, sum};
@@ -52,7 +53,7 @@ impl NaturalGradient {
             Err(refused) => return self.refuse(refused),
         };
         let Some((proposal, predicted)) = self.proposed(incoming)? else { return Ok(()) };
-        let before: Vec<Tensor> = self.core.vars.iter().map(|p| p.snapshot()).collect::<Result<_>>()?;
+        let before = self.snapshots()?;
         let mut values = proposal.values(&self.core)?;
         let mut taken = None;
         let mut models = self.core.models.clone();
@@ -167,7 +168,7 @@ impl NaturalGradient {
         Ok(total)
     }
 
-    fn show_all(&self, values: &[Tensor]) -> Result<()> {
+    pub(super) fn show_all(&self, values: &[Tensor]) -> Result<()> {
         self.core.vars.iter().zip(values).try_for_each(|(param, value)| param.show(value))
     }
 
@@ -190,19 +191,11 @@ fn proposed_steps(proposal: &Proposal) -> Vec<Option<Tensor>> {
     proposal.blocks.iter().map(|block| block.as_ref().map(|block| block.step.clone())).collect()
 }
 
-/// `sum_j w_j D_j`, the mean over loss terms of symmetric divergences, weighted as the loss is. For an exponential family with natural
-/// parameters `z` and means `p` half the sum of both divergences is `1/2 <p - q, z - z_j>`: the log-normalizers cancel.
-fn wake_distance(
-    (likelihood, terms): (Likelihood, &Terms),
-    outputs: &Tensor,
-    wake: &[(f64, Tensor)],
-) -> Result<Tensor> {
-    let terms = terms.of(likelihood, outputs)?;
-    let mean = likelihood.mean(outputs)?;
+/// `sum_j w_j D_j`, the sum of symmetric divergences from earlier models.
+fn wake_distance(terms: (Likelihood, &Terms), outputs: &Tensor, wake: &[(f64, Tensor)]) -> Result<Tensor> {
     let mut total: Option<Tensor> = None;
     for (weight, old) in wake {
-        let apart = ((&mean - likelihood.mean(old)?)? * (outputs - old)?)?;
-        let part = (terms.times(&apart)?.sum_all()? * (0.5 * weight / terms.total))?;
+        let part = (symmetric_divergence(terms, outputs, old)? * *weight)?;
         total = Some(match total {
             Some(total) => (total + part)?,
             None => part,

@@ -6,6 +6,7 @@ mod advance;
 mod average;
 mod build;
 mod constrain;
+mod divergence;
 mod exchange;
 mod gradients;
 mod inner_steps;
@@ -15,6 +16,7 @@ mod settle;
 mod together;
 mod under_way;
 
+pub use divergence::{BlockDivergence, StepDivergence};
 pub use inner_steps::Outputs;
 pub use replay::Replay;
 
