@@ -6,6 +6,7 @@ use super::factor_shape::{
 };
 use super::rounding::{above_rounding, below_rounding, widened};
 use super::split::scaled;
+use super::standard;
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
 use crate::linalg::eigh::{Eigh, eigh_all};
@@ -98,6 +99,26 @@ impl Preconditioner {
         })
     }
 
+    /// The inverse for gradients as they are, of one for gradients in the coordinates `inputs`.
+    fn of_inputs(self, inputs: &Tensor) -> Result<Self> {
+        Ok(match self {
+            Self::Factors { inv_a, inv_g } => {
+                let half = standard::outside(inputs, &inv_a)?;
+                Self::Factors { inv_a: standard::basis_outside(inputs, &half)?, inv_g }
+            }
+            Self::Basis { basis_a, basis_g, scale } => {
+                Self::Basis { basis_a: standard::basis_outside(inputs, &basis_a)?, basis_g, scale }
+            }
+            Self::LowRank { basis_a, basis_g, scale, root_a, root_g } => Self::LowRank {
+                basis_a: standard::basis_outside(inputs, &basis_a)?,
+                basis_g,
+                scale,
+                root_a,
+                root_g,
+            },
+        })
+    }
+
     /// Every tensor with its name, for saving and for counting bytes.
     pub fn parts(&self) -> Vec<(&'static str, &Tensor)> {
         match self {
@@ -143,6 +164,9 @@ pub(crate) struct Task {
     pub recipe: Recipe,
     /// The previous inverse of the same block, where Newton starts.
     pub last: Option<Preconditioner>,
+    /// The coordinates of its inputs that `a` is of, where they are not those of its gradients ([`standard`]). The damping belongs to `a`; the
+    /// inverse is for gradients as they are.
+    pub inputs: Option<Tensor>,
     pub name: String,
 }
 
@@ -152,7 +176,12 @@ pub(crate) fn damped_inverses(tasks: &[Task], division: Option<&Division>) -> Ve
     // On the host one after the other takes less memory, and each uses all threads.
     let on_device = tasks.first().is_some_and(|task| Gpu::of(task.a.device()).is_some());
     let at_once = if on_device || division.is_some() { tasks.len() } else { 1 };
-    tasks.chunks(at_once.max(1)).flat_map(|tasks| together(tasks, division)).collect()
+    let made = tasks.chunks(at_once.max(1)).flat_map(|tasks| together(tasks, division));
+    let seen = tasks.iter().zip(made).map(|(task, made)| match &task.inputs {
+        None => made,
+        Some(inputs) => made?.of_inputs(inputs),
+    });
+    seen.collect()
 }
 
 fn together(tasks: &[Task], division: Option<&Division>) -> Vec<Result<Preconditioner>> {
@@ -318,6 +347,7 @@ pub(crate) fn factor_product(a: &Tensor, g: &Tensor, x: &Tensor, name: &str) -> 
 mod tests {
     use super::*;
     use crate::gpu::emulate::emulate;
+    use crate::linalg::sketch::tests::sketch_of;
     use crate::linalg::testing::{max_abs, random_symmetric, spd};
 
     const METHODS: [(DampingKind, Inverse); 4] = [
@@ -349,6 +379,7 @@ mod tests {
                             shape: gradient.dims3()?.into(),
                             recipe,
                             last: last.get(i).cloned(),
+                            inputs: None,
                             name: "fc".into(),
                         });
                     }
@@ -376,6 +407,38 @@ mod tests {
         Ok(())
     }
 
+    /// The inverse for gradients as they are, where the damping is that of standard inputs: `(A' (x) G + la)^-1`, with low ranks too.
+    #[test]
+    fn the_damping_of_standard_inputs() -> Result<()> {
+        let mut a = spd(1, 5, 50.0, 1)?;
+        a = a.broadcast_div(&a.narrow(1, 4, 1)?.narrow(2, 4, 1)?)?;
+        let inputs = Tensor::new(&[[[40.0, 0.0, 0.0, -3.0, 0.0], [3.0, 0.1, 1.0, 2.0, 1.0]]], &Device::Cpu)?;
+        let gradient = random_symmetric(1, 5, 3)?.narrow(1, 0, 4)?.contiguous()?;
+        let full = spd(1, 4, 20.0, 2)?;
+        let sketch = sketch_of(&full, 2)?;
+        for (kind, inverse) in METHODS {
+            for g in [&full, &sketch] {
+                let recipe = Recipe { kind, damping: 0.1, inverse, floor: 0.0 };
+                let (shape, last, name) = (gradient.dims3()?.into(), None, "fc".to_string());
+                let task = Task {
+                    a: a.clone(),
+                    g: g.clone(),
+                    shape,
+                    recipe,
+                    last,
+                    inputs: Some(inputs.clone()),
+                    name,
+                };
+                let made = next(&mut damped_inverses(&[task], None).into_iter())?;
+                let direction = standard::inside(&inputs, &made.apply(&gradient)?)?;
+                let solved = damped_product(&a, g, kind, 0.1, &direction, "fc")?;
+                let off = max_abs(&(solved - standard::gradient_inside(&inputs, &gradient)?)?)?;
+                assert!(off < 1e-7, "{kind}, {inverse:?}: {off}");
+            }
+        }
+        Ok(())
+    }
+
     #[test]
     fn an_error_names_its_block_and_spares_the_others() -> Result<()> {
         let (good, bad) = (spd(1, 4, 10.0, 1)?, (spd(1, 4, 10.0, 2)? * -3.0)?);
@@ -392,7 +455,15 @@ mod tests {
                 let tasks = [(&good, "conv1"), (&bad, "conv2"), (&good, "fc")];
                 let tasks = tasks.map(|(a, name)| {
                     let shape = [1, 4, if a.dims() == large.dims() { 70 } else { 4 }];
-                    Task { a: a.clone(), g: good.clone(), shape, recipe, last: None, name: name.into() }
+                    Task {
+                        a: a.clone(),
+                        g: good.clone(),
+                        shape,
+                        recipe,
+                        last: None,
+                        inputs: None,
+                        name: name.into(),
+                    }
                 });
                 for found in [damped_inverses(&tasks, None), emulate(|| damped_inverses(&tasks, None))] {
                     assert!(found[0].is_ok() && found[2].is_ok());

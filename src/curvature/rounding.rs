@@ -19,7 +19,7 @@ use crate::linalg::sketch::{diagonal_of, is_sketch};
 use candle_core::{DType, Result, Tensor};
 
 /// The unit roundoff of f32.
-const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
+pub(super) const ROUNDOFF: f64 = f32::EPSILON as f64 / 2.0;
 
 /// The share of the damping above which rounding shows.
 const SHOWS: f64 = 0.1;
@@ -50,11 +50,15 @@ pub(super) fn below_rounding(tasks: &[Task]) -> Result<Vec<bool>> {
     Ok(tasks.iter().map(shows).collect())
 }
 
+/// What is not known of an eigenvalue of a factor of `dim` rows, as a share of the factor's elements.
+pub(super) fn unknown_share(dim: usize) -> f64 {
+    4.0 * ROUNDOFF * (dim as f64).sqrt()
+}
+
 /// The decomposition of `m`, whose elements were rounded to f32, with no eigenvalue below what is known of it.
 pub(super) fn above_rounding(Eigh { values, vectors }: Eigh, m: &Tensor) -> Result<Eigh> {
     let (_, dim, _) = m.dims3()?;
-    let noise = 4.0 * ROUNDOFF * (dim as f64).sqrt();
-    let sizes = (diagonal_of(m)? * noise)?.unsqueeze(1)?;
+    let sizes = (diagonal_of(m)? * unknown_share(dim))?.unsqueeze(1)?;
     let least = sizes.matmul(&vectors.sqr()?)?.squeeze(1)?;
     Ok(Eigh { values: values.maximum(&least)?, vectors })
 }

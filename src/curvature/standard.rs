@@ -5,6 +5,7 @@
 //! leaves nothing to the others, and a mean of 300 is all that is seen. Ordinary inputs, whose networks train best as they are, have
 //! `m = 0` and `d = 1`.
 
+use super::rounding::{ROUNDOFF, unknown_share};
 use crate::linalg::sketch::diagonal_of;
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -16,17 +17,22 @@ const LARGE: f64 = 10.0;
 const SMALL: f64 = 0.01;
 /// A variance below this share of the mean square is rounding, in f32.
 const ROUNDING: f64 = 1e-6;
+/// Sums of squares in f32 have errors that are alike for all inputs with a large mean: as a matrix, this many roundoffs of its trace and fewer.
+const ALIKE: f64 = 5.0;
 
 /// The means `m` and deviations `d` of the inputs of a layer with a folded bias, `[groups, 2, columns]`, from its factor `A`,
 /// `[groups, columns, columns]`; nothing where all inputs are ordinary ones. The bias's own input keeps 0 and 1.
 ///
+/// With them, whether the factor of standard inputs is known: beside a large mean rounding may leave nothing of it.
+///
 /// On a GPU the host waits for the numbers.
-pub(crate) fn coordinates(a: &Tensor) -> Result<Option<Tensor>> {
+pub(crate) fn coordinates(a: &Tensor) -> Result<Option<(Tensor, bool)>> {
     let (groups, columns, _) = a.dims3()?;
     let numbers = |t: Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
     let (squares, means) = (numbers(diagonal_of(a)?)?, numbers(a.narrow(2, columns - 1, 1)?)?);
     let mut found = Vec::with_capacity(2 * groups * columns);
-    let mut ordinary = true;
+    let (mut ordinary, mut known) = (true, true);
+    let unknown = if a.dtype() == DType::F64 { 0.0 } else { ALIKE * ROUNDOFF * columns as f64 };
     for (squares, means) in squares.chunks(columns).zip(means.chunks(columns)) {
         // Positions are summed, and the bias's input counts them.
         let Some((&count, squares)) = squares.split_last().filter(|(count, _)| **count > 0.0) else {
@@ -35,6 +41,10 @@ pub(crate) fn coordinates(a: &Tensor) -> Result<Option<Tensor>> {
         };
         let inputs = squares.iter().zip(means).map(|(square, mean)| input(square / count, mean / count));
         let (means, variances): (Vec<f64>, Vec<f64>) = inputs.unzip();
+        let left = |(&square, &mean): (&f64, &f64)| {
+            mean == 0.0 || square / count - mean * mean > unknown * square / count
+        };
+        known &= squares.iter().zip(&means).all(left);
         let average = variances.iter().sum::<f64>() / variances.len().max(1) as f64;
         let all = if average > 0.0 { (average / SMALL).sqrt().min(1.0) } else { 1.0 };
         ordinary &=
@@ -46,7 +56,10 @@ pub(crate) fn coordinates(a: &Tensor) -> Result<Option<Tensor>> {
     }
     match ordinary {
         true => Ok(None),
-        false => Ok(Some(Tensor::from_vec(found, (groups, 2, columns), a.device())?.to_dtype(a.dtype())?)),
+        false => {
+            let found = Tensor::from_vec(found, (groups, 2, columns), a.device())?.to_dtype(a.dtype())?;
+            Ok(Some((found, known)))
+        }
     }
 }
 
@@ -74,6 +87,37 @@ pub(crate) fn outside(coordinates: &Tensor, matrix: &Tensor) -> Result<Tensor> {
     let matrix = matrix.broadcast_div(&deviations)?;
     let shift = matrix.broadcast_mul(&means)?.sum_keepdim(2)?;
     with_bias(&matrix, &shift.neg()?)
+}
+
+/// The gradient by `[W' | b']` of the gradient by `[W | b]`.
+pub(crate) fn gradient_inside(coordinates: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    let (means, deviations) = parts(coordinates)?;
+    let columns = gradient.dim(2)?;
+    let bias = gradient.narrow(2, columns.saturating_sub(1), 1)?;
+    // The bias's own input has the mean 0 and the deviation 1.
+    (gradient - bias.broadcast_mul(&means)?)?.broadcast_div(&deviations)
+}
+
+/// The factor `A` of the standard inputs, from that of the inputs as they are. What the rounding of the latter leaves unknown of the former, which
+/// may be most of it beside a large mean, counts as curvature: steps there are short.
+pub(crate) fn factor_inside(coordinates: &Tensor, a: &Tensor) -> Result<Tensor> {
+    let (wide, coordinates) = (a.to_dtype(DType::F64)?, coordinates.to_dtype(DType::F64)?);
+    let half = gradient_inside(&coordinates, &wide)?.t()?.contiguous()?;
+    let inside = gradient_inside(&coordinates, &half)?;
+    if a.dtype() == DType::F64 {
+        return Ok(inside);
+    }
+    let (_, dim, _) = a.dims3()?;
+    let (_, deviations) = parts(&coordinates)?;
+    let unknown =
+        (diagonal_of(&wide)?.unsqueeze(1)?.broadcast_div(&deviations.sqr()?)? * unknown_share(dim))?;
+    let identity = Tensor::eye(dim, DType::F64, a.device())?;
+    inside.broadcast_add(&identity.broadcast_mul(&unknown)?)?.to_dtype(a.dtype())
+}
+
+/// For a symmetric form or a basis of `[W' | b']`, `x` by rows: `S^T x`, with `[W | b] = [W' | b'] S`.
+pub(crate) fn basis_outside(coordinates: &Tensor, basis: &Tensor) -> Result<Tensor> {
+    outside(coordinates, &basis.t()?.contiguous()?)?.t()?.contiguous()
 }
 
 fn parts(coordinates: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -109,7 +153,7 @@ mod tests {
         for positions in [1.0, 9.0] {
             let of = |change: fn(f64) -> f64| -> Result<Option<Vec<f64>>> {
                 let inputs: Vec<[f64; 2]> = ordinary.iter().map(|[x, y]| [*x, change(*y)]).collect();
-                coordinates(&factor(&inputs, positions)?)?.map(|found| values(&found)).transpose()
+                coordinates(&factor(&inputs, positions)?)?.map(|(found, _)| values(&found)).transpose()
             };
             let close = |found: Option<Vec<f64>>, expected: [f64; 6]| {
                 let off = found.unwrap_or_default();
@@ -126,10 +170,16 @@ mod tests {
         }
         // All small: mean squares 0.625e-6 and 1.635e-6.
         let small: Vec<[f64; 2]> = ordinary.iter().map(|[x, y]| [1e-3 * x, 1e-3 * y]).collect();
-        let found = coordinates(&factor(&small, 1.0)?)?.map(|found| values(&found)).transpose()?;
+        let found = coordinates(&factor(&small, 1.0)?)?.map(|(found, _)| values(&found)).transpose()?;
         let scale = (1.13e-6f64 / 0.01).sqrt();
         let expected = [0.0, 0.0, 0.0, scale, scale, 1.0];
         assert!(found.is_some_and(|found| found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-9)));
+        // Variances of 1 beside a mean of 3,000 are rounding in f32.
+        for (mean, single, known) in [(300.0, true, true), (3000.0, true, false), (3000.0, false, true)] {
+            let a = factor(&ordinary.map(|[x, y]| [x, y + mean]), 1.0)?;
+            let a = if single { a.to_dtype(DType::F32)? } else { a };
+            assert_eq!(coordinates(&a)?.map(|(_, known)| known), Some(known), "{mean}");
+        }
         // Without any input there is nothing to know.
         assert!(coordinates(&Tensor::zeros((2, 3, 3), DType::F32, &Device::Cpu)?)?.is_none());
         Ok(())
@@ -146,5 +196,22 @@ mod tests {
         assert!(max_abs(&(of(&matrix, &x)? - of(&within, &standard)?)?)? < 1e-12);
         assert!(max_abs(&(outside(&given, &within)? - &matrix)?)? < 1e-12);
         Ok(())
+    }
+
+    /// A gradient and a factor by `S`, the matrix of the coordinates.
+    #[test]
+    fn gradients_and_factors_follow() -> Result<()> {
+        let given = Tensor::new(&[[[300.0, 0.0, 0.0], [3.0, 0.5, 1.0]]], &Device::Cpu)?;
+        let s = Tensor::new(&[[[1.0 / 3.0, 0.0, -100.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]], &Device::Cpu)?;
+        let a = factor(&[[301.0, 0.2], [297.0, -0.4], [306.0, 0.1]], 1.0)?.to_dtype(DType::F64)?;
+        let gradient = Tensor::new(&[[[0.2, -0.4, 0.7], [1.1, 0.3, -2.0]]], &Device::Cpu)?;
+        let close = |found: Tensor, expected: Tensor| -> Result<()> {
+            let off = max_abs(&(found - &expected)?)?;
+            assert!(off < 1e-12 * max_abs(&expected)?, "{off}");
+            Ok(())
+        };
+        close(gradient_inside(&given, &gradient)?, gradient.matmul(&s.t()?)?)?;
+        close(factor_inside(&given, &a)?, s.matmul(&a)?.matmul(&s.t()?)?)?;
+        close(basis_outside(&given, &a)?, s.t()?.matmul(&a)?)
     }
 }

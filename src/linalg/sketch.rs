@@ -92,7 +92,7 @@ pub(crate) fn each(m: &Tensor, groups: usize) -> Result<Tensor> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::ops::factor::second_moment;
     use crate::ops::testing::{assert_close, random, values};

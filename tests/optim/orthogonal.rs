@@ -95,63 +95,57 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
     Ok(())
 }
 
-/// `[W' | b']` or back of the matrix `[W | b]` whose columns lie one after the other: the inputs `(x - m) / d` in place of `x`.
-fn in_coordinates(v: &Mat<f64>, means: &[f64], deviations: &[f64], back: bool) -> Mat<f64> {
-    let rows = v.nrows() / (means.len() + 1);
-    let mut out = v.clone();
-    for i in 0..rows {
-        for (j, (mean, deviation)) in means.iter().zip(deviations).enumerate() {
-            let (weight, bias) = (j * rows + i, means.len() * rows + i);
-            match back {
-                false => {
-                    out[(bias, 0)] += v[(weight, 0)] * mean;
-                    out[(weight, 0)] = v[(weight, 0)] * deviation;
-                }
-                true => {
-                    out[(weight, 0)] = v[(weight, 0)] / deviation;
-                    out[(bias, 0)] -= v[(weight, 0)] / deviation * mean;
-                }
-            }
-        }
-    }
-    out
-}
-
-/// One input with a deviation of about 100, one of 300 and more, and one that is hardly there among ordinary ones.
+/// One input with a deviation of about 100, one of 300 and more, and one that is hardly there among ordinary ones: the directions, their damping
+/// and their length are those of a layer `W' S [x; 1]` that sees standard ones.
 #[test]
-fn directions_are_orthogonal_for_standard_inputs() -> Result<()> {
-    let net = Net::of(DType::F64, 3, |vb: VarBuilder| {
-        let fc = nn::linear(4, 3, vb.pp("fc"))?;
-        Ok(Box::new(move |x| fc.forward(x)))
-    })?;
-    let options = Params { lr: 0.1, kl_clip: None, ..params(&net, Wake::KFac) };
-    let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
-    let elements = net.elements("fc", 0, 1);
-    let far = |x: Tensor| -> Result<Tensor> {
-        let scale = Tensor::new(&[[1.0, 150.0, 15.0, 1e-3]], &Device::Cpu)?;
-        let shift = Tensor::new(&[[0.0, 0.0, 300.0, 0.0]], &Device::Cpu)?;
-        x.broadcast_mul(&scale)?.broadcast_add(&shift)
-    };
-    for k in 0..4 {
-        let z = (net.forward)(&far(random(20 + k, &[9, 4])?)?)?;
-        let loss = mean_loss(Likelihood::Gaussian, &z, &random(10 + k, &[9, 3])?)?;
-        let grads = loss.backward()?;
-        let g = column(&elements, |var| grads.get(var).unwrap().clone());
-        let before = values_at(&elements);
-        opt.observe(&z, Likelihood::Gaussian)?;
-        opt.step(&grads)?;
-        let taken = values_at(&elements) - &before;
-        let (a, f) = opt.factors("fc").unwrap();
-        let (a, f) = (of_group(&a, 0), of_group(&f, 0));
-        let (mean, square) = (|j: usize| a[(j, 4)], |j: usize| a[(j, j)]);
-        assert!(square(1) > 100.0 && mean(2) > 200.0 && square(3) < 1e-5);
-        let means = [0.0, 0.0, mean(2), 0.0];
-        let deviations =
-            [1.0, (square(1) / 10.0).sqrt(), ((square(2) - mean(2).powi(2)) / 10.0).sqrt().max(1.0), 1.0];
-        let direction = solve(&(kron(&a, &f) + eye(elements.len()) * DAMPING), &g);
-        let direction = orthogonal(&in_coordinates(&direction, &means, &deviations, false), 3);
-        let direction = in_coordinates(&direction, &means, &deviations, true);
-        assert_same(&taken, &(&direction * -0.1), 1e-8, &format!("step {k}"));
+fn inputs_far_from_standard_are_seen_as_standard() -> Result<()> {
+    let learning_rate = StepRule::LearningRate;
+    for rule in [learning_rate, StepRule::FixedKl { target: 0.004 }] {
+        let net = Net::of(DType::F64, 3, |vb: VarBuilder| {
+            let fc = nn::linear(4, 3, vb.pp("fc"))?;
+            Ok(Box::new(move |x| fc.forward(x)))
+        })?;
+        let options = Params { lr: 0.1, step_rule: rule, kl_clip: None, ..params(&net, Wake::KFac) };
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
+        let elements = net.elements("fc", 0, 1);
+        let far = |x: Tensor| -> Result<Tensor> {
+            let scale = Tensor::new(&[[1.0, 150.0, 15.0, 1e-3]], &Device::Cpu)?;
+            let shift = Tensor::new(&[[0.0, 0.0, 300.0, 0.0]], &Device::Cpu)?;
+            x.broadcast_mul(&scale)?.broadcast_add(&shift)
+        };
+        for k in 0..4 {
+            let z = (net.forward)(&far(random(20 + k, &[9, 4])?)?)?;
+            let loss = mean_loss(Likelihood::Gaussian, &z, &random(10 + k, &[9, 3])?)?;
+            let grads = loss.backward()?;
+            let g = column(&elements, |var| grads.get(var).unwrap().clone());
+            let before = values_at(&elements);
+            opt.observe(&z, Likelihood::Gaussian)?;
+            opt.step(&grads)?;
+            let taken = values_at(&elements) - &before;
+            let (a, f) = opt.factors("fc").unwrap();
+            let (a, f) = (of_group(&a, 0), of_group(&f, 0));
+            let (mean, square) = (|j: usize| a[(j, 4)], |j: usize| a[(j, j)]);
+            assert!(square(1) > 100.0 && mean(2) > 200.0 && square(3) < 1e-5);
+            let means = [0.0, 0.0, mean(2), 0.0];
+            let variances = [1.0, square(1), square(2) - mean(2).powi(2), 1.0];
+            let s = Mat::from_fn(5, 5, |i, j| match (i, j) {
+                (4, _) => f64::from(j == 4),
+                (_, 4) => -means[i] / (variances[i] / 10.0).sqrt().max(1.0),
+                (i, j) if i == j => 1.0 / (variances[i] / 10.0).sqrt().max(1.0),
+                _ => 0.0,
+            });
+            // A matrix by columns times `S^T`, which a gradient is multiplied with; and times `S`.
+            let gradient = kron(&s, &eye(3)) * &g;
+            let metric = kron(&(&s * &a * s.transpose()), &f) + eye(elements.len()) * DAMPING;
+            let direction = orthogonal(&solve(&metric, &gradient), 3);
+            let squared = (direction.transpose() * &metric * &direction)[(0, 0)];
+            let rate = match rule {
+                StepRule::FixedKl { target } => 0.1 * (2.0 * target / squared).sqrt(),
+                _ => 0.1,
+            };
+            let direction = kron(&s.transpose().to_owned(), &eye(3)) * direction;
+            assert_same(&taken, &(&direction * -rate), 1e-8, &format!("{rule:?}, step {k}"));
+        }
     }
     Ok(())
 }

@@ -160,6 +160,7 @@ fn ordinary_factors_stay_in_f32() -> Result<()> {
             shape: [1, 8, 8],
             recipe,
             last: None,
+            inputs: None,
             name: "fc".into(),
         })
     };

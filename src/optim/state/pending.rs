@@ -77,13 +77,15 @@ impl Workplace {
 fn sent(beside: &Worker, tasks: Vec<Task>) -> Result<Vec<Task>> {
     let of = |task: &Task| {
         let last = task.last.iter().flat_map(|last| last.parts().into_iter().map(|(_, part)| part.clone()));
-        [task.a.clone(), task.g.clone()].into_iter().chain(last.collect::<Vec<_>>())
+        let all = [&task.a, &task.g].into_iter().chain(&task.inputs).cloned();
+        all.chain(last).collect::<Vec<_>>()
     };
     let mut sent = beside.send(&tasks.iter().flat_map(of).collect::<Vec<_>>())?.into_iter().map(Ok);
     let receive = |task: Task| {
         let (a, g) = (next(&mut sent)?, next(&mut sent)?);
+        let inputs = task.inputs.map(|_| next(&mut sent)).transpose()?;
         let last = task.last.map(|last| last.map(|_| next(&mut sent))).transpose()?;
-        Ok(Task { a, g, last, ..task })
+        Ok(Task { a, g, last, inputs, ..task })
     };
     tasks.into_iter().map(receive).collect()
 }

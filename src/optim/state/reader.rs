@@ -117,6 +117,7 @@ impl<'a> StateReader<'a> {
         let factor_g = get("factor_g", &square_g, started);
         let state = BlockState {
             inputs: get("inputs", &[block.groups, 2, block.columns.dim], false),
+            damping_inputs: get("damping_inputs", &[block.groups, 2, block.columns.dim], false),
             moments: get("moments", &inside, false),
             carry: get("carry", &matrix, started && needs.wake),
             mean: get("mean", &matrix, false),

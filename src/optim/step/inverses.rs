@@ -3,15 +3,16 @@
 use super::ekfac;
 use super::gradients::{Refusal, Staged};
 use super::renew::{BlockCurvature, missing};
+use crate::curvature::standard::factor_inside;
 use crate::curvature::{Damping, Inverse, Preconditioner, Recipe, Task, damped_inverses, sum_inverse};
 use crate::linalg::traces::traces;
 use crate::ops::dense::mix;
 use crate::optim::state::Core;
-use crate::optim::state::block::{Block, Factors};
+use crate::optim::state::block::{Block, BlockState, Factors};
 use crate::optim::state::pending::{PendingInverses, Workplace};
 use crate::optim::wake::{Model, QSolve};
 use crate::parallel::Division;
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 
 /// What [`renew`] has done, beside the inverses in the blocks' states.
 pub(super) struct Inverses {
@@ -40,11 +41,12 @@ fn damping_due(core: &Core, curvature: &[Option<BlockCurvature<'_>>]) -> Result<
     match core.params.damping {
         Damping::Relative(relative) if core.inverses_due() => {
             let pairs = core.blocks.iter().zip(curvature);
-            let factors = pairs.filter_map(|(block, found)| {
-                let (a, g) = &found.as_ref()?.average;
-                Some((a, g, block.groups))
-            });
-            let factors: Vec<_> = factors.collect();
+            let mut factors = Vec::with_capacity(core.blocks.len());
+            for (block, found) in pairs {
+                let Some(BlockCurvature { state, average: (a, g), .. }) = found else { continue };
+                factors.push((seen(a, state.damping_inputs.as_ref())?, g, block.groups));
+            }
+            let factors: Vec<_> = factors.iter().map(|(a, g, groups)| (a, *g, *groups)).collect();
             // Where no block takes part there is nothing to damp.
             if factors.is_empty() {
                 return Ok(core.damping);
@@ -102,9 +104,9 @@ fn overlapped(
     if begins {
         let task = |(block, found): (_, &Option<BlockCurvature<'_>>)| {
             let found = found.as_ref()?;
-            Some(task(core, block, &found.average, found.state.preconditioner.as_ref(), due))
+            Some(task(core, block, &found.average, &found.state, due))
         };
-        let tasks = core.blocks.iter().zip(&*curvature).filter_map(task).collect();
+        let tasks = core.blocks.iter().zip(&*curvature).filter_map(task).collect::<Result<_>>()?;
         let device = core.vars.first().map(|param| param.var.device());
         pending = Some(PendingInverses::begin(workplace.on(device)?, core.steps, due, tasks)?);
     }
@@ -157,25 +159,25 @@ fn invert(
 ) -> Vec<Result<Preconditioner>> {
     let last_rate = core.given_rate().or(core.previous_rate).unwrap_or(core.params.wake.rate_scale());
     let rate = |block: &Block| block.lr_scale * last_rate;
-    let of = |block: &Block, factors: &Factors| {
-        task(core, block, factors, block.state.preconditioner.as_ref(), damping)
+    let all = |tasks: Result<Vec<Task>>| match tasks {
+        Ok(tasks) => damped_inverses(&tasks, division),
+        Err(error) => vec![Err(error)],
     };
     match core.params.wake.model() {
         Model::Linear => {
-            let tasks: Vec<_> = blocks.iter().map(|(block, found)| of(block, &found.average)).collect();
-            damped_inverses(&tasks, division)
+            let of = |(block, found): &(&Block, &mut BlockCurvature<'_>)| {
+                task(core, block, &found.average, &found.state, damping)
+            };
+            all(blocks.iter().map(of).collect())
         }
         Model::Quadratic(QSolve::Factor) => {
-            let sum = |(block, found): &(&Block, &mut BlockCurvature<'_>)| -> Result<Task> {
+            let sum = |(block, found): &(&Block, &mut BlockCurvature<'_>)| {
                 let (bar, current) = (&found.average, &found.factors);
                 let a = mix(&bar.0, 1.0, &current.0, rate(block))?;
                 let g = mix(&bar.1, 1.0, &current.1, rate(block))?;
-                Ok(of(block, &(a, g)))
+                task(core, block, &(a, g), &found.state, damping)
             };
-            match blocks.iter().map(sum).collect::<Result<Vec<_>>>() {
-                Ok(tasks) => damped_inverses(&tasks, division),
-                Err(error) => vec![Err(error)],
-            }
+            all(blocks.iter().map(sum).collect())
         }
         Model::Quadratic(QSolve::Exact) => {
             let solve = |(block, found): &(&Block, &mut BlockCurvature<'_>)| {
@@ -189,8 +191,8 @@ fn invert(
     }
 }
 
-/// The inverse of factors `A` and `G`; `last` is the one before it.
-fn task(core: &Core, block: &Block, (a, g): &Factors, last: Option<&Preconditioner>, damping: f64) -> Task {
+/// The inverse of factors `A` and `G` of a block with the state `state`.
+fn task(core: &Core, block: &Block, (a, g): &Factors, state: &BlockState, damping: f64) -> Result<Task> {
     let recipe = Recipe {
         kind: core.params.damping.kind(),
         damping: core.damping_of(block, damping),
@@ -198,12 +200,21 @@ fn task(core: &Core, block: &Block, (a, g): &Factors, last: Option<&Precondition
         inverse: if block.columns.dim * block.rows.dim == 1 { Inverse::Eigen } else { core.params.inverse },
         floor: core.params.eigenvalue_floor,
     };
-    Task {
-        a: a.clone(),
+    // An inverse of other coordinates is no start.
+    let last = state.preconditioner.as_ref();
+    let last = last.filter(|_| recipe.method() == Inverse::Newton && state.damping_inputs.is_none());
+    Ok(Task {
+        a: seen(a, state.damping_inputs.as_ref())?,
         g: g.clone(),
         shape: block.shape(),
-        last: last.filter(|_| recipe.method() == Inverse::Newton).cloned(),
+        last: last.cloned(),
+        inputs: state.damping_inputs.clone(),
         recipe,
         name: block.name.clone(),
-    }
+    })
+}
+
+/// The factor `A` in the coordinates of standard inputs, where a block has such.
+fn seen(a: &Tensor, inputs: Option<&Tensor>) -> Result<Tensor> {
+    inputs.map_or_else(|| Ok(a.clone()), |inputs| factor_inside(inputs, a))
 }

@@ -39,11 +39,13 @@ pub(super) fn host(
         return Err(missing(core, block, "inverse").into());
     };
     let direction = shaped(core, curvature.state.inputs.as_ref(), preconditioner.apply(&wake.decayed)?)?;
-    let metric = match measured_by_metric(core) {
-        true => in_metric(core, block, curvature, &direction, damping)?,
-        false => wake.decayed.clone(),
+    let length = match measured_by_metric(core) {
+        true => {
+            let (inside, metric) = in_metric(core, block, curvature, &direction, damping)?;
+            dot(&inside, &metric)?
+        }
+        false => dot(&direction, &wake.decayed)?,
     };
-    let length = dot(&direction, &metric)?;
     if !length.is_finite() {
         return Err(Refusal::NonFinite(culprit(core, block, &wake.gradient)?));
     }
@@ -76,17 +78,22 @@ fn measured_by_metric(core: &Core) -> bool {
     }
 }
 
-/// A direction times the damped average that measures its divergence.
+/// A direction in the coordinates that its block's damping belongs to, and there times the damped average: their inner product measures its divergence.
 fn in_metric(
     core: &Core,
     block: &Block,
     curvature: &BlockCurvature<'_>,
     direction: &Tensor,
     damping: f64,
-) -> Result<Tensor> {
+) -> Result<(Tensor, Tensor)> {
     let (a, g) = &curvature.average;
+    let (a, direction) = match &curvature.state.damping_inputs {
+        None => (a.clone(), direction.clone()),
+        Some(inputs) => (standard::factor_inside(inputs, a)?, standard::inside(inputs, direction)?),
+    };
     let damping = core.damping_of(block, damping);
-    damped_product(a, g, core.params.damping.kind(), damping, direction, &block.name)
+    let curved = damped_product(&a, g, core.params.damping.kind(), damping, &direction, &block.name)?;
+    Ok((direction, curved))
 }
 
 /// Names the tensor that made a direction NaN or infinite.
@@ -123,17 +130,16 @@ pub(super) fn device(
         let (parts, len) = match dots_of[index].filter(|_| !by_metric) {
             Some(known) => known,
             None => {
-                let with = match by_metric {
+                let (direction, with) = match by_metric {
                     true => {
                         let block = &core.blocks[index];
                         in_metric(core, block, of(core, curvature, index)?, direction, damping)?
-                            .contiguous()?
                     }
-                    false => device.scratch[index].wake.clone(),
+                    false => (direction.clone(), device.scratch[index].wake.clone()),
                 };
                 items.push(DotItem {
-                    a: kept.address(direction, name)?,
-                    b: kept.address(&with, name)?,
+                    a: kept.address(&direction.contiguous()?, name)?,
+                    b: kept.address(&with.contiguous()?, name)?,
                     len: direction.elem_count() as u64,
                     ..DotItem::default()
                 });

@@ -83,7 +83,10 @@ fn renewed<'a>(
             false => average_of(block, last, factors, core.params.stat_decay)?,
         };
         if core.params.orthogonal.is_some() && block.knows_its_inputs() {
-            state.inputs = coordinates(&a)?;
+            let found = coordinates(&a)?;
+            state.damping_inputs =
+                found.as_ref().filter(|(_, known)| *known).map(|(inputs, _)| inputs.clone());
+            state.inputs = found.map(|(inputs, _)| inputs);
         }
         (state.factor_a, state.factor_g) = (Some(a), Some(g));
     }
