@@ -4,6 +4,9 @@ held-out examples with seeds of their own; then ten fresh seeds on the test set.
 Markdown. Two runs at a time, of a thread each; seconds are of CPU time.
 
     cargo build --release -p kronwake-cli --example finetune && python3 benches/finetune.py target/release/examples/finetune [TASK ..]
+
+With `unseen FILE` in place of tasks: a task that nothing was tuned on, a wider and deeper decoder on a text of one's own. Rivals have three rates, chosen
+with one seed, and the second knob that was best on the small decoder; five fresh seeds.
 """
 
 import itertools
@@ -29,6 +32,15 @@ OPTIMIZERS = {
     "soap": (MATRIX, [["--momentum", "0.95"], ["--momentum", "0.9"], ["--momentum", "0.8"]]),
     "shampoo": (MATRIX, [["--momentum", "0.9"], ["--momentum", "0.8"]]),
     "kl-shampoo": (MATRIX, [["--momentum", "0.9"], ["--momentum", "0.8"]]),
+}
+UNSEEN = {
+    "kldwrm": ([None], [[]]),
+    "adamw": ([0.004, 0.008, 0.016], [["--beta2", "0.95"]]),
+    "kfac": ([0.05, 0.1, 0.2], [["--damping", "0.003"]]),
+    "muon": ([0.02, 0.04, 0.08], [["--momentum", "0.8"]]),
+    "soap": ([0.005, 0.01, 0.02], [["--momentum", "0.8"]]),
+    "shampoo": ([0.005, 0.01, 0.02], [["--momentum", "0.8"]]),
+    "kl-shampoo": ([0.01, 0.02, 0.04], [["--momentum", "0.8"]]),
 }
 # Bases that are new at every step: what a user of short runs would choose.
 ALWAYS = {"soap": ["--period", "1"]}
@@ -127,6 +139,14 @@ def task(title, words, pool):
 def main():
     wanted = sys.argv[2:]
     with ThreadPoolExecutor(2) as pool:
+        if wanted[:1] == ["unseen"]:
+            OPTIMIZERS.clear()
+            OPTIMIZERS.update(UNSEEN)
+            TUNING[:], SEEDS[:] = [100], list(range(1, 6))
+            # A step of new bases takes longer than all else here.
+            ALWAYS["soap"] = ["--period", "5"]
+            words = ["--model", "decoder:128-4", "--data", wanted[1], "--scratch", "--epochs", "3", "--batch", "16"]
+            return task("decoder 128 wide and 4 layers deep, from random parameters, 3 epochs", words, pool)
         for title, words in TASKS.items():
             if not wanted or any(word in title for word in wanted):
                 task(title, words, pool)
