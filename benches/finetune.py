@@ -35,12 +35,12 @@ OPTIMIZERS = {
 }
 UNSEEN = {
     "kldwrm": ([None], [[]]),
-    "adamw": ([0.004, 0.008, 0.016], [["--beta2", "0.95"]]),
+    "adamw": ([0.002, 0.004, 0.008], [["--beta2", "0.95"]]),
     "kfac": ([0.05, 0.1, 0.2], [["--damping", "0.003"]]),
-    "muon": ([0.02, 0.04, 0.08], [["--momentum", "0.8"]]),
-    "soap": ([0.005, 0.01, 0.02], [["--momentum", "0.8"]]),
-    "shampoo": ([0.005, 0.01, 0.02], [["--momentum", "0.8"]]),
-    "kl-shampoo": ([0.01, 0.02, 0.04], [["--momentum", "0.8"]]),
+    "muon": ([0.005, 0.01, 0.02], [["--momentum", "0.8"]]),
+    "soap": ([0.0025, 0.005, 0.01], [["--momentum", "0.8"]]),
+    "shampoo": ([0.0025, 0.005, 0.01], [["--momentum", "0.8"]]),
+    "kl-shampoo": ([0.005, 0.01, 0.02], [["--momentum", "0.8"]]),
 }
 # Bases that are new at every step: what a user of short runs would choose.
 ALWAYS = {"soap": ["--period", "1"]}
