@@ -13,6 +13,9 @@ use candle_core::{DType, Result, Tensor, bail};
 const FAR: f64 = 30.0;
 /// An input with a larger variance counts as one with this.
 const LARGE: f64 = 10.0;
+/// The damping and the length of a step are those of standard inputs where a mean is taken out, all inputs are small, or one has a variance
+/// beyond this. Nets whose hidden units go a little beyond `LARGE`, LeNet-5 say, train as well with the damping of the inputs as they are.
+const HUGE: f64 = 100.0;
 /// The inputs of a layer whose mean variance is smaller count as ones that have this.
 const SMALL: f64 = 0.01;
 /// A variance below this share of the mean square is rounding, in f32.
@@ -23,7 +26,8 @@ const ALIKE: f64 = 5.0;
 /// The means `m` and deviations `d` of the inputs of a layer with a folded bias, `[groups, 2, columns]`, from its factor `A`,
 /// `[groups, columns, columns]`; nothing where all inputs are ordinary ones. The bias's own input keeps 0 and 1.
 ///
-/// With them, whether the factor of standard inputs is known: beside a large mean rounding may leave nothing of it.
+/// With them, whether the damping belongs to them: not where they are hardly beyond ordinary ones, nor where rounding leaves nothing of the
+/// factor of standard inputs beside a large mean.
 ///
 /// On a GPU the host waits for the numbers.
 pub(crate) fn coordinates(a: &Tensor) -> Result<Option<(Tensor, bool)>> {
@@ -31,7 +35,7 @@ pub(crate) fn coordinates(a: &Tensor) -> Result<Option<(Tensor, bool)>> {
     let numbers = |t: Tensor| t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
     let (squares, means) = (numbers(diagonal_of(a)?)?, numbers(a.narrow(2, columns - 1, 1)?)?);
     let mut found = Vec::with_capacity(2 * groups * columns);
-    let (mut ordinary, mut known) = (true, true);
+    let (mut ordinary, mut far, mut known) = (true, false, true);
     let unknown = if a.dtype() == DType::F64 { 0.0 } else { ALIKE * ROUNDOFF * columns as f64 };
     for (squares, means) in squares.chunks(columns).zip(means.chunks(columns)) {
         // Positions are summed, and the bias's input counts them.
@@ -47,8 +51,10 @@ pub(crate) fn coordinates(a: &Tensor) -> Result<Option<(Tensor, bool)>> {
         known &= squares.iter().zip(&means).all(left);
         let average = variances.iter().sum::<f64>() / variances.len().max(1) as f64;
         let all = if average > 0.0 { (average / SMALL).sqrt().min(1.0) } else { 1.0 };
-        ordinary &=
-            all == 1.0 && means.iter().all(|mean| *mean == 0.0) && variances.iter().all(|v| *v <= LARGE);
+        let largest = variances.iter().copied().fold(0.0, f64::max);
+        let shifted = all < 1.0 || means.iter().any(|mean| *mean != 0.0);
+        ordinary &= !shifted && largest <= LARGE;
+        far |= shifted || largest > HUGE;
         found.extend(means.into_iter().chain([0.0]));
         found.extend(
             variances.into_iter().map(|variance| all * (variance / LARGE).sqrt().max(1.0)).chain([1.0]),
@@ -58,7 +64,7 @@ pub(crate) fn coordinates(a: &Tensor) -> Result<Option<(Tensor, bool)>> {
         true => Ok(None),
         false => {
             let found = Tensor::from_vec(found, (groups, 2, columns), a.device())?.to_dtype(a.dtype())?;
-            Ok(Some((found, known)))
+            Ok(Some((found, far && known)))
         }
     }
 }
@@ -180,6 +186,11 @@ mod tests {
             let a = if single { a.to_dtype(DType::F32)? } else { a };
             assert_eq!(coordinates(&a)?.map(|(_, known)| known), Some(known), "{mean}");
         }
+        let damped = |y: f64| -> Result<_> {
+            let inputs = ordinary.map(|[x, _]| [x, x * y]);
+            Ok(coordinates(&factor(&inputs, 1.0)?)?.map(|(_, damped)| damped))
+        };
+        assert_eq!([damped(3.0)?, damped(10.0)?, damped(20.0)?], [None, Some(false), Some(true)]);
         // Without any input there is nothing to know.
         assert!(coordinates(&Tensor::zeros((2, 3, 3), DType::F32, &Device::Cpu)?)?.is_none());
         Ok(())

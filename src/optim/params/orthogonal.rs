@@ -20,8 +20,8 @@ use candle_core::{Result, bail};
 /// little worse.
 ///
 /// *In which coordinates.* In those of standard inputs, where a layer with a folded bias has others: a mean that is more than about five
-/// deviations is taken out, a variance above 10 counts as 10, and where the mean variance of all inputs is below 0.01 it counts as that. The
-/// damping and the measured divergence belong to these coordinates too: with `x' = S x` in them, the layer has the factor `S A S^T` and the gradient
+/// deviations is taken out, a variance above 10 counts as 10, and where the mean variance of all inputs is below 0.01 it counts as that. Where
+/// a mean is taken out, all are small or a variance is beyond 100, damping and measured divergence belong to these coordinates too: with `x' = S x` in them, the layer has the factor `S A S^T` and the gradient
 /// `g S^T`, and its step times `S` is that of the layer itself. So an input with a deviation of 300, or inputs of 300 and more that vary by 10, leave
 /// the others their share, and a step does not depend on an input's units. Where rounding to f32 leaves nothing of `S A S^T` beside a large mean, the
 /// damping is that of the inputs as they are. Ordinary layers have none of this, and a layer without a bias, or whose factor `A` is not full, is taken

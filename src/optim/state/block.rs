@@ -31,7 +31,7 @@ pub(crate) struct BlockState {
     /// Means and deviations of the inputs, `[groups, 2, columns]`, where directions are made orthogonal and the inputs are far from
     /// standard ones ([`coordinates`](crate::curvature::standard::coordinates)).
     pub inputs: Option<Tensor>,
-    /// Those of them that the damping belongs to: all, unless rounding leaves the factor of standard inputs unknown.
+    /// The same, where the damping belongs to them.
     pub damping_inputs: Option<Tensor>,
     /// EKFAC's averaged second moments.
     pub moments: Option<Tensor>,
