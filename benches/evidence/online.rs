@@ -15,9 +15,18 @@ pub struct Options {
     /// Folder of MNIST's four IDX files [default: the bundled part of Fashion-MNIST]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Methods whose names have this in them alone
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Methods whose names have one of these in them alone
+    #[arg(long, default_value = "", value_delimiter = ';')]
+    only: Vec<String>,
+    /// Besides, fixed points a layer pooled by each of these
+    #[arg(long, value_delimiter = ',')]
+    pooled: Vec<f64>,
+    /// From each of these precisions
+    #[arg(long, value_delimiter = ',', default_values_t = [10.0])]
+    from: Vec<f64>,
+    /// Of these, how many parts a training has, with a round after each from a tenth of the training on
+    #[arg(long, value_parser = count, default_value_t = 20)]
+    rounds: usize,
     /// Not the fixed decays
     #[arg(long)]
     no_fixed: bool,
@@ -66,19 +75,21 @@ pub fn measure(options: &Options) -> Result<()> {
     let epochs = (options.steps / (n / 100)).max(1);
     let one = Curvature::Kernel(Outputs::One(Split::Root));
     let steps = epochs * (n / 100);
+    let point = ParamsTuneDuring::by_fixed_points(100, steps);
     let by_adam = |estimator| ParamsTuneDuring {
         estimator,
         rule: TuneRule::Adam,
         // 20 rounds of them must not take longer than the training.
         steps: 5,
         lr: 0.15,
-        ..ParamsTuneDuring::by_fixed_points(100, steps)
+        ..point
     };
     let of_one = Estimator { curvature: one, ..Estimator::batch(250) };
-    let point = ParamsTuneDuring::by_fixed_points(100, steps);
     let later = ParamsTuneDuring { burn_in: steps / 5, ..point };
     let half = ParamsTuneDuring { lr: 0.5, ..point };
     let larger = ParamsTuneDuring { estimator: Estimator::extrapolated(200), ..point };
+    let batch = ParamsTuneDuring { estimator: Estimator::batch(100), ..point };
+    let pooled = |pooled| ParamsTuneDuring { pooled, ..point };
     let (scalar, layer, tensor) = (Structure::Scalar, Structure::PerLayer, Structure::PerTensor);
     let methods = [
         ("evidence, batch 100, a scalar", scalar, 1.0, by_adam(Estimator::batch(100))),
@@ -92,17 +103,44 @@ pub fn measure(options: &Options) -> Result<()> {
         ("fixed point from 10, a layer", layer, 10.0, point),
         ("fixed point later, a layer", layer, 10.0, later),
         ("fixed point by halves, a layer", layer, 10.0, half),
+        ("fixed point, batch 100, a layer", layer, 10.0, batch),
+        ("fixed point, continued 200, a layer", layer, 10.0, larger),
+        ("fixed point from 10, a scalar", scalar, 10.0, point),
+        ("fixed point by halves, a scalar", scalar, 10.0, half),
+        ("fixed point pooled by 20, a layer", layer, 10.0, pooled(20.0)),
+        ("fixed point pooled by 20, a tensor", tensor, 10.0, pooled(20.0)),
+        ("fixed point pooled by 100, a layer", layer, 10.0, pooled(100.0)),
+        ("fixed point pooled by 100, a tensor", tensor, 10.0, pooled(100.0)),
+        ("fixed point from 30, pooled by 100, a layer", layer, 30.0, pooled(100.0)),
+        ("fixed point, batch 100, a scalar", scalar, 10.0, batch),
         (
-            "fixed point, batch 100, a layer",
+            "fixed point, batch 100, pooled by 100, a layer",
             layer,
             10.0,
-            ParamsTuneDuring { estimator: Estimator::batch(100), ..point },
+            ParamsTuneDuring { pooled: 100.0, ..batch },
         ),
-        ("fixed point, continued 200, a layer", layer, 10.0, larger),
     ];
-    let methods: Vec<_> = methods.into_iter().filter(|(name, ..)| name.contains(&options.only)).collect();
+    let chosen = |name: &str| options.only.iter().any(|part| name.contains(part));
+    let named = |(name, structure, from, params): (&str, _, f64, _)| {
+        chosen(name).then(|| (name.to_string(), structure, from, params))
+    };
+    let mut methods: Vec<_> = methods.into_iter().filter_map(named).collect();
+    for &amount in &options.pooled {
+        for &from in &options.from {
+            for (what, params) in [("continued 100", point), ("batch 100", batch)] {
+                let params =
+                    ParamsTuneDuring { pooled: amount, every: (steps / options.rounds).max(1), ..params };
+                methods.push((
+                    format!("{what} from {from}, pooled by {amount}, a layer"),
+                    layer,
+                    from,
+                    params,
+                ));
+            }
+        }
+    }
     let mut table: Vec<(&str, Vec<Outcome>)> = vec![("none", vec![]), ("best of 6 fixed", vec![])];
-    table.extend(methods.iter().map(|(name, ..)| (*name, vec![])));
+    table.extend(methods.iter().map(|(name, ..)| (name.as_str(), vec![])));
     for seed in options.first..options.first + options.seeds as u64 {
         let order = kronwake_cli::data::order(data.train.len(), Some(seed), usize::MAX);
         let train = net::examples(&data, &data.train, &order[..n])?;

@@ -1,6 +1,6 @@
 """laplace-torch on the last layer of a classifier: seconds of fit, tuning and prediction, and the numbers, for `evidence last` to be compared with.
 
-python torch_last_layer.py FOLDER FEATURES CLASSES EXAMPLES [--inputs N] [--threads N] [--check JSON]
+python torch_last_layer.py FOLDER FEATURES CLASSES EXAMPLES [--inputs N] [--threads N] [--check JSON] [--only-write]
 
 Writes FOLDER/last-FEATURES-CLASSES.safetensors, random features with labels of a layer that was fitted to them, and prints a table row beside the
 figures of --check, which `evidence last --json` has written. Needs torch, laplace-torch 0.3 and curvlinops.
@@ -24,6 +24,7 @@ parser.add_argument("examples", type=int)
 parser.add_argument("--inputs", type=int, default=4)
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--check")
+parser.add_argument("--only-write", action="store_true", help="the file alone, where laplace-torch would take too much memory")
 args = parser.parse_args()
 warnings.filterwarnings("ignore")
 torch.set_num_threads(args.threads)
@@ -43,6 +44,8 @@ for _ in range(60):
 name = f"{args.folder}/last-{p}-{c}.safetensors"
 tensors = {"x": x, "y": labels, "inputs": inputs, "fc.weight": layer.weight, "fc.bias": layer.bias}
 save_file({key: t.detach().contiguous() for key, t in tensors.items()}, name)
+if args.only_write:
+    raise SystemExit
 
 
 def timed(work):

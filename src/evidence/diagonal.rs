@@ -2,6 +2,7 @@
 
 use super::last_layer::{Hessians, Last, Sums};
 use super::log_det::{Complexity, LogDet, Precision, precision_of, refuse_condition, sum_of};
+use super::posterior::Covariance;
 use super::rows::{CHUNK, LayerRows, Rows};
 use crate::ops::dense::product;
 use candle_core::{DType, Result, Tensor};
@@ -45,7 +46,7 @@ impl Sums for Diagonal {
 
 impl Diagonal {
     /// `1 / (s h + P0)` of each tensor, flattened.
-    pub fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<Vec<(usize, Tensor)>> {
+    pub fn variances(&self, s: f64, precisions: &[Precision]) -> Result<Vec<(usize, Tensor)>> {
         // What the evidence refuses.
         self.log_det(s, precisions)?;
         let of = |(&tensor, squares): (&usize, &Tensor)| {
@@ -94,5 +95,9 @@ impl Complexity for Diagonal {
         }
         refuse_condition("diagonal", found.condition, self.dtype.unwrap_or(DType::F64))?;
         Ok(found)
+    }
+
+    fn covariance(&self, s: f64, precisions: &[Precision]) -> Result<Option<Covariance>> {
+        Ok(Some(Covariance::Diagonal(self.variances(s, precisions)?)))
     }
 }

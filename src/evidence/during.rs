@@ -39,6 +39,9 @@ pub struct ParamsTuneDuring {
     pub steps: usize,
     /// Adam's rate; of a fixed point the part of the way, at most 1.
     pub lr: f64,
+    /// How much a fixed point believes that all precisions are one: a hyperprior of so many effective parameters, about the precision that all
+    /// groups together would have ([`Hyper`]'s groups). A group with few effective parameters then cannot run away. 0 is none.
+    pub pooled: f64,
     /// Of random parts and outputs.
     pub seed: u64,
 }
@@ -54,12 +57,14 @@ impl ParamsTuneDuring {
             rule: TuneRule::Adam,
             steps: 10,
             lr: 0.1,
+            pooled: 0.0,
             seed: 0,
         }
     }
 
     /// [`ParamsTuneDuring::by_batches`] with [`Estimator::extrapolated`] and a whole step to the fixed point a round, a twentieth of the training of
-    /// `steps` steps apart and from a tenth of it on: 19 estimates for a training.
+    /// `steps` steps apart and from a tenth of it on: 19 estimates for a training. Give it a precision a layer ([`Structure::PerLayer`])
+    /// from 10: of what was tried that is the best on the whole, on MNIST better than the best of six fixed decays by validation data.
     pub fn by_fixed_points(batch: usize, steps: usize) -> Self {
         Self {
             estimator: Estimator::extrapolated(batch),
@@ -68,6 +73,7 @@ impl ParamsTuneDuring {
             rule: TuneRule::FixedPoint,
             steps: 1,
             lr: 1.0,
+            pooled: 0.0,
             seed: 0,
         }
     }
@@ -121,7 +127,7 @@ impl TuneDuring {
     ///
     /// # Errors
     /// When there are no examples, `every` is 0, or the rate is not a finite number above 0; when a fixed point has a rate above 1 or a prior
-    /// of a precision a weight.
+    /// of a precision a weight; when precisions are pooled by less than 0, or by another rule.
     pub fn new(hyper: Hyper, params: ParamsTuneDuring, examples: usize) -> Result<Self> {
         if examples == 0 || params.every == 0 {
             bail!(
@@ -136,6 +142,14 @@ impl TuneDuring {
                 "evidence: a fixed point with a rate of {} and precisions {:?}, expected at most 1 and one for a tensor, a layer or all",
                 params.lr,
                 hyper.structure()
+            )
+        }
+        let needs_point = params.pooled > 0.0 && params.rule != TuneRule::FixedPoint;
+        if needs_point || !(params.pooled.is_finite() && params.pooled >= 0.0) {
+            bail!(
+                "evidence: precisions pooled by {} with {:?}, expected 0 or more, and 0 unless the rule is a fixed point",
+                params.pooled,
+                params.rule
             )
         }
         let adam = Adam::new(hyper.vars(), params.lr)?;
@@ -200,7 +214,9 @@ impl TuneDuring {
             let evidence = fit.evidence(&self.hyper)?;
             let fixed_point = match self.params.rule {
                 TuneRule::Adam => None,
-                TuneRule::FixedPoint => Some(self.hyper.fixed_point(&evidence, self.params.lr)?),
+                TuneRule::FixedPoint => {
+                    Some(self.hyper.fixed_point(&evidence, self.params.lr, self.params.pooled)?)
+                }
             };
             self.adam.climb(&evidence.value.backward()?)?;
             if let Some(precisions) = fixed_point {

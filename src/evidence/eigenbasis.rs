@@ -1,6 +1,7 @@
 //! Blocks of the curvature, a tensor each, in bases in which they are taken as diagonal.
 
 use super::log_det::{Complexity, Effective, LogDet, Precision, refuse_condition};
+use super::posterior::Covariance;
 use super::rows::LayerRows;
 use crate::ops::dense::product;
 use candle_core::{DType, Result, Tensor, bail};
@@ -77,5 +78,9 @@ impl Complexity for Eigenbases {
         }
         refuse_condition("Kronecker factors", found.condition, self.dtype)?;
         Ok(found)
+    }
+
+    fn covariance(&self, _: f64, _: &[Precision]) -> Result<Option<Covariance>> {
+        Ok(Some(Covariance::Kron(self.clone())))
     }
 }

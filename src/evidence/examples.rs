@@ -5,7 +5,9 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 /// Examples of one pass where their rows are summed and not kept.
-pub(super) const PASS: usize = 256;
+const PASS: usize = 256;
+/// The same of sequences that are cut to the longest of a pass: few, so that the short ones are not padded much.
+const PASS_CUT: usize = 32;
 
 /// Examples in two tensors whose first dimensions are the examples.
 ///
@@ -21,6 +23,8 @@ pub struct Examples {
     weights: Option<Tensor>,
     ignored: Option<i64>,
     mask: Option<Arc<Mask>>,
+    /// The dimension of `x` whose positions the mask is of, where selections are cut to their longest example.
+    cut: Option<usize>,
 }
 
 impl Examples {
@@ -34,7 +38,7 @@ impl Examples {
         if n != labels || n.is_none_or(|n| n == 0) {
             bail!("evidence: expected examples and as many labels, got {:?} and {:?}", x.dims(), y.dims())
         }
-        Ok(Self { x: x.detach(), y: y.detach(), weights: None, ignored: None, mask: None })
+        Ok(Self { x: x.detach(), y: y.detach(), weights: None, ignored: None, mask: None, cut: None })
     }
 
     /// Gives every term a weight: `weights` in the shape of the outputs without their last dimension (`[n]` or `[n, t]`), or `[n]` for
@@ -109,6 +113,43 @@ impl Examples {
         Ok(self)
     }
 
+    /// Cuts what is selected, and every pass over some of the examples, to the positions that its longest example has: dimension `dim` of `x`
+    /// and the mask's second are those of the same positions, and padding comes last. For models that take any number of positions; what they
+    /// compute has to be the same with less padding. Examples in the order of their lengths are padded least: passes are of 32 of them then, and
+    /// of 256 without this.
+    ///
+    /// ```
+    /// # use candle_core::{Device, Tensor};
+    /// # use kronwake::evidence::Examples;
+    /// # let cpu = &Device::Cpu;
+    /// let tokens = Tensor::new(&[[7u32, 0, 0, 0], [7, 8, 0, 0], [7, 8, 9, 9]], cpu)?;
+    /// let mask = Tensor::new(&[[1u32, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]], cpu)?;
+    /// let examples = Examples::new(tokens, Tensor::new(&[0u32, 1, 1], cpu)?)?.masked(&mask)?.cut(1)?;
+    /// assert_eq!(examples.select(&[0, 1])?.x().dims(), [2, 2]);
+    /// # candle_core::Result::Ok(())
+    /// ```
+    ///
+    /// # Errors
+    /// When there is no mask, `x` has other positions there, or the labels are more than one an example.
+    pub fn cut(mut self, dim: usize) -> Result<Self> {
+        let positions = self.mask.as_ref().map(|mask| mask.dims()[1]);
+        if dim == 0 || positions.is_none() || self.x.dims().get(dim).copied() != positions {
+            bail!(
+                "evidence: cuts of dimension {dim} of examples {:?}, expected a mask of as many positions, got {positions:?}: call \
+                 Examples::masked before",
+                self.x.dims()
+            )
+        }
+        if self.y.rank() != 1 {
+            bail!(
+                "evidence: cuts are of examples with one label each, got labels {:?}; leave them as long as they are",
+                self.y.dims()
+            )
+        }
+        self.cut = Some(dim);
+        Ok(self)
+    }
+
     /// With the tape's mask, unless they have one of their own.
     pub(crate) fn masked_by(&self, tape: &Tape) -> Result<Self> {
         let mut examples = self.clone();
@@ -161,19 +202,33 @@ impl Examples {
         let numbers: Vec<u32> = numbers.iter().map(|&i| i as u32).collect();
         let numbers = Tensor::new(numbers.as_slice(), &Device::Cpu)?;
         let of = |t: &Tensor| t.index_select(&numbers.to_device(t.device())?, 0);
-        let mask =
-            self.mask.as_ref().map(|mask| Ok::<_, candle_core::Error>(Arc::new(mask.select(&numbers)?)));
+        let (mut x, mut mask) = (of(&self.x)?, None);
+        if let Some(all) = &self.mask {
+            let mut selected = all.select(&numbers)?;
+            if let Some(dim) = self.cut {
+                selected = selected.cut()?;
+                x = x.narrow(dim, 0, selected.dims()[1])?.contiguous()?;
+            }
+            mask = Some(Arc::new(selected));
+        }
         Ok(Self {
             weights: self.weights.as_ref().map(of).transpose()?,
             ignored: self.ignored,
-            mask: mask.transpose()?,
-            ..Self::new(of(&self.x)?, of(&self.y)?)?
+            mask,
+            cut: self.cut,
+            ..Self::new(x, of(&self.y)?)?
         })
+    }
+
+    /// How many of them a pass takes, where what it leaves behind fits.
+    pub(crate) fn in_a_pass(&self) -> usize {
+        if self.cut.is_some() { PASS_CUT } else { PASS }
     }
 
     /// All of them, so many at a time that what a pass leaves behind fits.
     pub(crate) fn passes(&self) -> impl Iterator<Item = Result<Self>> {
-        (0..self.len()).step_by(PASS).map(|from| self.narrow(from, PASS.min(self.len() - from)))
+        let most = self.in_a_pass();
+        (0..self.len()).step_by(most).map(move |from| self.narrow(from, most.min(self.len() - from)))
     }
 
     /// `len` of them, from number `start` on.

@@ -3,8 +3,11 @@
 use super::data_fit::DataFit;
 use super::hyper::Hyper;
 use super::log_det::{Complexity, Effective, LogDet, Precision, sum_of};
+use super::posterior::Posterior;
+use super::predictive::Noise;
 use super::problem::{Parameter, Problem};
 use crate::parallel::{Place, Trouble, World};
+use crate::tape::Likelihood;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 
@@ -20,6 +23,9 @@ pub struct Fit {
     terms: Vec<(f64, Box<dyn Complexity>)>,
     /// The processes that have the other parts' terms, where there are some.
     world: Option<World>,
+    likelihood: Likelihood,
+    /// Of each output of a regression, over that of all.
+    output_noise: Option<Vec<f64>>,
 }
 
 /// An estimate of the log marginal likelihood with its parts and derivatives.
@@ -67,7 +73,9 @@ impl Fit {
         });
         let values = values.map(|v| v?.copy()).collect::<Result<Vec<_>>>()?;
         let squares = values.iter().map(|v| sum_of(&v.sqr()?)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { parameters, data, squares, values, terms, world: None })
+        let output_noise = problem.output_noise().map(<[f64]>::to_vec);
+        let likelihood = problem.likelihood;
+        Ok(Self { parameters, data, squares, values, terms, world: None, likelihood, output_noise })
     }
 
     /// What this process and the others of `world` have read.
@@ -104,6 +112,32 @@ impl Fit {
             None => self.with(own()?, hyper),
             Some(world) => self.with(LogDet::over(world, own(), &precisions)?, hyper),
         }
+    }
+
+    /// The posterior with this fit's curvature, as [`Posterior::fit`] makes it from the examples, which are not read again: of
+    /// [`Curvature::Kron`](super::Curvature), `Rotated` or `Diagonal` over all examples at once ([`Parts::Whole`](super::Parts)). `memory` is
+    /// as there.
+    ///
+    /// # Errors
+    /// As [`Fit::evidence`], and when the fit is of another curvature or of several parts.
+    pub fn posterior(&self, hyper: &Hyper, memory: usize) -> Result<Posterior> {
+        // What that refuses.
+        self.evidence(hyper)?;
+        let (s, precisions) = (hyper.scale()?, hyper.precisions()?);
+        let covariance = match (self.terms.as_slice(), &self.world) {
+            ([(weight, term)], None) if *weight == 1.0 => term.covariance(s, &precisions)?,
+            _ => None,
+        };
+        let Some(covariance) = covariance else {
+            bail!(
+                "posterior: of a fit with {} parts of the examples or without blocks of the curvature; expected Curvature::Kron, Rotated or \
+                 Diagonal with Parts::Whole, or take Posterior::fit",
+                self.terms.len()
+            )
+        };
+        let noise = Noise { all: hyper.noise()?, each: self.output_noise.clone() };
+        let names = self.parameters.iter().map(|p| p.name.clone()).collect();
+        Ok(Posterior { covariance, s, precisions, likelihood: self.likelihood, noise, names, memory })
     }
 
     /// The evidence with a log-determinant that has been computed.

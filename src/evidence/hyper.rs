@@ -134,6 +134,10 @@ impl Hyper {
 
     /// Makes the temperature a Var, `log_temperature`, that starts at `temperature`.
     ///
+    /// The derivative of the evidence by its logarithm is `effective parameters / 2 - log likelihood`, and zero only where the log-likelihood
+    /// is above zero, as that of densities can be. Probabilities of classes never are: to the power `1/T` they are not normalized, and the evidence
+    /// rises with the temperature without end. For them fix it, [`Hyper::with_temperature`].
+    ///
     /// # Errors
     /// When it is not a finite number above 0.
     pub fn tune_temperature(mut self, temperature: f64) -> Result<Self> {
@@ -358,7 +362,9 @@ impl Hyper {
     }
 
     /// The precision of each group a part `rate` of the way, on the logarithm, to its fixed point, effective parameters over the sum of squares.
-    pub(crate) fn fixed_point(&self, evidence: &Evidence, rate: f64) -> Result<Vec<f64>> {
+    /// With `pooled`, `a`, above 0 that of the evidence times a hyperprior of each precision, the gamma distribution of shape `a/2` and mean `d`,
+    /// the fixed point of one precision for all: `(effective + a) / (squares + a / d)`.
+    pub(crate) fn fixed_point(&self, evidence: &Evidence, rate: f64, pooled: f64) -> Result<Vec<f64>> {
         let precisions = self.tensor_precisions()?;
         let mut sums = vec![(0.0, 0.0); self.groups.len()];
         for (index, &group) in self.group.iter().enumerate() {
@@ -372,8 +378,10 @@ impl Hyper {
             Some(var) => var.to_vec1::<f64>()?,
             None => vec![],
         };
+        let all = sums.iter().fold((0.0, 0.0), |all, of| (all.0 + of.0, all.1 + of.1));
+        let believed = if pooled > 0.0 { pooled * all.1 / all.0 } else { 0.0 };
         let moved = |(log, (effective, squares)): (f64, (f64, f64))| {
-            let way = (effective / squares).ln() - log;
+            let way = ((effective + pooled) / (squares + believed)).ln() - log;
             // Without squares, or effective parameters, there is none.
             if way.is_finite() { (log + (rate * way).clamp(-2.0, 2.0)).exp() } else { log.exp() }
         };

@@ -1,5 +1,6 @@
 //! `log det(sG + P0) - log det P0`: the complexity that the evidence charges for, and what each parameter tensor has part in it.
 
+use super::posterior::Covariance;
 use crate::parallel::{Place, Trouble, World};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -194,4 +195,9 @@ impl LogDet {
 pub(crate) trait Complexity: std::fmt::Debug {
     /// At `s = 1 / (noise^2 temperature)` and the precisions of the problem's tensors.
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet>;
+
+    /// The covariance of a posterior with this curvature, where there are blocks or a diagonal to make it of.
+    fn covariance(&self, _s: f64, _precisions: &[Precision]) -> Result<Option<Covariance>> {
+        Ok(None)
+    }
 }

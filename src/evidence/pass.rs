@@ -1,7 +1,7 @@
 //! A forward pass over some examples, and the backward passes that follow it.
 
 use super::data_fit::{DataFit, Targets};
-use super::examples::{Examples, PASS};
+use super::examples::Examples;
 use super::gather::Gathered;
 use super::last_layer::Hessians;
 use super::log_det::sum_of;
@@ -105,7 +105,7 @@ pub(crate) fn each_pass(
     memory: usize,
     mut visit: impl FnMut(&Pass<'_>, &Rows) -> Result<()>,
 ) -> Result<()> {
-    let (mut start, mut size) = (0, PASS);
+    let (mut start, mut size) = (0, examples.in_a_pass());
     while start < examples.len() {
         let some = examples.narrow(start, size.min(examples.len() - start))?;
         let pass = problem.pass(&some)?;

@@ -38,7 +38,7 @@ pub enum HessianStructure {
 }
 
 #[derive(Debug, Clone)]
-pub(super) enum Covariance {
+pub(crate) enum Covariance {
     /// `(s G + P0)^-1`, with the tensors in the order of its rows and their sizes.
     Full(Tensor, Vec<(usize, usize)>),
     Kron(Eigenbases),
@@ -122,7 +122,7 @@ impl Posterior {
             HessianStructure::Diagonal => {
                 let mut sums = Diagonal::default();
                 sum_up(&mut sums)?;
-                Covariance::Diagonal(sums.covariance(s, &precisions)?)
+                Covariance::Diagonal(sums.variances(s, &precisions)?)
             }
         };
         let names = problem.parameters().iter().map(|p| p.name.clone()).collect();

@@ -54,6 +54,14 @@ impl Mask {
         Self::new(&live.index_select(&examples.to_device(live.device())?, 0)?)
     }
 
+    /// Without the last positions, if they count for no example.
+    pub fn cut(&self) -> Result<Self> {
+        let [_, shared] = self.dims;
+        let longest = self.counts.chunks(shared.max(1)).filter_map(|row| row.iter().rposition(|live| *live));
+        let longest = longest.max().map_or(0, |last| last + 1);
+        Self::new(&self.live.squeeze(2)?.narrow(1, 0, longest)?)
+    }
+
     /// Whether a position counts, in row-major order.
     pub fn counts(&self) -> &[bool] {
         &self.counts

@@ -297,3 +297,44 @@ fn rounds_of_the_fixed_point() -> Result<()> {
     }
     Ok(())
 }
+
+/// With a hyperprior of so many effective parameters the precision is `(effective + a) / (squares + a / d)`, `d` that of all tensors together: between
+/// the fixed point of each tensor and the one of all.
+#[test]
+fn precisions_pooled_by_a_hyperprior() -> Result<()> {
+    let net = Net::new(Kind::Mlp, 4, 6, 3)?;
+    let likelihood = Likelihood::Categorical;
+    let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);
+    let estimator = Estimator::new(Curvature::Full, Parts::Whole);
+    let params =
+        ParamsTuneDuring { estimator, burn_in: 1, every: 1, ..ParamsTuneDuring::by_fixed_points(6, 20) };
+    let before =
+        estimator.fit(&problem, &examples, 0)?.evidence(&Hyper::new(&problem, Structure::PerTensor, 1.5)?)?;
+    let squares = |p: &kronwake::evidence::Parameter| p.tensor.sqr()?.sum_all()?.to_scalar::<f64>();
+    let squares = problem.parameters().iter().map(squares).collect::<Result<Vec<_>>>()?;
+    let all = before.effective.iter().sum::<f64>() / squares.iter().sum::<f64>();
+    for pooled in [0.0, 2.0, 1e9] {
+        let hyper = Hyper::new(&problem, Structure::PerTensor, 1.5)?;
+        let mut tuning = TuneDuring::new(hyper, ParamsTuneDuring { pooled, ..params }, 6)?;
+        tuning.after_step(&problem, &examples)?.expect("a round");
+        let found = tuning.hyper().tensor_precisions()?;
+        for (tensor, found) in found.into_iter().enumerate() {
+            let (effective, squares) = (before.effective[tensor], squares[tensor]);
+            let expected = (effective + pooled) / (squares + pooled / all);
+            let expected = 1.5 * (expected / 1.5).ln().clamp(-2.0, 2.0).exp();
+            assert!((found / expected - 1.0).abs() < 1e-12, "{pooled}: {found} {expected}");
+            if pooled > 1e6 {
+                let one = 1.5 * (all / 1.5).ln().clamp(-2.0, 2.0).exp();
+                assert!((found / one - 1.0).abs() < 1e-6, "{found} {one}");
+            }
+        }
+    }
+    for (pooled, rule) in
+        [(-1.0, TuneRule::FixedPoint), (f64::NAN, TuneRule::FixedPoint), (1.0, TuneRule::Adam)]
+    {
+        let hyper = Hyper::new(&problem, Structure::PerTensor, 1.0)?;
+        let message = TuneDuring::new(hyper, ParamsTuneDuring { pooled, rule, ..params }, 6).map(drop);
+        assert!(message.expect_err("refused").to_string().contains("precisions pooled by"));
+    }
+    Ok(())
+}

@@ -1,5 +1,6 @@
 //! The log marginal likelihood and the posterior.
 
+mod cut;
 mod estimates;
 mod gaussian;
 mod last_layer;

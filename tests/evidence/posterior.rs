@@ -2,7 +2,9 @@
 
 use crate::common::nets::*;
 use candle_core::{DType, Result, Tensor};
-use kronwake::evidence::{HessianStructure, Hyper, Posterior, Structure};
+use kronwake::evidence::{
+    Curvature, Estimator, HessianStructure, Hyper, ParamsTune, Parts, Posterior, Structure,
+};
 use kronwake::tape::Likelihood;
 
 /// Covariances of outputs from the inverse of the matrix that each structure stands for.
@@ -103,6 +105,42 @@ fn predictions_of_classes() -> Result<()> {
         assert!((sampled[n][0] - exact).abs() < 5.0 * 0.5 / 20_000f64.sqrt(), "{} {exact}", sampled[n][0]);
         assert!((sampled[n][0] + sampled[n][1] - 1.0).abs() < 1e-12);
         assert!((probit[n][0] - 0.5) * (exact - 0.5) >= 0.0);
+    }
+    Ok(())
+}
+
+/// What a fit of the evidence has read is that of the posterior, bit for bit, at hyperparameters that were tuned by it.
+#[test]
+fn a_posterior_of_a_fit() -> Result<()> {
+    let likelihood = Likelihood::Categorical;
+    let net = Net::new(Kind::Shared, 5, 7, 3)?;
+    let (problem, examples) = (net.problem(likelihood)?, net.examples(likelihood)?);
+    for (curvature, structure) in [
+        (Curvature::Kron, HessianStructure::Kron),
+        (Curvature::Rotated, HessianStructure::Rotated),
+        (Curvature::Diagonal, HessianStructure::Diagonal),
+    ] {
+        let hyper = Hyper::new(&problem, Structure::PerTensor, 1.0)?;
+        let fit = Estimator::new(curvature, Parts::Whole).fit(&problem, &examples, 0)?;
+        fit.tune(&hyper, &ParamsTune { steps: 5, ..Default::default() }, |_, _| ())?;
+        let predict = |posterior: Posterior| posterior.predict(&problem, &net.x)?.covariance.to_vec3::<f64>();
+        let expected = predict(Posterior::fit(&problem, &examples, structure, &hyper, 1 << 30)?)?;
+        assert_eq!(predict(fit.posterior(&hyper, 1 << 30)?)?, expected, "{curvature:?}");
+    }
+    for (curvature, parts, draws) in [
+        (Curvature::Full, Parts::Whole, None),
+        (Curvature::Kron, Parts::Consecutive(3), None),
+        // Of three of seven examples.
+        (Curvature::Kron, Parts::Random(3), Some(1)),
+    ] {
+        let hyper = Hyper::new(&problem, Structure::PerTensor, 1.0)?;
+        let estimator = Estimator { draws, ..Estimator::new(curvature, parts) };
+        let fit = estimator.fit(&problem, &examples, 0)?;
+        let message = fit.posterior(&hyper, 1 << 30).map(drop).expect_err("refused").to_string();
+        assert!(
+            message.contains("expected Curvature::Kron, Rotated or Diagonal with Parts::Whole"),
+            "{message}"
+        );
     }
     Ok(())
 }

@@ -103,7 +103,7 @@ pub struct Args {
     /// Temperature to start from: the likelihood enters to the power 1/T
     #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = positive, help_heading = TUNING)]
     pub temperature: f64,
-    /// Tune the temperature too
+    /// Tune the temperature too; of classes it rises with every step, as their evidence does
     #[arg(long, help_heading = TUNING)]
     pub tune_temperature: bool,
     /// Standard deviation of a gaussian likelihood's noise, tuned unless --fix-noise
@@ -122,6 +122,12 @@ pub struct Args {
     #[arg(long, default_value_t = 0, help_heading = TUNING)]
     pub seed: u64,
 
+    /// Curvature of the posterior that predicts [default: that of --bound, where it has one; else kron]
+    #[arg(long, value_enum, help_heading = FILES)]
+    pub posterior: Option<PosteriorKind>,
+    /// Which predictions of the tuned posterior for held-out examples are those after; all are shown
+    #[arg(long, value_enum, default_value_t = PredictiveKind::Probit, help_heading = FILES)]
+    pub predictive: PredictiveKind,
     /// Write the result here as JSON; the format is below
     #[arg(long, value_name = "FILE", help_heading = FILES)]
     pub json: Option<PathBuf>,
@@ -144,8 +150,8 @@ log_det / 2; for each parameter tensor, in the order of the checkpoint, tensors 
 log_evidence by the logarithm of its precision), effective_parameters, weight_decay (in a mean loss, for the gradient decay * w);
 temperature, grad_log_temperature, noise, grad_log_noise; condition, a bound of the condition number of what was factorized. Also bound,
 batch, grouped, examples, steps, and before: the same numbers at the hyperparameters given. held_out, where there are test examples and --steps
-is not 0: examples; net (the softmax of the net's outputs: before), probit, bridge and sampled (the tuned posterior's predictions: after),
-each with nll, calibration_error (in 15 bins of equal width) and accuracy.";
+is not 0: examples; net (the softmax of the net's outputs: before), probit, bridge and sampled (the tuned posterior's predictions), each with
+nll, calibration_error (in 15 bins of equal width) and accuracy; after, the name of the one that --predictive says.";
 
 /// What `--bound` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -189,6 +195,40 @@ pub enum Kind {
     Categorical,
     Bernoulli,
     Gaussian,
+}
+
+/// What `--posterior` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PosteriorKind {
+    /// The whole Gauss-Newton matrix, exact
+    Full,
+    /// Its diagonal in the eigenbases of the Kronecker factors
+    Rotated,
+    /// Kronecker factors
+    Kron,
+    /// Its diagonal
+    Diag,
+}
+
+/// What `--predictive` takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PredictiveKind {
+    /// The outputs divided by what MacKay's probit approximation has of their variances
+    Probit,
+    /// The mean of the Laplace bridge's Dirichlet distribution
+    Bridge,
+    /// The mean over draws of the outputs
+    Sampled,
+}
+
+impl PredictiveKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Probit => "probit",
+            Self::Bridge => "bridge",
+            Self::Sampled => "sampled",
+        }
+    }
 }
 
 /// What `--prior-mean` takes.

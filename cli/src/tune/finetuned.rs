@@ -6,7 +6,7 @@ use crate::finetune::args::Args as Finetune;
 use crate::finetune::open;
 use crate::finetune::task::{Forward, Inputs};
 use crate::program;
-use candle_core::{Device, Error, Result, Tensor, bail};
+use candle_core::{DType, Device, Error, Result, Tensor, bail};
 use clap::Parser;
 use kronwake::evidence::Examples;
 use kronwake::nn::{Module, init};
@@ -30,13 +30,21 @@ impl Module for OfOne {
 
 fn examples((inputs, labels): (Inputs, Tensor)) -> Result<Examples> {
     match inputs.as_slice() {
-        [tokens, mask] => Examples::new(Tensor::stack(&[tokens, mask], 1)?, labels)?.masked(mask),
+        [tokens, mask] => Examples::new(Tensor::stack(&[tokens, mask], 1)?, labels)?.masked(mask)?.cut(2),
         [images] => Examples::new(images.clone(), labels),
         _ => bail!(
             "expected a model of images, or of tokens and their mask, got one of {} inputs",
             inputs.len()
         ),
     }
+}
+
+/// The examples of a model of tokens in the order of their lengths, so that those that are computed together are padded little.
+pub fn shortest_first(examples: &Examples) -> Result<Examples> {
+    let lengths = examples.x().narrow(1, 1, 1)?.squeeze(1)?.to_dtype(DType::F32)?.sum(1)?.to_vec1::<f32>()?;
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by(|&a, &b| lengths[a].total_cmp(&lengths[b]));
+    examples.select(&order)
 }
 
 /// What `finetune` is asked for.
@@ -88,6 +96,7 @@ pub fn subject(args: &Args, device: &Device) -> Result<Subject> {
         test: Some(examples(test)?),
         likelihood: Likelihood::Categorical,
         part,
+        text,
         means: (args.prior_mean != Some(Mean::Zero)).then_some(opened.start),
     })
 }

@@ -20,6 +20,7 @@ use load::Net;
 use report::At;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// The program.
 pub fn main() -> ExitCode {
@@ -39,6 +40,8 @@ struct Subject {
     likelihood: Likelihood,
     /// Patterns of the parameters that the evidence is of; none for all.
     part: Vec<String>,
+    /// Whether the examples are tokens, and which of them are there.
+    text: bool,
     /// The prior's means, where they are not all zero.
     means: Option<BTreeMap<String, Tensor>>,
 }
@@ -70,6 +73,7 @@ fn plain(args: &Args, spec: &Spec, device: &Device) -> Result<Subject> {
         test: loaded.test,
         likelihood: loaded.likelihood,
         part: args.part.clone(),
+        text: false,
         means: None,
     })
 }
@@ -110,6 +114,13 @@ fn work(args: &Args) -> Result<()> {
         }
         _ => subject.train.clone(),
     };
+    let (train, test) = match subject.text {
+        true => {
+            let test = subject.test.as_ref().map(finetuned::shortest_first).transpose()?;
+            (finetuned::shortest_first(&train)?, test)
+        }
+        false => (train, subject.test),
+    };
     let examples = train.len();
     let estimators = args.estimators(examples, numbers, outputs)?;
 
@@ -119,11 +130,15 @@ fn work(args: &Args) -> Result<()> {
         bar.set_position(step as u64);
         bar.set_message(format!("log evidence {:.1}", evidence.log_evidence));
     };
+    let clock = Instant::now();
+    let mut kept = None;
     let (before, after) = if estimators.tune == estimators.evaluate && !estimators.tune.is_random() {
         // The examples are read once for all.
         let fit = estimators.evaluate.fit(&problem, &train, args.seed)?;
         let before = At::new(fit.evidence(&hyper)?, &hyper)?;
-        (before, At::new(fit.tune(&hyper, &params, watch)?, &hyper)?)
+        let after = At::new(fit.tune(&hyper, &params, watch)?, &hyper)?;
+        kept = Some(fit);
+        (before, after)
     } else {
         let evaluate = || estimators.evaluate.evaluate(&problem, &train, &hyper, args.seed);
         let start = evaluate()?;
@@ -138,12 +153,23 @@ fn work(args: &Args) -> Result<()> {
         (before, At::new(end, &hyper)?)
     };
     bar.finish_and_clear();
-    println!("{} of {examples} examples in parts of {}", args.bound().name(), estimators.batch);
+    let seconds = clock.elapsed().as_secs_f64();
+    println!(
+        "{} of {examples} examples in parts of {}, {seconds:.1} s",
+        args.bound().name(),
+        estimators.batch
+    );
     report::print((args.steps > 0).then_some(&before), &after, parameters, examples)?;
+    if args.tune_temperature && args.steps > 0 && problem.likelihood() != Likelihood::Gaussian {
+        println!(
+            "The temperature is that of the last step and not a best one: with probabilities of classes the evidence rises with it without end; \
+             --temperature T fixes it."
+        );
+    }
     let mut held_out = None;
     if args.steps > 0 {
-        if let Some(test) = &subject.test {
-            held_out = predict::held_out(args, &problem, &train, test, &hyper)?;
+        if let Some(test) = &test {
+            held_out = predict::held_out(args, &problem, (&train, kept.as_ref()), test, &hyper)?;
         }
         if !args.is_finetuned() {
             let path = args.out.join("evidence.svg");

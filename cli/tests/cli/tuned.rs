@@ -72,6 +72,17 @@ fn a_net_that_was_fine_tuned() -> Result<()> {
     // The new last layer alone has a mean of zero.
     let last = tune(&folder, &format!("{line} --part fc2.*"));
     near(&last["before"]["log_prior"], -0.5 * (squares(of("fc2.weight").0)? + squares(of("fc2.bias").0)?));
+    // The posterior is that of the bound unless another is asked for; all predictions are shown, and one is the result.
+    let nll = |found: &Value, key: &str| found["held_out"][key]["nll"].as_f64().expect("a number");
+    let exact = tune(&folder, &format!("{line} --part fc2.* --posterior full --predictive sampled"));
+    assert_eq!(
+        (&last["held_out"]["after"], &exact["held_out"]["after"]),
+        (&json!("probit"), &json!("sampled"))
+    );
+    assert_eq!(nll(&exact, "net"), nll(&last, "net"));
+    assert_ne!(nll(&exact, "probit"), nll(&last, "probit"));
+    let rotated = tune(&folder, &format!("{line} --part fc2.* --posterior rotated"));
+    assert_eq!(rotated["held_out"], last["held_out"]);
     Ok(())
 }
 
