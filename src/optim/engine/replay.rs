@@ -18,8 +18,8 @@ use candle_core::{Result, Tensor};
 /// - It does not call [`NaturalGradient::constrain`] on a half-precision model, whose f32 masters that moves.
 ///
 /// What it returns (the loss, say) is written anew by every repetition. Steps that renew curvature, and those before the first inverse, run
-/// as they are. So does everything where nothing can be recorded: on other devices, with quadratic wakes, and with orthogonal directions
-/// (KLD-WRM's default), where a renewal may change what a step is made of.
+/// as they are. So does everything where nothing can be recorded: on other devices, on those with a stream of the user's own, with quadratic
+/// wakes, and with orthogonal directions (KLD-WRM's default), where a renewal may change what a step is made of.
 ///
 /// ```
 /// use kronwake::nn::{self, Module, VarBuilder, VarMap};
@@ -99,7 +99,8 @@ impl<T: Clone> Replay<T> {
                 optimizer.captured = true;
                 let outcome = gpu.record(|| pass(optimizer));
                 optimizer.captured = false;
-                let (graph, output) = outcome?;
+                // Inverses that are made beside the steps may be in the way; a later step is recorded.
+                let Some((graph, output)) = outcome? else { return pass(optimizer) };
                 Recorded { graph, output, moves: optimizer.moves }
             }
         };
@@ -127,7 +128,7 @@ impl NaturalGradient {
             return None;
         }
         match self.core.params.wake.model() {
-            Model::Linear if self.core.params.orthogonal.is_none() => self.gpu(),
+            Model::Linear if self.core.params.orthogonal.is_none() => self.gpu().filter(Gpu::can_record),
             Model::Linear | Model::Quadratic(_) => None,
         }
     }
