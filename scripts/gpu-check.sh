@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
 # Checks and measures the CUDA backend on a machine that has a GPU, its driver and CUDA 13's libraries, but no cargo.
 #
-#     scripts/gpu-check.sh --collect DIR            # on the machine that builds: fills DIR, 64 MiB at most
+#     scripts/gpu-check.sh --collect DIR            # on the machine that builds: fills DIR, 64 MiB at most with what git tracks
 #     DIR/gpu-check.sh --out OUT [PART..]           # on the machine with the GPU
+#     DIR/gpu-check.sh --out OUT --again TEST ..    # single tests of tests/cuda under compute-sanitizer
 #
-# Parts, all of them by default:
-#     tests       tests/cuda and cli/tests/cli/cuda.rs, with KRONWAKE_REQUIRE_CUDA=1
-#     sanitizer   compute-sanitizer's memcheck and racecheck over the operations and a short training
-#     kernels     `benches/kernels`: ceilings and single operations
-#     lenet300, stack   its training steps, and those of benches/peers/torch_kfac.py where python3 has torch with CUDA
+# Parts, the most telling first, and the second until which each may run; all of them by default:
+#     ops 110, linalg 140, optim 230    tests/cuda, on the GPU alone, with KRONWAKE_REQUIRE_CUDA=1
+#     kernels 290                       `benches/kernels`: ceilings, second moments, grouped products
+#     lenet300 330, torch 365, stack 450    its training steps, and benches/peers/torch_kfac.py where python3 has torch with CUDA
+#     memcheck 475                      compute-sanitizer over the operations
+#     more 480                          other tests and operations, the example, racecheck: what there is time for
 #
-# A part that fails does not stop the others; the end says which did, and the exit code is 1. What a machine does not have
-# (compute-sanitizer, torch) is skipped and said to be. OUT gets report.json, summary.txt and a log a part: 7 files.
+# A part that fails or is cut off does not stop the others. Where --deadline S is not 480, all times are scaled. What is cut off keeps what it
+# has written: programs write straight to OUT, and report.json and summary.txt are whole after every command. The exit code is 0 if nothing
+# has failed or been cut off. What a machine does not have (compute-sanitizer, torch) is skipped and said to be. OUT gets 8 files at most.
 #
-# $PYTHON is the python (python3). $KRONWAKE_SECONDS bounds every command (500). A build takes kernels for
-# $CUDA_COMPUTE_CAP and processors of $KRONWAKE_TARGET_CPU (x86-64-v3), not for those of the machine that builds.
+# $PYTHON is the python (python3). A build takes processors of $KRONWAKE_TARGET_CPU (x86-64-v3), not the one that builds.
 set -euo pipefail
 
-# Test programs, and what of each is run by itself.
+# Test programs.
 tests=(cuda cli)
-declare -A subjects=([cuda]='ops:: linalg:: optim:: evidence::' [cli]=cuda::)
-parts=(tests sanitizer kernels lenet300 stack)
+parts=(ops linalg optim kernels lenet300 torch stack memcheck more)
+declare -A until=([ops]=110 [linalg]=140 [optim]=230 [kernels]=290 [lenet300]=330 [torch]=365 [stack]=450 [memcheck]=475 [more]=480)
 python=${PYTHON:-python3}
-seconds=${KRONWAKE_SECONDS:-500}
+deadline=480
 most=$((64 << 20))
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -55,30 +57,58 @@ collect() { # folder
     rm "$into/messages"
     cp benches/peers/torch_kfac.py "$stage/"
     git -C "$root" describe --always --dirty >"$stage/commit" 2>/dev/null || echo unknown >"$stage/commit"
-    XZ_OPT=-T0 tar -C "$stage" -cJf "$into/programs.tar.xz" .
+    # One block, and a dictionary that holds all programs: they have most of their code in common.
+    if command -v xz >/dev/null; then
+        tar -C "$stage" -c . | xz -T1 --lzma2=preset=6,dict=192MiB >"$into/programs.tar.xz"
+    else
+        tar -C "$stage" -czf "$into/programs.tar.gz" .
+    fi
     cp scripts/gpu-check.sh "$into/gpu-check.sh"
-    local size
+    local size tracked
     size=$(du -sb "$into" | cut -f1)
-    ((size <= most)) || die "$into has $size bytes, more than $most"
-    printf '%s: %s bytes\n' "$into" "$size"
+    tracked=$(git -C "$root" ls-files -z 2>/dev/null | (cd "$root" && du -cb --files0-from=- 2>/dev/null) | tail -n 1 | cut -f1)
+    printf '%s: %s bytes, and %s that git tracks\n' "$into" "$size" "${tracked:-0}"
+    ((size + ${tracked:-0} <= most)) || die "together that is more than $most"
 }
 
-# Results of the commands that have run, as JSON objects, and the names of those that failed or were skipped.
-results=() failed=() skipped=()
+# What the commands that have run have come to, as JSON objects, and the names of those that failed, were cut off or were skipped.
+results=() failed=() cut=() skipped=()
+child=''
 
-# Runs a command with its output in a part's log; `attempt PART NAME COMMAND..`.
+milliseconds() { printf '%s' "$((10#${EPOCHREALTIME//[^0-9]/} / 1000))"; }
+elapsed() { printf '%s' "$(($(milliseconds) - started))"; }
+
+# Runs a command until its part's time is over; `attempt PART NAME COMMAND..`.
 attempt() {
-    local part=$1 name=$2 start=$SECONDS code=0 verdict=ok
+    local part=$1 name=$2 start code=0 verdict=ok limit
     shift 2
-    printf '\n== %s: %s\n' "$name" "$*" >>"$out/$part.log"
-    timeout --kill-after=10 "$seconds" "$@" >>"$out/$part.log" 2>&1 || code=$?
-    if ((code != 0)); then
+    start=$(elapsed)
+    limit=$((${until[$part]} * deadline * 1000 / 480 - start))
+    if ((limit < 200)); then
+        say "$name: cut off before it began"
+        cut+=("$name")
+        results+=("{\"part\":\"$part\",\"name\":\"$name\",\"cut_off\":true,\"seconds\":0}")
+        return
+    fi
+    printf '\n== %s: %s\n' "$name" "$*" >>"$out/log.txt"
+    # In the background, so that a signal from outside is heard at once.
+    timeout --kill-after=2 "$((limit / 1000)).$(printf '%03d' $((limit % 1000)))" "$@" >>"$out/log.txt" 2>&1 &
+    child=$!
+    wait "$child" || code=$?
+    child=''
+    local seconds=$(($(elapsed) - start))
+    seconds=$((seconds / 1000)).$(printf '%03d' $((seconds % 1000)))
+    local was_cut=false
+    if ((code == 124 || code == 137)); then
+        verdict='cut off' was_cut=true
+        cut+=("$name")
+    elif ((code != 0)); then
         verdict=FAILED
-        ((code == 124 || code == 137)) && verdict="FAILED, stopped after $seconds s"
         failed+=("$name")
     fi
-    say "$name: $verdict ($((SECONDS - start)) s)"
-    results+=("{\"part\":\"$part\",\"name\":\"$name\",\"exit_code\":$code,\"seconds\":$((SECONDS - start))}")
+    say "$name: $verdict ($seconds s)"
+    results+=("{\"part\":\"$part\",\"name\":\"$name\",\"exit_code\":$code,\"cut_off\":$was_cut,\"seconds\":$seconds}")
+    report
 }
 
 skip() { # name, reason
@@ -107,53 +137,75 @@ PYTHON
     printf '%s' "${found[*]}"
 }
 
-run_tests() {
-    local name subject
-    for name in "${tests[@]}"; do
-        for subject in ${subjects[$name]}; do
-            # One at a time: they would share the device, and its memory, without need.
-            attempt tests "$name, $subject" "$programs/$name" --test-threads=1 --nocapture "$subject"
-        done
-    done
+# A program of ours, which needs CUDA's libraries; python has its own.
+ours() { # part, name, command
+    local part=$1 name=$2
+    shift 2
+    attempt "$part" "$name" env "LD_LIBRARY_PATH=$libraries" "$@"
 }
 
-run_sanitizer() {
-    local sanitizer tool
+# Tests of tests/cuda, one at a time: they would share the device, and its memory, without need.
+run_tests() { ours "$1" "cuda, $2" "$programs/cuda" --test-threads=1 --nocapture "$2"; }
+
+run_ops() { run_tests ops ops::; }
+run_linalg() { run_tests linalg linalg:: && run_tests linalg modules::; }
+run_optim() {
+    # Recorded steps, the same bits twice, and what is not finite, before whole trainings.
+    for name in recorded two_runs not_finite optim::; do run_tests optim "$name"; done
+}
+
+bench() { # part, options
+    local part=$1
+    shift
+    ours "$part" "bench $part" "$programs/kernels" --device cuda --json "$out/$part.json" "$@"
+}
+
+run_kernels() { bench kernels --only ceilings --only second_moment --only 'grouped products'; }
+run_lenet300() { bench lenet300 --only 'step: lenet300'; }
+run_stack() { bench stack --only 'step: stack'; }
+
+run_torch() {
+    if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' >/dev/null 2>&1; then
+        attempt torch 'PyTorch, lenet300' "$python" "$programs/torch_kfac.py" --device cuda --only lenet300 --periods 30 --json "$out/torch.json"
+    else
+        skip 'PyTorch, lenet300' "$python has no torch with CUDA"
+    fi
+}
+
+sanitize() { # part, tool, command
+    local part=$1 tool=$2 sanitizer
+    shift 2
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1) || true
     if [[ -z $sanitizer ]]; then
-        skip sanitizer 'compute-sanitizer was not found'
+        skip "$tool" 'compute-sanitizer was not found'
         return
     fi
-    mkdir -p "$work/training"
-    for tool in memcheck racecheck; do
-        attempt sanitizer "$tool, operations" "$sanitizer" --tool "$tool" --error-exitcode 9 "$programs/cuda" \
-            --test-threads=1 ops:: --skip wrong_device
-        attempt sanitizer "$tool, training" "$sanitizer" --tool "$tool" --error-exitcode 9 "$programs/mnist" --device cuda \
-            --optimizer q --steps 4 --batch 100 --factor-every 2 --inverse-every 2 --out "$work/training"
-    done
+    ours "$part" "$tool, ${*: -1}" "$sanitizer" --tool "$tool" --error-exitcode 9 "$@"
 }
 
-bench() { # part, name of the file, options
-    local part=$1 file=$2
-    shift 2
-    attempt "$part" "bench $part" "$programs/kernels" --device cuda --json "$work/$file.json" "$@"
-}
+run_memcheck() { sanitize memcheck memcheck "$programs/cuda" --test-threads=1 --skip wrong_device ops::; }
 
-run_kernels() {
+run_more() {
     local only=()
-    for name in ceilings second_moment patch_moment 'grouped products' mix softmax layer_norm max_pool2d penalty sample eigh inverse; do
-        only+=(--only "$name")
-    done
-    bench kernels kernels "${only[@]}"
+    for name in patch_moment mix softmax layer_norm max_pool2d penalty sample eigh inverse; do only+=(--only "$name"); done
+    bench more "${only[@]}"
+    run_tests more evidence::
+    ours more 'cli' env "KRONWAKE_MNIST=$programs/mnist" "$programs/cli" --test-threads=1 --nocapture cuda::
+    sanitize more racecheck "$programs/cuda" --test-threads=1 --skip wrong_device ops::
 }
 
-run_steps() { # model
-    bench "$1" "$1" --only "step: $1"
-    if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' >/dev/null 2>&1; then
-        attempt "$1" "PyTorch, $1" "$python" "$programs/torch_kfac.py" --device cuda --only "$1" --json "$work/torch-$1.json"
-    else
-        skip "PyTorch, $1" "$python has no torch with CUDA"
-    fi
+# Single tests, as the summary names them.
+run_again() {
+    local test
+    for test in "$@"; do sanitize more memcheck "$programs/cuda" --test-threads=1 --nocapture --exact "$test"; done
+}
+
+# Tests that failed or were running when they were cut off, by the log.
+failed_tests() {
+    { sed -n 's/^    \([a-z_]*::[a-z_0-9:]*\)$/\1/p' "$out/log.txt"
+      awk '/^test [a-z_]+::/ { if (open != "") print open; open = $2 } /^(ok|FAILED|ignored)$|\.\.\. (ok|FAILED|ignored)/ { open = "" }
+           /^== / { if (open != "") print open; open = "" } END { if (open != "") print open }' "$out/log.txt"
+    } 2>/dev/null | sort -u | tr '\n' ' '
 }
 
 quoted() { printf '"%s"' "$(printf '%s' "$1" | tr -d '\n\r\t"\\')"; }
@@ -161,66 +213,113 @@ quoted() { printf '"%s"' "$(printf '%s' "$1" | tr -d '\n\r\t"\\')"; }
 report() {
     local file join=''
     {
-        printf '{\n"commit": %s,\n"gpu": %s,\n"nvcc": %s,\n"results": [' "$(quoted "$(cat "$programs/commit")")" \
-            "$(quoted "$gpu")" "$(quoted "$(nvcc --version 2>/dev/null | grep -o 'release [0-9.]*' || true)")"
+        printf '{\n"commit": %s,\n"gpu": %s,\n"deadline_seconds": %s,\n"verdict": %s,\n"results": [' \
+            "$(quoted "$(cat "$programs/commit")")" "$(quoted "$gpu")" "$deadline" "$(quoted "$(verdict)")"
         for file in "${results[@]}"; do
             printf '%s\n%s' "$join" "$file"
             join=,
         done
         printf '\n]'
-        for file in "$work"/*.json; do
-            # A program that was stopped may have left nothing.
-            [[ -s $file ]] && printf ',\n"%s": %s' "$(basename "$file" .json)" "$(cat "$file")"
+        for file in "$out"/*.json; do
+            # A program that was stopped may have left nothing. They write whole files.
+            [[ -s $file && $file != */report.json ]] && printf ',\n"%s": %s' "$(basename "$file" .json)" "$(cat "$file")"
         done
         printf '\n}\n'
-    } >"$out/report.json"
+    } >"$work/report.json"
+    cp "$work/report.json" "$out/report.json"
 }
 
-check() { # parts
+verdict() {
+    local text=''
+    ((${#failed[@]} > 0)) && text+="FAILED: $(printf '%s; ' "${failed[@]}")"
+    ((${#cut[@]} > 0)) && text+="cut off: $(printf '%s; ' "${cut[@]}")"
+    ((${#skipped[@]} > 0)) && text+="skipped: $(printf '%s; ' "${skipped[@]}")"
+    [[ -n $text ]] || text='nothing failed'
+    printf '%s' "$text"
+}
+
+# Whatever ends the script: the report is whole, and the summary ends with a verdict.
+finish() {
+    local again
+    trap - EXIT TERM INT
+    [[ -z $child ]] || kill "$child" 2>/dev/null || true
+    report
+    again=$(failed_tests)
+    [[ -z $again ]] || say "again: gpu-check.sh --out OUT --again $again"
+    say "verdict: $(verdict)"
+    rm -rf "$work"
+    ((${#failed[@]} == 0 && ${#cut[@]} == 0)) || exit 1
+    exit 0
+}
+
+stopped() {
+    cut+=("all that was left, by a signal")
+    exit 1
+}
+
+unpack() {
+    if [[ -e $here/programs.tar.gz ]]; then
+        tar -C "$programs" -xzf "$here/programs.tar.gz"
+    elif [[ ! -e $here/programs.tar.xz ]]; then
+        die "$here has no programs.tar.xz; run DIR/gpu-check.sh of a DIR that --collect filled"
+    elif command -v xz >/dev/null; then
+        tar -C "$programs" -xJf "$here/programs.tar.xz"
+    else
+        "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1], "r:xz").extractall(sys.argv[2])' "$here/programs.tar.xz" "$programs"
+    fi
+}
+
+check() { # parts, or `again` and tests
+    started=$(milliseconds)
     mkdir -p "$out"
     out=$(cd "$out" && pwd)
     : >"$out/summary.txt"
+    : >"$out/log.txt"
     work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
     programs=$work/programs
     mkdir "$programs"
-    [[ -e $here/programs.tar.xz ]] || die "$here has no programs.tar.xz; run DIR/gpu-check.sh of a DIR that --collect filled"
-    tar -C "$programs" -xJf "$here/programs.tar.xz"
-    export KRONWAKE_REQUIRE_CUDA=1 KRONWAKE_MNIST=$programs/mnist
-    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(libraries)"
+    unpack
+    export KRONWAKE_REQUIRE_CUDA=1 KRONWAKE_CUDA_ONLY=1
+    # What a driver compiles of candle's kernels is compiled once.
+    export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$work/cache} CUDA_CACHE_MAXSIZE=4294967296
+    libraries=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(libraries)
     gpu=$(nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader 2>/dev/null | head -n 1) || true
+    trap finish EXIT
+    trap stopped TERM INT
     say "commit: $(cat "$programs/commit")"
     say "GPU: ${gpu:-none that nvidia-smi shows}"
     local missing part
-    missing=$(ldd "$programs/cuda" 2>/dev/null | sed -n 's/^[[:space:]]*\([^ ]*\) => not found$/\1/p' | sort -u | tr '\n' ' ')
+    missing=$(LD_LIBRARY_PATH=$libraries ldd "$programs/cuda" 2>/dev/null | sed -n 's/^[[:space:]]*\([^ ]*\) => not found$/\1/p' | sort -u | tr '\n' ' ') || true
     [[ -z $missing ]] || say "libraries that are missing: $missing"
-    for part in "$@"; do
-        case $part in
-            lenet300 | stack) run_steps "$part" ;;
-            *) "run_$part" ;;
-        esac
-        # What follows may be cut off from outside.
-        report
-    done
-    ((${#skipped[@]} == 0)) || say "skipped: $(printf '%s; ' "${skipped[@]}")"
-    if ((${#failed[@]} > 0)); then
-        say "FAILED: $(printf '%s; ' "${failed[@]}")"
-        exit 1
+    if [[ $1 == again ]]; then
+        shift
+        run_again "$@"
+        return
     fi
-    say 'nothing failed'
+    for part in "$@"; do "run_$part"; done
 }
 
-out='' chosen=()
+out='' chosen=() again=()
 while (($# > 0)); do
     case $1 in
         --collect) collect "${2:?--collect needs a folder}"; exit ;;
         --out) out=${2:?--out needs a folder}; shift ;;
+        --deadline) deadline=${2:?--deadline needs seconds}; shift ;;
+        --again) shift; again=("$@"); (($# > 0)) || die '--again: expected names of tests'; shift $(($# - 1)) ;;
         --help | -h) usage; exit ;;
-        -*) die "$1: expected --collect DIR, --out OUT or --help" ;;
+        -*) die "$1: expected --collect DIR, --out OUT, --deadline S, --again TEST .. or --help" ;;
         *) [[ " ${parts[*]} " == *" $1 "* ]] || die "$1: expected one of ${parts[*]}"; chosen+=("$1") ;;
     esac
     shift
 done
 [[ -n $out ]] || { usage; exit 2; }
-((${#chosen[@]} > 0)) || chosen=("${parts[@]}")
-check "${chosen[@]}"
+[[ $deadline =~ ^[1-9][0-9]*$ ]] || die "--deadline $deadline: expected whole seconds"
+if ((${#again[@]} > 0)); then
+    check again "${again[@]}"
+elif ((${#chosen[@]} > 0)); then
+    # Whoever chooses gives each all the time that is left.
+    for part in "${chosen[@]}"; do until[$part]=480; done
+    check "${chosen[@]}"
+else
+    check "${parts[@]}"
+fi

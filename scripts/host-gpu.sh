@@ -25,10 +25,10 @@ newer() {
     local made=$1 file
     shift
     [[ -e $made ]] || return 0
-    for file in "$0" "$root"/tests/host_gpu/* "$root"/tests/emulator/* "$@"; do [[ $file -nt $made ]] && return 0; done
+    for file in "$0" "$root"/tests/emulator/* "$@"; do [[ $file -nt $made ]] && return 0; done
     return 1
 }
-own=("$root"/kernels/*)
+own=("$root"/kernels/*) candles=$root/tests/host_gpu/candle.h
 build=()
 for file in "$root"/kernels/*.cu; do
     made=$out/kernels/$(basename "$file" .cu).so
@@ -38,11 +38,11 @@ done
 # candle's kernels for what has no use here need more of CUDA.
 for name in affine binary cast conv fill indexing reduce ternary unary; do
     made=$out/kernels/candle-$name.so
-    newer "$made" "$candle/$name.cu" || continue
+    newer "$made" "$candle/$name.cu" "$candles" || continue
     build+=("$cxx ${flags[*]} -w -I $CUDA_HOME/include -I $CUDA_HOME/include/cccl -include candle.h -shared -x c++ $candle/$name.cu -o $made")
 done
 library=$out/libhost_gpu.so
-if newer "$library"; then
+if newer "$library" "$root"/tests/host_gpu/*; then
     printf '%s\n' 'libcublas.so.13 { global: cublas*; };' 'libcusolver.so.12 { global: cusolver*; };' 'libcurand.so.10 { global: curand*; };' >"$out/versions"
     files=$(ls "$root"/tests/host_gpu/*.cpp | grep -v /check.cpp | tr '\n' ' ')$root/tests/emulator/emulator.cpp
     build+=("$cxx ${flags[*]} -Wall -Wextra -Werror -shared -pthread -Wl,--version-script=$out/versions $files -ldl -o $library")

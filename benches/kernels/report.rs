@@ -116,7 +116,10 @@ impl Report {
             "steps": self.steps,
             "failures": self.failures,
         });
-        match std::fs::write(file, format!("{all:#}\n")) {
+        // Whole at any time: a measurement may be stopped from outside.
+        let unfinished = format!("{file}.part");
+        let written = std::fs::write(&unfinished, format!("{all:#}\n"));
+        match written.and_then(|()| std::fs::rename(&unfinished, file)) {
             Ok(()) => Ok(()),
             Err(error) => bail!("--json {file}: cannot be written: {error}"),
         }

@@ -11,7 +11,9 @@
 
 pub(crate) mod background;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod blas;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 #[cfg(test)]
 pub(crate) mod emulate;
 mod module;
@@ -274,19 +276,30 @@ impl Graph {
 }
 
 impl Gpu {
-    /// Records the work that `body` queues, without doing it.
+    /// Whether [`Gpu::record`] can do so: not where a device has a stream of the user's own, and events order the streams.
+    pub fn can_record(&self) -> bool {
+        match *self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(ref device) => cuda::can_record(device),
+            #[cfg(test)]
+            Self::Emulated => true,
+        }
+    }
+
+    /// Records the work that `body` queues, without doing it. Nothing, and `body` is not called, while another thread calls a library that does
+    /// not go with recording.
     ///
     /// # Errors
     /// What `body` reports, or that it asked the device for a value.
-    pub fn record<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<(Graph, T)> {
+    pub fn record<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<Option<(Graph, T)>> {
         match *self {
             #[cfg(feature = "cuda")]
             Self::Cuda(ref device) => {
-                let (graph, output) = cuda::record(device, body)?;
-                Ok((Graph::Cuda(graph), output))
+                let recorded = cuda::record(device, body)?;
+                Ok(recorded.map(|(graph, output)| (Graph::Cuda(graph), output)))
             }
             #[cfg(test)]
-            Self::Emulated => Ok((Graph::Emulated, emulate::without_launches(body)?)),
+            Self::Emulated => Ok(Some((Graph::Emulated, emulate::without_launches(body)?))),
         }
     }
 

@@ -17,11 +17,12 @@ macro_rules! modules {
                 }
             }
 
-            /// What the compiler made of the file.
+            /// What the compiler made of the file: code for several GPUs, of which the driver takes what fits, and PTX that it compiles
+            /// for others.
             #[cfg(feature = "cuda")]
-            pub fn ptx(self) -> &'static str {
+            pub fn code(self) -> &'static [u8] {
                 match self {
-                    $(Self::$module => include_str!(concat!(env!("OUT_DIR"), "/", $stem, ".ptx")),)*
+                    $(Self::$module => include_bytes!(concat!(env!("OUT_DIR"), "/", $stem, ".fatbin")),)*
                 }
             }
         }

@@ -13,6 +13,7 @@ use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use cudarc::cusolver::{DnHandle, sys};
 
 use crate::gpu::Gpu;
+use crate::gpu::cuda::not_recording;
 
 /// Our lower triangle.
 const TRIANGLE: sys::cublasFillMode_t = sys::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
@@ -21,6 +22,9 @@ const VECTORS: sys::cusolverEigMode_t = sys::cusolverEigMode_t::CUSOLVER_EIG_MOD
 /// Up to this size a batch is decomposed together; larger matrices fill a GPU one by one, and need less work space so.
 #[cfg(cusolver_syev_batched)]
 const BATCHED: usize = 1024;
+
+/// Devices whose handles are kept.
+const KEPT: usize = 8;
 
 struct Library {
     dense: DnHandle,
@@ -128,28 +132,30 @@ impl Array {
 }
 
 impl Solver {
-    /// The library's handle is kept from call to call, the last device's for each GPU.
+    /// The library's handles are kept from call to call, those of the last [`KEPT`] devices: a step's stream and the one beside it take turns.
     pub fn new(device: &CudaDevice) -> Result<Self> {
-        type Kept = Vec<(usize, DeviceId, Arc<Mutex<Library>>)>;
-        static KEPT: Mutex<Kept> = Mutex::new(Vec::new());
+        static HANDLES: Mutex<Vec<(DeviceId, Arc<Mutex<Library>>)>> = Mutex::new(Vec::new());
         let gpu = Gpu::Cuda(device.clone());
-        let context = device.cuda_stream().context().clone();
-        context.bind_to_thread().w()?;
-        let (ordinal, id) = (context.ordinal(), device.id());
-        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, _, library)) = kept.iter().find(|(_, other, _)| *other == id) {
-            return Ok(Self { gpu, device: device.clone(), library: library.clone() });
-        }
-        let library = Arc::new(Mutex::new(Library::new(device)?));
-        kept.retain(|(other, _, _)| *other != ordinal);
-        kept.push((ordinal, id, library.clone()));
+        device.cuda_stream().context().bind_to_thread().w()?;
+        let id = device.id();
+        let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
+        let library = match handles.iter().position(|(other, _)| *other == id) {
+            Some(at) => handles.remove(at).1,
+            None => {
+                handles.truncate(KEPT - 1);
+                Arc::new(Mutex::new(not_recording("cuSOLVER", || Library::new(device))?))
+            }
+        };
+        handles.insert(0, (id, library.clone()));
         Ok(Self { gpu, device: device.clone(), library })
     }
 
     /// Runs `body` with the library and the context of the device.
     fn with<T>(&self, body: impl FnOnce(&Library) -> Result<T>) -> Result<T> {
         self.device.cuda_stream().context().bind_to_thread().w()?;
-        body(&self.library.lock().unwrap_or_else(PoisonError::into_inner))
+        not_recording("a decomposition", || {
+            body(&self.library.lock().unwrap_or_else(PoisonError::into_inner))
+        })
     }
 
     fn array(&self, tensor: &Tensor) -> Result<Array> {

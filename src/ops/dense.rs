@@ -1,5 +1,7 @@
 //! Matrix products and weighted sums of tensors that belong to no graph, for the inner loop of the optimizers.
 
+use std::cell::Cell;
+
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
 use faer::linalg::matmul::matmul;
 use faer::traits::RealField;
@@ -33,6 +35,10 @@ pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         )
     }
     if !(a.device().is_cpu() && b.device().is_cpu()) {
+        #[cfg(feature = "cuda")]
+        if let Some(found) = tf32_on_gpu(a, b)? {
+            return Ok(found);
+        }
         return a.detach().matmul(&b.detach());
     }
     match a.dtype() {
@@ -40,6 +46,34 @@ pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         DType::F64 => on_cpu::<f64>(a, b),
         _ => a.detach().matmul(&b.detach()),
     }
+}
+
+thread_local! {
+    static TF32: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls `body`; where it is `allowed`, a [`product`] of f32 on an NVIDIA GPU may round its operands to TF32 there.
+pub(crate) fn with_tf32<T>(allowed: bool, body: impl FnOnce() -> T) -> T {
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            TF32.set(self.0);
+        }
+    }
+    let _before = Before(TF32.replace(allowed));
+    body()
+}
+
+#[cfg(feature = "cuda")]
+fn tf32_on_gpu(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
+    use crate::gpu::blas::{Factor, tf32_product};
+    let (candle_core::Device::Cuda(device), true, DType::F32) = (a.device(), TF32.get(), a.dtype()) else {
+        return Ok(None);
+    };
+    let (batch, rank) = (&a.dims()[..a.rank() - 2], a.rank());
+    let sizes = [a.dims()[rank - 2], a.dims()[rank - 1], b.dims()[rank - 1]];
+    let factor = |t: &Tensor| dense(t).map(|(data, turned)| Factor { data, turned });
+    tf32_product(device, (&factor(a)?, &factor(b)?), (batch, sizes))
 }
 
 /// Matrices `[rows, columns]` one after the other in a slice, each by rows, or by columns where it is `transposed`.

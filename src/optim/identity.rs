@@ -55,7 +55,8 @@ fn of_params(params: &Params) -> Lines {
         fallback_adam,
         fallback_rate,
         carry,
-        average
+        average,
+        products
     )
 }
 

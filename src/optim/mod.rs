@@ -36,7 +36,7 @@ pub use first_order::{
 pub use groups::{Group, Groups, UpdateRule};
 pub use loss_scale::LossScale;
 pub use params::{
-    AdaptiveKl, Average, Bias, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, StepRule,
+    AdaptiveKl, Average, Bias, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, Products, StepRule,
 };
 pub use schedule::Schedule;
 pub use state::Resumed;

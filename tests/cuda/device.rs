@@ -16,9 +16,10 @@ pub fn cuda() -> Option<Device> {
     }
 }
 
-/// The CPU, and the first GPU: what is said of every dtype holds on both.
+/// The CPU, and the first GPU: what is said of every dtype holds on both. With `KRONWAKE_CUDA_ONLY=1` the GPU alone, where its time is short.
 pub fn devices() -> Vec<Device> {
-    std::iter::once(Device::Cpu).chain(cuda()).collect()
+    let only = std::env::var("KRONWAKE_CUDA_ONLY").is_ok_and(|value| value == "1");
+    std::iter::once(Device::Cpu).filter(|_| !only).chain(cuda()).collect()
 }
 
 /// What a result of `dtype` may differ from its exact value, relative to the largest element: sums of some hundred terms,

@@ -7,5 +7,7 @@ mod common;
 mod device;
 mod evidence;
 mod linalg;
+mod modules;
 mod ops;
 mod optim;
+mod streams;

@@ -2,15 +2,19 @@
 
 use crate::common::*;
 use crate::device::*;
+use crate::modules::on_the_host;
 use candle_core::{DType, Device, Result, Tensor};
 use kronwake::curvature::{Adaptive, Beyond, Damping, FactorLimit, Inverse, Sharing};
+use kronwake::linalg::cholesky::cholesky;
 use kronwake::nn::{self, Module, VarBuilder};
 use kronwake::optim::{
     Bias, Carry, Every, Group, Groups, Inner, NaturalGradient, NonFinite, Optimizer, Orthogonal, Params,
-    ParamsAdamW, Q, QSolve, Qe, Replay, So, TwoRate, UpdateRule, Wake,
+    ParamsAdamW, Products, Q, QSolve, Qe, Replay, So, TwoRate, UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// A net with convolutions, norms, linear layers over positions, and a Var outside of all layers; for images `[n, 1, 8, 8]`.
 fn model(vb: VarBuilder) -> Result<Forward> {
@@ -407,6 +411,61 @@ fn recorded_steps_are_plain_ones() -> Result<()> {
         check(TwoRate::default(), "kld-wrm", &device, 0)?;
         check(Q::default(), "q", &device, 0)?;
     }
+    if cuda().is_some() {
+        // Not recorded, but right.
+        check(So::default(), "so, a stream of its own", &Device::new_cuda_with_stream(0)?, 3)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn steps_are_recorded_beside_decompositions() -> Result<()> {
+    let Some(device) = cuda() else { return Ok(()) };
+    let expected = on_fixed_tensors(So::default(), &device, false, 0)?;
+    let done = AtomicBool::new(false);
+    let decompose = || -> Result<()> {
+        let m = Tensor::eye(24, DType::F64, &Device::new_cuda(0)?)?.unsqueeze(0)?;
+        while !done.load(Ordering::Relaxed) {
+            cholesky(&m, "beside")?;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    };
+    let (found, beside) = std::thread::scope(|threads| {
+        let beside = threads.spawn(decompose);
+        let found = on_fixed_tensors(So::default(), &device, true, 0);
+        done.store(true, Ordering::Relaxed);
+        (found, beside.join().expect("no panic"))
+    });
+    beside?;
+    let found = found?;
+    assert_state(&found.1, &expected.1, 1e-9, "beside decompositions");
+    Ok(())
+}
+
+#[test]
+fn products_are_as_exact_as_is_asked_for() -> Result<()> {
+    let Some(device) = cuda() else { return Ok(()) };
+    let run = |dtype, products| -> Result<Run> {
+        let factor_limit = FactorLimit { rows: 4, beyond: Beyond::BlockDiagonal };
+        let change = |p| pi(Params { products, factor_limit, ..p }, Inverse::Cholesky);
+        let mut run = Run::of(So::default(), smooth, &device, dtype, change)?;
+        run.train(plain, 6)?;
+        Ok(run)
+    };
+    let same = |a: Run, b: Run, what: &str| -> Result<()> {
+        assert_same_state(&saved(&a.opt)?, &saved(&b.opt)?, &[], what);
+        Ok(())
+    };
+    same(run(DType::F32, None)?, run(DType::F32, Some(Products::Exact))?, "f32")?;
+    same(run(DType::BF16, None)?, run(DType::BF16, Some(Products::Tf32))?, "bf16")?;
+    same(run(DType::F64, Some(Products::Tf32))?, run(DType::F64, Some(Products::Exact))?, "f64")?;
+    let start = Run::of(So::default(), smooth, &device, DType::F32, |p| p)?.parameters()?;
+    let [exact, rounded] = [Products::Exact, Products::Tf32].map(|products| run(DType::F32, Some(products)));
+    let off = apart(&rounded?.parameters()?, &exact?.parameters()?, &start);
+    // A real GPU may leave so small products in f32.
+    let least = if on_the_host() { 1e-6 } else { 0.0 };
+    assert!((least..1e-2).contains(&off), "{off:e} of the way from exact products");
     Ok(())
 }
 

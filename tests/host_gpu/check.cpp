@@ -11,7 +11,7 @@ int cuStreamBeginCapture_v2(void *, int), cuStreamEndCapture(void *, void **);
 int cuEventCreate(void **, unsigned), cuEventRecord(void *, void *);
 int cuMemAllocAsync(uint64_t *, size_t, void *), cuMemFreeAsync(uint64_t, void *), cuMemsetD8Async(uint64_t, unsigned char, size_t, void *);
 int cuMemcpyDtoDAsync_v2(uint64_t, uint64_t, size_t, void *), cuMemcpyHtoDAsync_v2(uint64_t, const void *, size_t, void *);
-int cuMemcpyDtoHAsync_v2(void *, uint64_t, size_t, void *);
+int cuMemcpyDtoHAsync_v2(void *, uint64_t, size_t, void *), cuMemGetInfo_v2(size_t *, size_t *), cuMemPoolSetAttribute(void *, int, void *);
 int cuGraphInstantiateWithFlags(void **, void *, unsigned long long), cuGraphLaunch(void *, void *);
 }
 
@@ -50,6 +50,21 @@ int main() {
     cuMemFreeAsync(c, first);
     cuStreamSynchronize(first);
     check(std::isnan(number(b, second)), "memory that is freed before another stream has read it is empty");
+
+    auto in_use = [&] {
+        size_t free, total;
+        return cuMemGetInfo_v2(&free, &total), total - free;
+    };
+    for (uint64_t kept : {0, 1 << 20}) {
+        cuMemPoolSetAttribute(nullptr, 4, &kept);
+        const size_t before = in_use();
+        uint64_t large;
+        cuMemAllocAsync(&large, 1 << 20, first);
+        cuMemFreeAsync(large, first);
+        check(in_use() > before, "freed memory belongs to the pool");
+        cuStreamSynchronize(first);
+        check(in_use() == (kept ? kept : before), "a synchronization leaves it as much as it may keep");
+    }
 
     // A graph repeats its work on what is there, with memory of its own.
     cuMemcpyHtoDAsync_v2(a, &one, 4, first);

@@ -23,7 +23,7 @@ SHOWN int cuDeviceGet(int *device, int ordinal) {
 }
 SHOWN int cuDeviceGetAttribute(int *value, int attribute, int) {
     const std::map<int, int> known = {{1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, 0x7fffffff}, {6, 65535}, {7, 65535}, {8, 49152},
-                                      {10, 32},  {16, 4},   {41, 1},   {75, 9}, {76, 0},         {115, 1}};
+                                      {10, 32},  {16, 4},   {41, 1},   {75, capability() / 10}, {76, capability() % 10}, {115, 1}};
     auto found = known.find(attribute);
     *value = found == known.end() ? 0 : found->second;
     return OK;
@@ -39,6 +39,7 @@ SHOWN int cuCtxSynchronize() {
     LOCKED;
     for (Stream *stream : streams())
         if (!stream->recording) advance(stream, stream->queued);
+    trim();
     return state();
 }
 
@@ -161,7 +162,19 @@ SHOWN int cuMemFree_v2(uint64_t at) {
 }
 SHOWN int cuMemGetInfo_v2(size_t *free, size_t *total) {
     LOCKED;
-    return *total = all_memory(), *free = *total - used, OK;
+    return *total = all_memory(), *free = *total - reserved, OK;
+}
+SHOWN int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = &threshold, OK; }
+// CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, _RESERVED_MEM_CURRENT, _USED_MEM_CURRENT
+SHOWN int cuMemPoolSetAttribute(void *, int attribute, void *value) {
+    LOCKED;
+    return attribute == 4 ? (threshold = *static_cast<uint64_t *>(value), OK) : INVALID_VALUE;
+}
+SHOWN int cuMemPoolGetAttribute(void *, int attribute, void *value) {
+    LOCKED;
+    const std::map<int, size_t> known = {{4, threshold}, {5, reserved}, {7, used}};
+    auto found = known.find(attribute);
+    return found == known.end() ? INVALID_VALUE : (*static_cast<uint64_t *>(value) = found->second, OK);
 }
 SHOWN int cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, void *handle) {
     LOCKED;
@@ -199,11 +212,9 @@ SHOWN int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *hand
 SHOWN int cuModuleLoad(void **, const char *) { return NOT_FOUND; }
 SHOWN int cuModuleLoadData(void **made, const void *image) {
     LOCKED;
-    // What a driver of its time can read: KRONWAKE_HOST_GPU_PTX, 8.0 say.
-    static const char *newest = std::getenv("KRONWAKE_HOST_GPU_PTX");
-    const char *version = std::strstr(static_cast<const char *>(image), ".version ");
-    if (newest && version && std::atof(version + 9) > std::atof(newest)) return NEW_PTX;
-    return (*made = load(static_cast<const char *>(image))) ? OK : NO_BINARY;
+    const char *ptx = nullptr;
+    if (int refused = readable(image, capability(), &ptx)) return refused;
+    return (*made = load(ptx)) ? OK : NO_BINARY;
 }
 SHOWN int cuModuleUnload(void *) { return OK; }
 SHOWN int cuModuleGetFunction(void **made, void *module, const char *name) {

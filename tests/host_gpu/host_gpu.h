@@ -90,6 +90,9 @@ extern std::map<uint64_t, Memory> memory;
 // Bytes that are in use, and of which there are no more: KRONWAKE_HOST_GPU_MEMORY, 64 GiB unless it is set.
 extern size_t used;
 size_t all_memory();
+// What the pool of memory has from the device, and how much of it stays there when a stream is waited for.
+extern size_t reserved, threshold;
+void trim();
 // 0 where there is none left.
 uint64_t allocate(size_t bytes, Graph *graph);
 // Makes memory empty, and looks whether somebody wrote beyond it.
@@ -97,6 +100,14 @@ void blank(uint64_t at, size_t bytes);
 void release(uint64_t at, size_t bytes);
 // Whether `bytes` from `at` on lie in an allocation; else a failure.
 bool inside(uint64_t at, size_t bytes, const char *what);
+
+// images.cpp
+
+// Ten times the compute capability that the GPU says it has: 90, unless KRONWAKE_HOST_GPU_CAPABILITY is set.
+int capability();
+// The PTX of what a program has compiled, which says what is in it: PTX as a text, or a file of code for several GPUs with PTX. Or why a
+// driver refuses it. Counts what is loaded.
+int readable(const void *image, int capability, const char **ptx);
 
 // kernels.cpp
 

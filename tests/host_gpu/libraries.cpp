@@ -59,9 +59,15 @@ struct Factor {
     const void *at;
     int type, transposed, ld;
     long long stride;
+    bool tf32 = false;
     // Element (i, j) of the factor of `batch`, as it is multiplied.
     double get(int batch, int i, int j) const {
-        return read(at, type, (size_t)(batch * stride) + (transposed ? (size_t)i * ld + j : (size_t)j * ld + i));
+        double x = read(at, type, (size_t)(batch * stride) + (transposed ? (size_t)i * ld + j : (size_t)j * ld + i));
+        if (!tf32 || x == 0 || !std::isfinite(x)) return x;
+        // 11 significant bits.
+        int exponent = 0;
+        const double digits = std::frexp(x, &exponent);
+        return std::ldexp(std::nearbyint(std::ldexp(digits, 11)), exponent - 11);
     }
 };
 
@@ -84,6 +90,12 @@ int multiply(void *handle, int m, int n, int k, double alpha, Factor a, Factor b
         }
     };
     return queue(static_cast<Handle *>(handle)->stream, work) ? 0 : REFUSED;
+}
+
+// A library may use the legacy stream, which waits for the others: what they record is broken by that.
+void use_legacy_stream() {
+    for (Stream *stream : streams())
+        if (stream->recording) stream->broken = true;
 }
 
 using Matrix = std::vector<double>; // n x n, symmetric or lower triangular by rows
@@ -179,6 +191,7 @@ void put(const std::vector<double> &values, const Matrix &vectors, void *a, size
 
 int potrf(void *handle, int upper, size_t n, void *a, size_t ld, int *info, int type) {
     LOCKED;
+    use_legacy_stream();
     auto work = [=] {
         Matrix l;
         *info = cholesky(symmetric(a, type, n, ld, upper), l, n);
@@ -191,6 +204,7 @@ int potrf(void *handle, int upper, size_t n, void *a, size_t ld, int *info, int 
 
 int potri(void *handle, int upper, size_t n, void *a, size_t ld, int *info, int type) {
     LOCKED;
+    use_legacy_stream();
     auto work = [=] {
         Matrix l(n * n, 0);
         *info = 0;
@@ -215,6 +229,7 @@ int potri(void *handle, int upper, size_t n, void *a, size_t ld, int *info, int 
 // Eigenvalue functions wait in between, so they cannot be recorded.
 int syev(void *handle, int upper, size_t n, void *a, size_t ld, void *w, int *info, int type, size_t batches) {
     LOCKED;
+    use_legacy_stream();
     auto work = [=] {
         size_t bytes = type == F64 ? 8 : 4;
         for (size_t batch = 0; batch < batches; ++batch) {
@@ -231,6 +246,7 @@ int syev(void *handle, int upper, size_t n, void *a, size_t ld, void *w, int *in
 // `a x = value b x`.
 int sygv(void *handle, int upper, size_t n, void *a, size_t lda, void *b, size_t ldb, void *w, int *info, int type) {
     LOCKED;
+    use_legacy_stream();
     auto work = [=] {
         Matrix l, m = symmetric(a, type, n, lda, upper), vectors, reduced(n * n);
         std::vector<double> values;
@@ -289,8 +305,9 @@ SHOWN int cublasGemmStridedBatchedEx(void *handle, int ta, int tb, int m, int n,
                                      int ldc, long long stride_c, int batches, int compute, int) {
     // CUBLAS_COMPUTE_16F and its pedantic form, CUBLAS_COMPUTE_64F and its; all others are of 32 bits.
     int scale = compute == 64 || compute == 65 ? F16 : compute == 70 || compute == 71 ? F64 : F32;
-    return multiply(handle, m, n, k, read(alpha, scale, 0), {a, type_a, ta, lda, stride_a}, {b, type_b, tb, ldb, stride_b}, read(beta, scale, 0), c, type,
-                    ldc, stride_c, batches);
+    const bool rounded = compute == 77; // CUBLAS_COMPUTE_32F_FAST_TF32
+    return multiply(handle, m, n, k, read(alpha, scale, 0), {a, type_a, ta, lda, stride_a, rounded}, {b, type_b, tb, ldb, stride_b, rounded},
+                    read(beta, scale, 0), c, type, ldc, stride_c, batches);
 }
 
 SHOWN int cusolverDnCreate(void **made) { return create(made); }

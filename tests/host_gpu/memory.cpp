@@ -1,6 +1,7 @@
 // Memory with guards behind it that nobody may write; fresh and freed memory is full of NaN.
 #include "host_gpu.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -13,7 +14,9 @@ std::map<uint64_t, Memory> memory;
 static std::deque<std::pair<void *, size_t>> kept;
 static size_t kept_bytes = 0;
 
-size_t used = 0;
+size_t used = 0, reserved = 0, threshold = 0;
+
+void trim() { reserved = std::max(used, std::min(reserved, threshold)); }
 
 size_t all_memory() {
     static const char *set = std::getenv("KRONWAKE_HOST_GPU_MEMORY");
@@ -29,6 +32,7 @@ uint64_t allocate(size_t bytes, Graph *graph) {
     std::memset(static_cast<char *>(at) + bytes, FENCE, GUARD);
     memory[reinterpret_cast<uint64_t>(at)] = {bytes, graph};
     used += bytes;
+    reserved = std::max(used, reserved);
     return reinterpret_cast<uint64_t>(at);
 }
 

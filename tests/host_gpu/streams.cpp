@@ -92,6 +92,7 @@ bool finish(Stream *stream) {
         return false;
     }
     advance(stream, stream->queued);
+    trim();
     return true;
 }
 

@@ -18,8 +18,8 @@ use candle_core::{Result, Tensor};
 /// - It does not call [`NaturalGradient::constrain`] on a half-precision model, whose f32 masters that moves.
 ///
 /// What it returns (the loss, say) is written anew by every repetition. Steps that renew curvature, and those before the first inverse, run
-/// as they are. So does everything where nothing can be recorded: on other devices, with quadratic wakes, and with orthogonal directions
-/// (KLD-WRM's default), where a renewal may change what a step is made of.
+/// as they are. So does everything where nothing can be recorded: on other devices, on those with a stream of the user's own, and with
+/// quadratic wakes.
 ///
 /// ```
 /// use kronwake::nn::{self, Module, VarBuilder, VarMap};
@@ -51,8 +51,9 @@ use candle_core::{Result, Tensor};
 #[derive(Debug, Default)]
 pub struct Replay<T> {
     recorded: Option<Recorded<T>>,
-    /// Whether a plain step has run with candle's uploads kept for the recording.
-    warm: bool,
+    /// [`NaturalGradient::moves`] at a plain step with candle's uploads kept for the recording. A renewal since may have changed what a step
+    /// uploads.
+    warm: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -66,7 +67,7 @@ struct Recorded<T> {
 impl<T: Clone> Replay<T> {
     /// Begins with nothing recorded.
     pub fn new() -> Self {
-        Self { recorded: None, warm: false }
+        Self { recorded: None, warm: None }
     }
 
     /// Takes one training step, `pass`: runs it, records it, or repeats it. See [`Replay`].
@@ -89,8 +90,8 @@ impl<T: Clone> Replay<T> {
             return pass(optimizer);
         }
         let _kept = gpu.keep_uploads();
-        if !self.warm {
-            self.warm = true;
+        if self.warm != Some(optimizer.moves) {
+            self.warm = Some(optimizer.moves);
             return pass(optimizer);
         }
         let recorded = match self.recorded.take() {
@@ -99,7 +100,8 @@ impl<T: Clone> Replay<T> {
                 optimizer.captured = true;
                 let outcome = gpu.record(|| pass(optimizer));
                 optimizer.captured = false;
-                let (graph, output) = outcome?;
+                // Inverses that are made beside the steps may be in the way; a later step is recorded.
+                let Some((graph, output)) = outcome? else { return pass(optimizer) };
                 Recorded { graph, output, moves: optimizer.moves }
             }
         };
@@ -127,8 +129,8 @@ impl NaturalGradient {
             return None;
         }
         match self.core.params.wake.model() {
-            Model::Linear if self.core.params.orthogonal.is_none() => self.gpu(),
-            Model::Linear | Model::Quadratic(_) => None,
+            Model::Linear => self.gpu().filter(Gpu::can_record),
+            Model::Quadratic(_) => None,
         }
     }
 
@@ -139,6 +141,10 @@ impl NaturalGradient {
 
     /// Moves new inverses to where the old ones are, which recorded kernels read. Nothing, where they are of another kind.
     pub(super) fn move_inverses(&mut self, old: &[BlockState]) -> Result<bool> {
+        // What measures an orthogonal direction reads the averages and the damping too, which are others after a refresh: it is recorded anew.
+        if self.core.params.orthogonal.is_some() {
+            return Ok(false);
+        }
         let both = || {
             self.core.blocks.iter().zip(old).map(|(b, old)| (&b.state.preconditioner, &old.preconditioner))
         };

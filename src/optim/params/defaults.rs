@@ -116,6 +116,7 @@ impl Params {
             fallback_adam: ParamsAdamW { weight_decay: 0.0, ..ParamsAdamW::default() },
             carry: Carry::Gradient,
             average,
+            products: None,
             wake,
         }
     }

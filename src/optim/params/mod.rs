@@ -57,6 +57,16 @@ pub enum NonFinite {
     Skip,
 }
 
+/// The arithmetic of f32 products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Products {
+    /// f32 throughout.
+    Exact,
+    /// Operands are rounded to TF32, with the 11 significant bits of f16, and sums are f32: on the tensor cores of an NVIDIA GPU several times as
+    /// fast.
+    Tf32,
+}
+
 /// The rate of [`Params::fallback_adam`].
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum FallbackRate {
@@ -153,6 +163,10 @@ pub struct Params {
     pub carry: Carry,
     /// Whether averaged parameters are kept beside the ones that are stepped; see [`Average`].
     pub average: Option<Average>,
+    /// How the wake gradients of large blocks, or of block-diagonal ones, are multiplied with the inverses on an NVIDIA GPU, and directions
+    /// made orthogonal. By default [`Products::Tf32`] where the first trained Var is of half precision, and else [`Products::Exact`]. Small
+    /// blocks, whose products share launches, inverses, and everything on a CPU or in f64 are exact in any case.
+    pub products: Option<Products>,
     /// Which member of the family it is, with the options of its own.
     pub wake: Wake,
 }

@@ -10,10 +10,10 @@ use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
 use crate::curvature::{damped_product, standard};
 use crate::linalg::polar::orthogonalized;
-use crate::ops::dense::dot;
+use crate::ops::dense::{dot, with_tf32};
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
-use crate::optim::params::{Orthogonal, StepRule};
+use crate::optim::params::{Orthogonal, Products, StepRule};
 use crate::optim::state::Core;
 use crate::optim::state::block::Block;
 use crate::optim::wake::Model;
@@ -38,7 +38,8 @@ pub(super) fn host(
     let Some(preconditioner) = &curvature.state.preconditioner else {
         return Err(missing(core, block, "inverse").into());
     };
-    let direction = shaped(core, curvature.state.inputs.as_ref(), preconditioner.apply(&wake.decayed)?)?;
+    let inputs = curvature.state.inputs.as_ref();
+    let direction = with_tf32(tf32(core), || shaped(core, inputs, preconditioner.apply(&wake.decayed)?))?;
     let length = match measured_by_metric(core) {
         true => {
             let (inside, metric) = in_metric(core, block, curvature, &direction, damping)?;
@@ -50,6 +51,14 @@ pub(super) fn host(
         return Err(Refusal::NonFinite(culprit(core, block, &wake.gradient)?));
     }
     Ok(Direction { direction, length })
+}
+
+/// Whether products may round to TF32.
+fn tf32(core: &Core) -> bool {
+    match core.params.products {
+        Some(products) => products == Products::Tf32,
+        None => core.vars.first().is_some_and(|param| param.var.dtype().size_in_bytes() < 4),
+    }
 }
 
 /// The direction as the options want it, of what was solved for; `inputs` are the block's coordinates, where it has such.
@@ -122,7 +131,7 @@ pub(super) fn device(
     let mut sums = Vec::new();
 
     let mut scaled = Parts::of(&products, 0);
-    let (directions, dots_of) = precondition(core, device, curvature, &mut scaled)?;
+    let (directions, dots_of) = with_tf32(tf32(core), || precondition(core, device, curvature, &mut scaled))?;
     let mut dotted = Parts::of(&products, scaled.next);
     let mut items = Vec::new();
     for (index, direction) in directions.iter().enumerate() {
