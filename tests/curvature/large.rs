@@ -176,7 +176,7 @@ fn check_bytes(what: &str, wake: impl Into<Wake> + Clone, change: impl Fn(Params
         let shared =
             if what.starts_with("kld-wrm") { bytes(&|name: &str| name.ends_with("/mean")) } else { 0 };
         // Means and deviations of inputs far from standard are not counted.
-        let inputs = bytes(&|name: &str| name.ends_with("/inputs"));
+        let inputs = bytes(&|name: &str| name.ends_with("inputs"));
         assert_eq!(promised.bytes(), bytes(&|_| true) - shared - inputs, "{what}, {dtype:?}, in all");
     }
     Ok(())
