@@ -46,6 +46,23 @@ fn orthogonal(v: &Mat<f64>, rows: usize) -> Mat<f64> {
     Mat::from_fn(v.nrows(), 1, |i, _| sum[(i % rows, i / rows)])
 }
 
+/// A step of the layer `fc` on `x` and random targets: its gradient, and how far its elements went.
+fn gradient_and_step(
+    net: &Net,
+    opt: &mut NaturalGradient,
+    x: &Tensor,
+    k: u64,
+) -> Result<(Mat<f64>, Mat<f64>)> {
+    let elements = net.elements("fc", 0, 1);
+    let z = (net.forward)(x)?;
+    let grads = mean_loss(Likelihood::Gaussian, &z, &random(10 + k, &[9, 3])?)?.backward()?;
+    let g = column(&elements, |var| grads.get(var).unwrap().clone());
+    let before = values_at(&elements);
+    opt.observe(&z, Likelihood::Gaussian)?;
+    opt.step(&grads)?;
+    Ok((g, values_at(&elements) - &before))
+}
+
 #[test]
 fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
     let learning_rate = StepRule::LearningRate;
@@ -65,14 +82,7 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
         let elements = net.elements("fc", 0, 1);
         let mut mean: Option<Mat<f64>> = None;
         for k in 0..6 {
-            let z = (net.forward)(&random(20 + k, &[9, 4])?)?;
-            let loss = mean_loss(Likelihood::Gaussian, &z, &random(10 + k, &[9, 3])?)?;
-            let grads = loss.backward()?;
-            let g = column(&elements, |var| grads.get(var).unwrap().clone());
-            let before = values_at(&elements);
-            opt.observe(&z, Likelihood::Gaussian)?;
-            opt.step(&grads)?;
-            let taken = values_at(&elements) - &before;
+            let (g, taken) = gradient_and_step(&net, &mut opt, &random(20 + k, &[9, 4])?, k)?;
             let model = mean.as_ref().map_or(g.clone(), |mean| &g * (1.0 - models) + mean * models);
             let wake = mean.as_ref().map_or(model.clone(), |mean| &model - mean * distances);
             mean = Some(model);
@@ -114,14 +124,7 @@ fn inputs_far_from_standard_are_seen_as_standard() -> Result<()> {
             x.broadcast_mul(&scale)?.broadcast_add(&shift)
         };
         for k in 0..4 {
-            let z = (net.forward)(&far(random(20 + k, &[9, 4])?)?)?;
-            let loss = mean_loss(Likelihood::Gaussian, &z, &random(10 + k, &[9, 3])?)?;
-            let grads = loss.backward()?;
-            let g = column(&elements, |var| grads.get(var).unwrap().clone());
-            let before = values_at(&elements);
-            opt.observe(&z, Likelihood::Gaussian)?;
-            opt.step(&grads)?;
-            let taken = values_at(&elements) - &before;
+            let (g, taken) = gradient_and_step(&net, &mut opt, &far(random(20 + k, &[9, 4])?)?, k)?;
             let (a, f) = opt.factors("fc").unwrap();
             let (a, f) = (of_group(&a, 0), of_group(&f, 0));
             let (mean, square) = (|j: usize| a[(j, 4)], |j: usize| a[(j, j)]);

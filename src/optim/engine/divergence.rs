@@ -68,7 +68,7 @@ impl NaturalGradient {
     /// [`predicted`](StepDivergence::predicted) in single blocks is stale curvature, or one that no Kronecker product is; the whole beyond
     /// [`apart`](StepDivergence::apart) is what blocks do together.
     ///
-    /// It runs the model once for each block and four times more. The weight decay of the step is part of what is measured.
+    /// It runs the model once for each block and three times more, beside what QE's step does. The weight decay of the step is part of what is measured.
     ///
     /// # Errors
     /// As `step_with_weighted`. For an optimizer that shares its steps with other processes. A step that was taken stays, whatever fails after it.
