@@ -199,6 +199,11 @@ impl Args {
             }
             Net::Of(_) | Net::Vit | Net::Decoder(_) | Net::Bert => {}
         }
+        if self.measure_every.is_some() && (self.clip.is_some() || self.dtype == DType::F16) {
+            bail!(
+                "--measure-every does not go with --clip or --dtype f16: what it measures are steps as the optimizer takes them"
+            )
+        }
         if self.kl_target.is_some() && !runs(&[Choice::Kldwrm]) {
             bail!("--kl-target is for kldwrm, and --optimizer is {}", self.optimizer.name())
         }

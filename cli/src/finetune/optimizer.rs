@@ -31,11 +31,6 @@ impl Tuner {
         if args.clip.is_some() && args.dtype == DType::F16 {
             bail!("--clip does not go with --dtype f16, whose gradients are scaled; bf16 needs no scale")
         }
-        if args.measure_every.is_some() && (args.clip.is_some() || args.dtype == DType::F16) {
-            bail!(
-                "--measure-every does not go with --clip or --dtype f16: what it measures are steps as the optimizer takes them"
-            )
-        }
         let optimizer = match choice.wake() {
             Some(wake) => Optimizer::natural(vars, params(wake, args, args.lr(choice), tape))?,
             None => first_order(choice, args, vars, optimizer::ends(vars, ends)?)?,
