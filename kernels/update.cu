@@ -42,6 +42,8 @@ struct RateArgs {
     u64 blocks;
     double scale;             // what rates are multiplied by
     double longest;           // the largest rate where a divergence decides
+    double longest_by_lr;     // and at a learning rate of 1, in proportion to it
+    double beyond;            // how far the length that is kept may lead beyond that
     double rest_share;        // Adam's rate for the rest, times the rate; below 0 where it has one of its own
     double target;            // the divergence of a step at length 1, below 0 where a rate decides
     double slope_aim, pace;   // of the length that follows the slopes; a pace below 0 leaves it
@@ -81,7 +83,10 @@ DEVICE void decide(const RateArgs &p) {
             n[LENGTH] *= exp(p.pace * (p.slope_aim * n[LR] - quotient));
         }
     }
-    const double rate = p.target < 0 ? n[LR] * p.scale : fmin(p.longest, n[LR] * n[LENGTH] * sqrt(2 * p.target / fmax(squared, 0.0)));
+    const double full = sqrt(2 * p.target / fmax(squared, 0.0)); // the rate at lengths and learning rates of 1
+    const double longest = fmin(p.longest, p.longest_by_lr * n[LR]);
+    const double rate = p.target < 0 ? n[LR] * p.scale : fmin(longest, n[LR] * n[LENGTH] * full);
+    if (p.target >= 0 && squared > 0) n[LENGTH] = fmin(n[LENGTH], p.beyond * p.longest_by_lr / full);
     const double kl = rate * rate * squared;
     n[CLIP] = p.kl_clip >= 0 && kl > p.kl_clip ? sqrt(p.kl_clip / kl) : 1;
     n[RATE] = rate;

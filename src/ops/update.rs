@@ -61,6 +61,10 @@ args! {
         pub scale: f64,
         /// The largest rate where a divergence decides.
         pub longest: f64,
+        /// The same at a learning rate of 1, in proportion to it.
+        pub longest_by_lr: f64,
+        /// How far the length that is kept may lead beyond that.
+        pub beyond: f64,
         /// Adam's rate for the rest, times the rate; absent where it has one of its own.
         pub rest_share: f64,
         /// The divergence at length 1, absent where a rate decides.

@@ -20,7 +20,12 @@ fn options(wake: Wake, net: &Net) -> Params {
         Wake::KldWrm(_) => Params {
             overlap: 2,
             fisher: Fisher::Exact,
-            step_rule: StepRule::AdaptiveKl(AdaptiveKl { slope: 0.1, noise: 0.0, ..AdaptiveKl::default() }),
+            step_rule: StepRule::AdaptiveKl(AdaptiveKl {
+                slope: 0.1,
+                noise: 0.0,
+                longest: f64::INFINITY,
+                ..AdaptiveKl::default()
+            }),
             orthogonal: None,
             fallback_rate: FallbackRate::Own,
             ..p

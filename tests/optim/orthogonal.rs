@@ -6,12 +6,13 @@ use faer::Mat;
 use kronwake::curvature::Damping;
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::optim::{
-    Every, FallbackRate, Group, Groups, NaturalGradient, Optimizer, Orthogonal, Params, StepRule, TwoRate,
-    UpdateRule, Wake,
+    AdaptiveKl, Every, FallbackRate, Group, Groups, NaturalGradient, Optimizer, Orthogonal, Params, StepRule,
+    TwoRate, UpdateRule, Wake,
 };
 use kronwake::tape::{Fisher, Likelihood, Tape};
 
 const DAMPING: f64 = 0.01;
+const LONG: AdaptiveKl = AdaptiveKl { initial: 1e4, slope: 0.6, noise: 0.0, pace: 0.05, longest: 0.03 };
 
 fn params(net: &Net, wake: impl Into<Wake>) -> Params {
     Params {
@@ -70,6 +71,8 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
         (Wake::KFac, learning_rate, 0.3),
         (TwoRate::default().into(), learning_rate, 0.3),
         (TwoRate::default().into(), StepRule::FixedKl { target: 0.004 }, 0.7),
+        // So long that the longest step decides.
+        (TwoRate::default().into(), StepRule::AdaptiveKl(LONG), 0.7),
     ] {
         let net = Net::of(DType::F64, 3, |vb: VarBuilder| {
             let fc = nn::linear(4, 3, vb.pp("fc"))?;
@@ -91,8 +94,16 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
             let direction = orthogonal(&solve(&metric, &wake), 3);
             let squared = (direction.transpose() * &metric * &direction)[(0, 0)];
             let rate = match rule {
+                StepRule::LearningRate => lr * scale,
                 StepRule::FixedKl { target } => lr * (2.0 * target / squared).sqrt(),
-                _ => lr * scale,
+                // Of four inputs and the bias.
+                StepRule::AdaptiveKl(AdaptiveKl { longest, .. }) => {
+                    let rate = longest / (0.2 * 5f64.sqrt());
+                    let (kept, bound) = (opt.kl_target().unwrap(), 0.5 * (2.0 * rate).powi(2) * squared);
+                    assert!(kept <= bound * (1.0 + 1e-9), "step {k}: {kept} kept, {bound}");
+                    assert!(k > 0 || kept >= bound * (1.0 - 1e-9), "{kept} kept, {bound}");
+                    lr * rate
+                }
             };
             assert_same(
                 &taken,

@@ -19,7 +19,7 @@ fn constructed(wake: impl Into<Wake> + Clone, change: impl Fn(Params) -> Params)
 
 #[test]
 fn options() {
-    const KL: AdaptiveKl = AdaptiveKl { initial: 0.01, slope: 0.2, noise: 0.0, pace: 0.05 };
+    const KL: AdaptiveKl = AdaptiveKl { initial: 0.01, slope: 0.2, noise: 0.0, pace: 0.05, longest: 0.1 };
     type P = Params;
     type Change = fn(P) -> P;
     fn adaptive(change: fn(Adaptive) -> Adaptive) -> Damping {
@@ -78,6 +78,7 @@ fn options() {
         ),
         (|p| p.adaptive_kl(AdaptiveKl { slope: 2.0, ..KL }), &["the slope to aim at in [-1, 1], got 2"]),
         (|p| p.adaptive_kl(AdaptiveKl { pace: -0.1, ..KL }), &["expected a pace in [0, 1], got -0.1"]),
+        (|p| p.adaptive_kl(AdaptiveKl { longest: 0.0, ..KL }), &["a longest step above 0, got 0"]),
         (
             |p| P { average: Some(Average { power: f64::NAN }), ..p },
             &["expected average.power to be zero or more, got NaN"],

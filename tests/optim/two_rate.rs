@@ -164,7 +164,7 @@ fn the_divergence_is_the_target() -> Result<()> {
 /// The length follows the slopes before and after each step, as documented, for steps of any kind.
 #[test]
 fn the_length_follows_the_slopes() -> Result<()> {
-    let rule = AdaptiveKl { initial: 0.02, slope: 0.6, noise: 500.0, pace: 0.5 };
+    let rule = AdaptiveKl { initial: 0.02, slope: 0.6, noise: 500.0, pace: 0.5, longest: f64::INFINITY };
     for wake in [TwoRate::default(), TwoRate::q(0.3, QSolve::Factor)] {
         let net = Net::of(DType::F64, 1, small)?;
         let groups = Groups(vec![Group { frozen: true, ..Group::named("gain") }]);
@@ -172,9 +172,7 @@ fn the_length_follows_the_slopes() -> Result<()> {
         let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
         // Nine loss terms.
         let first = rule.initial * (9.0 / AdaptiveKl::TERMS).sqrt();
-        let elements: usize =
-            opt.summary().blocks.iter().map(|block| block.dims.iter().product::<usize>()).sum();
-        let share = 9.0 / (9.0 + rule.noise * (1.0 + elements as f64 / 102_400.0));
+        let share = 9.0 / (9.0 + rule.noise);
         let (mut after, mut before, mut target) = (0.0, 0.0, first);
         let mut last: Option<(Vec<f64>, f64)> = None;
         for k in 0..9 {
@@ -213,7 +211,7 @@ fn the_length_follows_the_slopes() -> Result<()> {
 #[test]
 fn without_noise_the_full_step_is_found() -> Result<()> {
     let net = linear(8)?;
-    let rule = AdaptiveKl { initial: 1e-6, slope: 0.0, noise: 0.0, pace: 0.2 };
+    let rule = AdaptiveKl { initial: 1e-6, slope: 0.0, noise: 0.0, pace: 0.2, longest: 0.1 };
     let options = params(&net, Wake::KFac).adaptive_kl(rule);
     let options = Params { damping: Damping::Eigenvalue(1e-12), ..options };
     let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;

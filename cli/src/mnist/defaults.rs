@@ -16,8 +16,9 @@ pub const ADAMW: FirstOrder = FirstOrder { lr: 0.01, weight_decay: 0.1 };
 /// Of muon, soap, shampoo and kl-shampoo, whose steps are as long as AdamW's: the same, not tuned.
 pub const OF_MATRICES: FirstOrder = ADAMW;
 
-/// The library's default is none; 6,000 images need some.
-pub const WEIGHT_DECAY: f64 = 3e-3;
+/// Weight decay times training images of the optimizers with curvature: the precision of a Gaussian prior. The library's default is none; 6,000 images
+/// need some, and 60,000 a tenth of it.
+pub const PRIOR_PRECISION: f64 = 18.0;
 
 /// What `--damping` says of it.
 pub fn amount(damping: Damping) -> f64 {
@@ -54,9 +55,10 @@ pub fn table() -> String {
             Fisher::Exact => "exact",
         };
         text.push_str(&format!(
-            "  {:9} {:>6} {WEIGHT_DECAY:>12} {:>8} {kind:>12} {:>10} {:>8}  {fisher}\n",
+            "  {:9} {:>6} {:>12} {:>8} {kind:>12} {:>10} {:>8}  {fisher}\n",
             choice.name(),
             params.lr,
+            format!("{PRIOR_PRECISION}/images"),
             amount(params.damping),
             params.stat_decay,
             or_none(params.kl_clip),

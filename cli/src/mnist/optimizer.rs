@@ -1,7 +1,7 @@
 //! The optimizers as the command line asks for them.
 
 use super::args::Args;
-use super::defaults::{self, ADAMW, OF_MATRICES, SGD, WEIGHT_DECAY};
+use super::defaults::{self, ADAMW, OF_MATRICES, PRIOR_PRECISION, SGD};
 use crate::optimizer::{self, Optimizer, fisher_in_words, seeded};
 use crate::values::{BiasKind, CarryKind, Choice, DampingKind, FisherKind, QSolveKind, StepKind};
 use candle_core::{Result, bail};
@@ -13,12 +13,12 @@ use kronwake::optim::{
 };
 use kronwake::tape::{Fisher, Tape};
 
-/// The optimizer `choice` of all parameters in `vars`, which belong to a model built on `tape`.
-pub fn build(choice: Choice, args: &Args, vars: &VarMap, tape: &Tape) -> Result<Optimizer> {
+/// The optimizer `choice` of all parameters in `vars`, which belong to a model built on `tape`, for so many training images.
+pub fn build(choice: Choice, args: &Args, images: usize, vars: &VarMap, tape: &Tape) -> Result<Optimizer> {
     let first_order =
         |default: defaults::FirstOrder| (args.lr.unwrap_or(default.lr), args.decay_or(default.weight_decay));
     match (choice, choice.wake()) {
-        (_, Some(wake)) => Optimizer::natural(vars, params(own(wake, args), args, tape)?),
+        (_, Some(wake)) => Optimizer::natural(vars, params(own(wake, args), args, images, tape)?),
         (Choice::Sgd, _) => {
             let (lr, weight_decay) = first_order(SGD);
             Optimizer::sgd(vars, ParamsSgd { lr, weight_decay, ..Default::default() })
@@ -102,7 +102,7 @@ fn stepped(wake: Wake, args: &Args, tape: &Tape) -> Result<Params> {
 }
 
 /// The defaults of the wake with what the command line says.
-fn params(wake: Wake, args: &Args, tape: &Tape) -> Result<Params> {
+fn params(wake: Wake, args: &Args, images: usize, tape: &Tape) -> Result<Params> {
     let default = stepped(wake, args, tape)?;
     let damping = args.damping.unwrap_or(defaults::amount(default.damping));
     let kind = args.damping_kind.unwrap_or(match default.damping {
@@ -141,7 +141,7 @@ fn params(wake: Wake, args: &Args, tape: &Tape) -> Result<Params> {
             None => default.average.filter(|_| !args.penalty.is_some_and(|penalty| penalty.proximal())),
         },
         rms_clip: args.rms_clip.map_or(default.rms_clip, |limit| limit.0),
-        weight_decay: args.decay_or(WEIGHT_DECAY),
+        weight_decay: args.decay_or(PRIOR_PRECISION / images as f64),
         carry: match args.carry {
             Some(CarryKind::Gradient) => Carry::Gradient,
             Some(CarryKind::Literal) => Carry::Literal,
@@ -235,7 +235,7 @@ mod tests {
         ] {
             let words = ["mnist", "--optimizer", choice.name()].into_iter().chain(line.split_whitespace());
             let args = Args::try_parse_from(words).map_err(candle_core::Error::wrap)?;
-            assert_eq!(settings(&build(choice, &args, &vars, &tape)?), expected);
+            assert_eq!(settings(&build(choice, &args, 6_000, &vars, &tape)?), expected);
         }
         Ok(())
     }

@@ -108,7 +108,7 @@ pub fn run(
         Some(path) => load(&vars, path)?,
         None => init::seeded_uniform(&init::named(&vars)?, args.seed)?,
     }
-    let mut optimizer = optimizer::build(choice, args, &vars, &tape)?;
+    let mut optimizer = optimizer::build(choice, args, data.train.len(), &vars, &tape)?;
     optimizer.share(world, args.placement.placement())?;
     let plan = Plan::new(args, data.train.len())?;
     let schedule =

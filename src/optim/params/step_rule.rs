@@ -38,7 +38,7 @@ impl StepRule {
         {
             bail!("{optimizer}: expected a positive KL target, got {target}")
         }
-        if let StepRule::AdaptiveKl(AdaptiveKl { slope, noise, pace, initial: _ }) = self {
+        if let StepRule::AdaptiveKl(AdaptiveKl { slope, noise, pace, longest, initial: _ }) = self {
             if !(-1.0..=1.0).contains(slope) {
                 bail!("{optimizer}: expected the slope to aim at in [-1, 1], got {slope}")
             }
@@ -47,6 +47,9 @@ impl StepRule {
             }
             if !(0.0..=1.0).contains(pace) {
                 bail!("{optimizer}: expected a pace in [0, 1], got {pace}")
+            }
+            if !(*longest > 0.0) {
+                bail!("{optimizer}: expected a longest step above 0, got {longest}")
             }
         }
         Ok(())
@@ -71,13 +74,16 @@ impl StepRule {
 ///
 /// The slope where a step begins is that of its own batch, and so has the batch's noise in it: it is larger than the loss's own, many times
 /// where few examples meet many parameters. Of that the rule must not go beyond the greedy length by a share, or steps become too long
-/// without end. So the slope is multiplied by an estimate of the signal's `share` of it, for `n` loss terms a step and blocks of `P` elements
+/// without end. So the slope is multiplied by an estimate of the signal's `share` of it, for `n` loss terms a step
 ///
 /// ```text
-/// share = n / (n + noise (1 + P / 102400))
+/// share = n / (n + noise)
 /// ```
 ///
-/// This is a rule of thumb, not a theorem, found on nets of 5,000 to 270,000 parameters with 64 to 1,024 terms a step.
+/// This is a rule of thumb, not a theorem, found on nets of 5,000 to 900,000 parameters with 32 to 1,024 terms a step.
+///
+/// Where directions are made orthogonal ([`Orthogonal`](super::Orthogonal)), no step is longer than [`longest`](Self::longest) allows: where
+/// hardly any example is wrong any more, slopes are those of a few, and would lead to steps many times too long.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdaptiveKl {
     /// The divergence of the first step in nats, a mean over loss terms, were there [`AdaptiveKl::TERMS`] of them; 0.02 by default. With `n` loss
@@ -87,23 +93,31 @@ pub struct AdaptiveKl {
     pub initial: f64,
     /// The quotient of slopes to aim at were there no noise, in [-1, 1]; 0.6 by default.
     pub slope: f64,
-    /// The loss terms of a step at which signal and noise are level in a small net, 0 or more; 1,024 by default. With 0 the share of the signal
-    /// counts as 1, as where every step sees all examples.
+    /// The loss terms of a step at which signal and noise are level, 0 or more; 512 by default. With 0 the share of the signal counts as 1, as
+    /// where every step sees all examples.
     pub noise: f64,
     /// How fast the length follows, in [0, 1]; 0.05 by default.
     pub pace: f64,
+    /// How far an orthogonal step may change the outputs of a layer, above 0; 0.14 by default, infinity for no bound. It is the root mean square of
+    /// the change of one output, for inputs of the mean square 1 whose direction has nothing to do with the step's. With the schedule's
+    /// fraction `lr`, the rate is at most
+    ///
+    /// ```text
+    /// lr longest / (0.2 sqrt(n))
+    /// ```
+    ///
+    /// where `n` is the largest number of inputs that a layer has, the bias among them; those of a table count as one. So wide layers take
+    /// shorter steps, as the spectral condition has it (Yang, Simon & Bernstein 2023). While the bound holds, the length by the slopes is kept
+    /// at twice the bound at most, so that it is soon back.
+    pub longest: f64,
 }
 
 impl AdaptiveKl {
     /// The loss terms of a step to which [`initial`](Self::initial) refers.
     pub const TERMS: f64 = 1024.0;
-    /// The elements of a net that double its noise.
-    const ELEMENTS: f64 = 102_400.0;
-
-    /// About the share of the loss's own slope in that of a step's batch, of `terms` loss terms, along directions of `elements` elements.
-    pub(crate) fn signal_share(&self, terms: f64, elements: usize) -> f64 {
-        let noise = self.noise * (1.0 + elements as f64 / Self::ELEMENTS);
-        if noise > 0.0 { terms / (terms + noise) } else { 1.0 }
+    /// About the share of the loss's own slope in that of a step's batch, of `terms` loss terms.
+    pub(crate) fn signal_share(&self, terms: f64) -> f64 {
+        if self.noise > 0.0 { terms / (terms + self.noise) } else { 1.0 }
     }
 
     /// What multiplies the length of a first step of `terms` loss terms.
@@ -114,6 +128,6 @@ impl AdaptiveKl {
 
 impl Default for AdaptiveKl {
     fn default() -> Self {
-        Self { initial: 0.02, slope: 0.6, noise: 1024.0, pace: 0.05 }
+        Self { initial: 0.02, slope: 0.6, noise: 512.0, pace: 0.05, longest: 0.14 }
     }
 }

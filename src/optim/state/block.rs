@@ -85,6 +85,14 @@ impl Block {
         [self.groups, self.rows.values(exact), self.columns.values(exact)]
     }
 
+    /// How many inputs one of its outputs is a sum of.
+    pub fn inputs(&self) -> usize {
+        match self.part {
+            Part::Table => 1,
+            Part::Folded | Part::Weight | Part::Bias | Part::Gradient => self.columns.dim,
+        }
+    }
+
     /// Whether the means and variances of its inputs are known.
     pub fn knows_its_inputs(&self) -> bool {
         self.part == Part::Folded && self.columns.is_full()

@@ -128,8 +128,7 @@ impl Core {
 
     /// The quotient of slopes that the length aims at, at the whole length of a step.
     pub fn slope_aim(&self, rule: AdaptiveKl) -> f64 {
-        let elements = self.blocks.iter().map(|block| block.shape().iter().product::<usize>()).sum::<usize>();
-        rule.slope * rule.signal_share(self.slopes.terms, elements)
+        rule.slope * rule.signal_share(self.slopes.terms)
     }
 
     /// Whether the coming step renews the factors; as long as a block that cannot sit it out has none, they are due.

@@ -7,7 +7,8 @@ use super::work_space::DeviceStep;
 use crate::ops::dense::dot;
 use crate::ops::update::{self, RateArgs};
 use crate::ops::wake::StepScalars;
-use crate::optim::params::{FallbackRate, NonFinite, Orthogonal, StepRule};
+use crate::optim::params::{FallbackRate, NonFinite, Orthogonal, Params, StepRule};
+use crate::optim::state::block::Block;
 use crate::optim::state::{Core, Slopes};
 use candle_core::Result;
 
@@ -33,8 +34,9 @@ pub(super) fn host(
 ) -> Result<Length> {
     let pairs = core.blocks.iter().zip(directions).filter_map(|(b, d)| Some((b, d.as_ref()?)));
     let squared: f64 = pairs.map(|(block, found)| block.lr_scale.powi(2) * found.length).sum();
-    let slopes = slopes_after(core, wakes)?;
+    let mut slopes = slopes_after(core, wakes)?;
     let rate = rate(core, squared, slopes.length);
+    slopes.length = slopes.length.min(longest_length(core, squared));
     let kl = rate.powi(2) * squared;
     let clip = match core.params.kl_clip {
         Some(limit) if kl > limit => (limit / kl).sqrt(),
@@ -48,16 +50,43 @@ fn rate(core: &Core, squared: f64, length: f64) -> f64 {
     let (lr, scale) = (core.params.lr, core.params.wake.rate_scale());
     match core.params.step_rule.target() {
         None => lr * scale,
-        Some(target) => longest(core).min(lr * length * (2.0 * target / squared.max(0.0)).sqrt()),
+        Some(target) => {
+            let Longest { rate, by_lr } = longest(core);
+            rate.min(by_lr * lr).min(lr * length * (2.0 * target / squared.max(0.0)).sqrt())
+        }
     }
 }
 
-/// The largest rate where a divergence decides: that of the full step. An orthogonal direction is no step that could be full, and only has to
-/// be finite where there is no curvature at all.
-fn longest(core: &Core) -> f64 {
-    match core.params.orthogonal {
-        None => core.params.wake.rate_scale(),
-        Some(_) => 1.0 / Orthogonal::RMS,
+/// The largest rates where a divergence decides.
+struct Longest {
+    /// Whatever the learning rate is: that of the full step. An orthogonal direction is no step that could be full, and only has to be finite where
+    /// there is no curvature at all.
+    rate: f64,
+    /// At a learning rate of 1, and in proportion to it: [`AdaptiveKl::longest`](crate::optim::AdaptiveKl::longest).
+    by_lr: f64,
+}
+
+fn longest(core: &Core) -> Longest {
+    let Params { orthogonal, step_rule, wake, .. } = &core.params;
+    let rate = if orthogonal.is_some() { 1.0 / Orthogonal::RMS } else { wake.rate_scale() };
+    let by_lr = match (orthogonal, step_rule) {
+        (Some(_), StepRule::AdaptiveKl(rule)) => {
+            let inputs = core.blocks.iter().map(Block::inputs).max().unwrap_or(1);
+            rule.longest / (Orthogonal::RMS * (inputs as f64).sqrt())
+        }
+        (Some(_), StepRule::LearningRate | StepRule::FixedKl { .. }) | (None, _) => f64::INFINITY,
+    };
+    Longest { rate, by_lr }
+}
+
+/// How far the length by the slopes may go beyond the longest step.
+const BEYOND: f64 = 2.0;
+
+/// The greatest length that is kept after a step whose directions have the squared length `squared`.
+fn longest_length(core: &Core, squared: f64) -> f64 {
+    match core.params.step_rule.target() {
+        Some(target) if squared > 0.0 => BEYOND * longest(core).by_lr / (2.0 * target / squared).sqrt(),
+        _ => f64::INFINITY,
     }
 }
 
@@ -112,7 +141,9 @@ pub(super) fn device(core: &Core, device: &DeviceStep, board: &StepScalars) -> R
         last_slope: totals.at(2 * blocks + 1),
         blocks: blocks as u64,
         scale: core.params.wake.rate_scale(),
-        longest: longest(core),
+        longest: longest(core).rate,
+        longest_by_lr: longest(core).by_lr,
+        beyond: BEYOND,
         rest_share: match core.params.fallback_rate {
             FallbackRate::OfStep(share) => share,
             FallbackRate::Own => -1.0,
