@@ -67,6 +67,11 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(bytes.try_into().unwrap_or_default()) as usize)
     }
 
+    /// A number of eight bytes after their count.
+    pub fn double(&mut self) -> Result<f64> {
+        Ok(f64::from_le_bytes(self.bytes()?.try_into().unwrap_or_default()))
+    }
+
     pub fn bytes(&mut self) -> Result<&'a [u8]> {
         let length = self.number()?;
         self.take(length)

@@ -11,7 +11,7 @@ use std::time::Duration;
 pub struct World(Arc<dyn Communicator>);
 
 /// Why there is no step.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Trouble {
     /// NaN or infinity, and where.
     NonFinite(String),
@@ -156,6 +156,15 @@ impl World {
         if values.is_empty() { Ok(()) } else { self.0.sum_f32(values) }
     }
 
+    /// The sums of this rank's part of `values`, which are the parts of all ranks one after the other, of the lengths `parts`.
+    pub(crate) fn scatter_sum_f64(&self, values: Vec<f64>, parts: &[usize]) -> Result<Vec<f64>> {
+        if values.is_empty() { Ok(values) } else { self.0.scatter_sum_f64(values, parts) }
+    }
+
+    pub(crate) fn scatter_sum_f32(&self, values: Vec<f32>, parts: &[usize]) -> Result<Vec<f32>> {
+        if values.is_empty() { Ok(values) } else { self.0.scatter_sum_f32(values, parts) }
+    }
+
     /// Meets all ranks at `place` with what this one has to say: as many numbers as the others, or its trouble. Returns all ranks' numbers, in
     /// their order, and on every rank the same trouble where one has any. Nobody leaves before: that is why a local error is brought here
     /// and not returned.
@@ -166,20 +175,12 @@ impl World {
     ) -> std::result::Result<Vec<Vec<f64>>, Trouble> {
         let bytes = local.map(|numbers| numbers.iter().flat_map(|number| number.to_le_bytes()).collect());
         let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().unwrap_or_default());
-        let told = self.reports(place, bytes)?;
+        let told = self.exchange(place, bytes)?;
         Ok(told.iter().map(|bytes| bytes.chunks_exact(8).map(number).collect()).collect())
     }
 
-    /// [`meet`](Self::meet) with bytes.
+    /// [`meet`](Self::meet) with bytes, of any length on each rank.
     pub(crate) fn exchange(
-        &self,
-        place: Place,
-        bytes: Vec<u8>,
-    ) -> std::result::Result<Vec<Vec<u8>>, Trouble> {
-        self.reports(place, Ok(bytes))
-    }
-
-    fn reports(
         &self,
         place: Place,
         local: std::result::Result<Vec<u8>, Trouble>,

@@ -15,6 +15,8 @@ pub(crate) struct Joint<'a> {
     /// The averages that the factors join, if they do, and how much of these stays.
     pub last: Vec<LayerFactors>,
     pub decay: f64,
+    /// Of each layer, the rank that alone needs its factors; empty where all do.
+    pub owners: Vec<Option<usize>>,
 }
 
 /// One of a layer's factors.
@@ -55,6 +57,10 @@ impl Count {
 }
 
 impl Joint<'_> {
+    fn owner(&self, layer: usize) -> Option<usize> {
+        self.owners.get(layer).copied().flatten()
+    }
+
     fn factors(&self, index: usize) -> Vec<Factor> {
         let (layer, Some(want)) = (&self.layers[index], self.wants[index]) else { return vec![] };
         let groups = layer.groups.max(1);
@@ -119,7 +125,7 @@ impl Joint<'_> {
                 let count = if value.is_some() { factor.count.of(&counts, counted) } else { 0.0 };
                 sums.number(count);
                 sums.number(if value.is_some() { 1.0 } else { 0.0 });
-                if !sums.tensor(value, &factor.form, count)? && wrong.is_none() {
+                if !sums.tensor(self.owner(index), value, &factor.form, count)? && wrong.is_none() {
                     let layer = &self.layers[index].name;
                     wrong =
                         Some(format!("factor {} of layer {layer} has NaN or infinite elements", factor.name));
@@ -129,7 +135,7 @@ impl Joint<'_> {
         Ok(wrong)
     }
 
-    /// The factors of all rows, and what they are means of.
+    /// The factors of all rows that are for this rank, and what they are means of.
     pub fn read(&self, totals: &mut Totals) -> Result<(Vec<LayerFactors>, Counts)> {
         let terms = totals.number()?.round() as usize;
         let counts =
@@ -142,10 +148,8 @@ impl Joint<'_> {
                 let (brought, ranks) = (totals.number()?, totals.number()?);
                 let all = factor.count.of(&counts, counted);
                 let all = if all > 0.0 { all } else { 1.0 };
-                let mean = totals.tensor(&factor.form, all)?;
-                if ranks == 0.0 {
-                    continue;
-                }
+                let mean = totals.tensor(self.owner(index), &factor.form, all)?;
+                let Some(mean) = mean.filter(|_| ranks > 0.0) else { continue };
                 let last = Last::new(self.last.get(index), self.decay, factor.of);
                 (factor.set)(&mut layer, last.completed(mean, brought / all)?);
             }

@@ -3,7 +3,9 @@
 use super::NaturalGradient;
 use super::gradients::Backward;
 use crate::curvature::{FactorSums, Joint, LayerFactors};
+use crate::optim::placement;
 use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
+use crate::optim::state::pending::Owners;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
 use crate::optim::wake::Model;
@@ -36,6 +38,15 @@ impl NaturalGradient {
         }
         let name = self.core.name();
         self.settle()?;
+        if self.core.ownership.is_some() {
+            bail!(
+                "{name}: expected an optimizer with all of its state, got one that shares it with others already"
+            )
+        }
+        let placement = match placement {
+            Placement::ByCost => placement::cheapest(&self.core, world.size()),
+            Placement::Replicated | Placement::Gathered | Placement::Owned => placement,
+        };
         let share = Share::new(world, placement, name, self.core.identity())?;
         // All have the same options here, so all refuse.
         if self.core.params.wake.inner().is_some() {
@@ -48,7 +59,7 @@ impl NaturalGradient {
                 "{name}: expected ekfac: false with several processes, got true: its second moments are those of one process's rows"
             )
         }
-        if share.division.is_some() && self.core.params.overlap > 0 {
+        if placement != Placement::Replicated && self.core.params.overlap > 0 {
             bail!(
                 "{name}: expected Placement::Replicated with inverses that are made beside the steps (overlap {}), got {placement:?}",
                 self.core.params.overlap
@@ -67,6 +78,12 @@ impl NaturalGradient {
         }
         self.device = None;
         self.workplace.division = share.division.clone();
+        if placement == Placement::Owned {
+            let owners = placement::unit_owners(&self.core, world.size());
+            self.core.ownership = Some(self.core.ownership(world.rank(), &owners));
+            self.core.keep_own();
+            self.workplace.owners = Some(Owners { world: world.clone(), of: name });
+        }
         self.shared = Some(share);
         Ok(())
     }
@@ -121,14 +138,15 @@ impl NaturalGradient {
         };
         share.last_terms = brought.as_ref().map_or(0.0, |brought| brought.total);
         let told = share.step(name, steps, brought, &alike, &values)?;
-        let forms: Vec<Form> = self.without_layer().collect();
+        let forms: Vec<_> = self.without_layer().collect();
         for pass in 0..told.passes {
-            for (index, form) in forms.iter().enumerate() {
-                sums.tensor(drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index)), form, 1.0)?;
+            for (index, (owner, form)) in forms.iter().enumerate() {
+                let drawn = drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index));
+                sums.tensor(*owner, drawn, form, 1.0)?;
             }
         }
         let mut totals = share.add(sums)?;
-        let mut grads = read_gradients(&mut totals, &self.slots(), told.total)?;
+        let (mut grads, took_part) = read_gradients(&mut totals, &self.slots(), told.total)?;
         let refresh = match joint_due {
             true => {
                 let joint = self.joint();
@@ -136,14 +154,18 @@ impl NaturalGradient {
                 let averaged = !joint.last.is_empty();
                 let mut drawn = Vec::with_capacity(told.passes);
                 for _ in 0..told.passes {
-                    drawn
-                        .push(forms.iter().map(|form| totals.tensor(form, 1.0)).collect::<Result<Vec<_>>>()?);
+                    let read = |(owner, form): &(_, Form)| totals.tensor(*owner, form, 1.0);
+                    drawn.push(forms.iter().map(read).collect::<Result<Vec<_>>>()?);
                 }
                 Some(Refresh { layers, averaged, counts, drawn })
             }
             false => None,
         };
-        self.sit_out(&mut grads)?;
+        let mut taking_part: Vec<_> = took_part.into_iter().map(|took| took.then_some(())).collect();
+        self.sit_out(&mut taking_part)?;
+        for (grad, taking_part) in grads.iter_mut().zip(taking_part) {
+            *grad = grad.take().filter(|_| taking_part.is_some());
+        }
         Ok(Incoming { grads, loss: told.loss, refresh: Ok(refresh) })
     }
 
@@ -183,27 +205,44 @@ impl NaturalGradient {
 
     pub(super) fn slots(&self) -> Vec<Slot<'_>> {
         let slot = |param: &'_ super::super::state::param::Param| Form::wide(param.var.as_tensor());
-        let slots = self.core.vars.iter();
-        slots.map(|param| Slot { name: &param.name, form: slot(param), optional: param.optional }).collect()
+        let slots = self.core.vars.iter().enumerate();
+        let slots = slots.map(|(index, param)| Slot {
+            name: &param.name,
+            form: slot(param),
+            optional: param.optional,
+            owner: self.core.owner_of_param(index),
+        });
+        slots.collect()
     }
 
-    /// The forms of the gradients of blocks without a layer.
-    fn without_layer(&self) -> impl Iterator<Item = Form> {
-        let blocks = self.core.blocks.iter().filter(|block| block.layer.is_none());
-        blocks.map(|block| Form {
-            dims: block.shape().to_vec(),
-            ..Form::wide(self.core.vars[block.params[0]].var.as_tensor())
+    /// The forms of the gradients of blocks without a layer, and who alone needs them, if one does.
+    fn without_layer(&self) -> impl Iterator<Item = (Option<usize>, Form)> {
+        let blocks = self.core.blocks.iter().enumerate().filter(|(_, block)| block.layer.is_none());
+        blocks.map(|(index, block)| {
+            let like = Form::wide(self.core.vars[block.params[0]].var.as_tensor());
+            (self.core.owner_of_block(index), Form { dims: block.shape().to_vec(), ..like })
         })
     }
 
     fn joint(&self) -> Joint<'_> {
         let (last, decay) = self.averages_to_join();
-        Joint { wants: &self.wants, layers: &self.layers, sharing: self.core.params.sharing, last, decay }
+        let mut owners = vec![None; self.layers.len()];
+        for (index, block) in self.core.blocks.iter().enumerate() {
+            if let Some(layer) = block.layer {
+                owners[layer] = self.core.owner_of_block(index);
+            }
+        }
+        let sharing = self.core.params.sharing;
+        Joint { wants: &self.wants, layers: &self.layers, sharing, last, decay, owners }
     }
 
     /// The averages that factors join as they are computed, and how much of these stays. None where something needs the factors of the
     /// batch alone, as a quadratic wake's model does.
     pub(super) fn averages_to_join(&self) -> (Vec<LayerFactors>, f64) {
+        // Owners alone have averages.
+        if self.core.ownership.is_some() {
+            return (vec![], 0.0);
+        }
         match self.core.params.wake.model() {
             Model::Linear => {}
             Model::Quadratic(_) => return (vec![], 0.0),
@@ -266,9 +305,9 @@ mod tests {
     #[test]
     fn tensors_on_a_gpu_are_added_up_by_way_of_the_host() -> Result<()> {
         let wakes: [Wake; 3] = [Wake::KFac, So::default().into(), "kld-wrm".parse()?];
-        for (wake, placement) in
-            wakes.into_iter().zip([Placement::Replicated, Placement::Gathered, Placement::Gathered])
-        {
+        let placements = [Placement::Replicated, Placement::Gathered, Placement::Gathered];
+        let owned = wakes.clone().map(|wake| (wake, Placement::Owned));
+        for (wake, placement) in wakes.into_iter().zip(placements).chain(owned) {
             let expected = emulate(|| train(&World::alone(), wake.clone(), placement))?;
             let run = &|world: World| emulate(|| train(&world, wake.clone(), placement));
             let found: Vec<_> = std::thread::scope(|scope| {
