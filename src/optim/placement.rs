@@ -99,7 +99,12 @@ pub(super) fn cheapest(core: &Core, ranks: usize) -> Placement {
         return Placement::Replicated;
     }
     let seconds = [Placement::Replicated, Placement::Gathered, Placement::Owned]
-        .map(|placement| (placement, seconds(core, placement, ranks)));
+        .map(|placement| (placement, seconds(core, placement, ranks)))
+        // EKFAC's moments need the eigenvectors on all.
+        .map(|(placement, seconds)| match core.params.ekfac && placement == Placement::Owned {
+            true => (placement, f64::INFINITY),
+            false => (placement, seconds),
+        });
     let least = |best: (Placement, f64), other: (Placement, f64)| if other.1 < best.1 { other } else { best };
     let [first, rest @ ..] = seconds;
     rest.into_iter().fold(first, least).0

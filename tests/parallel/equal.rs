@@ -84,6 +84,36 @@ fn dampings_and_inverses() -> Result<()> {
 }
 
 #[test]
+fn ekfac_s_moments_are_those_of_all_rows() -> Result<()> {
+    for fisher in FISHERS {
+        for bias in [Bias::Folded, Bias::Split] {
+            let params = |net: &Net| Params {
+                fisher,
+                bias,
+                ekfac: true,
+                // The moments change between two inverses too.
+                every: Every { factors: 1, inverses: 3 },
+                ..Params::k_fac(&net.tape)
+            };
+            let what = format!("ekfac, {fisher:?}, {bias:?}");
+            of(small, &params, &plain).check(&what, &SPLITS)?;
+            // The wide net's factors have far more rows than there are examples: EKFAC's moments there follow the eigenvectors that rounding
+            // chooses, on all processes the same.
+            let gathered = Training { placement: Placement::Gathered, ..of(wide, &params, &plain) };
+            let found = ranks(3, |world| gathered.run(world, &[5, 0, 7]));
+            let found = found.into_iter().collect::<Result<Vec<_>>>()?;
+            assert!(found.iter().all(|(_, values)| apart(values, &found[0].1) == 0.0), "{what}");
+        }
+    }
+    let owned = ranks(2, |world| {
+        let params = |net: &Net| Params { ekfac: true, ..Params::k_fac(&net.tape) };
+        Rank::placed(world, small, &params, Placement::Owned).map(drop)
+    });
+    assert!(sentences(owned).iter().all(|said| said.contains("with ekfac, whose moments need")));
+    Ok(())
+}
+
+#[test]
 fn options_of_blocks_and_factors() -> Result<()> {
     for fisher in FISHERS {
         let limit = |beyond| FactorLimit { rows: 3, beyond };

@@ -19,6 +19,9 @@ pub(crate) struct Joint<'a> {
     pub owners: Vec<Option<usize>>,
 }
 
+/// A layer's records that are kept: pairs of inputs and gradients.
+pub(crate) type Kept = Vec<(Tensor, Tensor)>;
+
 /// One of a layer's factors.
 struct Factor {
     name: &'static str,
@@ -101,8 +104,9 @@ impl Joint<'_> {
         factors
     }
 
-    /// Adds this rank's factors, if it has rows, to what all ranks add up. Returns which is not finite.
-    pub fn add(&self, own: Option<FactorSums>, sums: &mut Sums) -> Result<Option<String>> {
+    /// Adds this rank's factors, if it has rows, to what all ranks add up. Returns the records that each layer keeps, and which factor is not
+    /// finite.
+    pub fn add(&self, own: Option<FactorSums>, sums: &mut Sums) -> Result<(Vec<Kept>, Option<String>)> {
         let own = own.filter(|own| own.counts.terms > 0);
         let counts = own.as_ref().map(|own| own.counts).unwrap_or_default();
         for number in [counts.terms as f64, counts.total, counts.weights, counts.squares] {
@@ -132,7 +136,7 @@ impl Joint<'_> {
                 }
             }
         }
-        Ok(wrong)
+        Ok((finished.into_iter().map(|layer| layer.kept).collect(), wrong))
     }
 
     /// The factors of all rows that are for this rank, and what they are means of.

@@ -2,10 +2,10 @@
 
 use super::NaturalGradient;
 use super::gradients::Backward;
-use crate::curvature::{FactorSums, Joint, LayerFactors};
+use crate::curvature::{FactorSums, Joint, Kept, LayerFactors};
 use crate::optim::placement;
 use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
-use crate::optim::state::pending::Owners;
+use crate::optim::state::pending::Others;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
 use crate::optim::wake::Model;
@@ -17,6 +17,15 @@ pub(super) struct Incoming {
     pub grads: Vec<Option<Tensor>>,
     pub loss: Option<f64>,
     pub refresh: Staged<Option<Refresh>>,
+}
+
+/// What this process has seen of a step and does not add up at once.
+#[derive(Default)]
+struct Here {
+    /// The gradients of drawn labels, which as many passes have as on other processes.
+    drawn: Vec<Vec<Tensor>>,
+    /// Records, which EKFAC's moments are sums over.
+    kept: Vec<Kept>,
 }
 
 impl NaturalGradient {
@@ -31,7 +40,9 @@ impl NaturalGradient {
     ///
     /// # Errors
     /// On all processes: when options, Vars, blocks, steps taken or state differ, with the first thing that does; when a process does not
-    /// come; with QE, whose inner steps evaluate the model on rows of one process, with [`Params::ekfac`](crate::optim::Params::ekfac).
+    /// come; with QE, whose inner steps evaluate the model on rows of one process; with [`Placement::Owned`] and
+    /// [`Params::ekfac`](crate::optim::Params::ekfac), whose moments need eigenvectors where the rows are; with inverses that are made beside the steps
+    /// ([`Params::overlap`](crate::optim::Params::overlap)) under any placement but [`Placement::Replicated`].
     pub fn share(&mut self, world: &World, placement: Placement) -> Result<()> {
         if world.is_alone() {
             return Ok(());
@@ -54,9 +65,9 @@ impl NaturalGradient {
                 "{name}: expected a member whose step is one evaluation of the model, got inner steps, whose closure sees one process's rows alone"
             )
         }
-        if self.core.params.ekfac {
+        if self.core.params.ekfac && placement == Placement::Owned {
             bail!(
-                "{name}: expected ekfac: false with several processes, got true: its second moments are those of one process's rows"
+                "{name}: expected Placement::Replicated or Gathered with ekfac, whose moments need the eigenvectors where the rows are, got Owned"
             )
         }
         if placement != Placement::Replicated && self.core.params.overlap > 0 {
@@ -77,12 +88,16 @@ impl NaturalGradient {
             }
         }
         self.device = None;
+        let others = || Some(Others { world: world.clone(), of: name });
+        if self.core.params.ekfac {
+            self.workplace.with_rows = others();
+        }
         self.workplace.division = share.division.clone();
         if placement == Placement::Owned {
             let owners = placement::unit_owners(&self.core, world.size());
             self.core.ownership = Some(self.core.ownership(world.rank(), &owners));
             self.core.keep_own();
-            self.workplace.owners = Some(Owners { world: world.clone(), of: name });
+            self.workplace.owners = others();
         }
         self.shared = Some(share);
         Ok(())
@@ -126,9 +141,10 @@ impl NaturalGradient {
     fn of_all(&mut self, share: &mut Share, local: Result<Backward>) -> Staged<Incoming> {
         let (name, steps) = (self.core.name(), self.core.steps);
         let joint_due = self.curvature_due();
-        let mut drawn = vec![];
+        let mut seen = Here::default();
         let own =
-            local.map_err(Refusal::Failed).and_then(|local| self.own(share, local, joint_due, &mut drawn));
+            local.map_err(Refusal::Failed).and_then(|local| self.own(share, local, joint_due, &mut seen));
+        let Here { drawn, kept } = seen;
         let alike = [("learning rate", self.core.params.lr), ("damping", self.core.damping)];
         let values: Vec<_> =
             self.core.vars.iter().map(|param| (param.name.as_str(), param.value())).collect();
@@ -150,7 +166,10 @@ impl NaturalGradient {
         let refresh = match joint_due {
             true => {
                 let joint = self.joint();
-                let (layers, counts) = joint.read(&mut totals)?;
+                let (mut layers, counts) = joint.read(&mut totals)?;
+                for (layer, kept) in layers.iter_mut().zip(kept) {
+                    layer.kept = kept;
+                }
                 let averaged = !joint.last.is_empty();
                 let mut drawn = Vec::with_capacity(told.passes);
                 for _ in 0..told.passes {
@@ -169,13 +188,13 @@ impl NaturalGradient {
         Ok(Incoming { grads, loss: told.loss, refresh: Ok(refresh) })
     }
 
-    /// This process's part of a step, with the gradients of drawn labels in `drawn`.
+    /// This process's part of a step, with what is not added up at once in `here`.
     fn own(
         &mut self,
         share: &mut Share,
         (loss, grads): Backward,
         due: bool,
-        drawn: &mut Vec<Vec<Tensor>>,
+        here: &mut Here,
     ) -> Staged<(Sums, Brought)> {
         if let Some(kept) = share.kept.take() {
             return Err(Refusal::Failed(kept));
@@ -195,8 +214,10 @@ impl NaturalGradient {
             let observed = self.take_sums(total > 0.0)?;
             let (factors, gradients) = observed.map_or((None, vec![]), |(sums, drawn)| (Some(sums), drawn));
             passes = gradients.len();
-            *drawn = gradients;
-            if let Some(what) = self.joint().add(factors, &mut sums)? {
+            here.drawn = gradients;
+            let (kept, wrong) = self.joint().add(factors, &mut sums)?;
+            here.kept = kept;
+            if let Some(what) = wrong {
                 return Err(Refusal::NonFinite(what));
             }
         }

@@ -61,12 +61,14 @@ pub(crate) struct Workplace {
     /// How several processes divide inverses that the step waits for, if they do.
     pub division: Option<Division>,
     /// Who else holds state, where it is divided.
-    pub owners: Option<Owners>,
+    pub owners: Option<Others>,
+    /// Who else has rows, where moments are sums over them.
+    pub with_rows: Option<Others>,
 }
 
-/// The processes that own a part of the state each, and what their optimizer is called.
+/// The processes that meet within a step, and what their optimizer is called.
 #[derive(Debug, Clone)]
-pub(crate) struct Owners {
+pub(crate) struct Others {
     pub world: World,
     pub of: &'static str,
 }

@@ -10,7 +10,7 @@ use crate::linalg::traces::traces;
 use crate::ops::dense::mix;
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState, Factors};
-use crate::optim::state::pending::{Owners, PendingInverses, Workplace};
+use crate::optim::state::pending::{Others, PendingInverses, Workplace};
 use crate::optim::wake::{Model, QSolve};
 use crate::parallel::Division;
 use candle_core::{Result, Tensor};
@@ -41,7 +41,7 @@ pub(super) fn renew(
 /// factors does so from those of all owners, who meet here; what was refused before is then refused by all.
 pub(super) fn damped<'a, T>(
     core: &Core,
-    owners: Option<&Owners>,
+    owners: Option<&Others>,
     found: Staged<(T, Vec<Option<BlockCurvature<'a>>>)>,
 ) -> Staged<Staged<Found<'a, T>>> {
     match core.params.damping {
@@ -156,12 +156,18 @@ fn prepare(
             }
         }
     }
+    let mut moments = match core.params.ekfac {
+        true => ekfac::current(core, workplace.with_rows.as_ref(), curvature)?,
+        false => vec![],
+    }
+    .into_iter();
     for (block, found) in core.blocks.iter().zip(curvature) {
+        let current = moments.next().flatten();
         let Some(BlockCurvature { state, records, fresh, .. }) = found else { continue };
         // A new inverse has the scaling of one Kronecker product, and new records change the moments.
         if core.params.ekfac && (records.is_some() || *fresh) {
             let damping = core.damping_of(block, damping);
-            ekfac::update(block, state, *records, core.params.stat_decay, damping)?;
+            ekfac::update(block, state, current, core.params.stat_decay, damping)?;
         }
         if state.preconditioner.is_none() {
             return Err(Refusal::Failed(missing(core, block, "inverse")));

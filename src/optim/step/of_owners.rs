@@ -1,13 +1,13 @@
 //! Numbers within a step that blocks of several owners have a part of.
 
 use super::gradients::Staged;
-use crate::optim::state::pending::Owners;
+use crate::optim::state::pending::Others;
 use crate::parallel::{Place, Trouble};
 
 /// What this process has, with the sums of the numbers that each owner has of its own blocks. Where one refuses, all do: so what was refused
 /// before comes here too. Without owners the numbers are the sums.
 pub(super) fn summed<T>(
-    owners: Option<&Owners>,
+    owners: Option<&Others>,
     (call, step): (&'static str, usize),
     own: Staged<T>,
     numbers: impl FnOnce(&T) -> Staged<Vec<f64>>,
@@ -16,7 +16,7 @@ pub(super) fn summed<T>(
         let numbers = numbers(&own)?;
         Ok((own, numbers))
     });
-    let Some(Owners { world, of }) = owners else { return own };
+    let Some(Others { world, of }) = owners else { return own };
     let own = own.map_err(Trouble::from);
     let local = own.as_ref().map(|(_, numbers)| numbers.clone()).map_err(Trouble::clone);
     let told = world.meet(Place { of, call, step }, local)?;
