@@ -114,6 +114,13 @@ impl Optimizer {
 
     /// Ties it to those of the other processes.
     pub fn share(&mut self, world: &World, placement: Placement) -> Result<()> {
+        let placement = match (&*self, placement) {
+            // One that compares with others on the same command line, and has no inverses to divide.
+            (first_order, Placement::Gathered) if !matches!(first_order, Self::Natural(_)) => {
+                Placement::Replicated
+            }
+            (_, placement) => placement,
+        };
         each!(self, one => one.share(world, placement))
     }
 

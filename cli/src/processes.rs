@@ -7,17 +7,23 @@ use kronwake::parallel::{Placement, World};
 /// Which process computes what; see [`Placement`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PlacementKind {
+    /// What costs the least by a count of multiplications and bytes
+    ByCost,
     /// All compute all
     Replicated,
     /// Each inverts a part of the curvature's factors
     Gathered,
+    /// Each holds the state of a part of the parameters, and computes their steps
+    Owned,
 }
 
 impl PlacementKind {
     pub fn placement(self) -> Placement {
         match self {
+            Self::ByCost => Placement::ByCost,
             Self::Replicated => Placement::Replicated,
             Self::Gathered => Placement::Gathered,
+            Self::Owned => Placement::Owned,
         }
     }
 }

@@ -6,12 +6,20 @@ use candle_core::{Error, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// [`start`] of a program that trains on all processes that `mpirun` started.
 pub fn start_together(threads: Option<usize>, work: impl FnOnce(&Processes) -> Result<()>) -> ExitCode {
     start(threads.or_else(processes::threads), || {
         let processes = Processes::start()?;
-        work(&processes)
+        let begun = Instant::now();
+        work(&processes)?;
+        let (world, all) = (processes.world(), begun.elapsed().as_secs_f64());
+        if !world.is_alone() {
+            let waited = world.waited().as_secs_f64();
+            println!("rank {} of {}: {waited:.2} s of {all:.2} s in messages", world.rank(), world.size());
+        }
+        Ok(())
     })
 }
 

@@ -24,4 +24,6 @@ pub(crate) use factor_shape::FactorShape;
 pub(crate) use gradient::{average_product, gradient_factors};
 pub(crate) use inverse::{Preconditioner, Recipe, Task, damped_inverses, damped_product, factor_product};
 pub(crate) use rounding::moments_above_rounding;
-pub(crate) use sums::{Counts, FactorSums, Joint, LayerFactors, Pass, Want, WantWeight, wide, wide_dtype};
+pub(crate) use sums::{
+    Counts, FactorSums, Joint, Kept, LayerFactors, Pass, Want, WantWeight, wide, wide_dtype,
+};

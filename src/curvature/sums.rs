@@ -20,7 +20,7 @@ mod joint;
 mod mean;
 mod weighted;
 
-pub(crate) use joint::Joint;
+pub(crate) use joint::{Joint, Kept};
 pub(crate) use weighted::Pass;
 
 use super::FactorShape;

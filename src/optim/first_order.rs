@@ -4,6 +4,7 @@
 mod adamw;
 mod file;
 mod muon;
+mod owned;
 mod sgd;
 mod shampoo;
 mod sides;
@@ -167,6 +168,8 @@ pub struct FirstOrder<P> {
     slots: Vec<Slot>,
     /// The tie to the optimizers of other processes, where there are some.
     shared: Option<Share>,
+    /// Who of the processes alone holds the state of each slot; empty where all hold all.
+    owners: Vec<usize>,
 }
 
 /// A parameter and its state after a step.
@@ -204,7 +207,7 @@ impl<P: Update> FirstOrder<P> {
         let lr = *params.lr();
         let adam = params.adam_lr().map(|rate| (AdamRate::new(rate, lr), if lr == 0.0 { 0.0 } else { rate }));
         let non_finite = NonFinite::default();
-        Ok(Self { params, non_finite, steps: 0, skipped: 0, adam, slots, shared: None })
+        Ok(Self { params, non_finite, steps: 0, skipped: 0, adam, slots, shared: None, owners: vec![] })
     }
 
     /// The options.
@@ -325,7 +328,7 @@ impl<P: Update> FirstOrder<P> {
     /// The step on finite gradients.
     fn take(&mut self, grads: &[Option<Tensor>]) -> Result<()> {
         let lr = self.learning_rate();
-        let given = self.trained().zip(grads.iter().flatten());
+        let given = self.trained().zip(grads).filter_map(|(slot, grad)| Some((slot, grad.as_ref()?)));
         let given = given.map(|(slot, grad)| Ok((slot, slot.value()?, grad))).collect::<Result<Vec<_>>>()?;
         let next = |(slot, value, grad): &(&Slot, Tensor, &Tensor)| self.next(slot, value, grad, lr);
         let on_host = given.iter().all(|(_, value, _)| value.device().is_cpu());
@@ -333,7 +336,8 @@ impl<P: Update> FirstOrder<P> {
             true => given.par_iter().map(next).collect(),
             false => given.iter().map(next).collect(),
         };
-        let next = self.all_agree(next.into_iter().collect::<Result<Vec<_>>>())?;
+        let next = next.into_iter().collect::<Result<Vec<_>>>();
+        let next = if self.owners.is_empty() { self.all_agree(next)? } else { self.with_owners(next)? };
         let trained = self.slots.iter_mut().filter(|slot| slot.way != Way::Frozen);
         for (slot, (value, state)) in trained.zip(next) {
             slot.set(value, state)?;

@@ -19,6 +19,7 @@ mod identity;
 mod loss_scale;
 mod numbers;
 mod params;
+mod placement;
 mod schedule;
 mod share;
 mod state;

@@ -1,5 +1,9 @@
 //! An optimizer's tie to those of the other processes: what it has counted here, and the meetings of a step.
 
+mod of_owners;
+
+pub(super) use of_owners::Values;
+
 use super::identity::{Lines, hash};
 use super::step::gradients::Refusal;
 use crate::parallel::{Division, Form, Place, Placement, Sums, Totals, Trouble, World, bytes_of, tensor_of};
@@ -12,6 +16,8 @@ const COMPARED: usize = 100;
 #[derive(Debug)]
 pub(super) struct Share {
     pub world: World,
+    /// Which process computes what.
+    pub placement: Placement,
     /// How inverses are divided, if they are.
     pub division: Option<Division>,
     /// The total of loss terms that the coming step has been shown here; none before it was shown any outputs.
@@ -22,8 +28,8 @@ pub(super) struct Share {
     pub kept: Option<Error>,
     /// The total of the last step here.
     pub last_terms: f64,
-    /// Bytes that this process has added up with the others.
-    pub added: usize,
+    /// Bytes that this process has sent.
+    pub sent: usize,
 }
 
 /// What a process says of its part of a step, or what is so of all parts.
@@ -42,6 +48,8 @@ pub(super) struct Slot<'a> {
     pub name: &'a str,
     pub form: Form,
     pub optional: bool,
+    /// Who alone needs its gradient; none where all do.
+    pub owner: Option<usize>,
 }
 
 impl From<Trouble> for Refusal {
@@ -68,11 +76,11 @@ impl Share {
         identity.push(("a placement".into(), format!("{placement:?}")));
         world.agree_all(&format!("{who}: share"), &identity)?;
         let division = match placement {
-            Placement::Replicated => None,
+            Placement::Replicated | Placement::ByCost | Placement::Owned => None,
             Placement::Gathered => Some(Division::new(world, who)),
         };
         let (world, kept) = (world.clone(), None);
-        Ok(Self { world, division, terms: None, rows: 0, kept, last_terms: 0.0, added: 0 })
+        Ok(Self { world, placement, division, terms: None, rows: 0, kept, last_terms: 0.0, sent: 0 })
     }
 
     /// Sets Vars to what rank 0's are.
@@ -97,7 +105,7 @@ impl Share {
 
     /// Adds up what all have brought.
     pub fn add(&mut self, sums: Sums) -> Result<Totals> {
-        self.added += sums.bytes();
+        self.sent += sums.bytes(&self.world);
         sums.over(&self.world)
     }
 
@@ -277,7 +285,7 @@ impl Share {
         if total <= 0.0 {
             bail!("{of}: no process has a loss term")
         }
-        read_gradients(&mut self.add(sums)?, slots, total)
+        Ok(read_gradients(&mut self.add(sums)?, slots, total)?.0)
     }
 }
 
@@ -296,7 +304,7 @@ pub(super) fn add_gradients(
         if slot.optional {
             sums.number(if grad.is_some() { 1.0 } else { 0.0 });
         }
-        if !sums.tensor(grad, &slot.form, total)? {
+        if !sums.tensor(slot.owner, grad, &slot.form, total)? {
             let what = format!("the gradient of {} has NaN or infinite elements", slot.name);
             return Err(Refusal::NonFinite(what));
         }
@@ -304,17 +312,17 @@ pub(super) fn add_gradients(
     Ok(())
 }
 
-/// The mean gradients of all; none of params that took part nowhere.
+/// The mean gradients of all that are for this process, and which params took part anywhere.
 pub(super) fn read_gradients(
     totals: &mut Totals,
     slots: &[Slot<'_>],
     total: f64,
-) -> Result<Vec<Option<Tensor>>> {
-    let mut grads = Vec::with_capacity(slots.len());
+) -> Result<(Vec<Option<Tensor>>, Vec<bool>)> {
+    let (mut grads, mut took_part) = (Vec::with_capacity(slots.len()), Vec::with_capacity(slots.len()));
     for slot in slots {
         let present = !slot.optional || totals.number()? > 0.0;
-        let grad = totals.tensor(&slot.form, total)?;
-        grads.push(present.then_some(grad));
+        grads.push(totals.tensor(slot.owner, &slot.form, total)?.filter(|_| present));
+        took_part.push(present);
     }
-    Ok(grads)
+    Ok((grads, took_part))
 }

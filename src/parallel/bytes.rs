@@ -8,12 +8,20 @@ pub(crate) fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
     let tensor = tensor.to_device(&Device::Cpu)?;
     let host = Host::of(&tensor);
     Ok(match tensor.dtype() {
-        DType::F64 => host.values::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F32 => host.values::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F16 => host.values::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::BF16 => host.values::<half::bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F64 => little_endian(&host.values::<f64>()?, |v| v.to_le_bytes()),
+        DType::F32 => little_endian(&host.values::<f32>()?, |v| v.to_le_bytes()),
+        DType::F16 => little_endian(&host.values::<half::f16>()?, |v| v.to_le_bytes()),
+        DType::BF16 => little_endian(&host.values::<half::bf16>()?, |v| v.to_le_bytes()),
         other => bail!("parallel: expected a tensor of f64, f32, f16 or bf16, got {other:?}"),
     })
+}
+
+fn little_endian<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    let mut written = vec![0; N * values.len()];
+    for (bytes_of, &value) in written.chunks_exact_mut(N).zip(values) {
+        bytes_of.copy_from_slice(&bytes(value));
+    }
+    written
 }
 
 /// The inverse of [`bytes_of`].
@@ -65,6 +73,11 @@ impl<'a> Reader<'a> {
     pub fn number(&mut self) -> Result<usize> {
         let bytes = self.take(8)?;
         Ok(u64::from_le_bytes(bytes.try_into().unwrap_or_default()) as usize)
+    }
+
+    /// A number of eight bytes after their count.
+    pub fn double(&mut self) -> Result<f64> {
+        Ok(f64::from_le_bytes(self.bytes()?.try_into().unwrap_or_default()))
     }
 
     pub fn bytes(&mut self) -> Result<&'a [u8]> {

@@ -32,6 +32,25 @@ pub trait Communicator: Debug + Send + Sync {
     /// As [`gather`](Self::gather).
     fn sum_f32(&self, values: &mut [f32]) -> Result<()>;
 
+    /// The sums over all ranks of this rank's part of `values`, a reduce-scatter: `values` are the parts of all ranks one after the other,
+    /// of as many numbers as `parts` says. An engine that does not have it adds up all parts on all ranks, by [`sum_f64`](Self::sum_f64).
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather).
+    fn scatter_sum_f64(&self, mut values: Vec<f64>, parts: &[usize]) -> Result<Vec<f64>> {
+        self.sum_f64(&mut values)?;
+        Ok(part_of(values, parts, self.rank()))
+    }
+
+    /// [`scatter_sum_f64`](Self::scatter_sum_f64) in single precision.
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather).
+    fn scatter_sum_f32(&self, mut values: Vec<f32>, parts: &[usize]) -> Result<Vec<f32>> {
+        self.sum_f32(&mut values)?;
+        Ok(part_of(values, parts, self.rank()))
+    }
+
     /// How long a rank waits for the others; ten minutes at first.
     fn set_time_limit(&self, limit: Duration);
 
@@ -70,6 +89,14 @@ impl Communicator for Alone {
     fn set_time_limit(&self, _: Duration) {}
 
     fn abort(&self, _: &str) {}
+}
+
+/// The part of a rank.
+fn part_of<T>(mut values: Vec<T>, parts: &[usize], rank: usize) -> Vec<T> {
+    let from = parts.iter().take(rank).sum::<usize>().min(values.len());
+    let mut part = values.split_off(from);
+    part.truncate(parts.get(rank).copied().unwrap_or(0));
+    part
 }
 
 /// Adds the rows of a gathered message up, in the order of the ranks.

@@ -22,14 +22,25 @@ pub(crate) struct Division {
 /// Who does which of jobs of the orders `orders`, `n^3` each: the largest first, each to whom has the least to do. None, all do, where a job
 /// is not worth a message.
 pub(crate) fn owners(orders: &[usize], ranks: usize) -> Vec<Option<usize>> {
+    let large: Vec<usize> = (0..orders.len()).filter(|&job| orders[job] >= WORTH_IT).collect();
+    let costs: Vec<f64> = large.iter().map(|&job| (orders[job] as f64).powi(3)).collect();
     let mut owners = vec![None; orders.len()];
+    for (job, owner) in large.into_iter().zip(spread(&costs, ranks)) {
+        owners[job] = Some(owner);
+    }
+    owners
+}
+
+/// Who does which of jobs of these costs: the dearest first, each to whom has the least to do.
+pub(crate) fn spread(costs: &[f64], ranks: usize) -> Vec<usize> {
+    let mut owners = vec![0; costs.len()];
     let mut load = vec![0f64; ranks];
-    let mut largest_first: Vec<usize> = (0..orders.len()).filter(|&job| orders[job] >= WORTH_IT).collect();
-    largest_first.sort_by_key(|&job| (std::cmp::Reverse(orders[job]), job));
-    for job in largest_first {
+    let mut dearest_first: Vec<usize> = (0..costs.len()).collect();
+    dearest_first.sort_by(|&a, &b| costs[b].total_cmp(&costs[a]));
+    for job in dearest_first {
         let least = (0..ranks).min_by(|&a, &b| load[a].total_cmp(&load[b])).unwrap_or(0);
-        owners[job] = Some(least);
-        load[least] += (orders[job] as f64).powi(3);
+        owners[job] = least;
+        load[least] += costs[job];
     }
     owners
 }
@@ -113,7 +124,7 @@ impl Division {
         }
         self.sent.fetch_add(message.0.len() * (self.world.size() - 1), Ordering::Relaxed);
         let place = Place { of: self.of, call: "inverses", step: 0 };
-        let messages = self.world.exchange(place, message.0).map_err(|trouble| text(&trouble.error()))?;
+        let messages = self.world.exchange(place, Ok(message.0)).map_err(|trouble| text(&trouble.error()))?;
         let mut readers: Vec<Reader> = messages.iter().map(|message| Reader(message)).collect();
         for (job, owner) in owners.iter().enumerate() {
             let Some(owner) = *owner else { continue };

@@ -27,18 +27,26 @@ pub use mpi::Mpi;
 pub use threads::Threads;
 pub use world::World;
 
-pub(crate) use bytes::{bytes_of, tensor_of};
-pub(crate) use division::{Division, owners};
+pub(crate) use bytes::{Reader, Writer, bytes_of, tensor_of};
+pub(crate) use division::{Division, owners, spread};
 pub(crate) use sums::{Form, Sums, Totals};
 pub(crate) use world::{Place, Trouble};
 
 /// Which process holds and computes what of an optimizer's step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Placement {
-    /// All hold all and compute all, from the same sums.
+    /// The one of the others whose step is the shortest by a count of multiplications and bytes, which shapes, options and the number of
+    /// processes decide and no clock: see [the guide](crate::guide::parallel).
     #[default]
+    ByCost,
+    /// All hold all and compute all, from the same sums.
     Replicated,
     /// All hold all, but each inverts a part of the factors: the largest first, each goes to the process that has the least to do, by the cube
     /// of its order. The results are gathered, so all have the same bits.
     Gathered,
+    /// Each Kronecker block, and each Var without one, has an owner, who alone holds its state, and computes its inverse and its step (ZeRO-1:
+    /// Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models", 2020). Gradients and factors are added up
+    /// where they are owned, and the parameters that a step has led to are gathered. Parameters, their f32 masters and their averages
+    /// ([`Params::average`](crate::optim::Params::average)) are on all.
+    Owned,
 }

@@ -296,6 +296,25 @@ impl Engine {
             .map_err(of_mpi)
     }
 
+    /// Each part to its rank.
+    fn scatter_sum<T: MpiDatatype + Default + Clone>(&self, values: &[T], parts: &[usize]) -> Result<Vec<T>> {
+        let mut sums = vec![T::default(); parts.get(self.rank).copied().unwrap_or(0)];
+        let mut rest = values;
+        for (rank, &part) in parts.iter().enumerate() {
+            let (part, after) = rest.split_at(part.min(rest.len()));
+            rest = after;
+            if part.is_empty() {
+                continue;
+            }
+            let sums: &mut [T] = if rank == self.rank { &mut sums } else { &mut [] };
+            ferrompi::scope(|scope| {
+                self.finish(self.comm.ireduce(scope, part, sums, ReduceOp::Sum, rank as i32))
+            })
+            .map_err(of_mpi)?;
+        }
+        Ok(sums)
+    }
+
     fn gather_long(&self, bytes: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
         let mut counts = Vec::with_capacity(lengths.len());
         let mut places = Vec::with_capacity(lengths.len());
@@ -379,6 +398,14 @@ impl Communicator for Shared {
 
     fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
         self.0.sum(values)
+    }
+
+    fn scatter_sum_f64(&self, values: Vec<f64>, parts: &[usize]) -> Result<Vec<f64>> {
+        self.0.scatter_sum(&values, parts)
+    }
+
+    fn scatter_sum_f32(&self, values: Vec<f32>, parts: &[usize]) -> Result<Vec<f32>> {
+        self.0.scatter_sum(&values, parts)
     }
 
     fn set_time_limit(&self, limit: Duration) {

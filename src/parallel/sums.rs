@@ -1,4 +1,4 @@
-//! Numbers and tensors that all ranks add up, in one message for each element type.
+//! Numbers and tensors that all ranks add up, in one message for each element type: everywhere, or where a tensor is owned.
 
 use super::World;
 use crate::curvature::wide_dtype;
@@ -8,15 +8,31 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 /// What a rank adds, one after the other; read from [`Totals`] in the same order.
 #[derive(Debug, Default)]
 pub(crate) struct Sums {
+    /// For all.
+    all: Row,
+    /// For each owner, up to the last that has any.
+    owned: Vec<Row>,
+}
+
+/// Numbers one after the other.
+#[derive(Debug, Default)]
+struct Row {
     doubles: Vec<f64>,
     singles: Vec<f32>,
 }
 
-/// The sums.
+/// The sums that are for this rank.
 #[derive(Debug)]
 pub(crate) struct Totals {
-    sums: Sums,
-    /// How many have been read.
+    rank: usize,
+    all: Read,
+    owned: Read,
+}
+
+/// Sums of which some have been read.
+#[derive(Debug, Default)]
+struct Read {
+    sums: Row,
     read: (usize, usize),
 }
 
@@ -42,15 +58,29 @@ impl Form {
 impl Sums {
     /// Adds a number.
     pub fn number(&mut self, value: f64) {
-        self.doubles.push(value);
+        self.all.doubles.push(value);
     }
 
-    /// Adds a tensor of this form times a number, or nothing. Whether its elements are finite.
-    pub fn tensor(&mut self, value: Option<&Tensor>, form: &Form, times: f64) -> Result<bool> {
+    /// Adds a tensor of this form times a number, or nothing; what has an `owner` is for that rank alone. Whether its elements are finite.
+    pub fn tensor(
+        &mut self,
+        owner: Option<usize>,
+        value: Option<&Tensor>,
+        form: &Form,
+        times: f64,
+    ) -> Result<bool> {
+        let row = match owner {
+            None => &mut self.all,
+            Some(owner) => {
+                let rows = self.owned.len().max(owner + 1);
+                self.owned.resize_with(rows, Row::default);
+                &mut self.owned[owner]
+            }
+        };
         let Some(value) = value else {
             match form.dtype {
-                DType::F64 => self.doubles.resize(self.doubles.len() + form.elements(), 0.0),
-                _ => self.singles.resize(self.singles.len() + form.elements(), 0.0),
+                DType::F64 => row.doubles.resize(row.doubles.len() + form.elements(), 0.0),
+                _ => row.singles.resize(row.singles.len() + form.elements(), 0.0),
             }
             return Ok(true);
         };
@@ -61,13 +91,13 @@ impl Sums {
         let host = Host::of(&value);
         let mut finite = true;
         match form.dtype {
-            DType::F64 => self.doubles.extend(host.values::<f64>()?.iter().map(|value| {
+            DType::F64 => row.doubles.extend(host.values::<f64>()?.iter().map(|value| {
                 finite &= value.is_finite();
                 value * times
             })),
             _ => {
                 let times = times as f32;
-                self.singles.extend(host.values::<f32>()?.iter().map(|value| {
+                row.singles.extend(host.values::<f32>()?.iter().map(|value| {
                     finite &= value.is_finite();
                     value * times
                 }));
@@ -77,14 +107,32 @@ impl Sums {
     }
 
     /// Adds up what all ranks have.
-    pub fn over(mut self, world: &World) -> Result<Totals> {
-        world.sum_f64(&mut self.doubles)?;
-        world.sum_f32(&mut self.singles)?;
-        Ok(Totals { sums: self, read: (0, 0) })
+    pub fn over(self, world: &World) -> Result<Totals> {
+        let Self { mut all, mut owned } = self;
+        owned.resize_with(world.size(), Row::default);
+        world.sum_f64(&mut all.doubles)?;
+        world.sum_f32(&mut all.singles)?;
+        let parts: Vec<usize> = owned.iter().map(|row| row.doubles.len()).collect();
+        let doubles = owned.iter_mut().flat_map(|row| std::mem::take(&mut row.doubles)).collect();
+        let doubles = world.scatter_sum_f64(doubles, &parts)?;
+        let parts: Vec<usize> = owned.iter().map(|row| row.singles.len()).collect();
+        let singles = owned.iter_mut().flat_map(|row| std::mem::take(&mut row.singles)).collect();
+        let singles = world.scatter_sum_f32(singles, &parts)?;
+        let read = |sums| Read { sums, read: (0, 0) };
+        Ok(Totals { rank: world.rank(), all: read(all), owned: read(Row { doubles, singles }) })
     }
 
-    /// Bytes of the messages.
-    pub fn bytes(&self) -> usize {
+    /// Bytes that this rank sends: of a sum everywhere twice its share, as an all-reduce does that is made of a reduce-scatter and a gather;
+    /// of one where it is owned what others own.
+    pub fn bytes(&self, world: &World) -> usize {
+        let others = self.owned.iter().enumerate().filter(|(rank, _)| *rank != world.rank());
+        2 * self.all.bytes() * (world.size() - 1) / world.size()
+            + others.map(|(_, row)| row.bytes()).sum::<usize>()
+    }
+}
+
+impl Row {
+    fn bytes(&self) -> usize {
         8 * self.doubles.len() + 4 * self.singles.len()
     }
 }
@@ -92,17 +140,28 @@ impl Sums {
 impl Totals {
     /// The next number.
     pub fn number(&mut self) -> Result<f64> {
-        match self.sums.doubles.get(self.read.0) {
+        let Read { sums, read } = &mut self.all;
+        match sums.doubles.get(read.0) {
             Some(value) => {
-                self.read.0 += 1;
+                read.0 += 1;
                 Ok(*value)
             }
             None => bail!("parallel: fewer numbers were added than are read"),
         }
     }
 
-    /// The next tensor, divided by a number.
-    pub fn tensor(&mut self, form: &Form, by: f64) -> Result<Tensor> {
+    /// The next tensor of this owner, divided by a number; none where another rank owns it.
+    pub fn tensor(&mut self, owner: Option<usize>, form: &Form, by: f64) -> Result<Option<Tensor>> {
+        match owner {
+            None => self.all.tensor(form, by).map(Some),
+            Some(owner) if owner == self.rank => self.owned.tensor(form, by).map(Some),
+            Some(_) => Ok(None),
+        }
+    }
+}
+
+impl Read {
+    fn tensor(&mut self, form: &Form, by: f64) -> Result<Tensor> {
         let elements = form.elements();
         let too_few = || candle_core::Error::Msg("parallel: fewer elements were added than are read".into());
         let dims = form.dims.as_slice();

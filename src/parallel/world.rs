@@ -4,14 +4,19 @@ use super::communicator::{Alone, Communicator};
 use candle_core::{Error, Result, bail};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// A process's place among others. Clones are the same place.
 #[derive(Debug, Clone)]
-pub struct World(Arc<dyn Communicator>);
+pub struct World {
+    engine: Arc<dyn Communicator>,
+    /// Nanoseconds in messages.
+    waited: Arc<AtomicU64>,
+}
 
 /// Why there is no step.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Trouble {
     /// NaN or infinity, and where.
     NonFinite(String),
@@ -46,7 +51,7 @@ impl Trouble {
 impl World {
     /// The place of an engine's process.
     pub fn new(engine: impl Communicator + 'static) -> Self {
-        Self(Arc::new(engine))
+        Self { engine: Arc::new(engine), waited: Arc::default() }
     }
 
     /// One process.
@@ -56,12 +61,12 @@ impl World {
 
     /// The number of this process, from 0.
     pub fn rank(&self) -> usize {
-        self.0.rank()
+        self.engine.rank()
     }
 
     /// How many processes there are.
     pub fn size(&self) -> usize {
-        self.0.size()
+        self.engine.size()
     }
 
     /// Whether this is rank 0, who writes files and progress.
@@ -84,7 +89,19 @@ impl World {
 
     /// How long a process waits for the others before it gives up; ten minutes at first.
     pub fn set_time_limit(&self, limit: Duration) {
-        self.0.set_time_limit(limit);
+        self.engine.set_time_limit(limit);
+    }
+
+    /// How long this process has been in messages so far, waiting for others included.
+    pub fn waited(&self) -> Duration {
+        Duration::from_nanos(self.waited.load(Ordering::Relaxed))
+    }
+
+    fn timed<T>(&self, message: impl FnOnce(&dyn Communicator) -> T) -> T {
+        let begun = Instant::now();
+        let done = message(self.engine.as_ref());
+        self.waited.fetch_add(begun.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        done
     }
 
     /// Refuses, on all processes, a `value` that is not rank 0's: of an option, say, that all must have been given alike. `what` is its name
@@ -105,7 +122,7 @@ impl World {
             return Ok(());
         }
         let text: Vec<String> = values.iter().map(|(name, value)| format!("{name}\u{1f}{value}")).collect();
-        let texts = self.0.gather(text.join("\u{1e}").as_bytes())?;
+        let texts = self.timed(|engine| engine.gather(text.join("\u{1e}").as_bytes()))?;
         let lines = |text: &[u8]| -> Vec<String> {
             String::from_utf8_lossy(text).split('\u{1e}').map(str::to_string).collect()
         };
@@ -144,16 +161,33 @@ impl World {
     /// Rank 0's `bytes`, on all ranks.
     pub(crate) fn bytes_of_first(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
         let own: &[u8] = if self.is_first() { &bytes } else { &[] };
-        let mut all = self.0.gather(own)?;
+        let mut all = self.timed(|engine| engine.gather(own))?;
         if all.is_empty() { Ok(bytes) } else { Ok(all.swap_remove(0)) }
     }
 
     pub(crate) fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
-        if values.is_empty() { Ok(()) } else { self.0.sum_f64(values) }
+        if values.is_empty() { Ok(()) } else { self.timed(|engine| engine.sum_f64(values)) }
     }
 
     pub(crate) fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
-        if values.is_empty() { Ok(()) } else { self.0.sum_f32(values) }
+        if values.is_empty() { Ok(()) } else { self.timed(|engine| engine.sum_f32(values)) }
+    }
+
+    /// The sums of this rank's part of `values`, which are the parts of all ranks one after the other, of the lengths `parts`.
+    pub(crate) fn scatter_sum_f64(&self, values: Vec<f64>, parts: &[usize]) -> Result<Vec<f64>> {
+        if values.is_empty() {
+            Ok(values)
+        } else {
+            self.timed(|engine| engine.scatter_sum_f64(values, parts))
+        }
+    }
+
+    pub(crate) fn scatter_sum_f32(&self, values: Vec<f32>, parts: &[usize]) -> Result<Vec<f32>> {
+        if values.is_empty() {
+            Ok(values)
+        } else {
+            self.timed(|engine| engine.scatter_sum_f32(values, parts))
+        }
     }
 
     /// Meets all ranks at `place` with what this one has to say: as many numbers as the others, or its trouble. Returns all ranks' numbers, in
@@ -166,25 +200,19 @@ impl World {
     ) -> std::result::Result<Vec<Vec<f64>>, Trouble> {
         let bytes = local.map(|numbers| numbers.iter().flat_map(|number| number.to_le_bytes()).collect());
         let number = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().unwrap_or_default());
-        let told = self.reports(place, bytes)?;
+        let told = self.exchange(place, bytes)?;
         Ok(told.iter().map(|bytes| bytes.chunks_exact(8).map(number).collect()).collect())
     }
 
-    /// [`meet`](Self::meet) with bytes.
+    /// [`meet`](Self::meet) with bytes, of any length on each rank.
     pub(crate) fn exchange(
-        &self,
-        place: Place,
-        bytes: Vec<u8>,
-    ) -> std::result::Result<Vec<Vec<u8>>, Trouble> {
-        self.reports(place, Ok(bytes))
-    }
-
-    fn reports(
         &self,
         place: Place,
         local: std::result::Result<Vec<u8>, Trouble>,
     ) -> std::result::Result<Vec<Vec<u8>>, Trouble> {
-        let reports = self.0.gather(&written(place, local)).map_err(|error| Trouble::failed(&error))?;
+        let reports = self
+            .timed(|engine| engine.gather(&written(place, local)))
+            .map_err(|error| Trouble::failed(&error))?;
         let mut told = Vec::with_capacity(reports.len());
         let mut trouble = None;
         let here = format!("{} {} {}", place.of, place.call, place.step);

@@ -69,13 +69,14 @@ fn equal(world: &World) -> Result<()> {
                 let params = Params::of(member.clone(), &net.tape);
                 Params { fisher, every: if own { params.every } else { every }, ..params }
             };
-            let placement = if own { Placement::Gathered } else { Placement::Replicated };
-            let training = Training { build: small, params: &params, step: &plain, placement };
+            let first = if own { Placement::Gathered } else { Placement::Replicated };
+            let training = Training { build: small, params: &params, step: &plain, placement: first };
             let (before, expected) = training.run(World::alone(), &[ROWS])?;
-            for split in splits(world.size()) {
-                let found = training.run(world.clone(), &split)?.1;
+            let splits = splits(world.size());
+            for (split, placement) in splits.iter().flat_map(|s| [(s, first), (s, Placement::Owned)]) {
+                let found = Training { placement, ..training }.run(world.clone(), split)?.1;
                 let (far, moved) = (apart(&found, &expected), apart(&before, &expected));
-                let what = format!("{}, {fisher:?}, {split:?}", member.name());
+                let what = format!("{}, {fisher:?}, {split:?}, {placement:?}", member.name());
                 if world.is_first() {
                     println!("{what}: {far:.1e} apart after a way of {moved:.2}");
                 }
@@ -93,7 +94,7 @@ fn train(world: &World, file: &Path, first: u64, steps: u64) -> Result<()> {
     let params = |net: &Net| Params::kld_wrm(&net.tape);
     let split = splits(world.size()).pop().unwrap_or_default();
     let part = rows(&split, world.rank());
-    let mut rank = Rank::new(world.clone(), small, &params)?;
+    let mut rank = Rank::placed(world.clone(), small, &params, Placement::Owned)?;
     if first > 0 {
         rank.opt.resume(file)?;
     }

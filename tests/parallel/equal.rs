@@ -42,12 +42,14 @@ fn q_with_every_fisher() -> Result<()> {
 #[test]
 fn kld_wrm_as_it_comes() -> Result<()> {
     check("kld-wrm", &|net| Params::kld_wrm(&net.tape))?;
-    check("kld-wrm with steps between refreshes, and inverses beside the steps", &|net| Params {
+    let params = |net: &Net| Params {
         every: Every { factors: 3, inverses: 6 },
         overlap: 2,
         early_refresh: false,
         ..Params::kld_wrm(&net.tape)
-    })
+    };
+    of(small, &params, &plain)
+        .check("kld-wrm with steps between refreshes, and inverses beside the steps", &SPLITS)
 }
 
 #[test]
@@ -77,7 +79,38 @@ fn dampings_and_inverses() -> Result<()> {
         let z = (rank.net.forward)(&x.narrow(0, from, n)?)?;
         rank.opt.adapt_damping(&mean_loss(LIKELIHOOD, &z, &y.narrow(0, from, n)?)?)
     };
-    of(small, &params, &step).check("adaptive damping", &SPLITS)
+    of(small, &params, &step).check("adaptive damping", &SPLITS)?;
+    owned(small, &params, &step).check("adaptive damping, owned", &SPLITS)
+}
+
+#[test]
+fn ekfac_s_moments_are_those_of_all_rows() -> Result<()> {
+    for fisher in FISHERS {
+        for bias in [Bias::Folded, Bias::Split] {
+            let params = |net: &Net| Params {
+                fisher,
+                bias,
+                ekfac: true,
+                // The moments change between two inverses too.
+                every: Every { factors: 1, inverses: 3 },
+                ..Params::k_fac(&net.tape)
+            };
+            let what = format!("ekfac, {fisher:?}, {bias:?}");
+            of(small, &params, &plain).check(&what, &SPLITS)?;
+            // The wide net's factors have far more rows than there are examples: EKFAC's moments there follow the eigenvectors that rounding
+            // chooses, on all processes the same.
+            let gathered = Training { placement: Placement::Gathered, ..of(wide, &params, &plain) };
+            let found = ranks(3, |world| gathered.run(world, &[5, 0, 7]));
+            let found = found.into_iter().collect::<Result<Vec<_>>>()?;
+            assert!(found.iter().all(|(_, values)| apart(values, &found[0].1) == 0.0), "{what}");
+        }
+    }
+    let owned = ranks(2, |world| {
+        let params = |net: &Net| Params { ekfac: true, ..Params::k_fac(&net.tape) };
+        Rank::placed(world, small, &params, Placement::Owned).map(drop)
+    });
+    assert!(sentences(owned).iter().all(|said| said.contains("with ekfac, whose moments need")));
+    Ok(())
 }
 
 #[test]
@@ -154,6 +187,7 @@ fn weighted_and_ignored_terms() -> Result<()> {
             };
             let what = format!("weighted terms, {fisher:?}, {sharing:?}");
             of(sequence, &params, &step).check(&what, &SPLITS)?;
+            owned(sequence, &params, &step).check(&format!("{what}, owned"), &SPLITS)?;
         }
     }
     Ok(())
@@ -175,6 +209,7 @@ fn micro_batches_of_which_ranks_have_different_numbers() -> Result<()> {
     for fisher in [Fisher::Exact, Fisher::Empirical] {
         let params = |net: &Net| Params { fisher, every: EVERY, ..Params::so_kld_wrm(&net.tape) };
         of(small, &params, &step).check(&format!("{fisher:?}"), &SPLITS)?;
+        owned(small, &params, &step).check(&format!("{fisher:?}, owned"), &SPLITS)?;
     }
     // Where labels are drawn all observe as often, and the rows of all first micro-batches come first.
     let params = |net: &Net| Params { every: EVERY, ..Params::k_fac(&net.tape) };
@@ -216,7 +251,8 @@ fn penalties_and_clipped_gradients() -> Result<()> {
     };
     // The factors are those of gradients before the clip.
     let params = |net: &Net| Params { fisher: Fisher::Exact, ..params(net) };
-    of(small, &params, &step).check("penalty and clip", &SPLITS)
+    of(small, &params, &step).check("penalty and clip", &SPLITS)?;
+    owned(small, &params, &step).check("penalty and clip, owned", &SPLITS)
 }
 
 /// Labels by the public sampler: by the global row they are those that the optimizer draws, by the local one they are not.
@@ -252,7 +288,7 @@ fn labels_keyed_by_the_local_row_lead_elsewhere() -> Result<()> {
 }
 
 /// Factors of 40 and 41 rows, which are divided, and smaller ones, which all decompose.
-fn wide(vb: VarBuilder) -> Result<Forward> {
+pub fn wide(vb: VarBuilder) -> Result<Forward> {
     let (a, b) = (nn::linear(9, 40, vb.pp("a"))?, nn::linear(40, 40, vb.pp("b"))?);
     let c = nn::linear(40, 3, vb.pp("c"))?;
     Ok(Box::new(move |x| c.forward(&b.forward(&a.forward(&x.flatten_from(1)?)?.tanh()?)?.tanh()?)))

@@ -12,15 +12,29 @@ use kronwake::parallel::{Placement, World};
 type Build = fn(VarBuilder) -> Result<Forward>;
 
 /// A net whose gradients leave at most one direction without curvature. Of several, SOAP's basis is what rounding makes of it.
-fn square(vb: VarBuilder) -> Result<Forward> {
+pub fn square(vb: VarBuilder) -> Result<Forward> {
     let (fc1, fc2) = (nn::linear(9, 4, vb.pp("fc1"))?, nn::linear(4, 4, vb.pp("fc2"))?);
     Ok(Box::new(move |x| fc2.forward(&fc1.forward(&x.flatten_from(1)?)?.tanh()?)))
 }
 
-fn run<P: Update + 'static>(world: World, split: &[usize], build: Build, params: P) -> Result<Vec<Tensor>> {
+fn run<P: Update + 'static>(
+    world: World,
+    split: &[usize],
+    build: Build,
+    params: P,
+    placement: Placement,
+) -> Result<Vec<Tensor>> {
     let net = Net::of(DType::F64, 1 + world.rank() as u64, build)?;
     let mut opt = FirstOrder::from_varmap(&net.varmap, params)?;
-    opt.share(&world, Placement::Replicated)?;
+    let all = opt.bytes();
+    opt.share(&world, placement)?;
+    if placement == Placement::Owned && !world.is_alone() && all > 0 {
+        // Nobody holds all, and together they hold it once.
+        let mut held = [opt.bytes() as f64];
+        assert!(opt.bytes() < all);
+        world.sum(&mut held)?;
+        assert_eq!(held, [all as f64]);
+    }
     let dropout = Dropout::seeded(0.2, 5)?;
     let (from, n) = rows(split, world.rank());
     for k in 0..20 {
@@ -40,15 +54,18 @@ fn run<P: Update + 'static>(world: World, split: &[usize], build: Build, params:
 }
 
 fn check<P: Update + 'static>(build: Build, params: P) -> Result<()> {
-    let expected = run(World::alone(), &[ROWS], build, params.clone())?;
+    let expected = run(World::alone(), &[ROWS], build, params.clone(), Placement::ByCost)?;
     let moved = apart(&Net::of(DType::F64, 1, build)?.values()?, &expected);
     assert!(moved > 0.02, "{params:?}: moved by {moved}");
     let mut largest = 0f64;
-    for split in SPLITS {
-        let found = ranks(split.len(), |world| run(world, split, build, params.clone()));
+    for (split, placement) in SPLITS.iter().flat_map(|s| [(s, Placement::ByCost), (s, Placement::Owned)]) {
+        let found = ranks(split.len(), |world| run(world, split, build, params.clone(), placement));
         for (rank, found) in found.into_iter().enumerate() {
             let far = apart(&found?, &expected);
-            assert!(far < 1e-12, "{params:?}, {split:?}, rank {rank}: {far:e} apart after a way of {moved}");
+            assert!(
+                far < 1e-12,
+                "{params:?}, {split:?}, {placement:?}, rank {rank}: {far:e} apart after a way of {moved}"
+            );
             largest = largest.max(far);
         }
     }

@@ -145,7 +145,17 @@ pub fn of<'a>(
     Training { build, params, step, placement: Placement::Replicated }
 }
 
-/// [`Training::check`] with plain steps of the small net.
+/// A training in which each computes what it owns.
+pub fn owned<'a>(
+    build: fn(VarBuilder) -> Result<Forward>,
+    params: &'a (dyn Fn(&Net) -> Params + Sync),
+    step: Step<'a>,
+) -> Training<'a> {
+    Training { placement: Placement::Owned, ..of(build, params, step) }
+}
+
+/// [`Training::check`] with plain steps of the small net, where all compute all and where each computes what it owns.
 pub fn check(what: &str, params: &(dyn Fn(&Net) -> Params + Sync)) -> Result<()> {
-    of(small, params, &plain).check(what, &SPLITS)
+    of(small, params, &plain).check(what, &SPLITS)?;
+    owned(small, params, &plain).check(&format!("{what}, owned"), &SPLITS)
 }

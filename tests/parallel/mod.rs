@@ -5,3 +5,4 @@ mod errors;
 mod evidence;
 mod first_order;
 mod harness;
+mod owned;

@@ -41,7 +41,7 @@ pub struct Args {
     #[arg(long, default_value = "cpu")]
     pub device: Place,
     /// Which process computes what, under mpirun; needs a build with `--features mpi`
-    #[arg(long, value_enum, default_value_t = PlacementKind::Replicated)]
+    #[arg(long, value_enum, default_value_t = PlacementKind::ByCost)]
     pub placement: PlacementKind,
     /// Worker threads [default: one a core; under mpirun this process's share of them]
     #[arg(long, value_name = "N", value_parser = count)]

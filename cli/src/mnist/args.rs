@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long, help_heading = DATA)]
     pub graph: bool,
     /// Which process computes what, under mpirun; needs a build with `--features mpi`
-    #[arg(long, value_enum, default_value_t = PlacementKind::Replicated, help_heading = DATA)]
+    #[arg(long, value_enum, default_value_t = PlacementKind::ByCost, help_heading = DATA)]
     pub placement: PlacementKind,
     /// Worker threads [default: one a core; under mpirun this process's share of them]
     #[arg(long, value_name = "N", value_parser = count, help_heading = DATA)]

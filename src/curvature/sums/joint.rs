@@ -15,7 +15,12 @@ pub(crate) struct Joint<'a> {
     /// The averages that the factors join, if they do, and how much of these stays.
     pub last: Vec<LayerFactors>,
     pub decay: f64,
+    /// Of each layer, the rank that alone needs its factors; empty where all do.
+    pub owners: Vec<Option<usize>>,
 }
+
+/// A layer's records that are kept: pairs of inputs and gradients.
+pub(crate) type Kept = Vec<(Tensor, Tensor)>;
 
 /// One of a layer's factors.
 struct Factor {
@@ -55,6 +60,10 @@ impl Count {
 }
 
 impl Joint<'_> {
+    fn owner(&self, layer: usize) -> Option<usize> {
+        self.owners.get(layer).copied().flatten()
+    }
+
     fn factors(&self, index: usize) -> Vec<Factor> {
         let (layer, Some(want)) = (&self.layers[index], self.wants[index]) else { return vec![] };
         let groups = layer.groups.max(1);
@@ -95,8 +104,9 @@ impl Joint<'_> {
         factors
     }
 
-    /// Adds this rank's factors, if it has rows, to what all ranks add up. Returns which is not finite.
-    pub fn add(&self, own: Option<FactorSums>, sums: &mut Sums) -> Result<Option<String>> {
+    /// Adds this rank's factors, if it has rows, to what all ranks add up. Returns the records that each layer keeps, and which factor is not
+    /// finite.
+    pub fn add(&self, own: Option<FactorSums>, sums: &mut Sums) -> Result<(Vec<Kept>, Option<String>)> {
         let own = own.filter(|own| own.counts.terms > 0);
         let counts = own.as_ref().map(|own| own.counts).unwrap_or_default();
         for number in [counts.terms as f64, counts.total, counts.weights, counts.squares] {
@@ -119,17 +129,17 @@ impl Joint<'_> {
                 let count = if value.is_some() { factor.count.of(&counts, counted) } else { 0.0 };
                 sums.number(count);
                 sums.number(if value.is_some() { 1.0 } else { 0.0 });
-                if !sums.tensor(value, &factor.form, count)? && wrong.is_none() {
+                if !sums.tensor(self.owner(index), value, &factor.form, count)? && wrong.is_none() {
                     let layer = &self.layers[index].name;
                     wrong =
                         Some(format!("factor {} of layer {layer} has NaN or infinite elements", factor.name));
                 }
             }
         }
-        Ok(wrong)
+        Ok((finished.into_iter().map(|layer| layer.kept).collect(), wrong))
     }
 
-    /// The factors of all rows, and what they are means of.
+    /// The factors of all rows that are for this rank, and what they are means of.
     pub fn read(&self, totals: &mut Totals) -> Result<(Vec<LayerFactors>, Counts)> {
         let terms = totals.number()?.round() as usize;
         let counts =
@@ -142,10 +152,8 @@ impl Joint<'_> {
                 let (brought, ranks) = (totals.number()?, totals.number()?);
                 let all = factor.count.of(&counts, counted);
                 let all = if all > 0.0 { all } else { 1.0 };
-                let mean = totals.tensor(&factor.form, all)?;
-                if ranks == 0.0 {
-                    continue;
-                }
+                let mean = totals.tensor(self.owner(index), &factor.form, all)?;
+                let Some(mean) = mean.filter(|_| ranks > 0.0) else { continue };
                 let last = Last::new(self.last.get(index), self.decay, factor.of);
                 (factor.set)(&mut layer, last.completed(mean, brought / all)?);
             }

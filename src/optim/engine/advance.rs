@@ -25,6 +25,9 @@ impl NaturalGradient {
             Ok(incoming) => incoming,
             Err(refused) => return self.refuse(refused),
         };
+        if self.core.ownership.is_some() {
+            return self.advance_owned(incoming);
+        }
         let steps = self.core.steps;
         if let Some(gpu) = self.gpu() {
             let outcome = self.advance_on(gpu, incoming).map(Some);
@@ -50,19 +53,10 @@ impl NaturalGradient {
         Incoming { grads, loss, refresh }: Incoming,
     ) -> Result<Option<(Proposal, Option<Predicted>)>> {
         let _span = tracing::info_span!("step").entered();
-        if self.core.predicted.is_some() {
-            self.forget();
-            bail!(
-                "{}: adaptive damping waits for the loss after step {}; call adapt_damping(&loss) when \
-                 wants_loss_after() says so",
-                self.core.name(),
-                self.core.steps
-            )
-        }
-        self.check_rate()?;
+        self.may_step()?;
         let proposal = refresh.and_then(|refresh| {
-            self.core.begin_length(terms_of(&refresh));
-            propose(&self.core, &self.workplace, refresh.as_ref(), &grads)
+            self.begin_length(refresh.as_ref());
+            propose(&self.core, &self.workplace, refresh.as_ref(), &grads)?
         });
         self.forget();
         match proposal {
@@ -72,6 +66,25 @@ impl NaturalGradient {
             }
             Err(refused) => self.refuse(refused).map(|()| None),
         }
+    }
+
+    /// Refuses a step at a rate that makes no sense, and one while an adaptive damping waits for the loss after the last.
+    pub(super) fn may_step(&mut self) -> Result<()> {
+        if self.core.predicted.is_some() {
+            self.forget();
+            bail!(
+                "{}: adaptive damping waits for the loss after step {}; call adapt_damping(&loss) when \
+                 wants_loss_after() says so",
+                self.core.name(),
+                self.core.steps
+            )
+        }
+        self.check_rate()
+    }
+
+    /// Takes note of the loss terms of a step, which an adaptive length begins with; none where they are not known.
+    pub(super) fn begin_length(&mut self, refresh: Option<&Refresh>) {
+        self.core.begin_length(refresh.map_or(0.0, |refresh| refresh.counts.effective()));
     }
 
     fn check_rate(&mut self) -> Result<()> {
@@ -98,7 +111,8 @@ impl NaturalGradient {
     }
 
     /// The GPU that steps run on, where they run on one. Inner steps, a damping that adapts to measured losses, and the literal carry read
-    /// numbers within a step, and take the host's path by tensor operations there; so do steps in which not all Vars take part.
+    /// numbers within a step, and take the host's path by tensor operations there; so do steps in which not all Vars take part, and
+    /// those of several owners, who meet in between.
     pub(super) fn gpu(&self) -> Option<Gpu> {
         let core = &self.core;
         let first = core.vars.first()?;
@@ -110,7 +124,7 @@ impl NaturalGradient {
                 && p.var.is_contiguous()
                 && !p.optional
         });
-        (alike && !reads_numbers(core) && !begins_late(core)).then_some(gpu)
+        (alike && !reads_numbers(core) && !begins_late(core) && core.ownership.is_none()).then_some(gpu)
     }
 
     /// [`advance`](Self::advance) on a GPU.
@@ -154,7 +168,7 @@ impl NaturalGradient {
         refresh: Option<Refresh>,
         grads: &[Option<Tensor>],
     ) -> Staged<bool> {
-        self.core.begin_length(terms_of(&refresh));
+        self.begin_length(refresh.as_ref());
         if self.core.steps == 0 {
             device.set_length(self.core.slopes.length)?;
         }
@@ -163,7 +177,7 @@ impl NaturalGradient {
             device.begin(&self.core)?;
         }
         let stacked: Vec<_> = device.stacks.iter().map(|stack| stack.inverse.clone()).collect();
-        let stepped = run(&self.core, device, &self.workplace, refresh.as_ref(), grads)?;
+        let stepped = run(&self.core, device, &self.workplace, refresh.as_ref(), grads)??;
 
         let last_pending = std::mem::replace(&mut self.core.pending, stepped.pending);
         let last_damping = std::mem::replace(&mut self.core.damping, stepped.damping);
@@ -200,11 +214,6 @@ impl NaturalGradient {
             adam.steps += 1;
         }
     }
-}
-
-/// Loss terms of a step; 0 where they are not known.
-fn terms_of(refresh: &Option<Refresh>) -> f64 {
-    refresh.as_ref().map_or(0.0, |refresh| refresh.counts.effective())
 }
 
 /// Whether the host decides within a step by numbers that it reads.

@@ -91,6 +91,7 @@ impl NaturalGradient {
             models: vec![],
             pending: None,
             closure_checked: false,
+            ownership: None,
         };
         check_memory(&core)?;
         Ok(Self {

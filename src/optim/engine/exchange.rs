@@ -2,8 +2,10 @@
 
 use super::NaturalGradient;
 use super::gradients::Backward;
-use crate::curvature::{FactorSums, Joint, LayerFactors};
+use crate::curvature::{FactorSums, Joint, Kept, LayerFactors};
+use crate::optim::placement;
 use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
+use crate::optim::state::pending::Others;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
 use crate::optim::wake::Model;
@@ -15,6 +17,15 @@ pub(super) struct Incoming {
     pub grads: Vec<Option<Tensor>>,
     pub loss: Option<f64>,
     pub refresh: Staged<Option<Refresh>>,
+}
+
+/// What this process has seen of a step and does not add up at once.
+#[derive(Default)]
+struct Here {
+    /// The gradients of drawn labels, which as many passes have as on other processes.
+    drawn: Vec<Vec<Tensor>>,
+    /// Records, which EKFAC's moments are sums over.
+    kept: Vec<Kept>,
 }
 
 impl NaturalGradient {
@@ -29,13 +40,24 @@ impl NaturalGradient {
     ///
     /// # Errors
     /// On all processes: when options, Vars, blocks, steps taken or state differ, with the first thing that does; when a process does not
-    /// come; with QE, whose inner steps evaluate the model on rows of one process, with [`Params::ekfac`](crate::optim::Params::ekfac).
+    /// come; with QE, whose inner steps evaluate the model on rows of one process; with [`Placement::Owned`] and
+    /// [`Params::ekfac`](crate::optim::Params::ekfac), whose moments need eigenvectors where the rows are; with inverses that are made beside the steps
+    /// ([`Params::overlap`](crate::optim::Params::overlap)) under any placement but [`Placement::Replicated`].
     pub fn share(&mut self, world: &World, placement: Placement) -> Result<()> {
         if world.is_alone() {
             return Ok(());
         }
         let name = self.core.name();
         self.settle()?;
+        if self.core.ownership.is_some() {
+            bail!(
+                "{name}: expected an optimizer with all of its state, got one that shares it with others already"
+            )
+        }
+        let placement = match placement {
+            Placement::ByCost => placement::cheapest(&self.core, world.size()),
+            Placement::Replicated | Placement::Gathered | Placement::Owned => placement,
+        };
         let share = Share::new(world, placement, name, self.core.identity())?;
         // All have the same options here, so all refuse.
         if self.core.params.wake.inner().is_some() {
@@ -43,12 +65,12 @@ impl NaturalGradient {
                 "{name}: expected a member whose step is one evaluation of the model, got inner steps, whose closure sees one process's rows alone"
             )
         }
-        if self.core.params.ekfac {
+        if self.core.params.ekfac && placement == Placement::Owned {
             bail!(
-                "{name}: expected ekfac: false with several processes, got true: its second moments are those of one process's rows"
+                "{name}: expected Placement::Replicated or Gathered with ekfac, whose moments need the eigenvectors where the rows are, got Owned"
             )
         }
-        if share.division.is_some() && self.core.params.overlap > 0 {
+        if placement != Placement::Replicated && self.core.params.overlap > 0 {
             bail!(
                 "{name}: expected Placement::Replicated with inverses that are made beside the steps (overlap {}), got {placement:?}",
                 self.core.params.overlap
@@ -66,7 +88,17 @@ impl NaturalGradient {
             }
         }
         self.device = None;
+        let others = || Some(Others { world: world.clone(), of: name });
+        if self.core.params.ekfac {
+            self.workplace.with_rows = others();
+        }
         self.workplace.division = share.division.clone();
+        if placement == Placement::Owned {
+            let owners = placement::unit_owners(&self.core, world.size());
+            self.core.ownership = Some(self.core.ownership(world.rank(), &owners));
+            self.core.keep_own();
+            self.workplace.owners = others();
+        }
         self.shared = Some(share);
         Ok(())
     }
@@ -109,9 +141,10 @@ impl NaturalGradient {
     fn of_all(&mut self, share: &mut Share, local: Result<Backward>) -> Staged<Incoming> {
         let (name, steps) = (self.core.name(), self.core.steps);
         let joint_due = self.curvature_due();
-        let mut drawn = vec![];
+        let mut seen = Here::default();
         let own =
-            local.map_err(Refusal::Failed).and_then(|local| self.own(share, local, joint_due, &mut drawn));
+            local.map_err(Refusal::Failed).and_then(|local| self.own(share, local, joint_due, &mut seen));
+        let Here { drawn, kept } = seen;
         let alike = [("learning rate", self.core.params.lr), ("damping", self.core.damping)];
         let values: Vec<_> =
             self.core.vars.iter().map(|param| (param.name.as_str(), param.value())).collect();
@@ -121,39 +154,47 @@ impl NaturalGradient {
         };
         share.last_terms = brought.as_ref().map_or(0.0, |brought| brought.total);
         let told = share.step(name, steps, brought, &alike, &values)?;
-        let forms: Vec<Form> = self.without_layer().collect();
+        let forms: Vec<_> = self.without_layer().collect();
         for pass in 0..told.passes {
-            for (index, form) in forms.iter().enumerate() {
-                sums.tensor(drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index)), form, 1.0)?;
+            for (index, (owner, form)) in forms.iter().enumerate() {
+                let drawn = drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index));
+                sums.tensor(*owner, drawn, form, 1.0)?;
             }
         }
         let mut totals = share.add(sums)?;
-        let mut grads = read_gradients(&mut totals, &self.slots(), told.total)?;
+        let (mut grads, took_part) = read_gradients(&mut totals, &self.slots(), told.total)?;
         let refresh = match joint_due {
             true => {
                 let joint = self.joint();
-                let (layers, counts) = joint.read(&mut totals)?;
+                let (mut layers, counts) = joint.read(&mut totals)?;
+                for (layer, kept) in layers.iter_mut().zip(kept) {
+                    layer.kept = kept;
+                }
                 let averaged = !joint.last.is_empty();
                 let mut drawn = Vec::with_capacity(told.passes);
                 for _ in 0..told.passes {
-                    drawn
-                        .push(forms.iter().map(|form| totals.tensor(form, 1.0)).collect::<Result<Vec<_>>>()?);
+                    let read = |(owner, form): &(_, Form)| totals.tensor(*owner, form, 1.0);
+                    drawn.push(forms.iter().map(read).collect::<Result<Vec<_>>>()?);
                 }
                 Some(Refresh { layers, averaged, counts, drawn })
             }
             false => None,
         };
-        self.sit_out(&mut grads)?;
+        let mut taking_part: Vec<_> = took_part.into_iter().map(|took| took.then_some(())).collect();
+        self.sit_out(&mut taking_part)?;
+        for (grad, taking_part) in grads.iter_mut().zip(taking_part) {
+            *grad = grad.take().filter(|_| taking_part.is_some());
+        }
         Ok(Incoming { grads, loss: told.loss, refresh: Ok(refresh) })
     }
 
-    /// This process's part of a step, with the gradients of drawn labels in `drawn`.
+    /// This process's part of a step, with what is not added up at once in `here`.
     fn own(
         &mut self,
         share: &mut Share,
         (loss, grads): Backward,
         due: bool,
-        drawn: &mut Vec<Vec<Tensor>>,
+        here: &mut Here,
     ) -> Staged<(Sums, Brought)> {
         if let Some(kept) = share.kept.take() {
             return Err(Refusal::Failed(kept));
@@ -173,8 +214,10 @@ impl NaturalGradient {
             let observed = self.take_sums(total > 0.0)?;
             let (factors, gradients) = observed.map_or((None, vec![]), |(sums, drawn)| (Some(sums), drawn));
             passes = gradients.len();
-            *drawn = gradients;
-            if let Some(what) = self.joint().add(factors, &mut sums)? {
+            here.drawn = gradients;
+            let (kept, wrong) = self.joint().add(factors, &mut sums)?;
+            here.kept = kept;
+            if let Some(what) = wrong {
                 return Err(Refusal::NonFinite(what));
             }
         }
@@ -183,27 +226,44 @@ impl NaturalGradient {
 
     pub(super) fn slots(&self) -> Vec<Slot<'_>> {
         let slot = |param: &'_ super::super::state::param::Param| Form::wide(param.var.as_tensor());
-        let slots = self.core.vars.iter();
-        slots.map(|param| Slot { name: &param.name, form: slot(param), optional: param.optional }).collect()
+        let slots = self.core.vars.iter().enumerate();
+        let slots = slots.map(|(index, param)| Slot {
+            name: &param.name,
+            form: slot(param),
+            optional: param.optional,
+            owner: self.core.owner_of_param(index),
+        });
+        slots.collect()
     }
 
-    /// The forms of the gradients of blocks without a layer.
-    fn without_layer(&self) -> impl Iterator<Item = Form> {
-        let blocks = self.core.blocks.iter().filter(|block| block.layer.is_none());
-        blocks.map(|block| Form {
-            dims: block.shape().to_vec(),
-            ..Form::wide(self.core.vars[block.params[0]].var.as_tensor())
+    /// The forms of the gradients of blocks without a layer, and who alone needs them, if one does.
+    fn without_layer(&self) -> impl Iterator<Item = (Option<usize>, Form)> {
+        let blocks = self.core.blocks.iter().enumerate().filter(|(_, block)| block.layer.is_none());
+        blocks.map(|(index, block)| {
+            let like = Form::wide(self.core.vars[block.params[0]].var.as_tensor());
+            (self.core.owner_of_block(index), Form { dims: block.shape().to_vec(), ..like })
         })
     }
 
     fn joint(&self) -> Joint<'_> {
         let (last, decay) = self.averages_to_join();
-        Joint { wants: &self.wants, layers: &self.layers, sharing: self.core.params.sharing, last, decay }
+        let mut owners = vec![None; self.layers.len()];
+        for (index, block) in self.core.blocks.iter().enumerate() {
+            if let Some(layer) = block.layer {
+                owners[layer] = self.core.owner_of_block(index);
+            }
+        }
+        let sharing = self.core.params.sharing;
+        Joint { wants: &self.wants, layers: &self.layers, sharing, last, decay, owners }
     }
 
     /// The averages that factors join as they are computed, and how much of these stays. None where something needs the factors of the
     /// batch alone, as a quadratic wake's model does.
     pub(super) fn averages_to_join(&self) -> (Vec<LayerFactors>, f64) {
+        // Owners alone have averages.
+        if self.core.ownership.is_some() {
+            return (vec![], 0.0);
+        }
         match self.core.params.wake.model() {
             Model::Linear => {}
             Model::Quadratic(_) => return (vec![], 0.0),
@@ -266,9 +326,9 @@ mod tests {
     #[test]
     fn tensors_on_a_gpu_are_added_up_by_way_of_the_host() -> Result<()> {
         let wakes: [Wake; 3] = [Wake::KFac, So::default().into(), "kld-wrm".parse()?];
-        for (wake, placement) in
-            wakes.into_iter().zip([Placement::Replicated, Placement::Gathered, Placement::Gathered])
-        {
+        let placements = [Placement::Replicated, Placement::Gathered, Placement::Gathered];
+        let owned = wakes.clone().map(|wake| (wake, Placement::Owned));
+        for (wake, placement) in wakes.into_iter().zip(placements).chain(owned) {
             let expected = emulate(|| train(&World::alone(), wake.clone(), placement))?;
             let run = &|world: World| emulate(|| train(&world, wake.clone(), placement));
             let found: Vec<_> = std::thread::scope(|scope| {

@@ -136,12 +136,12 @@ impl NaturalGradient {
     }
 
     /// Takes out of `grads` what cannot take part, of the params that need not, and says once what does not.
-    pub(super) fn sit_out(&mut self, grads: &mut [Option<Tensor>]) -> Result<()> {
+    pub(super) fn sit_out<T>(&mut self, grads: &mut [Option<T>]) -> Result<()> {
         let core = &self.core;
         if core.vars.iter().all(|param| !param.optional) {
             return Ok(());
         }
-        for block in &core.blocks {
+        for (nth, block) in core.blocks.iter().enumerate() {
             let absent: Vec<usize> = block.params.iter().copied().filter(|&i| grads[i].is_none()).collect();
             if !absent.is_empty() && absent.len() < block.params.len() {
                 bail!(
@@ -152,7 +152,7 @@ impl NaturalGradient {
                 )
             }
             // A block that was never seen when curvature was due waits for the next time.
-            if block.state.factor_a.is_none() && !core.curvature_due() {
+            if !core.has_curvature(nth) && !core.curvature_due() {
                 for &index in &block.params {
                     if core.vars[index].optional {
                         grads[index] = None;

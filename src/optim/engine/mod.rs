@@ -11,6 +11,7 @@ mod exchange;
 mod gradients;
 mod inner_steps;
 mod observe;
+mod owned;
 mod replay;
 mod settle;
 mod together;
@@ -24,7 +25,7 @@ use super::numbers::scalar;
 use super::params::Params;
 use super::share::Share;
 use super::state::pending::Workplace;
-use super::state::{AdamRate, Core, Resumed};
+use super::state::{AdamRate, Core, Elsewhere, Resumed};
 use super::step::work_space::DeviceStep;
 use super::summary::{Summary, Together};
 use crate::curvature::{Damping, Want};
@@ -160,8 +161,9 @@ impl NaturalGradient {
 
     /// Says which Var is in which block, with bytes and cost. Known before the first step.
     pub fn summary(&self) -> Summary {
-        let together = self.shared.as_ref().map(|share| Together::of(&self.core, share));
-        Summary { together, ..Summary::of(&self.core) }
+        let alone = Summary::of(&self.core);
+        let together = self.shared.as_ref().map(|share| Together::of(&self.core, share, alone.bytes()));
+        Summary { together, ..alone }
     }
 
     /// Names of the Kronecker blocks: a layer's name, or `layer.weight` and `layer.bias` where the bias is apart.
@@ -174,7 +176,7 @@ impl NaturalGradient {
     /// `A` belongs to the columns of the gradient's matrix, `G` to the rows. The matrix of an embedding has a row for each row of its table:
     /// there `G` belongs to the inputs and `A` to the outputs. A factor beyond its limit has another form: block-diagonal, `[groups n, r, r]`
     /// with `n` blocks of `r` rows, the last one filled up with zeros; or of low rank, `[groups, rank + 1, d]`, its products with `rank`
-    /// fixed vectors and its diagonal.
+    /// fixed vectors and its diagonal. Under [`Placement::Owned`](crate::parallel::Placement::Owned) its owner alone has them.
     pub fn factors(&self, block: &str) -> Option<(Tensor, Tensor)> {
         let state = &self.core.blocks.iter().find(|b| b.name == block)?.state;
         Some((state.factor_a.clone()?, state.factor_g.clone()?))
@@ -206,17 +208,18 @@ impl NaturalGradient {
     /// When a Var has no name: build with [`from_varmap`](Self::from_varmap). When micro-batches or an observation wait for their step. When
     /// the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let written = if self.writes() { self.write(path.as_ref()) } else { Ok(()) };
+        let elsewhere = self.elsewhere()?;
+        let written = if self.writes() { self.write(path.as_ref(), elsewhere) } else { Ok(()) };
         self.all_did("save", written)
     }
 
-    fn write(&self, path: &Path) -> Result<()> {
+    fn write(&self, path: &Path, elsewhere: Elsewhere) -> Result<()> {
         self.core.check_named()?;
         if self.accumulated.is_some() || self.observed.is_some() {
             bail!("{}: save between two steps; one is under way", self.core.name())
         }
         let seen = self.seen()?;
-        self.core.save(path, seen.slopes, seen.previous_rate, seen.skipped)
+        self.core.save(path, elsewhere, seen.slopes, seen.previous_rate, seen.skipped)
     }
 
     /// Restores parameters and state, the learning rate included, from a file that [`save`](Self::save) wrote with the same member on the same
@@ -241,6 +244,7 @@ impl NaturalGradient {
         if self.shared.is_some() {
             self.agree_on_state()?;
         }
+        self.core.keep_own();
         self.forget_with_others();
         self.device = None;
         Ok(resumed)

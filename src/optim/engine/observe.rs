@@ -242,6 +242,7 @@ impl NaturalGradient {
     pub(super) fn take_factors(&mut self) -> Staged<Option<Refresh>> {
         let Some((sums, drawn)) = self.take_sums(true)? else { return Ok(None) };
         let (counts, averaged) = (sums.counts(), sums.averages());
+        let drawn = drawn.into_iter().map(|pass| pass.into_iter().map(Some).collect()).collect();
         Ok(Some(Refresh { layers: sums.finish(&self.layers)?, averaged, counts, drawn }))
     }
 

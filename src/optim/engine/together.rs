@@ -2,7 +2,7 @@
 
 use super::NaturalGradient;
 use super::gradients::Backward;
-use crate::optim::share::Share;
+use crate::optim::share::{Share, Slot};
 use crate::parallel::Trouble;
 use crate::tape::Head;
 use candle_core::{Result, backprop::GradStore, bail};
@@ -40,7 +40,9 @@ impl NaturalGradient {
             true => self.gradients(grads),
             false => Ok(self.no_gradients().1),
         };
-        let means = share.means(self.core.name(), self.core.steps, &self.slots(), local);
+        // All need all of them.
+        let slots: Vec<_> = self.slots().into_iter().map(|slot| Slot { owner: None, ..slot }).collect();
+        let means = share.means(self.core.name(), self.core.steps, &slots, local);
         self.shared = Some(share);
         for (param, mean) in self.core.vars.iter().zip(means?) {
             if let Some(mean) = mean {

@@ -19,11 +19,12 @@ impl<P: Update> FirstOrder<P> {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let written = if self.writes() { self.write(path.as_ref()) } else { Ok(()) };
+        let elsewhere = self.elsewhere()?;
+        let written = if self.writes() { self.write(path.as_ref(), elsewhere) } else { Ok(()) };
         self.all_did("save", written)
     }
 
-    fn write(&self, path: &Path) -> Result<()> {
+    fn write(&self, path: &Path, elsewhere: Vec<(String, Tensor)>) -> Result<()> {
         let count = |count: usize| Tensor::new(count as i64, &Device::Cpu);
         let mut tensors = BTreeMap::from([("step".to_string(), count(self.steps)?)]);
         if self.skipped > 0 {
@@ -35,6 +36,7 @@ impl<P: Update> FirstOrder<P> {
                 tensors.insert(format!("{key}.{}", slot.name), tensor.clone());
             }
         }
+        tensors.extend(elsewhere);
         Checkpoint { tensors, ..Default::default() }.write(path)
     }
 
@@ -55,7 +57,9 @@ impl<P: Update> FirstOrder<P> {
         }
         (self.steps, self.skipped) = (steps, skipped);
         self.forget();
-        self.agree_on_state()
+        self.agree_on_state()?;
+        self.keep_own();
+        Ok(())
     }
 
     fn read(&self, path: &Path) -> Result<Read> {
@@ -82,7 +86,10 @@ impl<P: Update> FirstOrder<P> {
         for slot in &self.slots {
             let like = slot.wide.as_ref().unwrap_or(slot.var.as_tensor());
             let value = take(&format!("value.{}", slot.name), like)?;
-            let state = slot.keys.iter().zip(&slot.state);
+            // What others own has its forms from a state before the first step.
+            let fresh = if slot.state.is_empty() { slot.fresh_state(&self.params)?.1 } else { vec![] };
+            let forms = if slot.state.is_empty() { &fresh } else { &slot.state };
+            let state = slot.keys.iter().zip(forms);
             let state = state.map(|(key, like)| take(&format!("{key}.{}", slot.name), like));
             read.push((value, state.collect::<Result<Vec<_>>>()?));
         }

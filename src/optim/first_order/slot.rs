@@ -40,23 +40,21 @@ impl Slot {
             DType::F16 | DType::BF16 => Some(var.as_detached_tensor().to_dtype(DType::F32)?),
             other => bail!("{name}: expected a parameter of f64, f32, f16 or bf16, got {other:?}"),
         };
-        let value = wide.as_ref().unwrap_or(var.as_tensor());
-        let state = match (way, params.adam()) {
+        let (lr_scale, weight_decay) = (group.lr_scale, group.weight_decay);
+        let mut slot = Self { name, var, way, lr_scale, weight_decay, wide, keys: vec![], state: vec![] };
+        (slot.keys, slot.state) = slot.fresh_state(params)?;
+        Ok(slot)
+    }
+
+    /// The state before the first step, with what a file calls its tensors.
+    pub fn fresh_state<P: Update>(&self, params: &P) -> Result<(Vec<&'static str>, Vec<Tensor>)> {
+        let value = self.wide.as_ref().unwrap_or(self.var.as_tensor());
+        let state = match (self.way, params.adam()) {
             (Way::Frozen, _) => vec![],
             (Way::Adam, Some(adam)) => adam.state(value)?,
             _ => params.state(value)?,
         };
-        let (keys, state) = state.into_iter().unzip();
-        Ok(Self {
-            name,
-            var,
-            way,
-            lr_scale: group.lr_scale,
-            weight_decay: group.weight_decay,
-            wide,
-            keys,
-            state,
-        })
+        Ok(state.into_iter().unzip())
     }
 
     /// The parameter as the state has it.

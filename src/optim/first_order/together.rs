@@ -1,5 +1,6 @@
 //! A first-order optimizer of several processes.
 
+use super::slot::Way;
 use super::{FirstOrder, Update};
 use crate::optim::identity::{Lines, hash, of_var, version};
 use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
@@ -18,7 +19,8 @@ impl<P: Update> FirstOrder<P> {
     /// goes wrong on one process is an error on all that names its rank. In a world of one nothing changes.
     ///
     /// # Errors
-    /// On all processes: when options, Vars, steps taken or state differ, with the first thing that does; when a process does not come.
+    /// On all processes: when options, Vars, steps taken or state differ, with the first thing that does; when a process does not come; with
+    /// [`Placement::Gathered`], which is for Kronecker factors. [`Placement::ByCost`] is [`Placement::Replicated`] here.
     pub fn share(&mut self, world: &World, placement: Placement) -> Result<()> {
         if world.is_alone() {
             return Ok(());
@@ -32,7 +34,25 @@ impl<P: Update> FirstOrder<P> {
         lines.push(("options".into(), format!("{:?}", self.params)));
         lines.push(("non_finite".into(), format!("{:?}", self.non_finite)));
         lines.push(("a number of steps of".into(), self.steps.to_string()));
+        let placement = match placement {
+            // A step is short beside the messages.
+            Placement::ByCost => Placement::Replicated,
+            Placement::Replicated | Placement::Gathered | Placement::Owned => placement,
+        };
         let share = Share::new(world, placement, P::NAME, lines)?;
+        // All have the same placement here, so all refuse.
+        if placement == Placement::Gathered {
+            bail!(
+                "{}: expected Placement::Replicated or Placement::Owned, got Gathered, which divides the inverses of Kronecker factors",
+                P::NAME
+            )
+        }
+        if !self.owners.is_empty() {
+            bail!(
+                "{}: expected an optimizer with all of its state, got one that shares it with others already",
+                P::NAME
+            )
+        }
         // Before any parameter is another.
         self.states_agree(&share)?;
         share.values_of_first(self.slots.iter().map(|slot| &slot.var))?;
@@ -44,6 +64,10 @@ impl<P: Update> FirstOrder<P> {
             }
         }
         self.shared = Some(share);
+        if placement == Placement::Owned {
+            self.owners = self.slot_owners(world.size());
+            self.keep_own();
+        }
         Ok(())
     }
 
@@ -78,7 +102,9 @@ impl<P: Update> FirstOrder<P> {
             true => self.picked(grads),
             false => Ok(self.no_gradients()),
         };
-        let means = share.means(P::NAME, self.steps, &self.forms(), local);
+        // All need all of them.
+        let forms: Vec<_> = self.forms().into_iter().map(|slot| Slot { owner: None, ..slot }).collect();
+        let means = share.means(P::NAME, self.steps, &forms, local);
         self.shared = Some(share);
         for (slot, mean) in self.trained().zip(means?) {
             if let Some(mean) = mean {
@@ -113,12 +139,18 @@ impl<P: Update> FirstOrder<P> {
         let alike = [("learning rate", *self.params.clone().lr())];
         let values: Result<Vec<_>> = self.slots.iter().map(|s| Ok((s.name.as_str(), s.value()?))).collect();
         let told = share.step(P::NAME, self.steps, own.map_err(Trouble::from), &alike, &values?)?;
-        Ok(read_gradients(&mut share.add(sums)?, &slots, told.total)?)
+        Ok(read_gradients(&mut share.add(sums)?, &slots, told.total)?.0)
     }
 
     fn forms(&self) -> Vec<Slot<'_>> {
-        let slots = self.trained();
-        slots.map(|s| Slot { name: &s.name, form: Form::wide(s.var.as_tensor()), optional: false }).collect()
+        let trained = self.slots.iter().enumerate().filter(|(_, slot)| slot.way != Way::Frozen);
+        let slots = trained.map(|(index, slot)| Slot {
+            name: &slot.name,
+            form: Form::wide(slot.var.as_tensor()),
+            optional: false,
+            owner: self.owner(index),
+        });
+        slots.collect()
     }
 
     /// What a process without rows brings.

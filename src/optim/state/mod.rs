@@ -1,6 +1,7 @@
 //! The optimizer as data, which knows no step: what it trains, what it carries from step to step, and the file of both.
 
 pub(super) mod block;
+pub(super) mod ownership;
 pub(super) mod param;
 pub(super) mod pending;
 mod reader;
@@ -8,6 +9,7 @@ mod resume;
 mod save;
 
 pub use reader::Resumed;
+pub(super) use save::Elsewhere;
 
 use super::params::{AdaptiveKl, Decay, Params, StepRule};
 use super::wake::Model;
@@ -15,6 +17,7 @@ use crate::curvature::{Adaptive, Damping};
 use block::Block;
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::ParamsAdamW;
+use ownership::Ownership;
 use param::{Adam, Param};
 use pending::PendingInverses;
 
@@ -48,6 +51,8 @@ pub(super) struct Core {
     pub pending: Option<PendingInverses>,
     /// Whether QE's closure has been seen to give the same outputs twice.
     pub closure_checked: bool,
+    /// Which process owns which part, where they divide the state.
+    pub ownership: Option<Ownership>,
 }
 
 /// Slopes along the steps, and the length that they led to; see [`AdaptiveKl`](super::AdaptiveKl).
@@ -137,8 +142,8 @@ impl Core {
     }
 
     fn has_new_block(&self) -> bool {
-        let new = |block: &Block| block.state.factor_a.is_none() || block.state.preconditioner.is_none();
-        self.blocks.iter().any(|block| new(block) && !self.is_optional(block))
+        let blocks = self.blocks.iter().enumerate();
+        blocks.filter(|(_, block)| !self.is_optional(block)).any(|(index, _)| !self.has_curvature(index))
     }
 
     /// Whether a block may take no part in a step.

@@ -3,7 +3,7 @@
 use crate::curvature::{Preconditioner, Task, damped_inverses};
 use crate::gpu::background::{BackgroundTask, Worker};
 use crate::linalg::next;
-use crate::parallel::Division;
+use crate::parallel::{Division, World};
 use candle_core::{Device, Result};
 use std::sync::{Arc, OnceLock};
 
@@ -54,12 +54,23 @@ impl PendingInverses {
     }
 }
 
-/// Where inverses are made: beside the steps, the same place each time, and by which of several processes.
+/// Where inverses are made: beside the steps, the same place each time, and by which of several processes; and who has a part of a step.
 #[derive(Debug, Default)]
 pub(crate) struct Workplace {
     beside: OnceLock<Worker>,
     /// How several processes divide inverses that the step waits for, if they do.
     pub division: Option<Division>,
+    /// Who else holds state, where it is divided.
+    pub owners: Option<Others>,
+    /// Who else has rows, where moments are sums over them.
+    pub with_rows: Option<Others>,
+}
+
+/// The processes that meet within a step, and what their optimizer is called.
+#[derive(Debug, Clone)]
+pub(crate) struct Others {
+    pub world: World,
+    pub of: &'static str,
 }
 
 impl Workplace {

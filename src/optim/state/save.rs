@@ -64,6 +64,20 @@ impl BlockState {
     }
 }
 
+/// State that other processes own.
+#[derive(Debug, Default)]
+pub(in crate::optim) struct Elsewhere {
+    tensors: Vec<(String, Tensor)>,
+    /// Adam's steps, by the index of the param.
+    pub adam_steps: BTreeMap<usize, usize>,
+}
+
+impl Elsewhere {
+    pub fn add(&mut self, owner: &str, name: &str, tensor: Tensor) {
+        self.tensors.push((slot(owner, name), tensor));
+    }
+}
+
 impl Core {
     /// # Errors
     /// When a Var has no name to save it under.
@@ -78,10 +92,11 @@ impl Core {
         Ok(())
     }
 
-    /// Writes everything, with the numbers that a GPU may know better.
+    /// Writes everything, with what is elsewhere and the numbers that a GPU may know better.
     pub fn save(
         &self,
         path: &Path,
+        elsewhere: Elsewhere,
         slopes: Slopes,
         previous_rate: Option<f64>,
         skipped: usize,
@@ -104,6 +119,7 @@ impl Core {
             models,
             pending,
             closure_checked,
+            ownership: _,
         } = self;
         let mut tensors = BTreeMap::new();
         for param in vars {
@@ -137,6 +153,8 @@ impl Core {
         for (Param { name, .. }, average) in vars.iter().zip(averages) {
             tensors.insert(slot(name, "average"), average.clone());
         }
+
+        tensors.extend(elsewhere.tensors);
 
         let mut numbers = String::new();
         let mut note = |name: &str, value: String| numbers.extend([name, " = ", &value, "\n"]);
@@ -172,6 +190,7 @@ impl Core {
             note("largest_lr", at.to_string());
         }
         for Adam { param, steps, moments: _ } in adam {
+            let steps = elsewhere.adam_steps.get(param).unwrap_or(steps);
             note(&format!("adam_steps.{}", vars[*param].name), steps.to_string());
         }
         Checkpoint { tensors, metadata: [(KEY.to_string(), numbers)].into(), ..Default::default() }

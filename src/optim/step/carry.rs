@@ -34,7 +34,7 @@ pub(crate) struct Carried {
 }
 
 /// From the steps really taken: `taken` where later inner steps changed them.
-pub(super) fn host(
+pub(crate) fn host(
     core: &Core,
     proposal: &Proposal,
     taken: Option<&[Option<Tensor>]>,

@@ -35,7 +35,11 @@ impl Backend for DeviceStep {
         Ok(precondition::device(core, self, curvature, damping)?)
     }
 
-    fn length(&mut self, core: &Core, (): &(), _: &Vec<Tensor>) -> Staged<()> {
+    fn sums(&self, _: &Core, (): &(), _: &Vec<Tensor>) -> Staged<Vec<f64>> {
+        Ok(vec![])
+    }
+
+    fn length(&mut self, core: &Core, _: &[f64]) -> Staged<()> {
         Ok(length::device(core, self, &self.board()?)?)
     }
 

@@ -47,13 +47,17 @@ impl Backend for Host {
         core.blocks.iter().zip(curvature).zip(wakes).map(direction).collect()
     }
 
-    fn length(
-        &mut self,
+    fn sums(
+        &self,
         core: &Core,
         wakes: &Self::WakeGradients,
         directions: &Self::Directions,
-    ) -> Staged<Length> {
-        Ok(length::host(core, wakes, directions)?)
+    ) -> Staged<Vec<f64>> {
+        Ok(length::sums(core, wakes, directions)?)
+    }
+
+    fn length(&mut self, core: &Core, sums: &[f64]) -> Staged<Length> {
+        Ok(length::host(core, sums))
     }
 
     fn write(
@@ -77,17 +81,18 @@ impl Backend for Host {
     }
 }
 
-/// What the step on `grads` would do.
+/// What the step on `grads` would do. What [`run`] says of refusals goes here too.
 pub(crate) fn propose(
     core: &Core,
     workplace: &Workplace,
     refresh: Option<&Refresh>,
     grads: &Gradients,
-) -> Staged<Proposal> {
-    let Stepped { written, states, damping, pending, takes_pending: _ } =
-        run(core, &mut Host, workplace, refresh, grads)?;
-    let (blocks, adam, Length { rate, slopes, clip: _, rest: _ }) = written;
-    Ok(Proposal { blocks, states, adam, rate, slopes, damping, pending })
+) -> Staged<Staged<Proposal>> {
+    let stepped = run(core, &mut Host, workplace, refresh, grads)?;
+    Ok(stepped.map(|Stepped { written, states, damping, pending, takes_pending: _ }| {
+        let (blocks, adam, Length { rate, slopes, clip: _, rest: _ }) = written;
+        Proposal { blocks, states, adam, rate, slopes, damping, pending }
+    }))
 }
 
 /// Makes a proposal true: `values` into the Vars, state into the blocks. `taken` are the blocks' steps where inner steps changed them.
@@ -98,12 +103,28 @@ pub(crate) fn commit(
     taken: Option<&[Option<Tensor>]>,
 ) -> Result<()> {
     let carries = carry::host(core, &proposal, taken)?;
-    let averages = average::host(core, values, &proposal.parts_taken(core))?;
-    let last = carries.iter().flatten().map(|carried| carried.slope).sum::<f64>().abs();
+    let (slope, takes_part) = (slope(&carries), proposal.parts_taken(core));
+    commit_carried(proposal, core, (values, &takes_part), carries, slope)
+}
+
+/// The slope of the loss along the step of these blocks.
+pub(crate) fn slope(carries: &[Option<Carried>]) -> f64 {
+    carries.iter().flatten().map(|carried| carried.slope).sum()
+}
+
+/// [`commit`] with what the next step looks back at, and the slope along the steps of all blocks; `values` with which params took part.
+pub(crate) fn commit_carried(
+    proposal: Proposal,
+    core: &mut Core,
+    (values, takes_part): (&[Tensor], &[bool]),
+    carries: Vec<Option<Carried>>,
+    slope: f64,
+) -> Result<()> {
+    let averages = average::host(core, values, takes_part)?;
     for (param, value) in core.vars.iter_mut().zip(values) {
         param.write(value)?;
     }
-    core.slopes = Slopes { last, ..proposal.slopes };
+    core.slopes = Slopes { last: slope.abs(), ..proposal.slopes };
     core.averages = averages;
     for ((block, state), carried) in core.blocks.iter_mut().zip(proposal.states).zip(carries) {
         match (state, carried) {

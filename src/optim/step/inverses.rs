@@ -2,6 +2,7 @@
 
 use super::ekfac;
 use super::gradients::{Refusal, Staged};
+use super::of_owners::summed;
 use super::renew::{BlockCurvature, missing};
 use crate::curvature::standard::factor_inside;
 use crate::curvature::{Damping, Inverse, Preconditioner, Recipe, Task, damped_inverses, sum_inverse};
@@ -9,7 +10,7 @@ use crate::linalg::traces::traces;
 use crate::ops::dense::mix;
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState, Factors};
-use crate::optim::state::pending::{PendingInverses, Workplace};
+use crate::optim::state::pending::{Others, PendingInverses, Workplace};
 use crate::optim::wake::{Model, QSolve};
 use crate::parallel::Division;
 use candle_core::{Result, Tensor};
@@ -24,40 +25,58 @@ pub(super) struct Inverses {
     pub takes_pending: bool,
 }
 
-/// Inverses where they are due, with the damping that follows from the factors where it does.
+/// Inverses where they are due, with the damping `due`.
 pub(super) fn renew(
     core: &Core,
     workplace: &Workplace,
     curvature: &mut [Option<BlockCurvature<'_>>],
+    due: f64,
 ) -> Staged<Inverses> {
-    let due = damping_due(core, curvature)?;
     let inverses = overlapped(core, workplace, curvature, due)?;
     prepare(core, workplace, curvature, inverses.damping)?;
     Ok(inverses)
 }
 
-/// The damping of this step's inverses; the last one's where there are no new ones.
-fn damping_due(core: &Core, curvature: &[Option<BlockCurvature<'_>>]) -> Result<f64> {
+/// What was found for a step, with the damping of this step's inverses: the last one's where there are no new ones. A damping that follows from the
+/// factors does so from those of all owners, who meet here; what was refused before is then refused by all.
+pub(super) fn damped<'a, T>(
+    core: &Core,
+    owners: Option<&Others>,
+    found: Staged<(T, Vec<Option<BlockCurvature<'a>>>)>,
+) -> Staged<Staged<Found<'a, T>>> {
     match core.params.damping {
         Damping::Relative(relative) if core.inverses_due() => {
-            let pairs = core.blocks.iter().zip(curvature);
-            let mut factors = Vec::with_capacity(core.blocks.len());
-            for (block, found) in pairs {
-                let Some(BlockCurvature { state, average: (a, g), .. }) = found else { continue };
-                factors.push((seen(a, state.damping_inputs.as_ref())?, g, block.groups));
-            }
-            let factors: Vec<_> = factors.iter().map(|(a, g, groups)| (a, *g, *groups)).collect();
-            // Where no block takes part there is nothing to damp.
-            if factors.is_empty() {
-                return Ok(core.damping);
-            }
-            let (squares, trace) = traces(&factors)?;
-            Ok(relative.of(squares, trace))
+            let sums = |(_, curvature): &(T, Vec<_>)| Ok(sums(core, curvature)?.to_vec());
+            let (found, sums) = summed(owners, ("damping", core.steps), found, sums)?;
+            let due = match sums.as_slice() {
+                [squares, trace, blocks] if *blocks > 0.0 => relative.of(*squares, *trace),
+                // Where no block takes part there is nothing to damp.
+                _ => core.damping,
+            };
+            Ok(Ok((found, due)))
         }
         Damping::Relative(_) | Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Adaptive(_) => {
-            Ok(core.damping)
+            Ok(found.map(|found| (found, core.damping)))
         }
     }
+}
+
+/// What the first stages have found, and a damping.
+type Found<'a, T> = ((T, Vec<Option<BlockCurvature<'a>>>), f64);
+
+/// The sum of squares of the curvature, its trace, and how many blocks have a part.
+fn sums(core: &Core, curvature: &[Option<BlockCurvature<'_>>]) -> Result<[f64; 3]> {
+    let mut factors = Vec::with_capacity(core.blocks.len());
+    for (block, found) in core.blocks.iter().zip(curvature) {
+        let Some(BlockCurvature { state, average: (a, g), .. }) = found else { continue };
+        factors.push((seen(a, state.damping_inputs.as_ref())?, g, block.groups));
+    }
+    let factors: Vec<_> = factors.iter().map(|(a, g, groups)| (a, *g, *groups)).collect();
+    if factors.is_empty() {
+        return Ok([0.0; 3]);
+    }
+    let (squares, trace) = traces(&factors)?;
+    Ok([squares, trace, factors.len() as f64])
 }
 
 /// Whether inverses that are due are begun and not waited for. The first ones always are.
@@ -137,12 +156,18 @@ fn prepare(
             }
         }
     }
+    let mut moments = match core.params.ekfac {
+        true => ekfac::current(core, workplace.with_rows.as_ref(), curvature)?,
+        false => vec![],
+    }
+    .into_iter();
     for (block, found) in core.blocks.iter().zip(curvature) {
+        let current = moments.next().flatten();
         let Some(BlockCurvature { state, records, fresh, .. }) = found else { continue };
         // A new inverse has the scaling of one Kronecker product, and new records change the moments.
         if core.params.ekfac && (records.is_some() || *fresh) {
             let damping = core.damping_of(block, damping);
-            ekfac::update(block, state, *records, core.params.stat_decay, damping)?;
+            ekfac::update(block, state, current, core.params.stat_decay, damping)?;
         }
         if state.preconditioner.is_none() {
             return Err(Refusal::Failed(missing(core, block, "inverse")));

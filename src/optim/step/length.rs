@@ -27,14 +27,29 @@ pub(crate) struct Length {
 /// The share of the newest slope in the average.
 const SLOPE_SHARE: f64 = 0.05;
 
-pub(super) fn host(
+/// What the length follows from, of the blocks that are here: the squared length of the directions, and the slope where the last step ended.
+pub(super) fn sums(
     core: &Core,
     wakes: &[Option<WakeGradient>],
     directions: &[Option<Direction>],
-) -> Result<Length> {
+) -> Result<Vec<f64>> {
     let pairs = core.blocks.iter().zip(directions).filter_map(|(b, d)| Some((b, d.as_ref()?)));
     let squared: f64 = pairs.map(|(block, found)| block.lr_scale.powi(2) * found.length).sum();
-    let mut slopes = slopes_after(core, wakes)?;
+    let mut after = 0.0;
+    if core.measures_slopes() {
+        for (block, wake) in core.blocks.iter().zip(wakes) {
+            if let (Some(step), Some(wake)) = (&block.state.step, wake) {
+                after += dot(step, &wake.gradient)?;
+            }
+        }
+    }
+    Ok(vec![squared, after])
+}
+
+/// From the [`sums`] of all blocks.
+pub(super) fn host(core: &Core, sums: &[f64]) -> Length {
+    let of = |index: usize| sums.get(index).copied().unwrap_or(0.0);
+    let (squared, mut slopes) = (of(0), slopes_after(core, of(1)));
     let rate = rate(core, squared, slopes.length);
     slopes.length = slopes.length.min(longest_length(core, squared));
     let kl = rate.powi(2) * squared;
@@ -42,7 +57,7 @@ pub(super) fn host(
         Some(limit) if kl > limit => (limit / kl).sqrt(),
         _ => 1.0,
     };
-    Ok(Length { rate, clip, rest: rest_rate(core, rate, squared), slopes })
+    Length { rate, clip, rest: rest_rate(core, rate, squared), slopes }
 }
 
 /// `1 / lambda` of a step whose directions, not yet scaled, have the squared length `squared`.
@@ -99,18 +114,12 @@ fn rest_rate(core: &Core, rate: f64, squared: f64) -> f64 {
 }
 
 /// The slopes once that is known where the last step ended, with the length that follows.
-fn slopes_after(core: &Core, wakes: &[Option<WakeGradient>]) -> Result<Slopes> {
+fn slopes_after(core: &Core, after: f64) -> Slopes {
     let last = core.slopes;
     let rule = match core.params.step_rule {
         StepRule::AdaptiveKl(rule) => rule,
-        StepRule::LearningRate | StepRule::FixedKl { .. } => return Ok(last),
+        StepRule::LearningRate | StepRule::FixedKl { .. } => return last,
     };
-    let mut after = 0.0;
-    for (block, wake) in core.blocks.iter().zip(wakes) {
-        if let (Some(step), Some(wake)) = (&block.state.step, wake) {
-            after += dot(step, &wake.gradient)?;
-        }
-    }
     let average = |old: f64, new: f64| old + SLOPE_SHARE * (new - old);
     let (after, before) = (average(last.after, after), average(last.before, last.last));
     let quotient = after / before;
@@ -120,7 +129,7 @@ fn slopes_after(core: &Core, wakes: &[Option<WakeGradient>]) -> Result<Slopes> {
     } else {
         last.length
     };
-    Ok(Slopes { after, before, length, ..last })
+    Slopes { after, before, length, ..last }
 }
 
 /// The same from the totals of `device`, and whether the step is taken.

@@ -29,6 +29,7 @@ pub(super) mod host;
 pub(super) mod inverses;
 mod kept_alive;
 pub(super) mod length;
+mod of_owners;
 mod partial_sums;
 mod precondition;
 pub(super) mod predict;
@@ -67,12 +68,16 @@ pub(super) trait Backend {
         damping: f64,
     ) -> Staged<Self::Directions>;
 
-    fn length(
-        &mut self,
+    /// What the length follows from, of the blocks that are here; empty where it is added up within [`length`](Self::length).
+    fn sums(
+        &self,
         core: &Core,
         wakes: &Self::WakeGradients,
         directions: &Self::Directions,
-    ) -> Staged<Self::Length>;
+    ) -> Staged<Vec<f64>>;
+
+    /// From the sums of all blocks.
+    fn length(&mut self, core: &Core, sums: &[f64]) -> Staged<Self::Length>;
 
     fn write(
         &mut self,
@@ -96,26 +101,39 @@ pub(super) struct Stepped<W> {
     pub takes_pending: bool,
 }
 
-/// The stages of a step on the gradients `grads`, with the factors of its batch where they are due.
+/// The stages of a step on the gradients `grads`, with the factors of its batch where they are due. Where owners of state meet in between, what
+/// they refuse there is refused by all, and the rest, the inner result, by this process alone.
 pub(super) fn run<B: Backend>(
     core: &Core,
     backend: &mut B,
     workplace: &Workplace,
     refresh: Option<&Refresh>,
     grads: &Gradients,
-) -> Staged<Stepped<B::Written>> {
-    let wakes = backend.wake_gradients(core, grads)?;
-    let mut curvature = renew::renew(core, refresh, grads)?;
-    let inverses = inverses::renew(core, workplace, &mut curvature)?;
-    backend.inverses(core, &mut curvature)?;
-    let directions = backend.directions(core, &curvature, &wakes, inverses.damping)?;
-    let length = backend.length(core, &wakes, &directions)?;
-    let written = backend.write(core, &mut curvature, (wakes, directions, length), grads)?;
-    Ok(Stepped {
+) -> Staged<Staged<Stepped<B::Written>>> {
+    let found = backend.wake_gradients(core, grads);
+    let found = found.and_then(|wakes| Ok((wakes, renew::renew(core, refresh, grads)?)));
+    // Where owners meet, what one refuses between two meetings is brought to the next.
+    let found = inverses::damped(core, workplace.owners.as_ref(), found)?;
+    let found = found.and_then(|((wakes, mut curvature), due)| {
+        let inverses = inverses::renew(core, workplace, &mut curvature, due)?;
+        backend.inverses(core, &mut curvature)?;
+        let directions = backend.directions(core, &curvature, &wakes, inverses.damping)?;
+        Ok((wakes, curvature, inverses, directions))
+    });
+    let (found, sums) = of_owners::summed(
+        workplace.owners.as_ref(),
+        ("length", core.steps),
+        found,
+        |(wakes, _, _, directions)| backend.sums(core, wakes, directions),
+    )?;
+    let (wakes, mut curvature, inverses, directions) = found;
+    let length = backend.length(core, &sums)?;
+    let written = backend.write(core, &mut curvature, (wakes, directions, length), grads);
+    Ok(written.map(|written| Stepped {
         written,
         states: curvature.into_iter().map(|found| found.map(|found| found.state)).collect(),
         damping: inverses.damping,
         pending: inverses.pending,
         takes_pending: inverses.takes_pending,
-    })
+    }))
 }

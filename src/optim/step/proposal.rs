@@ -34,18 +34,22 @@ pub(crate) struct BlockStep {
 impl Proposal {
     /// The parameters that it leads to, in the order of [`Core::vars`].
     pub fn values(&self, core: &Core) -> Result<Vec<Tensor>> {
-        let taken = self.parts_taken(core);
         // A Var cannot be set to an alias of itself.
-        let value = |(param, taken): (&Param, bool)| if taken { Ok(param.value()) } else { param.snapshot() };
-        let mut values: Vec<Tensor> = core.vars.iter().zip(taken).map(value).collect::<Result<_>>()?;
+        let value = |(param, moved): (&Param, Option<Tensor>)| moved.map_or_else(|| param.snapshot(), Ok);
+        core.vars.iter().zip(self.moved(core)?).map(value).collect()
+    }
+
+    /// The same of the params that take part, none of others.
+    pub fn moved(&self, core: &Core) -> Result<Vec<Option<Tensor>>> {
+        let mut values = vec![None; core.vars.len()];
         for (block, step) in core.blocks.iter().zip(&self.blocks) {
             let Some(step) = step else { continue };
             for (index, step) in block.split(&step.step, &core.vars)? {
-                values[index] = (&values[index] + step)?;
+                values[index] = Some((core.vars[index].value() + step)?);
             }
         }
         for (adam, value) in self.adam.iter().flatten() {
-            values[adam.param] = value.clone();
+            values[adam.param] = Some(value.clone());
         }
         Ok(values)
     }

@@ -20,9 +20,9 @@ pub(crate) struct Refresh {
     pub averaged: bool,
     /// What its sums over loss terms were divided by.
     pub counts: Counts,
-    /// For each pass with labels of its own, the gradients of the summed loss of the blocks without a layer. Without such passes these
-    /// blocks take the step's gradients.
-    pub drawn: Vec<Vec<Tensor>>,
+    /// For each pass with labels of its own, the gradients of the summed loss of the blocks without a layer that are here. Without such
+    /// passes these blocks take the step's gradients.
+    pub drawn: Vec<Vec<Option<Tensor>>>,
 }
 
 /// A block's curvature as a step sees it.
@@ -143,7 +143,8 @@ fn current_factors(
             _ if !takes_part(block, grads) => None,
             Some(layer) => block.refreshed(&layers[layer])?,
             None => {
-                let drawn: Vec<_> = drawn.iter().filter_map(|draw| draw.get(without_layer)).collect();
+                let drawn: Vec<_> =
+                    drawn.iter().filter_map(|draw| draw.get(without_layer)?.as_ref()).collect();
                 // Drawn gradients are of terms times the roots of their weights, the step's of the weighted ones.
                 let (gradient, terms) = match drawn.is_empty() {
                     true => {
