@@ -1,6 +1,7 @@
 //! The orthogonal factor of matrices, by matrix products alone.
 
-use crate::ops::dense::{mix, product, symmetric_product};
+use crate::ops::dense::{mix, product};
+use crate::ops::symmetric::symmetric_product;
 use candle_core::{D, Result, Tensor};
 
 /// The polynomial `a x + b x^3 + c x^5` of a Newton-Schulz step: steep at 0, and within about 0.3 of 1 after five steps from anywhere in

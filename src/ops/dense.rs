@@ -2,9 +2,8 @@
 
 use std::cell::Cell;
 
-use candle_core::{CpuStorage, D, DType, Layout, Result, Storage, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, WithDType, bail};
 use faer::linalg::matmul::matmul;
-use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
 use faer::traits::RealField;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -49,25 +48,6 @@ pub fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// [`product`] of two matrices, or of as many of each, whose product is known to be symmetric, as `x x^T` is or that of two functions of one
-/// symmetric matrix. On the CPU the half below the diagonal is computed and the other copied.
-///
-/// # Errors
-/// As of [`product`]; also when the product is not square.
-pub(crate) fn symmetric_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let on_cpu = a.device().is_cpu() && b.device().is_cpu();
-    if a.rank() < 2 || b.rank() != a.rank() || a.dim(D::Minus2)? != b.dim(D::Minus1)? {
-        bail!("symmetric product: expected [.., n, k] and [.., k, n], got {:?} and {:?}", a.dims(), b.dims())
-    }
-    let fit =
-        a.dims()[..a.rank() - 2] == b.dims()[..b.rank() - 2] && a.dim(D::Minus1)? == b.dim(D::Minus2)?;
-    match (on_cpu && fit && a.dtype() == b.dtype(), a.dtype()) {
-        (true, DType::F32) => on_cpu_by::<f32>(a, b, symmetric_products),
-        (true, DType::F64) => on_cpu_by::<f64>(a, b, symmetric_products),
-        _ => product(a, b),
-    }
-}
-
 thread_local! {
     static TF32: Cell<bool> = const { Cell::new(false) };
 }
@@ -105,7 +85,7 @@ pub(crate) struct Matrices<'a, T> {
 }
 
 impl<T> Matrices<'_, T> {
-    fn get(&self, index: usize) -> MatRef<'_, T> {
+    pub(super) fn get(&self, index: usize) -> MatRef<'_, T> {
         let size = self.rows * self.columns;
         let data = &self.data[index * size..(index + 1) * size];
         if self.transposed {
@@ -133,9 +113,13 @@ fn on_cpu<T: WithDType + RealField>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 /// What multiplies so many pairs of matrices.
-type Products<T> = fn(&Matrices<'_, T>, &Matrices<'_, T>, usize) -> Vec<T>;
+pub(super) type Products<T> = fn(&Matrices<'_, T>, &Matrices<'_, T>, usize) -> Vec<T>;
 
-fn on_cpu_by<T: WithDType + RealField>(a: &Tensor, b: &Tensor, products: Products<T>) -> Result<Tensor> {
+pub(super) fn on_cpu_by<T: WithDType + RealField>(
+    a: &Tensor,
+    b: &Tensor,
+    products: Products<T>,
+) -> Result<Tensor> {
     let rank = a.rank();
     let (m, k, n) = (a.dims()[rank - 2], a.dims()[rank - 1], b.dims()[rank - 1]);
     let count: usize = a.dims()[..rank - 2].iter().product();
@@ -175,54 +159,6 @@ pub(crate) fn products<T: WithDType + RealField>(
         }
     }
     out
-}
-
-/// The same where all products are symmetric.
-fn symmetric_products<T: WithDType + RealField>(
-    a: &Matrices<'_, T>,
-    b: &Matrices<'_, T>,
-    count: usize,
-) -> Vec<T> {
-    let (n, k) = (a.rows, a.columns);
-    let mut out = vec![<T as WithDType>::from_f64(0.0); count * n * n];
-    if k == 0 || out.is_empty() {
-        return out;
-    }
-    let whole = BlockStructure::Rectangular;
-    let one = |(index, out): (usize, &mut [T]), par| {
-        triangular_matmul(
-            MatMut::from_row_major_slice_mut(&mut *out, n, n),
-            BlockStructure::TriangularLower,
-            Accum::Replace,
-            a.get(index),
-            whole,
-            b.get(index),
-            whole,
-            <T as WithDType>::from_f64(1.0),
-            par,
-        );
-        mirrored(out, n);
-    };
-    match (count, n * n * k > WORTH_A_THREAD) {
-        (1, true) => one((0, &mut out), Par::rayon(0)),
-        (_, true) => out.par_chunks_mut(n * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
-        _ => out.chunks_mut(n * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
-    }
-    out
-}
-
-/// Copies the half below the diagonal of an `n` x `n` matrix to the other, tile by tile.
-fn mirrored<T: Copy>(matrix: &mut [T], n: usize) {
-    const TILE: usize = 32;
-    for row in (0..n).step_by(TILE) {
-        for column in (0..=row).step_by(TILE) {
-            for i in row..(row + TILE).min(n) {
-                for j in column..(column + TILE).min(i) {
-                    matrix[j * n + i] = matrix[i * n + j];
-                }
-            }
-        }
-    }
 }
 
 /// `slice` from where the layout begins.

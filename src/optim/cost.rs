@@ -66,7 +66,7 @@ const GPU: Rates =
     Rates { model: 12e12, product: 40e12, moment: 25e12, eigen: 1e12, sketch: 0.3e12, inverse: 20e12 };
 const HALF_ON_GPU: Rates = Rates { model: 150e12, product: 200e12, moment: 200e12, ..GPU };
 
-/// Operations of all decompositions up to which factors are full in any case: a second of a core.
+/// Operations of all factors' eigenvectors up to which they are full in any case: a second of a core.
 const SMALL: f64 = 1e11;
 
 /// The rows up to which factors are full, and the rank of larger ones: what is tried, dearest first.
@@ -210,7 +210,7 @@ impl<'a> Costs<'a> {
     pub fn choose(&self, planned: &mut [Planned]) {
         let all = |choice| -> Vec<Block> { planned.iter().map(|one| one.with(choice)).collect() };
         let [full, .., least] = CHOICES;
-        let decomposing: f64 = all(full).iter().map(|block| self.inverse(block) * self.rates.eigen).sum();
+        let decomposing: f64 = all(full).iter().map(eigenvectors).sum();
         let affordable =
             |choice: &&(usize, usize)| self.forecast(all(**choice).iter()).share <= self.params.budget.share;
         let chosen = match decomposing <= SMALL {
@@ -228,6 +228,15 @@ impl Core {
     pub fn costs(&self) -> Costs<'_> {
         Costs::new(&self.params, &self.vars)
     }
+}
+
+/// Operations of the eigenvectors of a block's factors that are not of low rank.
+fn eigenvectors(block: &Block) -> f64 {
+    let side = |FactorShape { dim, run, rank }: FactorShape| match rank {
+        None if run > 1 => 18.0 * dim as f64 * (run as f64).powi(2),
+        _ => 0.0,
+    };
+    block.groups as f64 * (side(block.rows) + side(block.columns))
 }
 
 /// Newton's iteration takes some 13 products from the last inverse.

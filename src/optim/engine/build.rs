@@ -163,8 +163,15 @@ fn divided(all: Vec<Named>, options: &Params) -> Result<(Trained<'_>, Vec<(Strin
     Ok((Trained { options, other_biases: options.tape.other_biases(), params, rules }, frozen))
 }
 
+impl NaturalGradient {
+    /// Finds out anew what records are wanted for, where factors have other shapes than before.
+    pub(super) fn want_again(&mut self) {
+        self.wants = wants(&self.core, &self.layers);
+    }
+}
+
 /// What each layer's records are wanted for.
-pub(super) fn wants(core: &Core, layers: &[Arc<Layer>]) -> Vec<Option<Want>> {
+fn wants(core: &Core, layers: &[Arc<Layer>]) -> Vec<Option<Want>> {
     layers.iter().map(|layer| want(core, layer)).collect()
 }
 

@@ -29,7 +29,6 @@ use super::step::work_space::DeviceStep;
 use super::summary::{Summary, Together, check_memory};
 use crate::curvature::{Damping, Want};
 use crate::tape::Layer;
-use build::wants;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::Optimizer;
 use std::path::Path;
@@ -238,7 +237,7 @@ impl NaturalGradient {
         if restored.is_err() {
             self.core.set_factor_shapes(&shapes);
         }
-        self.wants = wants(&self.core, &self.layers);
+        self.want_again();
         restored
     }
 
