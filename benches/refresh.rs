@@ -196,6 +196,7 @@ impl Run {
 const PERIOD: f64 = 10.0;
 
 fn work(options: &Options) -> Result<()> {
+    let whole = Clock::start();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).use_current_thread();
     pool.build_global().map_err(candle_core::Error::wrap)?;
     let kinds = [None].into_iter().chain(options.factors.iter().map(|kind| Some(kind.as_str())));
@@ -234,6 +235,7 @@ fn work(options: &Options) -> Result<()> {
                 "mean": mean, "to_adamw": mean / adamw, "state": run.state, "state_to_adamw": run.state as f64 / bytes as f64})
         );
     }
+    eprintln!("all in {:.0} s", whole.seconds().wall);
     Ok(())
 }
 
