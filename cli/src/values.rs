@@ -248,6 +248,21 @@ pub fn dtype(text: &str) -> std::result::Result<DType, String> {
     }
 }
 
+/// What becomes of large factors: `whole`, `blocks:ROWS`, or `rank:RANK:ROWS` beyond as many rows.
+pub fn factors(text: &str) -> std::result::Result<FactorLimit, String> {
+    let number = |text: &str| text.parse::<usize>().ok().filter(|&number| number > 0);
+    let parts: Vec<&str> = text.split(':').collect();
+    let found = match parts[..] {
+        ["whole"] => Some(FactorLimit::NONE),
+        ["blocks", rows] => number(rows).map(|rows| FactorLimit { rows, beyond: Beyond::BlockDiagonal }),
+        ["rank", rank, rows] => number(rank)
+            .zip(number(rows))
+            .map(|(rank, rows)| FactorLimit { rows, beyond: Beyond::LowRank { rank } }),
+        _ => None,
+    };
+    found.ok_or_else(|| format!("expected whole, blocks:ROWS or rank:RANK:ROWS, got {text:?}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,19 +278,4 @@ mod tests {
         let other = driver("CUDA_ERROR_OUT_OF_MEMORY");
         assert_eq!(without_device(&other), other);
     }
-}
-
-/// What becomes of large factors: `whole`, `blocks:ROWS`, or `rank:RANK:ROWS` beyond as many rows.
-pub fn factors(text: &str) -> std::result::Result<FactorLimit, String> {
-    let number = |text: &str| text.parse::<usize>().ok().filter(|&number| number > 0);
-    let parts: Vec<&str> = text.split(':').collect();
-    let found = match parts[..] {
-        ["whole"] => Some(FactorLimit::NONE),
-        ["blocks", rows] => number(rows).map(|rows| FactorLimit { rows, beyond: Beyond::BlockDiagonal }),
-        ["rank", rank, rows] => number(rank)
-            .zip(number(rows))
-            .map(|(rank, rows)| FactorLimit { rows, beyond: Beyond::LowRank { rank } }),
-        _ => None,
-    };
-    found.ok_or_else(|| format!("expected whole, blocks:ROWS or rank:RANK:ROWS, got {text:?}"))
 }

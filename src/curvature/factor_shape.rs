@@ -126,7 +126,7 @@ impl FactorShape {
             true => Self { rank: Some(rows.checked_sub(1)?), ..Self::full(dim) },
             false => Self::of(dim, rows),
         };
-        (rows > 0 && shape.dims(groups) == dims).then_some(shape)
+        (rows > 0 && rows <= dim && shape.dims(groups) == dims).then_some(shape)
     }
 
     pub fn is_full(&self) -> bool {

@@ -233,22 +233,20 @@ impl NaturalGradient {
     /// Takes a file that all processes could read.
     fn restore(&mut self, path: &Path, partly: bool) -> Result<Resumed> {
         let shapes = self.core.factor_shapes();
-        let restored = self.restore_as_it_is(path, partly);
-        if restored.is_err() {
-            self.core.set_factor_shapes(&shapes);
-        }
-        self.want_again();
-        restored
-    }
-
-    fn restore_as_it_is(&mut self, path: &Path, partly: bool) -> Result<Resumed> {
-        let read =
-            self.core.read_state(path, partly).and_then(|read| check_memory(&self.core).map(|()| read));
+        let read = self.core.read_state(path, partly).and_then(|read| {
+            let changed = self.core.factor_shapes() != shapes;
+            if changed { check_memory(&self.core).map(|()| read) } else { Ok(read) }
+        });
         let (state, outcome) = match read {
             Ok(state) => (Some(state), Ok(())),
             Err(error) => (None, Err(error)),
         };
-        self.all_did("resume", outcome)?;
+        let agreed = self.all_did("resume", outcome);
+        if agreed.is_err() {
+            self.core.set_factor_shapes(&shapes);
+        }
+        agreed?;
+        self.want_again();
         let Some((resumed, state)) = state else { bail!("{}: no state was read", self.core.name()) };
         self.core.take_state(state)?;
         if self.shared.is_some() {
