@@ -4,6 +4,7 @@ use crate::sentence::sentence;
 use candle_core::{DType, Device, Result, bail};
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use kronwake::curvature::{Beyond, FactorLimit};
 use kronwake::optim::{Q, Qe, So, TwoRate, Wake};
 use kronwake::penalty::Factor;
 
@@ -245,6 +246,21 @@ pub fn dtype(text: &str) -> std::result::Result<DType, String> {
         "f16" => Ok(DType::F16),
         _ => Err("expected f32, f64, bf16 or f16".into()),
     }
+}
+
+/// What becomes of large factors: `whole`, `blocks:ROWS`, or `rank:RANK:ROWS` beyond as many rows.
+pub fn factors(text: &str) -> std::result::Result<FactorLimit, String> {
+    let number = |text: &str| text.parse::<usize>().ok().filter(|&number| number > 0);
+    let parts: Vec<&str> = text.split(':').collect();
+    let found = match parts[..] {
+        ["whole"] => Some(FactorLimit::NONE),
+        ["blocks", rows] => number(rows).map(|rows| FactorLimit { rows, beyond: Beyond::BlockDiagonal }),
+        ["rank", rank, rows] => number(rank)
+            .zip(number(rows))
+            .map(|(rank, rows)| FactorLimit { rows, beyond: Beyond::LowRank { rank } }),
+        _ => None,
+    };
+    found.ok_or_else(|| format!("expected whole, blocks:ROWS or rank:RANK:ROWS, got {text:?}"))
 }
 
 #[cfg(test)]

@@ -35,11 +35,17 @@ pub enum Beyond {
     ///
     /// Works with every optimizer, damping and inverse, but not with [`Params::ekfac`](crate::optim::Params::ekfac). Q, QE,
     /// [`Carry::Literal`](crate::optim::Carry), and adaptive or relative damping decompose sketches once more wherever they take undamped
-    /// factors: in each step, but for the dampings. [`QSolve::Exact`](crate::optim::QSolve) takes the eigenvectors of two factors at once.
+    /// factors: in each step, but for the dampings. Orthogonal directions of other members measure their divergence in the decomposition of the
+    /// last inverse. [`QSolve::Exact`](crate::optim::QSolve) takes the eigenvectors of two factors at once.
     LowRank {
         /// Random vectors, 1 or more.
         rank: usize,
     },
+    /// All of it where that is affordable, else what [`Beyond::LowRank`] keeps, with a rank of 128 or, where that is not affordable either, of 64. It is
+    /// decided by shapes alone, for all factors together, when the optimizer is built: full are those of up to so many rows, of 4096, 2048, 1024,
+    /// 512 and 256, that curvature takes the share of [`Params::budget`](crate::optim::Params::budget). With
+    /// [`Params::ekfac`](crate::optim::Params::ekfac), which needs all eigenvectors, larger ones have blocks of so many rows.
+    ByCost,
 }
 
 /// The size above which a Kronecker factor is not full, and what is kept of it then: the rest is never computed.
@@ -48,15 +54,15 @@ pub enum Beyond {
 /// `9 d r^2`. The factor is then that of independent groups of inputs, or of outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FactorLimit {
-    /// Rows of the largest full factor, 1 or more; 4096 by default. The homogeneous input of a bias counts.
+    /// Rows of the largest factor that is full in any case, 1 or more; 256 by default. The homogeneous input of a bias counts.
     pub rows: usize,
-    /// What is kept of larger ones.
+    /// What is kept of larger ones; [`Beyond::ByCost`] by default.
     pub beyond: Beyond,
 }
 
 impl Default for FactorLimit {
     fn default() -> Self {
-        Self { rows: 4096, beyond: Beyond::BlockDiagonal }
+        Self { rows: 256, beyond: Beyond::ByCost }
     }
 }
 
@@ -106,9 +112,21 @@ impl FactorShape {
             _ if dim <= limit.rows => Self::full(dim),
             Beyond::BlockDiagonal => Self::of(dim, dim.div_ceil(dim.div_ceil(limit.rows.max(1)))),
             Beyond::Diagonal => Self::diagonal(dim),
+            // What is affordable is known when all factors are.
+            Beyond::ByCost => Self::full(dim),
             Beyond::LowRank { rank } if rank.saturating_add(1) >= dim => Self::full(dim),
             Beyond::LowRank { rank } => Self { rank: Some(rank), ..Self::full(dim) },
         }
+    }
+
+    /// The shape of a factor of `dim` rows that is a tensor `[groups, r, r]`, `[groups n, r, r]` or `[groups, rank + 1, dim]`, if it can be one.
+    pub fn of_dims(dim: usize, groups: usize, dims: &[usize]) -> Option<Self> {
+        let &[_, rows, columns] = dims else { return None };
+        let shape = match rows < columns {
+            true => Self { rank: Some(rows.checked_sub(1)?), ..Self::full(dim) },
+            false => Self::of(dim, rows),
+        };
+        (rows > 0 && rows <= dim && shape.dims(groups) == dims).then_some(shape)
     }
 
     pub fn is_full(&self) -> bool {

@@ -70,6 +70,17 @@ impl Preconditioner {
         }
     }
 
+    /// What it is the inverse of, times `x`, where factors of low rank have been decomposed for it: to decompose them again would take more time
+    /// than the product.
+    pub fn undone(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match self {
+            Self::LowRank { basis_a, basis_g, scale, root_a: None, root_g: None } => {
+                scaled(basis_g, x, basis_a, &scale.recip()?).map(Some)
+            }
+            Self::LowRank { .. } | Self::Factors { .. } | Self::Basis { .. } => Ok(None),
+        }
+    }
+
     /// A gradient in the coordinates of the eigenvectors.
     pub fn inside(basis_a: &Tensor, basis_g: &Tensor, scale: &Tensor, gradient: &Tensor) -> Result<Tensor> {
         let (_, rows, columns) = scale.dims3()?;

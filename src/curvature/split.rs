@@ -3,7 +3,7 @@
 
 use super::factor_shape::{columns_rotated, cut, fitted, rows_rotated};
 use crate::linalg::sketch::is_sketch;
-use crate::ops::dense::product;
+use crate::ops::dense::{mix, product};
 use candle_core::{Result, Tensor};
 
 /// `x` `[groups, rows, columns]` with each part in the eigenvectors `i` of the rows and `j` of the columns times `scale[i, j]`, the part
@@ -18,7 +18,7 @@ pub(super) fn scaled(basis_g: &Tensor, x: &Tensor, basis_a: &Tensor, scale: &Ten
         let (inside, outside) = (scale.narrow(1, 0, values - 1)?, scale.narrow(1, values - 1, 1)?);
         let by = inside.broadcast_sub(&outside)?;
         let turned = along_columns(&product(basis_g, x)?, basis_a, &by)?;
-        return along_columns(x, basis_a, &outside)? + product(&basis_g.t()?, &turned)?;
+        return mix(&along_columns(x, basis_a, &outside)?, 1.0, &product(&basis_g.t()?, &turned)?, 1.0);
     }
     let turned = rows_rotated(&basis_g.t()?, &fitted(x, (values, columns))?)?;
     cut(&rows_rotated(basis_g, &along_columns(&turned, basis_a, scale)?)?, (rows, columns))
@@ -31,7 +31,7 @@ fn along_columns(x: &Tensor, basis: &Tensor, scale: &Tensor) -> Result<Tensor> {
     if is_sketch(basis) {
         let (inside, outside) = (scale.narrow(2, 0, values - 1)?, scale.narrow(2, values - 1, 1)?);
         let turned = product(x, &basis.t()?)?.broadcast_mul(&inside.broadcast_sub(&outside)?)?;
-        return x.broadcast_mul(&outside)? + product(&turned, basis)?;
+        return mix(&x.broadcast_mul(&outside)?, 1.0, &product(&turned, basis)?, 1.0);
     }
     let turned = columns_rotated(&fitted(x, (rows, values))?, basis)?.broadcast_mul(scale)?;
     cut(&columns_rotated(&turned, &basis.t()?)?, (rows, columns))

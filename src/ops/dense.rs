@@ -85,7 +85,7 @@ pub(crate) struct Matrices<'a, T> {
 }
 
 impl<T> Matrices<'_, T> {
-    fn get(&self, index: usize) -> MatRef<'_, T> {
+    pub(super) fn get(&self, index: usize) -> MatRef<'_, T> {
         let size = self.rows * self.columns;
         let data = &self.data[index * size..(index + 1) * size];
         if self.transposed {
@@ -109,6 +109,17 @@ pub(crate) fn dense(t: &Tensor) -> Result<(Tensor, bool)> {
 }
 
 fn on_cpu<T: WithDType + RealField>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    on_cpu_by::<T>(a, b, products)
+}
+
+/// What multiplies so many pairs of matrices.
+pub(super) type Products<T> = fn(&Matrices<'_, T>, &Matrices<'_, T>, usize) -> Vec<T>;
+
+pub(super) fn on_cpu_by<T: WithDType + RealField>(
+    a: &Tensor,
+    b: &Tensor,
+    products: Products<T>,
+) -> Result<Tensor> {
     let rank = a.rank();
     let (m, k, n) = (a.dims()[rank - 2], a.dims()[rank - 1], b.dims()[rank - 1]);
     let count: usize = a.dims()[..rank - 2].iter().product();

@@ -1,5 +1,6 @@
 //! Pure operations, one file each, knowing nothing of layers or optimizers.
 pub(crate) mod activation;
+pub(crate) mod adam;
 pub(crate) mod attention;
 mod attention_tiles;
 pub(crate) mod bias;
@@ -47,6 +48,7 @@ pub(crate) mod simd;
 pub mod softmax;
 pub(crate) mod softplus;
 pub(crate) mod spatial;
+pub(crate) mod symmetric;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod update;

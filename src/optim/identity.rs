@@ -43,6 +43,7 @@ fn of_params(params: &Params) -> Lines {
         sharing,
         bias,
         factor_limit,
+        budget,
         memory_limit,
         momentum,
         weight_decay,
@@ -72,7 +73,13 @@ impl Core {
         for block in &self.blocks {
             lines.push((
                 format!("block {}", block.name),
-                format!("{:?} of layer {:?}", block.shape(), block.layer),
+                format!(
+                    "{:?} of layer {:?}, factors {:?} and {:?}",
+                    block.shape(),
+                    block.layer,
+                    block.rows,
+                    block.columns
+                ),
             ));
         }
         lines.extend(of_params(&self.params));

@@ -12,6 +12,7 @@
 //! a GPU, and `engine` is the optimizer that runs them. Each uses those that are named before it, never those after it.
 
 mod clip;
+mod cost;
 mod engine;
 mod first_order;
 mod groups;
@@ -29,6 +30,7 @@ mod wake;
 
 pub use candle_nn::{Optimizer, ParamsAdamW};
 pub use clip::clip_gradients;
+pub use cost::Forecast;
 pub use engine::{BlockDivergence, NaturalGradient, Outputs, Replay, StepDivergence};
 pub use first_order::{
     AdamW, FallbackAdam, FirstOrder, Grafting, Muon, MuonScale, ParamsMuon, ParamsSgd, ParamsShampoo,
@@ -37,7 +39,8 @@ pub use first_order::{
 pub use groups::{Group, Groups, UpdateRule};
 pub use loss_scale::LossScale;
 pub use params::{
-    AdaptiveKl, Average, Bias, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, Products, StepRule,
+    AdaptiveKl, Average, Bias, Budget, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, Products,
+    StepRule,
 };
 pub use schedule::Schedule;
 pub use state::Resumed;

@@ -4,6 +4,7 @@ mod together;
 
 pub use together::Together;
 
+use super::cost::Forecast;
 use super::state::Core;
 use super::state::block::{Block, Part};
 use super::wake::{Carry, Model, QSolve};
@@ -54,6 +55,8 @@ pub struct SummaryBlock {
     pub inverse_cost: usize,
     /// Multiplications of preconditioning one gradient.
     pub step_cost: usize,
+    /// Seconds that its factors and inverse are forecast to take in a refresh; see [`Forecast`].
+    pub refresh_seconds: f64,
 }
 
 /// Which Var is in which block, with bytes and cost; its `Display` is a table.
@@ -71,6 +74,8 @@ pub struct Summary {
     /// decompositions work with at a time, and copies for inverses that are made in the background. Factors of a batch and records of
     /// layers are not counted.
     pub workspace_bytes: usize,
+    /// What curvature is forecast to take of the time.
+    pub forecast: Forecast,
     /// What several processes do together, where they share the optimizer.
     pub together: Option<Together>,
 }
@@ -78,6 +83,7 @@ pub struct Summary {
 impl Summary {
     /// The summary of an optimizer, before or after any step.
     pub(super) fn of(core: &Core) -> Self {
+        let costs = core.costs();
         let rule = |index: usize| {
             let block = core.blocks.iter().find(|b| b.params.contains(&index));
             block.map_or("adam".to_string(), |b| b.name.clone())
@@ -104,14 +110,15 @@ impl Summary {
         let stored = core.params.wake.inner().map_or(0, |inner| inner.models - 1);
         let copies = stored + usize::from(core.params.average.is_some());
         let models: usize = copies * (0..core.vars.len()).map(size).sum::<usize>();
-        let blocks: Vec<_> = core.blocks.iter().map(|b| summary_block(core, b)).collect();
+        let blocks: Vec<_> = core.blocks.iter().map(|b| summary_block(core, b, costs.refresh(b))).collect();
         let matrices: usize = core.blocks.iter().flat_map(|b| &b.params).map(|&i| MATRICES * size(i)).sum();
         // Inverses that are made beside the steps have factors of their own: the averages go on, and a second stream has copies.
         let factors: usize = blocks.iter().map(|b| b.factor_bytes).sum();
         let beside = if core.params.overlap > 0 { factors } else { 0 };
         let workspace_bytes = matrices + decomposing(core, &blocks) + beside;
         let other_bytes = masters + adam + models;
-        Self { optimizer: core.name(), rows, blocks, other_bytes, workspace_bytes, together: None }
+        let forecast = costs.forecast(core.blocks.iter());
+        Self { optimizer: core.name(), rows, blocks, other_bytes, workspace_bytes, forecast, together: None }
     }
 
     /// Bytes of all state in steady operation.
@@ -158,7 +165,7 @@ pub(super) fn check_memory(core: &Core) -> Result<()> {
     Ok(())
 }
 
-fn summary_block(core: &Core, block: &Block) -> SummaryBlock {
+fn summary_block(core: &Core, block: &Block, refresh_seconds: f64) -> SummaryBlock {
     let [groups, out, columns] = block.shape();
     let element = wide_dtype(core.vars[block.params[0]].var.dtype()).size_in_bytes();
     let (exact, quadratic) = match core.params.wake.model() {
@@ -206,6 +213,7 @@ fn summary_block(core: &Core, block: &Block) -> SummaryBlock {
         },
         inverse_cost: groups * of(&|side| side.decomposing(eigen)),
         step_cost: of(&|side| matrix * side.multiplying(eigen)),
+        refresh_seconds,
     }
 }
 
@@ -246,8 +254,15 @@ impl fmt::Display for Summary {
         let width = self.blocks.iter().map(|b| b.name.len()).chain([5]).max().unwrap_or(5);
         writeln!(
             f,
-            "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",
-            "block", "groups x out x in", "factors", "inverses", "work space", "mults/invert", "mults/step"
+            "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}  {:>9}",
+            "block",
+            "groups x out x in",
+            "factors",
+            "inverses",
+            "work space",
+            "mults/invert",
+            "mults/step",
+            "s/refresh"
         )?;
         for b in &self.blocks {
             let [groups, out, columns] = b.dims;
@@ -265,16 +280,18 @@ impl fmt::Display for Summary {
             );
             writeln!(
                 f,
-                "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}",
+                "{:width$}  {:>16}  {:>10}  {:>10}  {:>10}  {:>12}  {:>12}  {:>9.2e}",
                 b.name,
                 dims,
                 Bytes(b.factor_bytes).to_string(),
                 Bytes(b.inverse_bytes).to_string(),
                 Bytes(b.workspace_bytes).to_string(),
                 b.inverse_cost,
-                b.step_cost
+                b.step_cost,
+                b.refresh_seconds
             )?;
         }
+        writeln!(f, "{}", self.forecast)?;
         match &self.together {
             Some(together) => writeln!(f, "{together}"),
             None => Ok(()),

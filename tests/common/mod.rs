@@ -204,7 +204,8 @@ pub fn run_of(dim: usize, limit: FactorLimit) -> usize {
     match limit.beyond {
         _ if dim <= limit.rows => dim,
         Beyond::Diagonal => 1,
-        Beyond::LowRank { .. } => dim,
+        // By cost, those of small nets are full.
+        Beyond::LowRank { .. } | Beyond::ByCost => dim,
         Beyond::BlockDiagonal => (1..=dim).find(|run| run * dim.div_ceil(limit.rows) >= dim).unwrap(),
     }
 }

@@ -1,5 +1,6 @@
 //! Kronecker factors, dampings and inverses against dense matrices.
 
+mod by_cost;
 mod ekfac;
 mod empirical;
 mod exact;

@@ -3,9 +3,10 @@
 use super::text::Size;
 use crate::model::Spec;
 use crate::processes::PlacementKind;
-use crate::values::{Choice, Place, count, dtype, fraction, not_negative, one_of, positive};
+use crate::values::{Choice, Place, count, dtype, factors, fraction, not_negative, one_of, positive};
 use candle_core::{DType, Result, bail};
 use clap::Parser;
+use kronwake::curvature::FactorLimit;
 use kronwake::optim::{AdaptiveKl, StepRule};
 use std::path::{Path, PathBuf};
 
@@ -84,6 +85,10 @@ pub struct Args {
     /// Eigenvalue damping of so and kfac [default: 0.0033 and 0.011]
     #[arg(long, value_parser = positive)]
     pub damping: Option<f64>,
+    /// Kronecker factors of kldwrm, so and kfac: whole | blocks:ROWS, block-diagonal with at most so many rows | rank:RANK:ROWS, of low rank
+    /// beyond so many rows [default: by what they cost]
+    #[arg(long, value_name = "KIND", value_parser = factors)]
+    pub factors: Option<FactorLimit>,
     /// Weight decay, decoupled; for sgd added to the gradient
     #[arg(long, default_value_t = 0.01, value_parser = not_negative)]
     pub weight_decay: f64,
@@ -212,6 +217,7 @@ impl Args {
             ("measure-every", self.measure_every.is_some(), &[Choice::Kldwrm, Choice::So, Choice::Kfac][..]),
             ("kl-clip", self.kl_clip.is_some(), &[Choice::So, Choice::Kfac][..]),
             ("damping", self.damping.is_some(), &[Choice::So, Choice::Kfac]),
+            ("factors", self.factors.is_some(), &[Choice::Kldwrm, Choice::So, Choice::Kfac]),
             ("momentum", self.momentum.is_some(), &[OF_MATRICES, &[Choice::Sgd, Choice::Adamw]].concat()),
             ("beta2", self.beta2.is_some(), &[roots, &[Choice::Adamw]].concat()),
             ("period", self.period.is_some(), roots),

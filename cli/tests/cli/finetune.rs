@@ -179,6 +179,16 @@ fn a_training_goes_on_where_it_was_saved() {
     }
 }
 
+/// 785 inputs of the first layer in 13 blocks of 61, in one, and of low rank.
+#[test]
+fn factors_are_as_they_are_asked_for() {
+    let folder = Folder::new("finetune-factors");
+    for (factors, shown) in [("blocks:64", "785/61"), ("whole", "16 x 785 "), ("rank:8:64", "785 rank 8")] {
+        let text = run(&folder, &format!("--optimizer kldwrm --factors {factors}"));
+        assert!(text.contains(shown), "{text}");
+    }
+}
+
 #[test]
 fn half_precision_is_trained() {
     let folder = Folder::new("finetune-half");
@@ -204,6 +214,12 @@ fn wrong_lines_are_sentences() {
             1,
             "--measure-every is for kldwrm, so and kfac, and --optimizer is adamw",
         ),
+        (
+            "--optimizer adamw --factors whole",
+            1,
+            "--factors is for kldwrm, so and kfac, and --optimizer is adamw",
+        ),
+        ("--factors blocks:0", 2, "expected whole, blocks:ROWS or rank:RANK:ROWS, got \"blocks:0\""),
         ("--clip 1 --measure-every 2", 1, "--measure-every does not go with --clip or --dtype f16"),
         ("--model mlp:784-10 --lora 4", 1, "--lora: the model has no linear layer beside the new one"),
         ("--freeze *", 1, "error: --freeze leaves no parameter to train"),

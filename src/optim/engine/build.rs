@@ -2,6 +2,7 @@
 
 use super::NaturalGradient;
 use crate::curvature::{Beyond, FactorLimit, FactorShape, Sharing, Want, WantWeight};
+use crate::optim::cost::{Costs, Planned};
 use crate::optim::groups::UpdateRule;
 use crate::optim::params::{Bias, Params};
 use crate::optim::state::block::{Block, BlockState, Part};
@@ -56,17 +57,13 @@ impl NaturalGradient {
         params.groups.check(&names)?;
 
         let (trained, frozen) = divided(all, &params)?;
-        let mut blocks: Vec<Block> = vec![];
-        let mut wants = vec![];
+        let mut planned: Vec<Planned> = vec![];
         for layer in &layers {
-            let first = blocks.len();
-            blocks.extend(trained.layer_blocks(layer, &layers)?);
-            let of_layer = &blocks[first..];
-            let optional = |block: &Block| block.params.iter().any(|&index| trained.params[index].optional);
-            let keep = params.ekfac && layer.kind.is_linear();
-            wants.push(want(layer, of_layer, keep, of_layer.iter().any(optional)));
+            planned.extend(trained.layer_blocks(layer, &layers)?);
         }
-        blocks.extend(trained.gradient_blocks()?);
+        planned.extend(trained.gradient_blocks()?);
+        Costs::new(&params, &trained.params).choose(&mut planned);
+        let blocks: Vec<Block> = planned.into_iter().map(|one| one.block).collect();
         trained.check_blocks(&blocks)?;
         let adam = (0..trained.params.len())
             .filter(|index| !blocks.iter().any(|block| block.params.contains(index)))
@@ -94,6 +91,7 @@ impl NaturalGradient {
             ownership: None,
         };
         check_memory(&core)?;
+        let wants = wants(&core, &layers);
         Ok(Self {
             core,
             layers,
@@ -166,11 +164,25 @@ fn divided(all: Vec<Named>, options: &Params) -> Result<(Trained<'_>, Vec<(Strin
     Ok((Trained { options, other_biases: options.tape.other_biases(), params, rules }, frozen))
 }
 
-/// What the records of the layer of these blocks are wanted for.
-fn want(layer: &Layer, blocks: &[Block], keep: bool, optional: bool) -> Option<Want> {
+impl NaturalGradient {
+    /// Finds out anew what records are wanted for, where factors have other shapes than before.
+    pub(super) fn want_again(&mut self) {
+        self.wants = wants(&self.core, &self.layers);
+    }
+}
+
+/// What each layer's records are wanted for.
+fn wants(core: &Core, layers: &[Arc<Layer>]) -> Vec<Option<Want>> {
+    layers.iter().map(|layer| want(core, layer)).collect()
+}
+
+fn want(core: &Core, layer: &Layer) -> Option<Want> {
+    let blocks = || core.blocks.iter().filter(|block| block.layer == Some(layer.index));
     let of_bias = layer.bias.as_ref().map(Tensor::id);
+    let keep = core.params.ekfac && layer.kind.is_linear();
+    let optional = blocks().any(|block| core.is_optional(block));
     let mut want = Want { weight: None, bias: None, of_bias, keep, optional };
-    for block in blocks {
+    for block in blocks() {
         let (a, g) = (block.columns, block.rows);
         match block.part {
             Part::Bias => want.bias = Some(g),
@@ -179,7 +191,7 @@ fn want(layer: &Layer, blocks: &[Block], keep: bool, optional: bool) -> Option<W
             Part::Weight | Part::Gradient => want.weight = Some(WantWeight { folded: false, a, g }),
         }
     }
-    (!blocks.is_empty()).then_some(want)
+    blocks().next().is_some().then_some(want)
 }
 
 impl Trained<'_> {
@@ -202,7 +214,7 @@ impl Trained<'_> {
         self.options.groups.of(&self.params[index].name)?.factor_limit
     }
 
-    fn layer_blocks(&self, layer: &Layer, layers: &[Arc<Layer>]) -> Result<Vec<Block>> {
+    fn layer_blocks(&self, layer: &Layer, layers: &[Arc<Layer>]) -> Result<Vec<Planned>> {
         let weight = self.find(&layer.weight);
         let bias = layer.bias.as_ref().and_then(|bias| self.find(bias));
         let used_as = |kind| layers.iter().any(|other| other.is_use_of(layer.weight.id(), kind));
@@ -223,13 +235,22 @@ impl Trained<'_> {
             let given = leader.and_then(|index| self.given_limit(index));
             let limit = given.unwrap_or(self.options.factor_limit);
             let mut block = self.layer_block(layer, part, weight, bias, limit)?;
+            let all_vectors = self.options.ekfac && part != Part::Table;
+            let lesser = if all_vectors { Beyond::BlockDiagonal } else { Planned::LESSER };
+            let mut by_cost = [Planned::by_cost(limit, lesser); 2];
+            if part == Part::Table {
+                by_cost[0] = None;
+            }
             let tied = matches!(part, Part::Folded | Part::Weight) && used_as(Kind::Embedding);
             if tied && given.is_none() {
                 // The rows are a vocabulary, whose numbers say nothing of what belongs together.
-                let limit = FactorLimit { beyond: Beyond::Diagonal, ..limit };
-                block.rows = FactorShape::limited(block.rows.dim, limit);
+                by_cost[0] = Planned::by_cost(limit, Beyond::Diagonal);
+                if by_cost[0].is_none() {
+                    let limit = FactorLimit { beyond: Beyond::Diagonal, ..limit };
+                    block.rows = FactorShape::limited(block.rows.dim, limit);
+                }
             }
-            blocks.push(block);
+            blocks.push(Planned { block, by_cost });
         }
         Ok(blocks)
     }
@@ -294,7 +315,7 @@ impl Trained<'_> {
     }
 
     /// The blocks of weights whose layers record nothing.
-    fn gradient_blocks(&self) -> Result<Vec<Block>> {
+    fn gradient_blocks(&self) -> Result<Vec<Planned>> {
         let optimizer = self.options.wake.name();
         let mut blocks = vec![];
         for (index, param) in self.params.iter().enumerate() {
@@ -314,7 +335,7 @@ impl Trained<'_> {
                 ),
             };
             let limit = self.given_limit(index).unwrap_or(self.options.factor_limit);
-            blocks.push(Block {
+            let block = Block {
                 name: base_name(&param.name).to_string(),
                 layer: None,
                 part: Part::Gradient,
@@ -324,7 +345,9 @@ impl Trained<'_> {
                 params: vec![index],
                 lr_scale: param.lr_scale,
                 state: BlockState::default(),
-            });
+            };
+            let by_cost = Planned::by_cost(limit, Planned::LESSER);
+            blocks.push(Planned { block, by_cost: [by_cost; 2] });
         }
         Ok(blocks)
     }

@@ -27,7 +27,7 @@ use super::share::Share;
 use super::state::pending::Workplace;
 use super::state::{AdamRate, Core, Elsewhere, Resumed};
 use super::step::work_space::DeviceStep;
-use super::summary::{Summary, Together};
+use super::summary::{Summary, Together, check_memory};
 use crate::curvature::{Damping, Want};
 use crate::tape::Layer;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
@@ -100,7 +100,7 @@ impl NaturalGradient {
     /// takes effect at the next update of the inverses.
     ///
     /// # Errors
-    /// When a value is senseless. When tape, groups, bias, limits, sharing, ekfac or the member of the family differ from what the optimizer
+    /// When a value is senseless. When tape, groups, bias, limits, budget, sharing, ekfac or the member of the family differ from what the optimizer
     /// was built with.
     pub fn set_params(&mut self, params: Params) -> Result<()> {
         params.check()?;
@@ -111,11 +111,12 @@ impl NaturalGradient {
             || params.groups != old.groups
             || params.bias != old.bias
             || params.factor_limit != old.factor_limit
+            || params.budget != old.budget
             || params.memory_limit != old.memory_limit
             || params.sharing != old.sharing
             || params.ekfac != old.ekfac
         {
-            bail!("{name}: tape, groups, bias, limits, sharing and ekfac are fixed at construction")
+            bail!("{name}: tape, groups, bias, limits, budget, sharing and ekfac are fixed at construction")
         }
         if !params.wake.is_same_member(&old.wake) {
             bail!("{name}: the member of the family is fixed at construction, got {}", params.wake.name())
@@ -223,7 +224,8 @@ impl NaturalGradient {
     }
 
     /// Restores parameters and state, the learning rate included, from a file that [`save`](Self::save) wrote with the same member on the same
-    /// model. The steps that follow are those that would have followed there.
+    /// model. The steps that follow are those that would have followed there. Factors that are chosen by cost
+    /// ([`Beyond::ByCost`](crate::curvature::Beyond::ByCost)) keep the shapes that they have in the file, whatever would be chosen here.
     ///
     /// # Errors
     /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.
@@ -233,12 +235,21 @@ impl NaturalGradient {
 
     /// Takes a file that all processes could read.
     fn restore(&mut self, path: &Path, partly: bool) -> Result<Resumed> {
-        let read = self.core.read_state(path, partly);
+        let shapes = self.core.factor_shapes();
+        let read = self.core.read_state(path, partly).and_then(|read| {
+            let changed = self.core.factor_shapes() != shapes;
+            if changed { check_memory(&self.core).map(|()| read) } else { Ok(read) }
+        });
         let (state, outcome) = match read {
             Ok(state) => (Some(state), Ok(())),
             Err(error) => (None, Err(error)),
         };
-        self.all_did("resume", outcome)?;
+        let agreed = self.all_did("resume", outcome);
+        if agreed.is_err() {
+            self.core.set_factor_shapes(&shapes);
+        }
+        agreed?;
+        self.want_again();
         let Some((resumed, state)) = state else { bail!("{}: no state was read", self.core.name()) };
         self.core.take_state(state)?;
         if self.shared.is_some() {

@@ -1,5 +1,7 @@
 //! What a rule has to say, and what all rules share.
 
+pub(super) use crate::ops::adam::LEAST;
+use crate::ops::adam::{CHUNK, flushed};
 use crate::ops::element::Host;
 use crate::ops::simd::vectorized;
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -123,18 +125,6 @@ pub(super) fn at_least_one(name: &str, value: usize) -> Result<()> {
         bail!("first-order: expected {name} of at least 1, got 0")
     }
     Ok(())
-}
-
-/// Elements that a thread takes at once.
-pub(super) const CHUNK: usize = 1 << 14;
-/// Of averages of gradients the least that is not zero. Without an input a gradient is zero for ever, and below f32's normal range every
-/// operation takes many times as long.
-pub(super) const LEAST: f32 = 1e-18;
-
-/// `value`, or zero where it is smaller than `least`.
-#[inline(always)]
-pub(super) fn flushed(value: f32, least: f32) -> f32 {
-    if value.abs() < least { 0.0 } else { value }
 }
 
 /// `kept a + share b`. On the host in f32 what is smaller than `least` is zero.

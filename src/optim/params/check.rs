@@ -26,6 +26,7 @@ impl Params {
         };
         self.damping.check()?;
         self.factor_limit.check()?;
+        self.budget.check(optimizer)?;
         non_negative("lr", self.lr)?;
         fraction("stat_decay", self.stat_decay)?;
         fraction("momentum", self.momentum)?;

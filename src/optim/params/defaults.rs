@@ -1,6 +1,8 @@
 //! The default options of every member of the family.
 
-use super::{AdaptiveKl, Average, Bias, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, StepRule};
+use super::{
+    AdaptiveKl, Average, Bias, Budget, Decay, Every, FallbackRate, NonFinite, Orthogonal, Params, StepRule,
+};
 use crate::curvature::{Damping, FactorLimit, Inverse, Relative, Sharing};
 use crate::optim::groups::Groups;
 use crate::optim::wake::{Carry, Q, Qe, So, TwoRate, Wake};
@@ -103,6 +105,7 @@ impl Params {
             sharing: Sharing::Expand,
             bias: Bias::Folded,
             factor_limit: FactorLimit::default(),
+            budget: Budget::default(),
             memory_limit: None,
             momentum: 0.0,
             weight_decay: 0.0,

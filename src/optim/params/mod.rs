@@ -1,10 +1,12 @@
 //! The options of an optimizer; `defaults.rs` has each member's.
 
+mod budget;
 mod check;
 mod defaults;
 mod orthogonal;
 mod step_rule;
 
+pub use budget::Budget;
 pub use orthogonal::Orthogonal;
 pub use step_rule::{AdaptiveKl, StepRule};
 
@@ -133,9 +135,12 @@ pub struct Params {
     pub sharing: Sharing,
     /// Whether biases share the block of their weight; [`Bias::Folded`] by default.
     pub bias: Bias,
-    /// What becomes of large factors, where a group of [`Params::groups`] says nothing else. By default those with more than 4,096 rows are
-    /// block-diagonal. Where an embedding's table is a linear layer's weight too, the factor of its rows is diagonal beyond the limit.
+    /// What becomes of large factors, where a group of [`Params::groups`] says nothing else. By default they are full where that is
+    /// affordable and else of low rank, [`Beyond::ByCost`](crate::curvature::Beyond::ByCost). Where an embedding's table is a linear
+    /// layer's weight too, the factor of its rows is diagonal beyond the limit.
     pub factor_limit: FactorLimit,
+    /// What is affordable; a fifth of the time by default.
+    pub budget: Budget,
     /// Bytes that state and work space may take, [`Summary::peak_bytes`](super::Summary::peak_bytes); no limit by default. An optimizer that
     /// needs more is refused when it is built. On a GPU its free memory is such a limit in any case.
     pub memory_limit: Option<usize>,

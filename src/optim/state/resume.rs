@@ -7,7 +7,7 @@ use super::reader::{Needs, Numbers, Resumed, StateReader};
 use super::save::{FORMAT, KEY, PENDING, SLOPES, slot};
 use super::{Core, Predicted, Slopes};
 use crate::checkpoint::Checkpoint;
-use crate::curvature::wide_dtype;
+use crate::curvature::{Beyond, FactorShape, wide_dtype};
 use candle_core::{Device, Result, Tensor, bail};
 use std::path::Path;
 
@@ -51,10 +51,12 @@ impl Core {
     /// Reads everything of a file that [`Core::save`] wrote, for [`Core::take_state`]; where it is read `partly`, what it has and is wanted.
     ///
     /// # Errors
-    /// When the file is unreadable, or does not fit: one message lists every difference, and nothing has changed.
-    pub fn read_state(&self, path: &Path, partly: bool) -> Result<(Resumed, State)> {
+    /// When the file is unreadable, or does not fit: one message lists every difference. Nothing has changed then but the shapes of factors
+    /// that are chosen by cost.
+    pub fn read_state(&mut self, path: &Path, partly: bool) -> Result<(Resumed, State)> {
         let device = self.vars.first().map_or(Device::Cpu, |p| p.var.device().clone());
         let file = Checkpoint::read(path, &device)?;
+        self.take_factor_shapes(&file);
         let text = file.metadata.get(KEY).map_or("", String::as_str);
         let numbers =
             Numbers { path, values: text.lines().filter_map(|line| line.split_once(" = ")).collect() };
@@ -63,6 +65,43 @@ impl Core {
         header.check(self.name(), file.tensors.len(), &mut reader.wrong);
         let body = self.read(&header, &numbers, &mut reader)?;
         Ok((reader.finish(path)?, State { header, body }))
+    }
+
+    /// Gives factors that are chosen by cost the shapes that they have in a file: there it was another machine's choice, or another version's.
+    fn take_factor_shapes(&mut self, file: &Checkpoint) {
+        for index in 0..self.blocks.len() {
+            if !self.is_by_cost(&self.blocks[index]) {
+                continue;
+            }
+            let block = &mut self.blocks[index];
+            let groups = block.groups;
+            for (part, side) in [("factor_a", &mut block.columns), ("factor_g", &mut block.rows)] {
+                let dims = file.tensors.get(&slot(&block.name, part)).map(|factor| factor.dims());
+                let found = dims.and_then(|dims| FactorShape::of_dims(side.dim, groups, dims));
+                *side = found.unwrap_or(*side);
+            }
+        }
+    }
+
+    /// Whether the shapes of a block's factors are chosen by cost.
+    fn is_by_cost(&self, block: &Block) -> bool {
+        let given = block
+            .params
+            .first()
+            .and_then(|&leader| self.params.groups.of(&self.vars[leader].name)?.factor_limit);
+        given.unwrap_or(self.params.factor_limit).beyond == Beyond::ByCost
+    }
+
+    /// The shapes of `G` and `A` of every block.
+    pub fn factor_shapes(&self) -> Vec<[FactorShape; 2]> {
+        self.blocks.iter().map(|block| [block.rows, block.columns]).collect()
+    }
+
+    /// Puts back what [`Core::factor_shapes`] has given.
+    pub fn set_factor_shapes(&mut self, shapes: &[[FactorShape; 2]]) {
+        for (block, &[rows, columns]) in self.blocks.iter_mut().zip(shapes) {
+            (block.rows, block.columns) = (rows, columns);
+        }
     }
 
     fn read(&self, header: &Header, numbers: &Numbers<'_>, reader: &mut StateReader<'_>) -> Result<Body> {

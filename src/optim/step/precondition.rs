@@ -88,6 +88,7 @@ fn measured_by_metric(core: &Core) -> bool {
 }
 
 /// A direction in the coordinates that its block's damping belongs to, and there times the damped average: their inner product measures its divergence.
+/// Of low rank it is the average that the inverse was made of.
 fn in_metric(
     core: &Core,
     block: &Block,
@@ -95,6 +96,16 @@ fn in_metric(
     direction: &Tensor,
     damping: f64,
 ) -> Result<(Tensor, Tensor)> {
+    let linear = match core.params.wake.model() {
+        Model::Linear => true,
+        Model::Quadratic(_) => false,
+    };
+    if let (true, Some(inverse), None) =
+        (linear, &curvature.state.preconditioner, &curvature.state.damping_inputs)
+        && let Some(curved) = inverse.undone(direction)?
+    {
+        return Ok((direction.clone(), curved));
+    }
     let (a, g) = &curvature.average;
     let (a, direction) = match &curvature.state.damping_inputs {
         None => (a.clone(), direction.clone()),

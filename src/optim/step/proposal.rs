@@ -1,6 +1,7 @@
 //! What a step would do.
 
 use super::wake_gradient::WakeGradient;
+use crate::ops::dense::mix;
 use crate::optim::state::block::{BlockState, Factors};
 use crate::optim::state::param::{Adam, Param};
 use crate::optim::state::pending::PendingInverses;
@@ -45,7 +46,7 @@ impl Proposal {
         for (block, step) in core.blocks.iter().zip(&self.blocks) {
             let Some(step) = step else { continue };
             for (index, step) in block.split(&step.step, &core.vars)? {
-                values[index] = Some((core.vars[index].value() + step)?);
+                values[index] = Some(mix(&core.vars[index].value(), 1.0, &step, 1.0)?);
             }
         }
         for (adam, value) in self.adam.iter().flatten() {
