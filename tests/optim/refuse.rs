@@ -305,7 +305,7 @@ fn steps() -> Result<()> {
         (|_, opt| opt.step_accumulated(), &["nothing was accumulated"]),
         (
             |_, opt| opt.set_params(Params { bias: Bias::Split, ..opt.params().clone() }),
-            &["tape, groups, bias, limits, sharing and ekfac are fixed"],
+            &["tape, groups, bias, limits, budget, sharing and ekfac are fixed"],
         ),
         (|_, opt| opt.set_params(Params { momentum: 2.0, ..opt.params().clone() }), &["momentum"]),
     ];
