@@ -36,7 +36,7 @@ pub enum Beyond {
     /// Works with every optimizer, damping and inverse, but not with [`Params::ekfac`](crate::optim::Params::ekfac). Q, QE,
     /// [`Carry::Literal`](crate::optim::Carry), and adaptive or relative damping decompose sketches once more wherever they take undamped
     /// factors: in each step, but for the dampings. Orthogonal directions of other members measure their divergence in the decomposition of the
-    /// last inverse. [`QSolve::Exact`](crate::optim::QSolve) takes the eigenvectors of two factors at once.
+    /// last inverse, but under pi damping and where inputs are far from standard, where they decompose too. [`QSolve::Exact`](crate::optim::QSolve) takes the eigenvectors of two factors at once.
     LowRank {
         /// Random vectors, 1 or more.
         rank: usize,

@@ -19,7 +19,8 @@ const MOST_OF_GRAMS: usize = 4;
 /// matrix's norm, close to 1: with enough `iterations` about the orthogonal matrix that is nearest to it. A matrix of zeros stays one.
 ///
 /// The products are those of the smaller side: with `A = X X^T` an iteration is `X <- a X + (b A + c A^2) X`, of a tall matrix the same with
-/// `A = X^T X` from the right. Where the larger side is half as large again or more, `X` is multiplied only twice: see [`by_gram`].
+/// `A = X^T X` from the right. In up to four iterations of large matrices whose larger side is half as large again
+/// or more, `X` is multiplied only twice: see [`by_gram`].
 ///
 /// # Errors
 /// When the tensor has fewer than two dimensions, or a device fails.

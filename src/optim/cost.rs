@@ -30,7 +30,8 @@ pub struct Forecast {
     pub rows: usize,
     /// Seconds of a forward and a backward pass.
     pub model: f64,
-    /// Seconds of a refresh: the curvature of a batch, and the inverses.
+    /// Seconds of a refresh: the curvature of a batch, and the inverses. The exact Fisher, which takes a pass for each output, counts as one
+    /// pass: how many outputs there are is not known yet.
     pub refresh: f64,
     /// Seconds of preconditioning in a step, without the orthogonalization of directions.
     pub preconditioning: f64,

@@ -98,10 +98,11 @@ pub(super) fn cheapest(core: &Core, ranks: usize) -> Placement {
     if core.params.overlap > 0 {
         return Placement::Replicated;
     }
+    let too_long = costs(core).iter().map(|costs| costs.values).sum::<usize>() > i32::MAX as usize;
     let seconds = [Placement::Replicated, Placement::Gathered, Placement::Owned]
         .map(|placement| (placement, seconds(core, placement, ranks)))
-        // EKFAC's moments need the eigenvectors on all.
-        .map(|(placement, seconds)| match core.params.ekfac && placement == Placement::Owned {
+        // EKFAC's moments need the eigenvectors on all, and the parameters come from their owners in one message of MPI.
+        .map(|(placement, seconds)| match (core.params.ekfac || too_long) && placement == Placement::Owned {
             true => (placement, f64::INFINITY),
             false => (placement, seconds),
         });

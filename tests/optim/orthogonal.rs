@@ -78,7 +78,9 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
             let fc = nn::linear(4, 3, vb.pp("fc"))?;
             Ok(Box::new(move |x| fc.forward(x)))
         })?;
-        let options = Params { lr, step_rule: rule, kl_clip: None, ..params(&net, wake.clone()) };
+        let lr_scale = if matches!(rule, StepRule::AdaptiveKl(_)) { 2.0 } else { 1.0 };
+        let groups = Groups(vec![Group { lr_scale, ..Group::named("*") }]);
+        let options = Params { lr, step_rule: rule, kl_clip: None, groups, ..params(&net, wake.clone()) };
         let (models, distances) = (wake.model_decay(), wake.wake_decay(options.stat_decay).unwrap_or(0.0));
         let scale = wake.rate_scale();
         let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
@@ -92,13 +94,13 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
             let (a, f) = opt.factors("fc").unwrap();
             let metric = kron(&of_group(&a, 0), &of_group(&f, 0)) + eye(elements.len()) * DAMPING;
             let direction = orthogonal(&solve(&metric, &wake), 3);
-            let squared = (direction.transpose() * &metric * &direction)[(0, 0)];
+            let squared = lr_scale.powi(2) * (direction.transpose() * &metric * &direction)[(0, 0)];
             let rate = match rule {
                 StepRule::LearningRate => lr * scale,
                 StepRule::FixedKl { target } => lr * (2.0 * target / squared).sqrt(),
                 // Of four inputs and the bias.
                 StepRule::AdaptiveKl(AdaptiveKl { longest, .. }) => {
-                    let rate = longest / (0.2 * 5f64.sqrt());
+                    let rate = longest / (0.2 * lr_scale * 5f64.sqrt());
                     let (kept, bound) = (opt.kl_target().unwrap(), 0.5 * (2.0 * rate).powi(2) * squared);
                     assert!(kept <= bound * (1.0 + 1e-9), "step {k}: {kept} kept, {bound}");
                     assert!(k > 0 || kept >= bound * (1.0 - 1e-9), "{kept} kept, {bound}");
@@ -107,7 +109,7 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
             };
             assert_same(
                 &taken,
-                &(&direction * -rate),
+                &(&direction * -(rate * lr_scale)),
                 1e-9,
                 &format!("{}, {rule:?}, step {k}", opt.params().wake.name()),
             );

@@ -147,6 +147,13 @@ fn what_does_not_go_with_owners_is_refused() {
     for said in sentences(overlap) {
         assert!(said.contains("(overlap 2), got Owned"), "{said}");
     }
+    let later = ranks(2, |world| {
+        let mut rank = Rank::placed(world, wide, &|net| Params::k_fac(&net.tape), Placement::Owned)?;
+        rank.opt.set_params(Params { overlap: 2, ..rank.opt.params().clone() })
+    });
+    for said in sentences(later) {
+        assert!(said.contains("expected overlap 0 where processes divide"), "{said}");
+    }
     let twice = ranks(2, |world| {
         let mut rank = Rank::placed(world, wide, &|net| Params::k_fac(&net.tape), Placement::Owned)?;
         rank.opt.share(&rank.world, Placement::Replicated)

@@ -29,6 +29,7 @@ use super::state::{AdamRate, Core, Elsewhere, Resumed};
 use super::step::work_space::DeviceStep;
 use super::summary::{Summary, Together, check_memory};
 use crate::curvature::{Damping, Want};
+use crate::parallel::Placement;
 use crate::tape::Layer;
 use candle_core::{Result, Tensor, Var, backprop::GradStore, bail};
 use candle_nn::Optimizer;
@@ -117,6 +118,15 @@ impl NaturalGradient {
             || params.ekfac != old.ekfac
         {
             bail!("{name}: tape, groups, bias, limits, budget, sharing and ekfac are fixed at construction")
+        }
+        if params.overlap > 0
+            && let Some(shared) = &self.shared
+            && shared.placement != Placement::Replicated
+        {
+            bail!(
+                "{name}: expected overlap 0 where processes divide inverses or state, got {}",
+                params.overlap
+            )
         }
         if !params.wake.is_same_member(&old.wake) {
             bail!("{name}: the member of the family is fixed at construction, got {}", params.wake.name())

@@ -106,7 +106,8 @@ pub struct AdaptiveKl {
     /// lr longest / (0.2 sqrt(n))
     /// ```
     ///
-    /// where `n` is the largest number of inputs that a layer has, the bias among them; those of a table count as one. So wide layers take
+    /// where `n` is the largest number of inputs that a layer has, the bias among them, times the square of its group's `lr_scale`; those of a
+    /// table count as one. So wide layers take
     /// shorter steps, as the spectral condition has it (Yang, Simon & Bernstein 2023). While the bound holds, the length by the slopes is kept
     /// at twice the bound at most, so that it is soon back.
     pub longest: f64,

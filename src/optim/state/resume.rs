@@ -1,6 +1,6 @@
 //! Resuming: what `save.rs` has written, checked as a whole and then taken.
 
-use super::block::{Block, BlockState};
+use super::block::{Block, BlockState, Part};
 use super::param::{Adam, Param};
 use super::pending::PendingInverses;
 use super::reader::{Needs, Numbers, Resumed, StateReader};
@@ -73,11 +73,14 @@ impl Core {
             if !self.is_by_cost(&self.blocks[index]) {
                 continue;
             }
+            let corrected = self.params.ekfac && self.blocks[index].part != Part::Table;
             let block = &mut self.blocks[index];
             let groups = block.groups;
             for (part, side) in [("factor_a", &mut block.columns), ("factor_g", &mut block.rows)] {
                 let dims = file.tensors.get(&slot(&block.name, part)).map(|factor| factor.dims());
                 let found = dims.and_then(|dims| FactorShape::of_dims(side.dim, groups, dims));
+                // EKFAC has no use for low rank; the file is refused for what is wrong with it.
+                let found = found.filter(|shape| !(corrected && shape.rank.is_some()));
                 *side = found.unwrap_or(*side);
             }
         }

@@ -86,8 +86,10 @@ fn longest(core: &Core) -> Longest {
     let rate = if orthogonal.is_some() { 1.0 / Orthogonal::RMS } else { wake.rate_scale() };
     let by_lr = match (orthogonal, step_rule) {
         (Some(_), StepRule::AdaptiveKl(rule)) => {
-            let inputs = core.blocks.iter().map(Block::inputs).max().unwrap_or(1);
-            rule.longest / (Orthogonal::RMS * (inputs as f64).sqrt())
+            // The squared change at a rate of 1, in units of that of one input. Without blocks there is no bound.
+            let change = |block: &Block| block.lr_scale.powi(2) * block.inputs() as f64;
+            let most = core.blocks.iter().map(change).fold(0.0, f64::max);
+            rule.longest / (Orthogonal::RMS * most.sqrt())
         }
         (Some(_), StepRule::LearningRate | StepRule::FixedKl { .. }) | (None, _) => f64::INFINITY,
     };
