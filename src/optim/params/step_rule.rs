@@ -48,7 +48,7 @@ impl StepRule {
             if !(0.0..=1.0).contains(pace) {
                 bail!("{optimizer}: expected a pace in [0, 1], got {pace}")
             }
-            if !(*longest > 0.0) {
+            if longest.is_nan() || *longest <= 0.0 {
                 bail!("{optimizer}: expected a longest step above 0, got {longest}")
             }
         }
