@@ -9,10 +9,13 @@
 
 #[path = "evidence/clock.rs"]
 mod clock;
+#[path = "layers/encoder.rs"]
+mod encoder;
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use clap::{Parser, ValueEnum};
 use clock::Clock;
+use encoder::encoder;
 use kronwake::nn::{self, Module, VarBuilder, VarMap, loss::cross_entropy};
 use kronwake::ops::pool::relu;
 use kronwake::optim::{AdamW, Every, NaturalGradient, Optimizer, Params, ParamsAdamW};
@@ -76,12 +79,7 @@ fn build(name: Name, rows: usize, vb: &VarBuilder) -> Result<Forward> {
         Name::Bert2 => (768, 2),
         Name::Lenet300 => return lenet300(rows, vb),
     };
-    let config = json!({
-        "vocab_size": 30522, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-    });
-    let model = bert::Bert::new(&bert::Config::parse(&config)?, vb)?;
+    let model = bert::Bert::new(&bert::Config::parse(&encoder(width, layers))?, vb)?;
     let head = nn::linear(width, CLASSES, vb.pp("head"))?;
     let batch = rows / POSITIONS;
     let draw = |i: usize| (i as u32).wrapping_mul(2_654_435_761) % 30522;

@@ -8,12 +8,14 @@
 
 #[path = "../evidence/clock.rs"]
 mod clock;
+mod encoder;
 mod plain;
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::{Module, Optimizer, VarBuilder, VarMap};
 use clap::{Parser, ValueEnum};
 use clock::Clock;
+use encoder::encoder;
 use kronwake::optim::{AdamW, ParamsAdamW};
 use kronwake::tape::Tape;
 use kronwake_cli::models::{bert, llama};
@@ -57,14 +59,6 @@ enum Side {
     Kronwake,
     /// candle_nn, with what has a gradient there
     Candle,
-}
-
-pub fn encoder(hidden: usize, layers: usize) -> Value {
-    json!({
-        "vocab_size": 30522, "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": 12, "max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-    })
 }
 
 pub fn decoder() -> Value {

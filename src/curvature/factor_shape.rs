@@ -164,6 +164,11 @@ impl FactorShape {
         self.rank.is_some_and(|rank| joint_vectors(rank, self.dim) < self.dim)
     }
 
+    /// Whether it is decomposed as it is: neither diagonal nor of low rank.
+    pub fn is_decomposed(&self) -> bool {
+        self.rank.is_none() && self.run > 1
+    }
+
     /// Multiplications of a decomposition, to leading order: a symmetric one into eigenvectors takes about `9 d^3`, a Cholesky inverse
     /// `d^3`.
     pub fn decomposing(&self, eigen: bool) -> usize {

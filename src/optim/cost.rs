@@ -181,14 +181,11 @@ impl<'a> Costs<'a> {
             if side.run == 1 {
                 return 0.0;
             }
-            let (dim, run) = (side.dim as f64, side.run as f64);
-            let seconds = match (side.rank.map(|rank| rank as f64), eigen) {
-                (Some(rank), _) => {
-                    let operations = 8.0 * dim * rank.powi(2) + 36.0 * rank.powi(3);
-                    sketched * operations / self.rates.sketch
-                }
-                (None, true) => 18.0 * dim * run.powi(2) / self.rates.eigen,
-                (None, false) => iterated * 2.0 * dim * run.powi(2) / self.rates.inverse,
+            let operations = operations(side, eigen);
+            let seconds = match (side.rank, eigen) {
+                (Some(_), _) => sketched * operations / self.rates.sketch,
+                (None, true) => operations / self.rates.eigen,
+                (None, false) => iterated * operations / self.rates.inverse,
             };
             block.groups as f64 * seconds
         };
@@ -233,11 +230,13 @@ impl Core {
 
 /// Operations of the eigenvectors of a block's factors that are not of low rank.
 fn eigenvectors(block: &Block) -> f64 {
-    let side = |FactorShape { dim, run, rank }: FactorShape| match rank {
-        None if run > 1 => 18.0 * dim as f64 * (run as f64).powi(2),
-        _ => 0.0,
-    };
-    block.groups as f64 * (side(block.rows) + side(block.columns))
+    let decomposed = [block.rows, block.columns].into_iter().filter(FactorShape::is_decomposed);
+    block.groups as f64 * decomposed.map(|side| operations(&side, true)).sum::<f64>()
+}
+
+/// Operations of a factor's decomposition: a multiplication and an addition each.
+fn operations(side: &FactorShape, eigen: bool) -> f64 {
+    2.0 * side.decomposing(eigen) as f64
 }
 
 /// Newton's iteration takes some 13 products from the last inverse.

@@ -2,7 +2,7 @@
 
 use super::state::Core;
 use super::summary::Summary;
-use crate::curvature::wide_dtype;
+use crate::curvature::{FactorShape, wide_dtype};
 use crate::gpu::Gpu;
 use crate::parallel::{Placement, owners, spread};
 
@@ -154,6 +154,6 @@ impl Core {
     /// The orders of the factors as they are listed where they are decomposed: A and G of each block; what is diagonal or of low rank is not.
     pub fn factor_orders(&self) -> Vec<usize> {
         let sides = self.blocks.iter().flat_map(|block| [block.columns, block.rows]);
-        sides.filter(|side| side.rank.is_none() && side.run > 1).map(|side| side.run).collect()
+        sides.filter(FactorShape::is_decomposed).map(|side| side.run).collect()
     }
 }

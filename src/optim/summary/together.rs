@@ -1,6 +1,7 @@
 //! What processes that share an optimizer do together.
 
 use super::Bytes;
+use crate::curvature::{FactorShape, wide_dtype};
 use crate::optim::placement::{Costs, costs};
 use crate::optim::share::Share;
 use crate::optim::state::Core;
@@ -81,9 +82,8 @@ fn owners_of_factors(core: &Core, share: &Share) -> Vec<(String, [Option<usize>;
     }
     .into_iter();
     let mut of_block = |block: &Block| {
-        let has_order = |side: &crate::curvature::FactorShape| side.rank.is_none() && side.run > 1;
         let sides = [block.columns, block.rows];
-        let [a, g] = sides.map(|side| has_order(&side).then(|| owners.next().flatten()).flatten());
+        let [a, g] = sides.map(|side| side.is_decomposed().then(|| owners.next().flatten()).flatten());
         (block.name.clone(), [g, a])
     };
     core.blocks.iter().map(&mut of_block).collect()
@@ -92,8 +92,8 @@ fn owners_of_factors(core: &Core, share: &Share) -> Vec<(String, [Option<usize>;
 /// Bytes of the eigenvectors or inverses that this process gives the others at a renewal.
 fn own_inverses(core: &Core, owners: &[(String, [Option<usize>; 2])], rank: usize) -> usize {
     let of = |(block, (_, [g, a])): (&Block, &(String, [Option<usize>; 2]))| {
-        let element = crate::curvature::wide_dtype(core.vars[block.params[0]].var.dtype()).size_in_bytes();
-        let side = |side: &crate::curvature::FactorShape, owner: &Option<usize>| match owner {
+        let element = wide_dtype(core.vars[block.params[0]].var.dtype()).size_in_bytes();
+        let side = |side: &FactorShape, owner: &Option<usize>| match owner {
             Some(owner) if *owner == rank => side.elements(block.groups) * element,
             _ => 0,
         };
