@@ -7,9 +7,12 @@ Markdown. Two runs at a time, of a thread each; seconds are of CPU time.
 
 With `unseen FILE` in place of tasks: a task that nothing was tuned on, a wider and deeper decoder on a text of one's own. Rivals have three rates, chosen
 with one seed, and the second knob that was best on the small decoder; five fresh seeds.
+
+With `random [TASK ..]`: twenty random settings of each of four optimizers, and how many of them come to AdamW's loss at its best setting, on held-out examples.
 """
 
 import itertools
+import random
 import re
 import statistics
 import subprocess
@@ -17,6 +20,8 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 PROGRAM = sys.argv[1]
 TUNING, SEEDS = [100, 101], list(range(1, 11))
 ADAM = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]
@@ -41,6 +46,14 @@ UNSEEN = {
     "soap": ([0.0025, 0.005, 0.01], [["--momentum", "0.8"]]),
     "shampoo": ([0.0025, 0.005, 0.01], [["--momentum", "0.8"]]),
     "kl-shampoo": ([0.005, 0.01, 0.02], [["--momentum", "0.8"]]),
+}
+# What is left to set, with the ends between which a random setting lies; logarithms are uniform.
+DECAY = ("--weight-decay", 1e-4, 1e-1)
+RANDOM = {
+    "kldwrm": [("--lr", 0.25, 2.0), ("--kl-target", 5e-4, 5e-2), DECAY],
+    "adamw": [("--lr", ADAM[0], ADAM[-1]), DECAY],
+    "muon": [("--lr", MATRIX[0], MATRIX[-1]), DECAY],
+    "soap": [("--lr", MATRIX[0], MATRIX[-1]), DECAY],
 }
 # Bases that are new at every step: what a user of short runs would choose.
 ALWAYS = {"soap": ["--period", "1"]}
@@ -85,14 +98,41 @@ def paired(values, against):
     return f"{statistics.mean(differences):+.4f} ± {error:.4f}"
 
 
+def base(words, folder):
+    """The options by which a fine-tuning starts from one base, which is trained here."""
+    if "--scratch" in words:
+        return []
+    model = words[: words.index("--epochs")]
+    subprocess.run([PROGRAM, *model, "--epochs", "1", "--optimizer", "adamw", "--out", folder], capture_output=True)
+    return ["--checkpoint", f"{folder}/base.safetensors"]
+
+
+def random_settings(title, words, pool):
+    print(f"\n## Random settings: {title}\n", flush=True)
+    drawn = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*words, *base(words, folder), "--hold-out", "--seed", str(TUNING[0]), "--optimizer"]
+        rates, knobs = OPTIMIZERS["adamw"]
+        tuned = [pool.submit(run, [*words, "adamw", "--lr", str(rate), *knob]) for rate in rates for knob in knobs]
+        runs = {}
+        for name, ranges in RANDOM.items():
+            settings = [[(option, low * (high / low) ** drawn.random()) for option, low, high in ranges] for _ in range(20)]
+            lines = [[*words, name, *ALWAYS.get(name, []), *(str(word) for pair in one for word in pair)] for one in settings]
+            runs[name] = [pool.submit(run, line) for line in lines]
+        aim = min(final(one.result()) for one in tuned)
+        print(f"AdamW at its best of {len(tuned)} settings: {aim:.4f}\n")
+        print("| optimizer | reach AdamW's best | least | median | greatest |\n| --- | --- | --- | --- | --- |")
+        for name, found in runs.items():
+            losses = sorted(final(one.result()) for one in found)
+            reached = sum(loss <= aim for loss in losses)
+            row = [f"{reached} of {len(losses)}", *(f"{loss:.3f}" for loss in [losses[0], statistics.median(losses), losses[-1]])]
+            print(f"| {name} | {' | '.join(row)} |", flush=True)
+
+
 def task(title, words, pool):
     print(f"\n## {title}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        start = []
-        if "--scratch" not in words:
-            model = words[: words.index("--epochs")]
-            subprocess.run([PROGRAM, *model, "--epochs", "1", "--optimizer", "adamw", "--out", folder], capture_output=True)
-            start = ["--checkpoint", f"{folder}/base.safetensors"]
+        start = base(words, folder)
 
         def line(name, rate, knob, seed):
             optimizer = name.split(",")[0]
@@ -147,9 +187,12 @@ def main():
             ALWAYS["soap"] = ["--period", "5"]
             words = ["--model", "decoder:128-4", "--data", wanted[1], "--scratch", "--epochs", "3", "--batch", "16"]
             return task("decoder 128 wide and 4 layers deep, from random parameters, 3 epochs", words, pool)
+        measure = task
+        if wanted[:1] == ["random"]:
+            measure, wanted = random_settings, wanted[1:]
         for title, words in TASKS.items():
             if not wanted or any(word in title for word in wanted):
-                task(title, words, pool)
+                measure(title, words, pool)
 
 
 main()

@@ -98,8 +98,7 @@ fn all(group: Group) -> Result<()> {
 fn penalties(c: &mut Criterion) {
     let mut group = c.benchmark_group("penalty");
     group.sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    rayon::ThreadPoolBuilder::new().use_current_thread().build_global().unwrap();
+    kronwake_cli::program::divide(None).unwrap();
     all(&mut group).unwrap();
     group.finish();
 }

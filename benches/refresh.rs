@@ -21,6 +21,7 @@ use kronwake::ops::pool::relu;
 use kronwake::optim::{AdamW, Every, NaturalGradient, Optimizer, Params, ParamsAdamW};
 use kronwake::tape::{Likelihood, Tape};
 use kronwake_cli::models::bert;
+use kronwake_cli::program;
 use kronwake_cli::values::factors;
 use serde_json::json;
 use std::process::ExitCode;
@@ -195,8 +196,7 @@ const PERIOD: f64 = 10.0;
 
 fn work(options: &Options) -> Result<()> {
     let whole = Clock::start();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).use_current_thread();
-    pool.build_global().map_err(candle_core::Error::wrap)?;
+    program::divide(Some(options.threads))?;
     let kinds = [None].into_iter().chain(options.factors.iter().map(|kind| Some(kind.as_str())));
     let mut runs = kinds.map(|kind| Run::new(options, kind)).collect::<Result<Vec<_>>>()?;
     // The first step renews everything, and all is new.

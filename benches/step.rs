@@ -197,8 +197,7 @@ fn all(group: Group, case: &Case) -> Result<()> {
 fn steps(c: &mut Criterion) {
     let mut group = c.benchmark_group("steps");
     group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(1));
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    rayon::ThreadPoolBuilder::new().use_current_thread().build_global().unwrap();
+    kronwake_cli::program::divide(None).unwrap();
     for case in &CASES {
         all(&mut group, case).unwrap();
     }

@@ -45,8 +45,9 @@
 //! | [`checkpoint`] | safetensors files, read with checks, written whole or not at all |
 //!
 //! **Threads**: make the training thread one of rayon's pool before anything else,
-//! `rayon::ThreadPoolBuilder::new().use_current_thread().build_global()`. **Feature** `cuda`: tensors on NVIDIA GPUs. **Processor**: no
-//! flag is needed, vectors are chosen when the program runs.
+//! `rayon::ThreadPoolBuilder::new().use_current_thread().build_global()`, and keep candle's own threads from turning in a loop while they
+//! wait, by `CANDLE_BARRIER_POOL_SPIN_LIMIT=1` in the environment. **Feature** `cuda`: tensors on NVIDIA GPUs. **Processor**: no flag is
+//! needed, vectors are chosen when the program runs.
 
 #![warn(missing_docs, clippy::missing_errors_doc)]
 

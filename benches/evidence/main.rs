@@ -45,9 +45,7 @@ enum What {
 }
 
 fn work(options: Options) -> Result<()> {
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads.unwrap_or(0)).use_current_thread();
-    pool.build_global().map_err(candle_core::Error::wrap)?;
+    kronwake_cli::program::divide(options.threads)?;
     match options.what {
         Some(What::Speed(options)) => speed::measure(&options),
         Some(What::Grid(options)) => grid::measure(&options),

@@ -19,6 +19,7 @@ use encoder::encoder;
 use kronwake::optim::{AdamW, ParamsAdamW};
 use kronwake::tape::Tape;
 use kronwake_cli::models::{bert, llama};
+use kronwake_cli::program;
 use serde_json::{Value, json};
 use std::process::ExitCode;
 
@@ -148,8 +149,7 @@ enum Rule {
 }
 
 fn work(options: &Options) -> Result<()> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(options.threads).use_current_thread();
-    pool.build_global().map_err(candle_core::Error::wrap)?;
+    program::divide(Some(options.threads))?;
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let params = ParamsAdamW { lr: 1e-4, weight_decay: 0.01, ..Default::default() };

@@ -21,7 +21,7 @@ mod model;
 pub mod models;
 mod optimizer;
 mod processes;
-mod program;
+pub mod program;
 pub mod sentence;
 mod stats;
 mod trace;

@@ -25,14 +25,8 @@ pub fn start_together(threads: Option<usize>, work: impl FnOnce(&Processes) -> R
 
 /// Runs `work` on `threads` threads, one a core if not said; its error is a sentence on stderr and exit code 1.
 pub fn start(threads: Option<usize>, work: impl FnOnce() -> Result<()>) -> ExitCode {
-    if let Some(threads) = threads {
-        // SAFETY: no other thread runs yet. candle reads the variable when it first multiplies matrices.
-        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-    }
     end_with_the_reader();
-    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).use_current_thread();
-    match pool.build_global().map_err(Error::wrap).and_then(|()| work()) {
+    match divide(threads).and_then(|()| work()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", sentence(&error));
@@ -40,6 +34,26 @@ pub fn start(threads: Option<usize>, work: impl FnOnce() -> Result<()>) -> ExitC
         }
     }
 }
+
+/// How a process computes on `threads` threads, one a core if not said. To be called while no other thread runs.
+pub fn divide(threads: Option<usize>) -> Result<()> {
+    // SAFETY: no other thread runs yet. candle reads the variables when it first divides its work.
+    unsafe {
+        if let Some(threads) = threads {
+            std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
+        }
+        // candle's threads wait for work by turning in a loop, on cores that rayon's have work for.
+        if std::env::var_os(SPIN_LIMIT).is_none() {
+            std::env::set_var(SPIN_LIMIT, "1");
+        }
+    }
+    // This thread is one of the pool's: from outside of it every parallel loop would be handed over and waited for.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).use_current_thread();
+    pool.build_global().map_err(Error::wrap)
+}
+
+/// How often a thread of candle's looks for work before it sleeps.
+const SPIN_LIMIT: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
 
 /// Lets the system end this process when what reads its output has ended, as in `| head`. Rust's programs ignore the signal, and panic at
 /// the next line that they print.

@@ -4,6 +4,7 @@ use super::params::{Every, Params};
 use super::state::Core;
 use super::state::block::{Block, Part};
 use super::state::param::Param;
+use super::step::inverts_the_metric;
 use super::wake::{Model, QSolve};
 use crate::curvature::{Beyond, Damping, DampingKind, FactorLimit, FactorShape, Inverse};
 use crate::gpu::Gpu;
@@ -78,6 +79,8 @@ const CHOICES: [(usize, usize); 7] =
 pub(super) struct Costs<'a> {
     params: &'a Params,
     rates: Rates,
+    /// Whether a divergence is measured among eigenvectors where there are any, without products with factors.
+    in_basis: bool,
     /// Operations for a row: of a forward and a backward pass, and of a backward pass to the layers' outputs alone.
     model: f64,
     backward: f64,
@@ -88,7 +91,8 @@ impl<'a> Costs<'a> {
     pub fn new(params: &'a Params, vars: &[Param]) -> Self {
         let (device, dtype) =
             vars.first().map_or((&Device::Cpu, DType::F32), |param| (param.var.device(), param.var.dtype()));
-        let rates = match (Gpu::of(device).is_some(), dtype.size_in_bytes() < 4) {
+        let on_gpu = Gpu::of(device).is_some();
+        let rates = match (on_gpu, dtype.size_in_bytes() < 4) {
             (false, _) => CPU,
             (true, false) => GPU,
             (true, true) => HALF_ON_GPU,
@@ -100,7 +104,7 @@ impl<'a> Costs<'a> {
             model += product * if trained { 3.0 } else { 2.0 };
             backward += product;
         }
-        Self { params, rates, model, backward }
+        Self { params, rates, in_basis: !on_gpu && inverts_the_metric(params), model, backward }
     }
 
     /// Seconds with factors as they are in `blocks`.
@@ -197,9 +201,10 @@ impl<'a> Costs<'a> {
         let (_, kept) = self.eigen();
         let elements = block.shape().iter().product::<usize>() as f64;
         let measured = self.params.orthogonal.is_some();
+        let in_basis = self.in_basis && kept && !block.is_low_rank();
         let side = |side: &FactorShape| {
             let factor = if side.rank.is_some() { side.multiplying(true) } else { side.run };
-            side.multiplying(kept) + if measured { factor } else { 0 }
+            side.multiplying(kept) + if measured && !in_basis { factor } else { 0 }
         };
         2.0 * elements * (side(&block.rows) + side(&block.columns)) as f64 / self.rates.product
     }

@@ -18,6 +18,7 @@ fn params(net: &Net, wake: impl Into<Wake>) -> Params {
     Params {
         damping: Damping::Eigenvalue(DAMPING),
         every: Every { factors: 1, inverses: 1 },
+        early_refresh: false,
         fisher: Fisher::Exact,
         average: None,
         orthogonal: Some(Orthogonal { iterations: 5 }),
@@ -67,12 +68,15 @@ fn gradient_and_step(
 #[test]
 fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
     let learning_rate = StepRule::LearningRate;
-    for (wake, rule, lr) in [
-        (Wake::KFac, learning_rate, 0.3),
-        (TwoRate::default().into(), learning_rate, 0.3),
-        (TwoRate::default().into(), StepRule::FixedKl { target: 0.004 }, 0.7),
+    let fixed = StepRule::FixedKl { target: 0.004 };
+    for (wake, rule, lr, inverses) in [
+        (Wake::KFac, learning_rate, 0.3, 1),
+        (TwoRate::default().into(), learning_rate, 0.3, 1),
+        (TwoRate::default().into(), fixed, 0.7, 1),
+        // Its inverse is an older one than the average that measures it.
+        (TwoRate::default().into(), fixed, 0.7, 3),
         // So long that the longest step decides.
-        (TwoRate::default().into(), StepRule::AdaptiveKl(LONG), 0.7),
+        (TwoRate::default().into(), StepRule::AdaptiveKl(LONG), 0.7, 1),
     ] {
         let net = Net::of(DType::F64, 3, |vb: VarBuilder| {
             let fc = nn::linear(4, 3, vb.pp("fc"))?;
@@ -80,12 +84,15 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
         })?;
         let lr_scale = if matches!(rule, StepRule::AdaptiveKl(_)) { 2.0 } else { 1.0 };
         let groups = Groups(vec![Group { lr_scale, ..Group::named("*") }]);
-        let options = Params { lr, step_rule: rule, kl_clip: None, groups, ..params(&net, wake.clone()) };
+        let every = Every { factors: 1, inverses };
+        let options =
+            Params { lr, step_rule: rule, kl_clip: None, groups, every, ..params(&net, wake.clone()) };
         let (models, distances) = (wake.model_decay(), wake.wake_decay(options.stat_decay).unwrap_or(0.0));
         let scale = wake.rate_scale();
         let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
         let elements = net.elements("fc", 0, 1);
         let mut mean: Option<Mat<f64>> = None;
+        let mut inverted = Mat::zeros(0, 0);
         for k in 0..6 {
             let (g, taken) = gradient_and_step(&net, &mut opt, &random(20 + k, &[9, 4])?, k)?;
             let model = mean.as_ref().map_or(g.clone(), |mean| &g * (1.0 - models) + mean * models);
@@ -93,7 +100,10 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
             mean = Some(model);
             let (a, f) = opt.factors("fc").unwrap();
             let metric = kron(&of_group(&a, 0), &of_group(&f, 0)) + eye(elements.len()) * DAMPING;
-            let direction = orthogonal(&solve(&metric, &wake), 3);
+            if k % inverses as u64 == 0 {
+                inverted = metric.clone();
+            }
+            let direction = orthogonal(&solve(&inverted, &wake), 3);
             let squared = lr_scale.powi(2) * (direction.transpose() * &metric * &direction)[(0, 0)];
             let rate = match rule {
                 StepRule::LearningRate => lr * scale,

@@ -40,6 +40,8 @@ mod wake_gradient;
 pub(super) mod work_space;
 pub(super) mod write;
 
+pub(super) use precondition::inverts_the_metric;
+
 use super::state::Core;
 use super::state::block::BlockState;
 use super::state::pending::{PendingInverses, Workplace};

@@ -8,14 +8,14 @@ use super::partial_sums::{Parts, Sums};
 use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
-use crate::curvature::{damped_product, standard};
+use crate::curvature::{Damping, Preconditioner, damped_product, standard};
 use crate::linalg::polar::orthogonalized;
 use crate::ops::dense::{dot, with_tf32};
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
-use crate::optim::params::{Orthogonal, Products, StepRule};
+use crate::optim::params::{Orthogonal, Params, Products, StepRule};
 use crate::optim::state::Core;
-use crate::optim::state::block::Block;
+use crate::optim::state::block::{Block, BlockState};
 use crate::optim::wake::Model;
 use candle_core::{Result, Tensor};
 
@@ -38,14 +38,21 @@ pub(super) fn host(
     let Some(preconditioner) = &curvature.state.preconditioner else {
         return Err(missing(core, block, "inverse").into());
     };
-    let inputs = curvature.state.inputs.as_ref();
-    let direction = with_tf32(tf32(core), || shaped(core, inputs, preconditioner.apply(&wake.decayed)?))?;
-    let length = match measured_by_metric(core) {
-        true => {
-            let (inside, metric) = in_metric(core, block, curvature, &direction, damping)?;
-            dot(&inside, &metric)?
+    let (direction, length) = match in_basis(core, &curvature.state) {
+        Some((orthogonal, basis)) => orthogonal_in_basis(orthogonal, basis, &wake.decayed)?,
+        None => {
+            let inputs = curvature.state.inputs.as_ref();
+            let direction =
+                with_tf32(tf32(core), || shaped(core, inputs, preconditioner.apply(&wake.decayed)?))?;
+            let length = match measured_by_metric(core) {
+                true => {
+                    let (inside, metric) = in_metric(core, block, curvature, &direction, damping)?;
+                    dot(&inside, &metric)?
+                }
+                false => dot(&direction, &wake.decayed)?,
+            };
+            (direction, length)
         }
-        false => dot(&direction, &wake.decayed)?,
     };
     if !length.is_finite() {
         return Err(Refusal::NonFinite(culprit(core, block, &wake.gradient)?));
@@ -73,6 +80,51 @@ fn shaped(core: &Core, inputs: Option<&Tensor>, direction: Tensor) -> Result<Ten
             standard::outside(inputs, &(direction * scale)?)
         }
     }
+}
+
+/// Eigenvectors of `A` and of `G`, and the scaling of both: [`Preconditioner::Basis`].
+type Basis<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
+
+/// What [`orthogonal_in_basis`] needs, where it gives what [`shaped`] and [`in_metric`] do: one set of coordinates, and orthogonal eigenvectors.
+fn in_basis<'a>(core: &Core, state: &'a BlockState) -> Option<(Orthogonal, Basis<'a>)> {
+    let one_set = state.inputs.is_some() == state.damping_inputs.is_some();
+    match (core.params.orthogonal, &state.preconditioner) {
+        (Some(orthogonal), Some(Preconditioner::Basis { basis_a, basis_g, scale }))
+            if one_set && inverts_the_metric(&core.params) =>
+        {
+            Some((orthogonal, (basis_a, basis_g, scale)))
+        }
+        _ => None,
+    }
+}
+
+/// Whether each step's inverse is that of the present average with the present damping, and so of what measures a divergence.
+pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
+    let linear = match params.wake.model() {
+        Model::Linear => true,
+        Model::Quadratic(_) => false,
+    };
+    let kept = match params.damping {
+        Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Relative(_) => true,
+        Damping::Adaptive(_) => false,
+    };
+    linear && kept && !params.ekfac && params.every.factors == params.every.inverses && params.overlap == 0
+}
+
+/// The orthogonal direction of a wake gradient, and its squared length in the damped metric. The orthogonal factor of `Kg X Ka^T` is that of `X`
+/// between the same eigenvectors, among which the metric is a number an element: neither the way out and back in nor products with the factors
+/// are needed.
+fn orthogonal_in_basis(
+    Orthogonal { iterations }: Orthogonal,
+    (basis_a, basis_g, scale): Basis<'_>,
+    wake: &Tensor,
+) -> Result<(Tensor, f64)> {
+    let (_, rows, columns) = wake.dims3()?;
+    let inside = (Preconditioner::inside(basis_a, basis_g, scale, wake)? * scale)?;
+    let inside =
+        (orthogonalized(&inside, iterations)? * (Orthogonal::RMS * (rows.max(columns) as f64).sqrt()))?;
+    let length = dot(&inside, &(&inside / scale)?)?;
+    Ok((Preconditioner::outside(basis_a, basis_g, &inside, wake)?, length))
 }
 
 /// Whether a direction's length is not `<V, w>`: a quadratic wake solves with more than the divergence's curvature, and an orthogonal
