@@ -228,7 +228,6 @@ fn members() -> Result<Vec<Member>> {
 
 /// The equality table: where one process comes on all rows.
 fn equal(world: &World, device: &Device, dtype: DType) -> Result<()> {
-    let limit = if dtype == DType::F64 { 1e-12 } else { 1e-4 };
     for member in members()? {
         let (before, expected) =
             trained(&member, &World::alone(), Placement::Replicated, &[ROWS], (device, dtype))?;
@@ -237,6 +236,12 @@ fn equal(world: &World, device: &Device, dtype: DType) -> Result<()> {
             if matches!((&member, placement), (Member::AdamW, Placement::Gathered)) {
                 continue;
             }
+            let limit = match (dtype, placement) {
+                // An owner's steps on a GPU are made of other operations than those of one process.
+                (DType::F64, Placement::Owned) => 1e-11,
+                (DType::F64, _) => 1e-12,
+                _ => 1e-4,
+            };
             for split in splits(world.size()) {
                 let found = trained(&member, world, placement, &split, (device, dtype))?.1;
                 let far = apart(&found, &expected);
