@@ -207,6 +207,7 @@ fn trained(
 /// Uneven splits, one with a rank that has no rows.
 fn splits(size: usize) -> Vec<Vec<usize>> {
     match size {
+        1 => vec![vec![ROWS]],
         2 => vec![vec![9, 3], vec![0, 12]],
         _ => {
             let mut split = vec![1; size];
@@ -236,9 +237,9 @@ fn equal(world: &World, device: &Device, dtype: DType) -> Result<()> {
             if matches!((&member, placement), (Member::AdamW, Placement::Gathered)) {
                 continue;
             }
-            let limit = match (dtype, placement) {
-                // An owner's steps on a GPU are made of other operations than those of one process.
-                (DType::F64, Placement::Owned) => 1e-11,
+            let limit = match (dtype, member.name().as_str()) {
+                // It makes more of rounding, on a net with more units than rows.
+                (DType::F64, "kld-wrm") => 1e-11,
                 (DType::F64, _) => 1e-12,
                 _ => 1e-4,
             };
