@@ -26,6 +26,13 @@ for ranks in 2 4; do
     mpi "$ranks" equal
 done
 
+for ranks in 2 3; do
+    echo "-- gradients in bfloat16, $ranks ranks"
+    mpi "$ranks" bf16
+done
+echo "-- messages in pieces of 100 bytes"
+mpi 3 pieces 100
+
 echo "-- saved by 2, resumed by 1, 4 and 2"
 mpi 2 train "$work/state" 0 5
 mpi 1 train "$work/state" 5 5

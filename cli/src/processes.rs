@@ -1,8 +1,11 @@
-//! The processes that `mpirun` has started, in builds with the feature `mpi`; otherwise this one alone.
+//! The processes that `mpirun` or torchrun has started, in builds with the features `mpi` or `nccl`; otherwise this one alone.
 
-use candle_core::Result;
+use candle_core::{Device, Result};
 use clap::ValueEnum;
+#[cfg(feature = "nccl")]
+use kronwake::parallel::Nccl;
 use kronwake::parallel::{Placement, World};
+use std::cell::OnceCell;
 
 /// Which process computes what; see [`Placement`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -28,44 +31,78 @@ impl PlacementKind {
     }
 }
 
-/// This process's place among them. It begins and ends MPI: made first, it is dropped last.
+/// This process among them. It begins and ends MPI: made first, it is dropped last.
 pub struct Processes {
+    world: OnceCell<World>,
     #[cfg(feature = "mpi")]
     mpi: kronwake::parallel::Mpi,
-    #[cfg(not(feature = "mpi"))]
-    alone: World,
 }
 
 impl Processes {
-    /// Joins the others. All but the first say nothing more on the standard output.
-    #[cfg(feature = "mpi")]
+    /// Begins MPI, in builds with it.
     pub fn start() -> Result<Self> {
-        let mpi = kronwake::parallel::Mpi::init()?;
-        if !mpi.is_first() {
+        Ok(Self {
+            world: OnceCell::new(),
+            #[cfg(feature = "mpi")]
+            mpi: kronwake::parallel::Mpi::init()?,
+        })
+    }
+
+    /// Joins the others, whose tensors are on such a device too: on a GPU by NCCL, in builds with it, and else by MPI. All but the first say
+    /// nothing more on the standard output.
+    pub fn join(&self, device: &Device) -> Result<&World> {
+        let world = self.world_on(device)?;
+        #[cfg(any(feature = "mpi", feature = "nccl"))]
+        if !world.is_first() {
             silence();
         }
-        Ok(Self { mpi })
+        Ok(self.world.get_or_init(|| world))
     }
 
-    #[cfg(not(feature = "mpi"))]
-    pub fn start() -> Result<Self> {
-        Ok(Self { alone: World::alone() })
-    }
-
-    pub fn world(&self) -> &World {
+    /// Without MPI's `mpirun` the environment says who the others are.
+    #[cfg(feature = "nccl")]
+    fn world_on(&self, device: &Device) -> Result<World> {
         #[cfg(feature = "mpi")]
-        {
-            &self.mpi
+        if !self.mpi.is_alone() || !device.is_cuda() {
+            return if device.is_cuda() {
+                Nccl::over(&self.mpi, device)
+            } else {
+                Ok(World::clone(&self.mpi))
+            };
         }
-        #[cfg(not(feature = "mpi"))]
-        {
-            &self.alone
-        }
+        Nccl::from_env(device)
+    }
+
+    #[cfg(all(feature = "mpi", not(feature = "nccl")))]
+    fn world_on(&self, _: &Device) -> Result<World> {
+        Ok(World::clone(&self.mpi))
+    }
+
+    #[cfg(not(any(feature = "mpi", feature = "nccl")))]
+    fn world_on(&self, _: &Device) -> Result<World> {
+        Ok(World::alone())
+    }
+
+    /// The world that was joined.
+    pub fn world(&self) -> Option<&World> {
+        self.world.get()
+    }
+}
+
+/// Which of its machine's GPUs is this process's, counted from the one that the command line names.
+pub fn local_rank() -> usize {
+    #[cfg(feature = "nccl")]
+    {
+        Nccl::local_rank()
+    }
+    #[cfg(not(feature = "nccl"))]
+    {
+        0
     }
 }
 
 /// Sends what this process prints nowhere.
-#[cfg(feature = "mpi")]
+#[cfg(any(feature = "mpi", feature = "nccl"))]
 fn silence() {
     #[cfg(unix)]
     {
@@ -79,7 +116,7 @@ fn silence() {
 
 /// Threads of this process where the command line says none: its share of the machine's cores, of those that it may use.
 pub fn threads() -> Option<usize> {
-    let ranks = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"];
+    let ranks = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE"];
     let here = ranks.iter().find_map(|name| std::env::var(name).ok()?.parse::<usize>().ok())?;
     let usable = std::thread::available_parallelism().map_or(1, usize::from);
     Some(usable.min((cores().unwrap_or(usable) / here.max(1)).max(1)))

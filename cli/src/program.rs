@@ -8,14 +8,14 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// [`start`] of a program that trains on all processes that `mpirun` started.
+/// [`start`] of a program that trains on all processes that `mpirun` or torchrun has started.
 pub fn start_together(threads: Option<usize>, work: impl FnOnce(&Processes) -> Result<()>) -> ExitCode {
     start(threads.or_else(processes::threads), || {
         let processes = Processes::start()?;
         let begun = Instant::now();
         work(&processes)?;
-        let (world, all) = (processes.world(), begun.elapsed().as_secs_f64());
-        if !world.is_alone() {
+        let all = begun.elapsed().as_secs_f64();
+        if let Some(world) = processes.world().filter(|world| !world.is_alone()) {
             let waited = world.waited().as_secs_f64();
             println!("rank {} of {}: {waited:.2} s of {all:.2} s in messages", world.rank(), world.size());
         }

@@ -1,5 +1,6 @@
 //! The values that options take, and how they are read.
 
+use crate::processes::local_rank;
 use crate::sentence::sentence;
 use candle_core::{DType, Device, Result, bail};
 use clap::ValueEnum;
@@ -151,6 +152,9 @@ impl Choice {
     }
 }
 
+/// The device of training programs that are not told one.
+pub const DEVICE: &str = if cfg!(feature = "nccl") { "cuda" } else { "cpu" };
+
 /// What `--device` takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -178,10 +182,14 @@ impl Place {
     pub fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda(n) => match Device::new_cuda(n) {
-                Ok(device) => Ok(device),
-                Err(e) => bail!("--device cuda:{n}: {}", without_device(&sentence(&e))),
-            },
+            // Of several processes on a machine each has its own.
+            Self::Cuda(first) => {
+                let n = first + local_rank();
+                match Device::new_cuda(n) {
+                    Ok(device) => Ok(device),
+                    Err(e) => bail!("--device cuda:{n}: {}", without_device(&sentence(&e))),
+                }
+            }
         }
     }
 }

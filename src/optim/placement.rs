@@ -4,7 +4,7 @@ use super::state::Core;
 use super::summary::Summary;
 use crate::curvature::{FactorShape, wide_dtype};
 use crate::gpu::Gpu;
-use crate::parallel::{Placement, owners, spread};
+use crate::parallel::{Placement, World, owners, spread};
 
 /// What a process does in a second, as far as the choice of a placement goes.
 struct Rates {
@@ -20,6 +20,8 @@ struct Rates {
 const CPU: Rates = Rates { work: 2e10, bytes: 1e9, meetings: 2e4 };
 /// A GPU whose tensors go by way of the host.
 const GPU: Rates = Rates { work: 1e13, bytes: 5e9, meetings: 1e4 };
+/// A GPU whose tensors go to other GPUs, by a network card of its own.
+const LINKED_GPU: Rates = Rates { bytes: 4e10, ..GPU };
 
 /// What makes a step of a unit of [`Core::units`], or of all.
 #[derive(Debug, Clone, Copy, Default)]
@@ -93,16 +95,15 @@ pub(super) fn unit_owners(core: &Core, ranks: usize) -> Vec<usize> {
 }
 
 /// The placement that takes the least time by the count; all do all where it makes no difference.
-pub(super) fn cheapest(core: &Core, ranks: usize) -> Placement {
+pub(super) fn cheapest(core: &Core, world: &World) -> Placement {
     // Inverses that are made beside the steps are made by all.
     if core.params.overlap > 0 {
         return Placement::Replicated;
     }
-    let too_long = costs(core).iter().map(|costs| costs.values).sum::<usize>() > i32::MAX as usize;
     let seconds = [Placement::Replicated, Placement::Gathered, Placement::Owned]
-        .map(|placement| (placement, seconds(core, placement, ranks)))
-        // EKFAC's moments need the eigenvectors on all, and the parameters come from their owners in one message of MPI.
-        .map(|(placement, seconds)| match (core.params.ekfac || too_long) && placement == Placement::Owned {
+        .map(|placement| (placement, seconds(core, placement, world)))
+        // EKFAC's moments need the eigenvectors on all.
+        .map(|(placement, seconds)| match core.params.ekfac && placement == Placement::Owned {
             true => (placement, f64::INFINITY),
             false => (placement, seconds),
         });
@@ -112,9 +113,13 @@ pub(super) fn cheapest(core: &Core, ranks: usize) -> Placement {
 }
 
 /// Seconds of a step beside the passes through the model.
-fn seconds(core: &Core, placement: Placement, ranks: usize) -> f64 {
-    let on_gpu = core.vars.first().is_some_and(|param| Gpu::of(param.var.device()).is_some());
-    let rates = if on_gpu { GPU } else { CPU };
+fn seconds(core: &Core, placement: Placement, world: &World) -> f64 {
+    let ranks = world.size();
+    let rates = match core.vars.first().map(|param| param.var.device()) {
+        Some(device) if world.takes(device) => LINKED_GPU,
+        Some(device) if Gpu::of(device).is_some() => GPU,
+        _ => CPU,
+    };
     let each = costs(core);
     let all = Costs::sum(each.iter());
     let (inverting, refreshing) = (core.params.every.inverses as f64, core.params.every.factors as f64);

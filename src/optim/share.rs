@@ -6,7 +6,7 @@ pub(super) use of_owners::Values;
 
 use super::identity::{Lines, hash};
 use super::step::gradients::Refusal;
-use crate::parallel::{Division, Form, Place, Placement, Sums, Totals, Trouble, World, bytes_of, tensor_of};
+use crate::parallel::{Division, Form, Place, Placement, Sums, Totals, Trouble, World};
 use candle_core::{Error, Result, Tensor, Var, bail};
 
 /// Steps from one comparison of the parameters' hashes to the next.
@@ -20,6 +20,8 @@ pub(super) struct Share {
     pub placement: Placement,
     /// How inverses are divided, if they are.
     pub division: Option<Division>,
+    /// Whether gradients are added up in bfloat16.
+    bf16: bool,
     /// The total of loss terms that the coming step has been shown here; none before it was shown any outputs.
     pub terms: Option<f64>,
     /// The loss terms that all processes have drawn labels for in this step.
@@ -73,40 +75,37 @@ impl From<Refusal> for Trouble {
 impl Share {
     /// Ties optimizers of equal `identity`.
     pub fn new(world: &World, placement: Placement, who: &'static str, mut identity: Lines) -> Result<Self> {
+        let bf16 = world.has_bf16_gradients();
         identity.push(("a placement".into(), format!("{placement:?}")));
+        identity.push(("gradients added up in bfloat16:".into(), bf16.to_string()));
         world.agree_all(&format!("{who}: share"), &identity)?;
         let division = match placement {
             Placement::Replicated | Placement::ByCost | Placement::Owned => None,
             Placement::Gathered => Some(Division::new(world, who)),
         };
         let (world, kept) = (world.clone(), None);
-        Ok(Self { world, placement, division, terms: None, rows: 0, kept, last_terms: 0.0, sent: 0 })
+        Ok(Self { world, placement, division, bf16, terms: None, rows: 0, kept, last_terms: 0.0, sent: 0 })
     }
 
     /// Sets Vars to what rank 0's are.
     pub fn values_of_first<'a>(&self, vars: impl Iterator<Item = &'a Var>) -> Result<()> {
         for var in vars {
-            if let Some(value) = self.tensor_of_first(var.as_tensor())? {
+            if let Some(value) = self.world.tensor_of_first(var.as_tensor())? {
                 var.set(&value)?;
             }
         }
         Ok(())
     }
 
-    /// Rank 0's tensor, on the others.
-    pub fn tensor_of_first(&self, own: &Tensor) -> Result<Option<Tensor>> {
-        let bytes = if self.world.is_first() { bytes_of(own)? } else { vec![] };
-        let bytes = self.world.bytes_of_first(bytes)?;
-        if self.world.is_first() {
-            return Ok(None);
-        }
-        tensor_of(&bytes, own.dims(), own.dtype(), own.device()).map(Some)
+    /// What this process brings to a sum.
+    pub fn sums(&self) -> Sums {
+        Sums::new(&self.world, self.bf16)
     }
 
     /// Adds up what all have brought.
     pub fn add(&mut self, sums: Sums) -> Result<Totals> {
-        self.sent += sums.bytes(&self.world);
-        sums.over(&self.world)
+        self.sent += sums.bytes();
+        sums.over()
     }
 
     /// Takes note of loss terms.
@@ -271,7 +270,7 @@ impl Share {
         slots: &[Slot<'_>],
         local: Result<Vec<Option<Tensor>>>,
     ) -> Result<Vec<Option<Tensor>>> {
-        let mut sums = Sums::default();
+        let mut sums = self.sums();
         let local = match (self.terms, local) {
             (None, _) => Err(Trouble::Failed(NOT_COUNTED.into())),
             (_, Err(error)) => Err(Trouble::failed(&error)),
@@ -304,12 +303,12 @@ pub(super) fn add_gradients(
         if slot.optional {
             sums.number(if grad.is_some() { 1.0 } else { 0.0 });
         }
-        if !sums.tensor(slot.owner, grad, &slot.form, total)? {
-            let what = format!("the gradient of {} has NaN or infinite elements", slot.name);
-            return Err(Refusal::NonFinite(what));
-        }
+        sums.gradient(slot.owner, grad, &slot.form, total, || format!("the gradient of {}", slot.name))?;
     }
-    Ok(())
+    match sums.not_finite()? {
+        Some(whose) => Err(Refusal::NonFinite(format!("{whose} has NaN or infinite elements"))),
+        None => Ok(()),
+    }
 }
 
 /// The mean gradients of all that are for this process, and which params took part anywhere.
@@ -321,7 +320,7 @@ pub(super) fn read_gradients(
     let (mut grads, mut took_part) = (Vec::with_capacity(slots.len()), Vec::with_capacity(slots.len()));
     for slot in slots {
         let present = !slot.optional || totals.number()? > 0.0;
-        grads.push(totals.tensor(slot.owner, &slot.form, total)?.filter(|_| present));
+        grads.push(totals.gradient(slot.owner, &slot.form, total)?.filter(|_| present));
         took_part.push(present);
     }
     Ok((grads, took_part))

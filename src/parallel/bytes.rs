@@ -33,6 +33,18 @@ pub(crate) fn tensor_of(bytes: &[u8], dims: &[usize], dtype: DType, device: &Dev
     Tensor::from_raw_buffer(bytes, dtype, dims, &Device::Cpu)?.to_device(device)
 }
 
+/// Messages behind one another, each after its length.
+#[cfg_attr(not(any(test, feature = "mpi", feature = "nccl")), allow(dead_code))]
+pub(super) fn pieces(mut bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut found = vec![];
+    while let Some((length, rest)) = bytes.split_first_chunk::<8>() {
+        let (piece, after) = rest.split_at((u64::from_le_bytes(*length) as usize).min(rest.len()));
+        found.push(piece.to_vec());
+        bytes = after;
+    }
+    found
+}
+
 /// What is written one after the other, and read so.
 #[derive(Debug, Default)]
 pub(crate) struct Writer(pub Vec<u8>);
@@ -45,15 +57,6 @@ impl Writer {
     pub fn bytes(&mut self, bytes: &[u8]) {
         self.number(bytes.len());
         self.0.extend(bytes);
-    }
-
-    /// With its shape and element type.
-    pub fn tensor(&mut self, tensor: &Tensor) -> Result<()> {
-        self.bytes(tensor.dtype().as_str().as_bytes());
-        self.number(tensor.rank());
-        tensor.dims().iter().for_each(|&dim| self.number(dim));
-        self.bytes(&bytes_of(tensor)?);
-        Ok(())
     }
 }
 
@@ -83,13 +86,5 @@ impl<'a> Reader<'a> {
     pub fn bytes(&mut self) -> Result<&'a [u8]> {
         let length = self.number()?;
         self.take(length)
-    }
-
-    pub fn tensor(&mut self, device: &Device) -> Result<Tensor> {
-        let dtype =
-            String::from_utf8_lossy(self.bytes()?).parse::<DType>().map_err(candle_core::Error::wrap)?;
-        let rank = self.number()?;
-        let dims = (0..rank).map(|_| self.number()).collect::<Result<Vec<_>>>()?;
-        tensor_of(self.bytes()?, &dims, dtype, device)
     }
 }

@@ -1,8 +1,21 @@
 //! What the rest asks of an engine.
 
-use candle_core::{Result, bail};
+use super::bytes::{bytes_of, tensor_of};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use half::bf16;
 use std::fmt::Debug;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// What ranks do with a tensor that each of them has a copy of, of the same shape and element type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transfer {
+    /// It becomes the sum over all ranks, on all of them the same bits.
+    Sum,
+    /// It becomes the sum over all ranks on this one; nobody reads it on the others after that.
+    SumAt(usize),
+    /// It becomes that of this rank.
+    From(usize),
+}
 
 /// Processes (or threads) that wait for one another: the few verbs that all that is parallel here is made of.
 ///
@@ -51,7 +64,57 @@ pub trait Communicator: Debug + Send + Sync {
         Ok(part_of(values, parts, self.rank()))
     }
 
-    /// How long a rank waits for the others; ten minutes at first.
+    /// [`sum_f64`](Self::sum_f64) in bfloat16, of which an engine may round each partial sum. An engine that does not have it gathers the values
+    /// and adds them up in f32, in the order of the ranks, rounded once.
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather).
+    fn sum_bf16(&self, values: &mut [bf16]) -> Result<()> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let rows = self.gather(&bytes)?;
+        let rows: Vec<Vec<f32>> = rows.iter().map(|row| widened(row)).collect();
+        let mut sums = vec![0f32; values.len()];
+        add(&mut sums, &rows)?;
+        values.iter_mut().zip(sums).for_each(|(value, sum)| *value = bf16::from_f32(sum));
+        Ok(())
+    }
+
+    /// [`scatter_sum_f64`](Self::scatter_sum_f64) in bfloat16, by [`sum_bf16`](Self::sum_bf16) where an engine does not have it.
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather).
+    fn scatter_sum_bf16(&self, mut values: Vec<bf16>, parts: &[usize]) -> Result<Vec<bf16>> {
+        self.sum_bf16(&mut values)?;
+        Ok(part_of(values, parts, self.rank()))
+    }
+
+    /// Whether tensors on this device are to go by [`transfer`](Self::transfer), because they stay there. Others go as numbers and bytes of the
+    /// host. Not at first.
+    fn takes(&self, _device: &Device) -> bool {
+        false
+    }
+
+    /// Does what is said with each of these tensors, which all ranks give in the same order, and gives them back in it. Each is contiguous,
+    /// and its memory is nobody else's unless it is the source of [`Transfer::From`]: an engine may work in place. One that does not
+    /// have it goes by way of the host.
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather); for an element type that the engine does not add up.
+    fn transfer(&self, transfers: Vec<(Transfer, Tensor)>) -> Result<Vec<Tensor>> {
+        transfers.into_iter().map(|(what, tensor)| by_host(self, what, tensor)).collect()
+    }
+
+    /// What has become known of ranks that have left, where it can be known without waiting.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+
+    /// How long a rank waits for the others.
+    fn time_limit(&self) -> Duration {
+        TIME_LIMIT
+    }
+
+    /// Sets how long a rank waits for the others; ten minutes at first.
     fn set_time_limit(&self, limit: Duration);
 
     /// Called when this rank cannot go on with the others, who may be waiting: ends them where the engine can.
@@ -97,6 +160,63 @@ fn part_of<T>(mut values: Vec<T>, parts: &[usize], rank: usize) -> Vec<T> {
     let mut part = values.split_off(from);
     part.truncate(parts.get(rank).copied().unwrap_or(0));
     part
+}
+
+/// A tensor's transfer by way of the host.
+fn by_host<C: Communicator + ?Sized>(engine: &C, what: Transfer, tensor: Tensor) -> Result<Tensor> {
+    let (dims, dtype, device) = (tensor.dims(), tensor.dtype(), tensor.device());
+    if let Transfer::From(rank) = what {
+        let own = if rank == engine.rank() { bytes_of(&tensor)? } else { vec![] };
+        return match engine.gather(&own)?.get(rank) {
+            Some(bytes) => tensor_of(bytes, dims, dtype, device),
+            None => bail!("parallel: expected a rank below {}, got {rank}", engine.size()),
+        };
+    }
+    let flat = tensor.flatten_all()?;
+    let sums = match dtype {
+        DType::F64 => {
+            let mut values = flat.to_vec1::<f64>()?;
+            engine.sum_f64(&mut values)?;
+            Tensor::from_vec(values, dims, device)
+        }
+        DType::F32 => {
+            let mut values = flat.to_vec1::<f32>()?;
+            engine.sum_f32(&mut values)?;
+            Tensor::from_vec(values, dims, device)
+        }
+        DType::BF16 => {
+            let mut values = flat.to_vec1::<bf16>()?;
+            engine.sum_bf16(&mut values)?;
+            Tensor::from_vec(values, dims, device)
+        }
+        other => bail!("parallel: expected a tensor of f64, f32 or bf16 to add up, got {other:?}"),
+    };
+    match what {
+        Transfer::SumAt(rank) if rank != engine.rank() => Ok(tensor),
+        Transfer::Sum | Transfer::SumAt(_) | Transfer::From(_) => sums,
+    }
+}
+
+/// The values of bytes of bfloat16.
+pub(super) fn widened(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(2).map(|value| bf16::from_le_bytes([value[0], value[1]]).to_f32()).collect()
+}
+
+/// Polls until there is something, or the time is over.
+#[cfg_attr(not(any(test, feature = "mpi", feature = "nccl")), allow(dead_code))]
+pub(super) fn until<T>(end: Instant, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
+    let mut polls = 0u32;
+    loop {
+        if let Some(found) = ready()? {
+            return Ok(Some(found));
+        }
+        if Instant::now() >= end {
+            return Ok(None);
+        }
+        polls = polls.saturating_add(1);
+        // Others on this processor may be what is waited for.
+        if polls < 5000 { std::thread::yield_now() } else { std::thread::sleep(Duration::from_micros(50)) }
+    }
 }
 
 /// Adds the rows of a gathered message up, in the order of the ranks.

@@ -1,6 +1,7 @@
 //! Work that ranks divide: each does a part of the jobs, and all have the results.
 
 use super::bytes::{Reader, Writer};
+use super::parcel::Parcel;
 use super::world::{Place, Trouble, World};
 use candle_core::{Device, Error, Result, Tensor};
 use std::sync::Arc;
@@ -99,44 +100,39 @@ impl Division {
         let text = |error: &Error| match Trouble::failed(error) {
             Trouble::NonFinite(what) | Trouble::Failed(what) => what,
         };
-        let mut message = Writer::default();
-        for (job, owner) in owners.iter().enumerate() {
-            if *owner != Some(rank) {
-                continue;
-            }
-            let tensors = match &found[job] {
-                Some(Ok(result)) => Ok(parts(result)),
-                Some(Err(error)) => Err(text(error)),
-                None => Err("no result".into()),
+        let (mut message, mut tensors) = (Writer::default(), vec![]);
+        for (job, _) in owners.iter().enumerate().filter(|(_, owner)| **owner == Some(rank)) {
+            let why = match &found[job] {
+                Some(Ok(result)) => {
+                    let parts = parts(result);
+                    message.number(parts.len());
+                    tensors.extend(parts);
+                    continue;
+                }
+                Some(Err(error)) => text(error),
+                None => "no result".into(),
             };
-            match tensors {
-                Ok(tensors) => {
-                    message.number(tensors.len());
-                    for tensor in &tensors {
-                        message.tensor(tensor).map_err(|error| text(&error))?;
-                    }
-                }
-                Err(why) => {
-                    message.number(0);
-                    message.bytes(why.as_bytes());
-                }
-            }
+            message.number(0);
+            message.bytes(why.as_bytes());
         }
-        self.sent.fetch_add(message.0.len() * (self.world.size() - 1), Ordering::Relaxed);
+        let parcel = Parcel { bytes: message.0, tensors };
+        self.sent.fetch_add(parcel.size() * (self.world.size() - 1), Ordering::Relaxed);
         let place = Place { of: self.of, call: "inverses", step: 0 };
-        let messages = self.world.exchange(place, Ok(message.0)).map_err(|trouble| text(&trouble.error()))?;
-        let mut readers: Vec<Reader> = messages.iter().map(|message| Reader(message)).collect();
+        let parcels = self.world.exchange_parcels(place, device, Ok(parcel));
+        let parcels = parcels.map_err(|trouble| text(&trouble.error()))?;
+        let mut arrived: Vec<_> =
+            parcels.iter().map(|parcel| (Reader(&parcel.bytes), parcel.tensors.iter())).collect();
         for (job, owner) in owners.iter().enumerate() {
-            let Some(owner) = *owner else { continue };
-            let Some(reader) = readers.get_mut(owner) else { continue };
+            let Some((owner, (reader, tensors))) = owner.and_then(|o| Some((o, arrived.get_mut(o)?))) else {
+                continue;
+            };
             let mut read = || -> Result<Result<T>> {
                 let count = reader.number()?;
                 if count == 0 {
                     let why = String::from_utf8_lossy(reader.bytes()?).into_owned();
                     return Ok(Err(Error::Msg(why)));
                 }
-                let tensors = (0..count).map(|_| reader.tensor(device)).collect::<Result<Vec<_>>>()?;
-                whole(tensors).map(Ok)
+                whole(tensors.by_ref().take(count).cloned().collect()).map(Ok)
             };
             let result = read().map_err(|error| text(&error))?;
             // An owner's own is the same, and need not come back.

@@ -3,7 +3,7 @@
 //! | | |
 //! |---|---|
 //! | [`World`] | this process's place among the others: rank, size, its part of a batch |
-//! | [`Threads`], [`Alone`] | engines: threads of one process, and one process; with the feature `mpi` also `Mpi` |
+//! | [`Threads`], [`Alone`] | engines: threads of one process, and one process; with the feature `mpi` also `Mpi`, with `nccl` also `Nccl` |
 //! | [`Communicator`] | what an engine has to do |
 //! | [`Placement`] | which process holds and computes what |
 //!
@@ -15,20 +15,30 @@
 mod bytes;
 mod communicator;
 mod division;
+#[cfg(any(test, feature = "nccl"))]
+mod meeting;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
+mod parcel;
 mod sums;
 mod threads;
 mod world;
 
-pub use communicator::{Alone, Communicator};
+pub use communicator::{Alone, Communicator, Transfer};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use threads::Threads;
 pub use world::World;
 
-pub(crate) use bytes::{Reader, Writer, bytes_of, tensor_of};
+pub(crate) use bytes::{Reader, Writer};
 pub(crate) use division::{Division, owners, spread};
+pub(crate) use parcel::Parcel;
+#[cfg(test)]
+pub(crate) use parcel::testing;
 pub(crate) use sums::{Form, Sums, Totals};
 pub(crate) use world::{Place, Trouble};
 

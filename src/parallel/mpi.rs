@@ -5,14 +5,16 @@
 //! collectives of MPI, which begin when all have come.
 
 use super::World;
-use super::communicator::{Communicator, TIME_LIMIT};
+use super::bytes::pieces;
+use super::communicator::{Communicator, TIME_LIMIT, add, until, widened};
 use candle_core::{Error, Result, bail};
 use ferrompi::{Communicator as Comm, MpiDatatype, ReduceOp, Request, Source, ThreadLevel};
+use half::bf16;
 use std::fmt;
 use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,9 @@ use std::time::{Duration, Instant};
 const SHORT: usize = 1024;
 /// How long ranks that have to give up wait, so that each has said why before the first ends the others.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Bytes of one message at first: MPI counts elements in 32 bits.
+const LARGEST: usize = 1 << 30;
 
 const COME: i32 = 1;
 const VERDICT: i32 = 2;
@@ -51,6 +56,8 @@ struct Engine {
     size: usize,
     limit: Mutex<Duration>,
     state: AtomicU8,
+    /// Bytes of one message.
+    largest: AtomicUsize,
 }
 
 const WHOLE: u8 = 0;
@@ -73,9 +80,23 @@ impl Mpi {
         // Messages of a communicator of our own cannot meet those of the program.
         let comm = mpi.world().duplicate().map_err(of_mpi)?;
         let (rank, size) = (comm.rank() as usize, comm.size() as usize);
-        let engine =
-            Arc::new(Engine { comm, rank, size, limit: Mutex::new(TIME_LIMIT), state: AtomicU8::new(WHOLE) });
+        let engine = Arc::new(Engine {
+            comm,
+            rank,
+            size,
+            limit: Mutex::new(TIME_LIMIT),
+            state: AtomicU8::new(WHOLE),
+            largest: AtomicUsize::new(LARGEST),
+        });
         Ok(Self { world: World::new(Shared(engine.clone())), engine, mpi: ManuallyDrop::new(mpi) })
+    }
+}
+
+impl Mpi {
+    /// Sends what is longer in pieces of at most so many bytes, on all processes the same; 1 GiB at first, and at least one element. Above 1 GiB
+    /// it stays that, since MPI counts in 32 bits.
+    pub fn set_largest_message(&self, bytes: usize) {
+        self.engine.largest.store(bytes.min(LARGEST), Ordering::Relaxed);
     }
 }
 
@@ -111,22 +132,6 @@ struct Shared(Arc<Engine>);
 impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine").field("rank", &self.rank).field("size", &self.size).finish_non_exhaustive()
-    }
-}
-
-/// Polls until there is something, or the time is over.
-fn until<T>(end: Instant, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<Option<T>> {
-    let mut polls = 0u32;
-    loop {
-        if let Some(found) = ready()? {
-            return Ok(Some(found));
-        }
-        if Instant::now() >= end {
-            return Ok(None);
-        }
-        polls = polls.saturating_add(1);
-        // Others on this processor may be what is waited for.
-        if polls < 5000 { std::thread::yield_now() } else { std::thread::sleep(Duration::from_micros(50)) }
     }
 }
 
@@ -291,9 +296,17 @@ impl Engine {
         self.comm.abort(1)
     }
 
+    /// How many elements of so many bytes go into one message, of which there are `messages` at a time.
+    fn piece(&self, bytes: usize, messages: usize) -> usize {
+        (self.largest.load(Ordering::Relaxed) / bytes / messages.max(1)).max(1)
+    }
+
     fn sum<T: MpiDatatype>(&self, values: &mut [T]) -> Result<()> {
-        ferrompi::scope(|scope| self.finish(self.comm.iallreduce_inplace(scope, values, ReduceOp::Sum)))
-            .map_err(of_mpi)
+        for piece in values.chunks_mut(self.piece(size_of::<T>(), 1)) {
+            ferrompi::scope(|scope| self.finish(self.comm.iallreduce_inplace(scope, piece, ReduceOp::Sum)))
+                .map_err(of_mpi)?;
+        }
+        Ok(())
     }
 
     /// Each part to its rank.
@@ -303,40 +316,101 @@ impl Engine {
         for (rank, &part) in parts.iter().enumerate() {
             let (part, after) = rest.split_at(part.min(rest.len()));
             rest = after;
-            if part.is_empty() {
-                continue;
+            let mut place = 0;
+            for piece in part.chunks(self.piece(size_of::<T>(), 1)) {
+                let range = place..place + piece.len();
+                place = range.end;
+                let sums: &mut [T] = if rank == self.rank { &mut sums[range] } else { &mut [] };
+                ferrompi::scope(|scope| {
+                    self.finish(self.comm.ireduce(scope, piece, sums, ReduceOp::Sum, rank as i32))
+                })
+                .map_err(of_mpi)?;
             }
-            let sums: &mut [T] = if rank == self.rank { &mut sums } else { &mut [] };
-            ferrompi::scope(|scope| {
-                self.finish(self.comm.ireduce(scope, part, sums, ReduceOp::Sum, rank as i32))
-            })
-            .map_err(of_mpi)?;
         }
         Ok(sums)
     }
 
+    /// Bytes of any length, in rounds of messages that MPI can count.
     fn gather_long(&self, bytes: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
-        let mut counts = Vec::with_capacity(lengths.len());
-        let mut places = Vec::with_capacity(lengths.len());
-        let mut total = 0usize;
-        for &length in lengths {
-            let (Ok(count), Ok(place)) = (i32::try_from(length), i32::try_from(total)) else {
-                bail!("parallel: expected messages of less than 2 GiB together, got {}", total + length)
-            };
-            counts.push(count);
-            places.push(place);
-            total += length;
-        }
-        let mut all = vec![0u8; total];
-        ferrompi::scope(|scope| self.finish(self.comm.iallgatherv(scope, bytes, &mut all, &counts, &places)))
+        let piece = self.piece(1, self.size);
+        let mut all: Vec<Vec<u8>> = lengths.iter().map(|&length| Vec::with_capacity(length)).collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        for round in 0..longest.div_ceil(piece) {
+            let (counts, places) = counted(lengths, round * piece, piece);
+            let own = bytes.get(round * piece..).unwrap_or_default();
+            let own = &own[..own.len().min(piece)];
+            let mut arrived = vec![0u8; counts.iter().map(|&count| count as usize).sum()];
+            ferrompi::scope(|scope| {
+                self.finish(self.comm.iallgatherv(scope, own, &mut arrived, &counts, &places))
+            })
             .map_err(of_mpi)?;
-        let mut rest = all.as_slice();
-        let mut take = |length: usize| {
-            let (piece, after) = rest.split_at(length.min(rest.len()));
-            rest = after;
-            piece.to_vec()
-        };
-        Ok(lengths.iter().map(|&length| take(length)).collect())
+            for (whole, (count, place)) in all.iter_mut().zip(counts.iter().zip(&places)) {
+                whole.extend(&arrived[*place as usize..(*place + *count) as usize]);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The sums of this rank's part of bfloat16 numbers: each rank gets what the others have of its part, and adds that up in f32, in the order
+    /// of the ranks. MPI has no such numbers.
+    fn scatter_sum_bf16(&self, values: &[bf16], parts: &[usize]) -> Result<Vec<bf16>> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let lengths: Vec<usize> = parts.iter().map(|part| 2 * part).collect();
+        let starts: Vec<usize> = lengths
+            .iter()
+            .scan(0, |next, length| {
+                *next += length;
+                Some(*next - length)
+            })
+            .collect();
+        let own = lengths.get(self.rank).copied().unwrap_or(0);
+        let piece = 2 * self.piece(2, self.size);
+        let mut sums = Vec::with_capacity(own / 2);
+        for round in 0..lengths.iter().copied().max().unwrap_or(0).div_ceil(piece) {
+            let (counts, places) = counted(&lengths, round * piece, piece);
+            let mut sent = Vec::with_capacity(counts.iter().map(|&count| count as usize).sum());
+            for (start, &count) in starts.iter().zip(&counts) {
+                let from = start + round * piece;
+                sent.extend(bytes.get(from..from + count as usize).unwrap_or_default());
+            }
+            let (theirs, theirs_at) = counted(&vec![own; self.size], round * piece, piece);
+            let mut arrived = vec![0u8; theirs.iter().map(|&count| count as usize).sum()];
+            ferrompi::scope(|scope| {
+                self.finish(self.comm.ialltoallv(
+                    scope,
+                    &sent,
+                    &counts,
+                    &places,
+                    &mut arrived,
+                    &theirs,
+                    &theirs_at,
+                ))
+            })
+            .map_err(of_mpi)?;
+            let width = theirs.first().map_or(0, |&count| count as usize);
+            if width > 0 {
+                let rows: Vec<Vec<f32>> = arrived.chunks_exact(width).map(widened).collect();
+                let mut sum = vec![0f32; width / 2];
+                add(&mut sum, &rows)?;
+                sums.extend(sum.into_iter().map(bf16::from_f32));
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Each rank adds up a part, and gives it to all.
+    fn sum_bf16(&self, values: &mut [bf16]) -> Result<()> {
+        let part = |rank: usize| values.len() / self.size + usize::from(rank < values.len() % self.size);
+        let parts: Vec<usize> = (0..self.size).map(part).collect();
+        let own = self.scatter_sum_bf16(values, &parts)?;
+        let own: Vec<u8> = own.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let lengths: Vec<usize> = parts.iter().map(|part| 2 * part).collect();
+        let all = self.gather_long(&own, &lengths)?;
+        let sums = all.iter().flat_map(|part| part.chunks_exact(2));
+        for (value, sum) in values.iter_mut().zip(sums) {
+            *value = bf16::from_le_bytes([sum[0], sum[1]]);
+        }
+        Ok(())
     }
 
     /// Says to the others that this rank has come to its end, and waits for theirs. Whether MPI can be finalized.
@@ -364,15 +438,15 @@ impl Engine {
     }
 }
 
-/// Messages behind one another, each after its length.
-fn pieces(mut bytes: &[u8]) -> Vec<Vec<u8>> {
-    let mut found = vec![];
-    while let Some((length, rest)) = bytes.split_first_chunk::<8>() {
-        let (piece, after) = rest.split_at((u64::from_le_bytes(*length) as usize).min(rest.len()));
-        found.push(piece.to_vec());
-        bytes = after;
-    }
-    found
+/// How much of each length is in the piece from `from` on, and where it lies where they are one after the other.
+fn counted(lengths: &[usize], from: usize, piece: usize) -> (Vec<i32>, Vec<i32>) {
+    let mut place = 0;
+    let counts = lengths.iter().map(|length| length.saturating_sub(from).min(piece) as i32);
+    let counted = counts.map(|count| {
+        place += count;
+        (count, place - count)
+    });
+    counted.unzip()
 }
 
 impl Communicator for Shared {
@@ -406,6 +480,18 @@ impl Communicator for Shared {
 
     fn scatter_sum_f32(&self, values: Vec<f32>, parts: &[usize]) -> Result<Vec<f32>> {
         self.0.scatter_sum(&values, parts)
+    }
+
+    fn sum_bf16(&self, values: &mut [bf16]) -> Result<()> {
+        self.0.sum_bf16(values)
+    }
+
+    fn scatter_sum_bf16(&self, values: Vec<bf16>, parts: &[usize]) -> Result<Vec<bf16>> {
+        self.0.scatter_sum_bf16(&values, parts)
+    }
+
+    fn time_limit(&self) -> Duration {
+        self.0.limit()
     }
 
     fn set_time_limit(&self, limit: Duration) {

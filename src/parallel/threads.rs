@@ -165,6 +165,10 @@ impl Communicator for Threads {
         })
     }
 
+    fn time_limit(&self) -> Duration {
+        *self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_time_limit(&self, limit: Duration) {
         *self.limit.lock().unwrap_or_else(PoisonError::into_inner) = limit;
     }

@@ -1,10 +1,11 @@
 //! A process's place among the others, and the meetings at which what went wrong on one becomes known to all.
 
-use super::communicator::{Alone, Communicator};
-use candle_core::{Error, Result, bail};
+use super::communicator::{Alone, Communicator, Transfer};
+use candle_core::{Device, Error, Result, Tensor, bail};
+use half::bf16;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// A process's place among others. Clones are the same place.
@@ -13,6 +14,8 @@ pub struct World {
     engine: Arc<dyn Communicator>,
     /// Nanoseconds in messages.
     waited: Arc<AtomicU64>,
+    /// Whether gradients are added up in bfloat16.
+    bf16: Arc<AtomicBool>,
 }
 
 /// Why there is no step.
@@ -51,7 +54,7 @@ impl Trouble {
 impl World {
     /// The place of an engine's process.
     pub fn new(engine: impl Communicator + 'static) -> Self {
-        Self { engine: Arc::new(engine), waited: Arc::default() }
+        Self { engine: Arc::new(engine), waited: Arc::default(), bf16: Arc::default() }
     }
 
     /// One process.
@@ -90,6 +93,18 @@ impl World {
     /// How long a process waits for the others before it gives up; ten minutes at first.
     pub fn set_time_limit(&self, limit: Duration) {
         self.engine.set_time_limit(limit);
+    }
+
+    /// Adds gradients up in bfloat16 (or again in f32 and f64, the default), for the optimizers that are shared from now on: half the bytes of
+    /// f32, for mean gradients that are off by up to `n 2^-8` times the sum of the sizes of the `n` processes' parts. Factors, counts and parameters are exact as before, and all
+    /// processes have the same bits. All processes say the same; [`share`](crate::optim::NaturalGradient::share) refuses where they
+    /// do not. By NCCL each partial sum is rounded, and by the other engines the sum once.
+    pub fn set_bf16_gradients(&self, on: bool) {
+        self.bf16.store(on, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_bf16_gradients(&self) -> bool {
+        self.bf16.load(Ordering::Relaxed)
     }
 
     /// How long this process has been in messages so far, waiting for others included.
@@ -188,6 +203,37 @@ impl World {
         } else {
             self.timed(|engine| engine.scatter_sum_f32(values, parts))
         }
+    }
+
+    pub(crate) fn sum_bf16(&self, values: &mut [bf16]) -> Result<()> {
+        if values.is_empty() { Ok(()) } else { self.timed(|engine| engine.sum_bf16(values)) }
+    }
+
+    pub(crate) fn scatter_sum_bf16(&self, values: Vec<bf16>, parts: &[usize]) -> Result<Vec<bf16>> {
+        if values.is_empty() {
+            Ok(values)
+        } else {
+            self.timed(|engine| engine.scatter_sum_bf16(values, parts))
+        }
+    }
+
+    /// Whether tensors on a device stay there.
+    pub(crate) fn takes(&self, device: &Device) -> bool {
+        self.engine.takes(device)
+    }
+
+    pub(crate) fn transfer(&self, transfers: Vec<(Transfer, Tensor)>) -> Result<Vec<Tensor>> {
+        if transfers.is_empty() { Ok(vec![]) } else { self.timed(|engine| engine.transfer(transfers)) }
+    }
+
+    #[cfg(feature = "nccl")]
+    pub(super) fn time_limit(&self) -> Duration {
+        self.engine.time_limit()
+    }
+
+    #[cfg(any(test, feature = "nccl"))]
+    pub(super) fn engine(&self) -> &dyn Communicator {
+        self.engine.as_ref()
     }
 
     /// Meets all ranks at `place` with what this one has to say: as many numbers as the others, or its trouble. Returns all ranks' numbers, in

@@ -17,9 +17,14 @@ SHOWN int cuGetErrorString(int error, const char **text) {
                                                 : "refused by the host GPU";
     return OK;
 }
+// How many GPUs there are: one, unless KRONWAKE_HOST_GPUS says more. A process uses one of them.
+static int gpus() {
+    static const char *set = std::getenv("KRONWAKE_HOST_GPUS");
+    return set ? std::atoi(set) : 1;
+}
 SHOWN int cuDeviceGet(int *device, int ordinal) {
     *device = ordinal;
-    return ordinal == 0 ? OK : 101;
+    return ordinal >= 0 && ordinal < gpus() ? OK : 101;
 }
 SHOWN int cuDeviceGetAttribute(int *value, int attribute, int) {
     const std::map<int, int> known = {{1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, 0x7fffffff}, {6, 65535}, {7, 65535}, {8, 49152},
@@ -118,6 +123,13 @@ SHOWN int cuEventRecord(void *event, void *handle) {
     return OK;
 }
 
+SHOWN int cuEventQuery(void *handle) {
+    LOCKED;
+    auto *event = static_cast<Event *>(handle);
+    bool done = !event->stream || advance(event->stream, event->until, false);
+    return done ? state() : NOT_READY;
+}
+
 SHOWN int cuMemAllocAsync(uint64_t *made, size_t bytes, void *handle) {
     LOCKED;
     Stream *stream = stream_of(handle);
@@ -201,8 +213,12 @@ SHOWN int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void
     if (!queued) fail("a copy from the host in a recording");
     return queued ? state() : CAPTURE_UNSUPPORTED;
 }
+static uint64_t bytes_to_host = 0;
+// For tests that count them.
+SHOWN uint64_t hostGpuBytesToHost() { return bytes_to_host; }
 SHOWN int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *handle) {
     LOCKED;
+    bytes_to_host += bytes;
     inside(from, bytes, "a copy");
     if (!finish(stream_of(handle))) return CAPTURE_UNSUPPORTED;
     std::memcpy(to, reinterpret_cast<void *>(from), bytes);

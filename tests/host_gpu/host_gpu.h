@@ -23,6 +23,7 @@ enum Result {
     NO_BINARY = 209,
     NEW_PTX = 222,
     NOT_FOUND = 500,
+    NOT_READY = 600,
     LAUNCH_FAILED = 719,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901,
@@ -43,6 +44,8 @@ struct Work {
     // What has to be done before: so much of another stream.
     Stream *after = nullptr;
     uint64_t until = 0;
+    // What has to be so before, where other processes are waited for.
+    std::function<bool()> ready = nullptr;
 };
 
 struct Graph {
@@ -72,10 +75,13 @@ Stream *new_stream();
 Stream *stream_of(void *handle);
 // Queues work, or adds it to the graph that the stream is recorded into; there `recordable` says whether that may be.
 bool queue(Stream *stream, std::function<void()> work, bool recordable = true);
+// Queues work that is done once `ready` says so. It is asked again and again.
+void queue_when(Stream *stream, std::function<bool()> ready, std::function<void()> work);
 // Lets what a stream queues from now on wait for so much of another.
 void queue_wait(Stream *stream, Stream *after, uint64_t until);
-// Does the first `until` of the work that was ever queued on a stream, and what it waits for.
-void advance(Stream *stream, uint64_t until);
+// Does the first `until` of the work that was ever queued on a stream, and what it waits for. Without `wait` it stops where another process
+// is waited for, and says false.
+bool advance(Stream *stream, uint64_t until, bool wait = true);
 // Does all of it. False while the stream is recorded.
 bool finish(Stream *stream);
 

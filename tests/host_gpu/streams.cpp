@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <unistd.h>
 
 namespace host_gpu {
 
@@ -43,14 +44,20 @@ Stream *stream_of(void *handle) {
     return static_cast<Stream *>(handle);
 }
 
-void advance(Stream *stream, uint64_t until) {
+bool advance(Stream *stream, uint64_t until, bool wait) {
     while (stream->done < until) {
-        Work work = std::move(stream->queue.front());
+        Work &next = stream->queue.front();
+        if (next.after && !advance(next.after, next.until, wait)) return false;
+        while (next.ready && !next.ready()) {
+            if (!wait) return false;
+            usleep(50);
+        }
+        Work work = std::move(next);
         stream->queue.pop_front();
-        if (work.after) advance(work.after, work.until);
         if (work.run) work.run();
         ++stream->done;
     }
+    return true;
 }
 
 // When queued work is done, unless somebody waits for it: KRONWAKE_HOST_GPU_ORDER = late, early, or a number that any order follows from.
@@ -60,10 +67,10 @@ static void some_work() {
     static std::mt19937_64 random(late || early ? 0 : std::strtoull(order, nullptr, 10));
     if (late) return;
     if (early) {
-        for (Stream *stream : streams()) advance(stream, stream->queued);
+        for (Stream *stream : streams()) advance(stream, stream->queued, false);
     } else if (random() % 4 == 0) {
         Stream *stream = streams()[random() % streams().size()];
-        advance(stream, stream->done + random() % (stream->queued - stream->done + 1));
+        advance(stream, stream->done + random() % (stream->queued - stream->done + 1), false);
     }
 }
 
@@ -83,7 +90,11 @@ bool queue(Stream *stream, std::function<void()> work, bool recordable) {
         stream->broken = true;
         return false;
     }
-    return add(stream, {std::move(work)});
+    return add(stream, {std::move(work), nullptr, 0, nullptr});
+}
+
+void queue_when(Stream *stream, std::function<bool()> ready, std::function<void()> work) {
+    add(stream, {std::move(work), nullptr, 0, std::move(ready)});
 }
 
 bool finish(Stream *stream) {
@@ -96,6 +107,6 @@ bool finish(Stream *stream) {
     return true;
 }
 
-void queue_wait(Stream *stream, Stream *after, uint64_t until) { add(stream, {nullptr, after, until}); }
+void queue_wait(Stream *stream, Stream *after, uint64_t until) { add(stream, {nullptr, after, until, nullptr}); }
 
 } // namespace host_gpu

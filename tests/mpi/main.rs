@@ -34,6 +34,14 @@ fn run(world: &Mpi, arguments: &[&str]) -> Result<()> {
     world.set_time_limit(Duration::from_secs(20));
     match arguments {
         [] | ["equal"] => equal(world),
+        // Messages of a few bytes, as if they were too long.
+        ["pieces", bytes] => {
+            world.set_largest_message(bytes.parse().map_err(candle_core::Error::wrap)?);
+            world.agree("a text", &"0123456789".repeat(321))?;
+            half(world)?;
+            equal(world)
+        }
+        ["bf16"] => half(world),
         ["train", file, first, steps] => {
             let number = |text: &str| text.parse::<u64>().map_err(candle_core::Error::wrap);
             train(world, Path::new(file), number(first)?, number(steps)?)

@@ -106,3 +106,11 @@ fn what_is_not_finite_on_one_is_left_out_on_all_or_an_error_of_all() -> Result<(
     }
     Ok(())
 }
+
+#[test]
+fn gradients_are_added_up_in_bfloat16_within_the_bound_of_rounding() -> Result<()> {
+    for size in [2, 3] {
+        ranks(size, |world| half(&world)).into_iter().collect::<Result<Vec<()>>>()?;
+    }
+    Ok(())
+}

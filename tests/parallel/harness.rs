@@ -159,3 +159,68 @@ pub fn check(what: &str, params: &(dyn Fn(&Net) -> Params + Sync)) -> Result<()>
     of(small, params, &plain).check(what, &SPLITS)?;
     owned(small, params, &plain).check(&format!("{what}, owned"), &SPLITS)
 }
+
+/// Steps of a rate of 1 on gradients of uneven parts that are added up in bfloat16: how far each is from the exact mean, in f64, and the bound of it:
+/// each part and each partial sum is rounded, by up to `2^-8` of itself. On all ranks the bits are the same, and all ranks say the same.
+pub fn half(world: &World) -> Result<()> {
+    use candle_core::{Device, bail};
+    use kronwake::optim::{ParamsSgd, Sgd};
+    for (placement, dtype) in [
+        (Placement::Replicated, DType::F64),
+        (Placement::Owned, DType::F64),
+        (Placement::Replicated, DType::F32),
+    ] {
+        let varmap = kronwake::nn::VarMap::new();
+        let vb = VarBuilder::from_varmap(&varmap, dtype, &Device::Cpu);
+        let weights = [vb.get((7, 11), "a")?, vb.get(5, "b")?];
+        let own = |rank: usize, index: usize| random((60 + 10 * rank + index) as u64, weights[index].dims());
+        // The first rank has no terms.
+        let terms = |rank: usize| (3 * rank) as f64;
+        let mut opt = Sgd::from_varmap(&varmap, ParamsSgd { lr: 1.0, ..Default::default() })?;
+        world.set_bf16_gradients(true);
+        let shared = opt.share(world, placement);
+        world.set_bf16_gradients(false);
+        shared?;
+        let mut loss = Tensor::zeros((), dtype, &Device::Cpu)?;
+        for (index, weight) in weights.iter().enumerate() {
+            loss = (loss + (weight * own(world.rank(), index)?.to_dtype(dtype)?)?.sum_all()?)?;
+        }
+        let before: Vec<Vec<f64>> = weights.iter().map(flat).collect();
+        opt.count_terms(terms(world.rank()));
+        opt.backward_step(&loss)?;
+        let (total, size) = ((0..world.size()).map(terms).sum::<f64>(), world.size());
+        let (mut bits, mut rounded) = (String::new(), false);
+        // Of the parameter itself.
+        let own_rounding = if dtype == DType::F64 { 1e-15 } else { 1e-6 };
+        for (index, weight) in weights.iter().enumerate() {
+            for (at, (after, before)) in flat(weight).into_iter().zip(&before[index]).enumerate() {
+                let mut parts = vec![];
+                for rank in 0..size {
+                    parts.push(flat(&own(rank, index)?)[at] * terms(rank) / total);
+                }
+                let far = (before - after - parts.iter().sum::<f64>()).abs();
+                let bound = size as f64 * 2f64.powi(-8) * 1.02 * parts.iter().map(|v| v.abs()).sum::<f64>();
+                if far > bound + own_rounding {
+                    bail!(
+                        "{placement:?}, {dtype:?}, [{at}]: {far:e} from the mean, expected at most {bound:e}"
+                    )
+                }
+                rounded |= far > 0.01 * bound + own_rounding;
+                bits += &format!("{:x} ", after.to_bits());
+            }
+        }
+        world.agree("bits of", &bits)?;
+        if !rounded {
+            bail!("{placement:?}, {dtype:?}: the sum has no rounding of bfloat16")
+        }
+    }
+    world.set_bf16_gradients(world.rank() == 1);
+    let varmap = kronwake::nn::VarMap::new();
+    VarBuilder::from_varmap(&varmap, DType::F64, &Device::Cpu).get(5, "b")?;
+    let refused = Sgd::from_varmap(&varmap, ParamsSgd::default())?.share(world, Placement::Replicated);
+    world.set_bf16_gradients(false);
+    match refused {
+        Err(error) if error.to_string().contains("rank 1 has gradients added up in bfloat16: true") => Ok(()),
+        other => bail!("another type of the sum on rank 1: {:?}", other.err()),
+    }
+}

@@ -3,7 +3,7 @@
 use super::text::Size;
 use crate::model::Spec;
 use crate::processes::PlacementKind;
-use crate::values::{Choice, Place, count, dtype, factors, fraction, not_negative, one_of, positive};
+use crate::values::{Choice, DEVICE, Place, count, dtype, factors, fraction, not_negative, one_of, positive};
 use candle_core::{DType, Result, bail};
 use clap::Parser;
 use kronwake::curvature::FactorLimit;
@@ -38,13 +38,14 @@ pub struct Args {
     /// Element type of parameters and activations: f32 | f64 | bf16 | f16, which is trained with a scaled loss
     #[arg(long, default_value = "f32", value_parser = dtype)]
     pub dtype: DType,
-    /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
-    #[arg(long, default_value = "cpu")]
+    /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`; with `--features nccl` it is the default, and of several processes
+    /// on a machine each has its own GPU, from the Nth on)
+    #[arg(long, default_value = DEVICE)]
     pub device: Place,
-    /// Which process computes what, under mpirun; needs a build with `--features mpi`
+    /// Which process computes what, of several; needs a build with `--features mpi` or `nccl`
     #[arg(long, value_enum, default_value_t = PlacementKind::ByCost)]
     pub placement: PlacementKind,
-    /// Worker threads [default: one a core; under mpirun this process's share of them]
+    /// Worker threads [default: one a core; of several processes this one's share of them]
     #[arg(long, value_name = "N", value_parser = count)]
     pub threads: Option<usize>,
 

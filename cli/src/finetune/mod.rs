@@ -9,18 +9,18 @@ pub(crate) mod task;
 mod text;
 mod train;
 
+use crate::processes::Processes;
 use crate::{curves, program};
 use args::{Args, Net};
 use candle_core::{Device, Result};
 use clap::Parser;
-use kronwake::parallel::World;
 use std::process::ExitCode;
 use task::Task;
 
 /// The program.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    program::start_together(args.threads, |processes| work(&args, processes.world()))
+    program::start_together(args.threads, |processes| work(&args, processes))
 }
 
 /// What the options say is to be learnt.
@@ -36,11 +36,12 @@ fn task_of(args: &Args, device: &Device) -> Result<Box<dyn Task>> {
     })
 }
 
-fn work(args: &Args, world: &World) -> Result<()> {
+fn work(args: &Args, processes: &Processes) -> Result<()> {
     args.check()?;
+    let device = args.device.open()?;
+    let world = processes.join(&device)?;
     world.agree("a command line of", &format!("{args:?}"))?;
     program::make_folder("--out", &args.out)?;
-    let device = args.device.open()?;
     let task = task_of(args, &device)?;
     println!("{}", task.title());
     let base = match &args.checkpoint {

@@ -39,17 +39,18 @@ pub struct Args {
     /// Element type of parameters and activations: f32 | f64 | bf16 | f16 (the loss is in f32 or f64)
     #[arg(long, default_value = "f32", value_parser = dtype, help_heading = DATA)]
     pub dtype: DType,
-    /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`)
-    #[arg(long, default_value = "cpu", help_heading = DATA)]
+    /// cpu | cuda | cuda:N (CUDA needs a build with `--features cuda`; with `--features nccl` it is the default, and of several processes
+    /// on a machine each has its own GPU, from the Nth on)
+    #[arg(long, default_value = DEVICE, help_heading = DATA)]
     pub device: Place,
     /// Record the training step as a CUDA graph and repeat it while no curvature is renewed; needs --device cuda, no --dropout and
     /// no --penalty
     #[arg(long, help_heading = DATA)]
     pub graph: bool,
-    /// Which process computes what, under mpirun; needs a build with `--features mpi`
+    /// Which process computes what, of several; needs a build with `--features mpi` or `nccl`
     #[arg(long, value_enum, default_value_t = PlacementKind::ByCost, help_heading = DATA)]
     pub placement: PlacementKind,
-    /// Worker threads [default: one a core; under mpirun this process's share of them]
+    /// Worker threads [default: one a core; of several processes this one's share of them]
     #[arg(long, value_name = "N", value_parser = count, help_heading = DATA)]
     pub threads: Option<usize>,
 

@@ -9,23 +9,24 @@ mod train;
 mod tuning;
 
 use crate::data::Data;
+use crate::processes::Processes;
 use crate::values::Choice;
 use crate::{curves, program, trace};
 use args::Args;
 use candle_core::Result;
-use kronwake::parallel::World;
 use std::process::ExitCode;
 
 /// The program.
 pub fn main() -> ExitCode {
     let args = Args::from_command_line();
-    program::start_together(args.threads, |processes| work(&args, processes.world()))
+    program::start_together(args.threads, |processes| work(&args, processes))
 }
 
-fn work(args: &Args, world: &World) -> Result<()> {
+fn work(args: &Args, processes: &Processes) -> Result<()> {
+    let device = args.device.open()?;
+    let world = processes.join(&device)?;
     world.agree("a command line of", &format!("{args:?}"))?;
     let times = trace::Times::install(args.trace);
-    let device = args.device.open()?;
     let data = Data::open(args.data_dir.as_deref(), args.dataset)?;
     println!("{}", data.title);
     program::make_folder("--out", &args.out)?;

@@ -120,7 +120,6 @@ impl Joint<'_> {
             Some(own) => own.finish(self.layers)?,
             None => vec![LayerFactors::default(); self.layers.len()],
         };
-        let mut wrong = None;
         for (index, (layer, counted)) in finished.iter().zip(counted).enumerate() {
             sums.number(counted.rows);
             sums.number(counted.terms);
@@ -129,14 +128,11 @@ impl Joint<'_> {
                 let count = if value.is_some() { factor.count.of(&counts, counted) } else { 0.0 };
                 sums.number(count);
                 sums.number(if value.is_some() { 1.0 } else { 0.0 });
-                if !sums.tensor(self.owner(index), value, &factor.form, count)? && wrong.is_none() {
-                    let layer = &self.layers[index].name;
-                    wrong =
-                        Some(format!("factor {} of layer {layer} has NaN or infinite elements", factor.name));
-                }
+                let name = || format!("factor {} of layer {}", factor.name, self.layers[index].name);
+                sums.tensor(self.owner(index), value, &factor.form, count, name)?;
             }
         }
-        Ok((finished.into_iter().map(|layer| layer.kept).collect(), wrong))
+        Ok((finished.into_iter().map(|layer| layer.kept).collect(), sums.not_finite()?))
     }
 
     /// The factors of all rows that are for this rank, and what they are means of.

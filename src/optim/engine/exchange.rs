@@ -55,7 +55,7 @@ impl NaturalGradient {
             )
         }
         let placement = match placement {
-            Placement::ByCost => placement::cheapest(&self.core, world.size()),
+            Placement::ByCost => placement::cheapest(&self.core, world),
             Placement::Replicated | Placement::Gathered | Placement::Owned => placement,
         };
         let share = Share::new(world, placement, name, self.core.identity())?;
@@ -82,7 +82,7 @@ impl NaturalGradient {
         share.values_of_first(self.core.frozen.iter().map(|(_, var)| var))?;
         for param in &mut self.core.vars {
             if let Some(master) = &param.master
-                && let Some(value) = share.tensor_of_first(master)?
+                && let Some(value) = world.tensor_of_first(master)?
             {
                 param.master = Some(value);
             }
@@ -150,7 +150,7 @@ impl NaturalGradient {
             self.core.vars.iter().map(|param| (param.name.as_str(), param.value())).collect();
         let (mut sums, brought) = match own {
             Ok((sums, brought)) => (sums, Ok(brought)),
-            Err(refused) => (Sums::default(), Err(Trouble::from(refused))),
+            Err(refused) => (share.sums(), Err(Trouble::from(refused))),
         };
         share.last_terms = brought.as_ref().map_or(0.0, |brought| brought.total);
         let told = share.step(name, steps, brought, &alike, &values)?;
@@ -158,7 +158,7 @@ impl NaturalGradient {
         for pass in 0..told.passes {
             for (index, (owner, form)) in forms.iter().enumerate() {
                 let drawn = drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index));
-                sums.tensor(*owner, drawn, form, 1.0)?;
+                sums.tensor(*owner, drawn, form, 1.0, || "drawn gradients".into())?;
             }
         }
         let mut totals = share.add(sums)?;
@@ -207,7 +207,7 @@ impl NaturalGradient {
             let what = format!("{}: step {}: {NOT_COUNTED}", self.core.name(), self.core.steps);
             return Err(Refusal::Failed(candle_core::Error::Msg(what)));
         };
-        let mut sums = Sums::default();
+        let mut sums = share.sums();
         add_gradients(&mut sums, &self.slots(), &grads, total)?;
         let mut passes = 0;
         if due {
@@ -217,8 +217,8 @@ impl NaturalGradient {
             here.drawn = gradients;
             let (kept, wrong) = self.joint().add(factors, &mut sums)?;
             here.kept = kept;
-            if let Some(what) = wrong {
-                return Err(Refusal::NonFinite(what));
+            if let Some(whose) = wrong {
+                return Err(Refusal::NonFinite(format!("{whose} has NaN or infinite elements")));
             }
         }
         Ok((sums, Brought { total, loss, passes }))
@@ -295,7 +295,7 @@ mod tests {
     use crate::nn::{self, Module, VarBuilder, VarMap};
     use crate::ops::testing::{random, values};
     use crate::optim::{Every, NaturalGradient, Optimizer, Params, So, Wake};
-    use crate::parallel::{Placement, Threads, World};
+    use crate::parallel::{Placement, Threads, World, testing};
     use crate::tape::{Likelihood, Tape};
     use candle_core::{DType, Device, Result, Tensor};
 
@@ -324,18 +324,21 @@ mod tests {
     }
 
     #[test]
-    fn tensors_on_a_gpu_are_added_up_by_way_of_the_host() -> Result<()> {
+    fn tensors_on_a_gpu_are_added_up_there_and_by_way_of_the_host() -> Result<()> {
         let wakes: [Wake; 3] = [Wake::KFac, So::default().into(), "kld-wrm".parse()?];
         let placements = [Placement::Replicated, Placement::Gathered, Placement::Gathered];
         let owned = wakes.clone().map(|wake| (wake, Placement::Owned));
         for (wake, placement) in wakes.into_iter().zip(placements).chain(owned) {
             let expected = emulate(|| train(&World::alone(), wake.clone(), placement))?;
             let run = &|world: World| emulate(|| train(&world, wake.clone(), placement));
-            let found: Vec<_> = std::thread::scope(|scope| {
-                let ranks: Vec<_> =
-                    Threads::worlds(2).into_iter().map(|world| scope.spawn(move || run(world))).collect();
-                ranks.into_iter().map(|rank| rank.join().expect("a rank")).collect()
-            });
+            let trained = |worlds: Vec<World>| -> Vec<_> {
+                std::thread::scope(|scope| {
+                    let ranks: Vec<_> =
+                        worlds.into_iter().map(|world| scope.spawn(move || run(world))).collect();
+                    ranks.into_iter().map(|rank| rank.join().expect("a rank")).collect()
+                })
+            };
+            let found = [Threads::worlds(2), testing::worlds(2)].into_iter().flat_map(trained);
             for found in found {
                 for (found, expected) in found?.iter().flatten().zip(expected.iter().flatten()) {
                     let far = (found - expected).abs();

@@ -5,7 +5,7 @@ use super::{FirstOrder, Update};
 use crate::optim::identity::{Lines, hash, of_var, version};
 use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
 use crate::optim::step::gradients::Refusal;
-use crate::parallel::{Form, Placement, Sums, Trouble, World};
+use crate::parallel::{Form, Placement, Trouble, World};
 use candle_core::{Error, Result, Tensor, backprop::GradStore, bail};
 
 type Grads = Vec<Option<Tensor>>;
@@ -58,7 +58,7 @@ impl<P: Update> FirstOrder<P> {
         share.values_of_first(self.slots.iter().map(|slot| &slot.var))?;
         for slot in &mut self.slots {
             if let Some(wide) = &slot.wide
-                && let Some(value) = share.tensor_of_first(wide)?
+                && let Some(value) = world.tensor_of_first(wide)?
             {
                 slot.wide = Some(value);
             }
@@ -127,7 +127,7 @@ impl<P: Update> FirstOrder<P> {
     }
 
     fn of_all(&self, share: &mut Share, local: Result<Grads>) -> std::result::Result<Grads, Refusal> {
-        let (mut sums, slots) = (Sums::default(), self.forms());
+        let (mut sums, slots) = (share.sums(), self.forms());
         let own = match (share.terms, local) {
             (None, _) => Err(Refusal::Failed(Error::Msg(NOT_COUNTED.into()))),
             (_, Err(error)) => Err(Refusal::Failed(error)),

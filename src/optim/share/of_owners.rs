@@ -1,8 +1,8 @@
 //! What owners of parts give the others: the values that a step has led to, and their state for a file.
 
 use super::Share;
-use crate::parallel::{Form, Place, Reader, Trouble, Writer, bytes_of, tensor_of};
-use candle_core::{Result, Tensor};
+use crate::parallel::{Form, Parcel, Place, Reader, Trouble, Writer};
+use candle_core::{Device, Result, Tensor, bail};
 
 /// What the owner of some params, or all of them, have computed of a step.
 pub(in crate::optim) struct Values {
@@ -22,13 +22,11 @@ impl Share {
         own: std::result::Result<&Values, Trouble>,
     ) -> std::result::Result<Values, Trouble> {
         let rank = self.world.rank();
-        let message = match &own {
-            Ok(own) => written(own, owners, rank).map_err(|error| Trouble::failed(&error)),
-            Err(trouble) => Err(trouble.clone()),
-        };
-        self.sent += message.as_ref().map_or(0, Vec::len) * (self.world.size() - 1);
-        let messages = self.world.exchange(Place { of, call: "values", step }, message)?;
-        read(&messages, own?, owners, forms).map_err(|error| Trouble::failed(&error))
+        let parcel = own.map(|own| written(own, owners, rank));
+        self.sent += parcel.as_ref().map_or(0, Parcel::size) * (self.world.size() - 1);
+        let device = forms.first().map_or(Device::Cpu, |form| form.device.clone());
+        let parcels = self.world.exchange_parcels(Place { of, call: "values", step }, &device, parcel)?;
+        read(parcels, owners, forms).map_err(|error| Trouble::failed(&error))
     }
 
     /// What the owner of a part says of it, on rank 0, who writes files; nothing where that is the owner. All others forget it at once.
@@ -49,41 +47,40 @@ impl Share {
     }
 }
 
-fn written(own: &Values, owners: &[usize], rank: usize) -> Result<Vec<u8>> {
-    let mut message = Writer::default();
+fn written(own: &Values, owners: &[usize], rank: usize) -> Parcel {
+    let (mut message, mut tensors) = (Writer::default(), vec![]);
     message.number(own.sums.len());
     own.sums.iter().for_each(|number| message.bytes(&number.to_le_bytes()));
     for (value, _) in own.values.iter().zip(owners).filter(|(_, owner)| **owner == rank) {
         message.number(value.is_some().into());
-        if let Some(value) = value {
-            message.bytes(&bytes_of(value)?);
-        }
+        tensors.extend(value.clone());
     }
-    Ok(message.0)
+    Parcel { bytes: message.0, tensors }
 }
 
-fn read(messages: &[Vec<u8>], own: &Values, owners: &[usize], forms: &[Form]) -> Result<Values> {
-    let mut readers: Vec<Reader> = messages.iter().map(|message| Reader(message)).collect();
-    let mut sums = vec![0.0; own.sums.len()];
+fn read(parcels: Vec<Parcel>, owners: &[usize], forms: &[Form]) -> Result<Values> {
+    let (bytes, mut tensors): (Vec<_>, Vec<_>) =
+        parcels.into_iter().map(|parcel| (parcel.bytes, parcel.tensors.into_iter())).unzip();
+    let mut readers: Vec<Reader> = bytes.iter().map(|bytes| Reader(bytes)).collect();
+    let mut sums: Vec<f64> = vec![];
     for reader in &mut readers {
         for index in 0..reader.number()? {
             let number = reader.double()?;
-            if let Some(sum) = sums.get_mut(index) {
-                *sum += number;
+            match sums.get_mut(index) {
+                Some(sum) => *sum += number,
+                None => sums.push(number),
             }
         }
     }
     let mut values = Vec::with_capacity(forms.len());
-    for ((form, owner), own) in forms.iter().zip(owners).zip(&own.values) {
-        let reader = &mut readers[*owner];
-        values.push(match (reader.number()?, own) {
-            (0, _) => None,
-            (_, Some(own)) => {
-                reader.bytes()?;
-                Some(own.clone())
-            }
-            (_, None) => Some(tensor_of(reader.bytes()?, &form.dims, form.dtype, &form.device)?),
-        });
+    for (form, &owner) in forms.iter().zip(owners) {
+        if readers[owner].number()? == 0 {
+            values.push(None);
+            continue;
+        }
+        let value = tensors[owner].next().filter(|value| value.dims() == form.dims);
+        let Some(value) = value else { bail!("parallel: rank {owner} gives too few values") };
+        values.push(Some(value.to_dtype(form.dtype)?.to_device(&form.device)?));
     }
     Ok(Values { values, sums })
 }

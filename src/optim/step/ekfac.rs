@@ -34,12 +34,12 @@ pub(super) fn current(
         let like = Form::wide(core.vars[block.params[0]].var.as_tensor());
         Form { dims: block.inside().to_vec(), ..like }
     };
-    let mut sums = Sums::default();
+    let mut sums = Sums::new(world, false);
     let pairs = || core.blocks.iter().zip(&wanted);
     for ((block, _), own) in pairs().zip(own).filter(|((_, wanted), _)| **wanted) {
-        sums.tensor(None, own.as_ref(), &form(block), 1.0)?;
+        sums.tensor(None, own.as_ref(), &form(block), 1.0, || "moments".into())?;
     }
-    let mut totals = sums.over(world)?;
+    let mut totals = sums.over()?;
     let read = |(block, wanted): (&Block, &bool)| match wanted {
         true => totals.tensor(None, &form(block), 1.0),
         false => Ok(None),
