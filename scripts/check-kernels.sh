@@ -71,7 +71,10 @@ compile() {
         return 1
     fi
     for arch in $archs; do
-        [[ -z $nvdisasm ]] || order "$log.parts/$(basename "$file" .cu).$arch.cubin" | sed "s/^/order $arch /"
+        local code=$log.parts/$(basename "$file" .cu).$arch.cubin
+        # Of one GPU alone.
+        [[ -e $code ]] || code=${code%.$arch.cubin}.cubin
+        [[ -z $nvdisasm ]] || order "$code" | sed "s/^/order $arch /"
     done >"$log.order"
     rm -r "$log.parts"
     awk -v archs="$archs" -v staged="$staged" -v looked="$nvdisasm" '

@@ -77,7 +77,7 @@ collect() { # folder
 
 # What the commands that have run have come to, as JSON objects, and the names of those that failed, were cut off or were skipped.
 results=() failed=() cut=() skipped=()
-child='' ended=false
+child='' running='' ended=false
 
 milliseconds() { printf '%s' "$((10#${EPOCHREALTIME//[^0-9]/} / 1000))"; }
 elapsed() { printf '%s' "$(($(milliseconds) - started))"; }
@@ -98,6 +98,7 @@ attempt() {
     # In the background, so that a signal from outside is heard at once.
     timeout --kill-after=2 "$((limit / 1000)).$(printf '%03d' $((limit % 1000)))" "$@" >>"$out/log.txt" 2>&1 &
     child=$!
+    running="\"part\":\"$part\",\"name\":\"$name\""
     wait "$child" || code=$?
     child=''
     local seconds=$(($(elapsed) - start))
@@ -270,6 +271,7 @@ finish() {
 }
 
 stopped() {
+    [[ -z $child ]] || results+=("{$running,\"cut_off\":true}")
     cut+=("all that was left, by a signal")
     exit 1
 }

@@ -10,7 +10,9 @@ use std::ffi::c_void;
 /// A contiguous matrix on a GPU: where it begins, and its type to cuBLAS.
 fn address(device: &CudaDevice, t: &Tensor) -> Result<(u64, sys::cudaDataType)> {
     let (storage, layout) = t.storage_and_layout();
-    let Some((start, _)) = layout.contiguous_offsets() else { bail!("bench: expected a contiguous matrix, got {layout:?}") };
+    let Some((start, _)) = layout.contiguous_offsets() else {
+        bail!("bench: expected a contiguous matrix, got {layout:?}")
+    };
     let Storage::Cuda(storage) = &*storage else { bail!("bench: expected a matrix on a GPU") };
     let stream = device.cuda_stream();
     let (first, kind) = match &storage.slice {

@@ -145,7 +145,14 @@ fn second_moments(options: &Options, report: &mut Report) -> Result<()> {
                 // One triangle is computed, both are read and written.
                 let flops = n as f64 * d as f64 * (d as f64 + 1.0);
                 let work = Work { bytes: bytes(&x) + 2.0 * bytes(&bar), flops };
-                report.kernel("second_moment", &format!("[{n}, {d}]"), arithmetic, work, times, Some(baseline));
+                report.kernel(
+                    "second_moment",
+                    &format!("[{n}, {d}]"),
+                    arithmetic,
+                    work,
+                    times,
+                    Some(baseline),
+                );
             }
         }
         Ok(())

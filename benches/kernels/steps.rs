@@ -235,7 +235,9 @@ pub fn measure(options: &Options, report: &mut Report) -> Result<()> {
             for (&dtype, &adamw) in model.dtypes.iter().zip(&adamw) {
                 for (name, params) in optimizers {
                     let name = format!("{name}, {period}");
-                    if let Err(error) = natural(options, report, (&model, dtype, &name), adamw, period, *params) {
+                    if let Err(error) =
+                        natural(options, report, (&model, dtype, &name), adamw, period, *params)
+                    {
                         report.failed(&format!("step: {} {dtype:?} {name}", model.name), &error);
                     }
                     report.write()?;
@@ -252,7 +254,10 @@ fn step_of_adamw(options: &Options, report: &mut Report, model: &Model, dtype: D
     let prepared = || -> Result<_> {
         let s = Setup::new(model, dtype, &options.device)?;
         // Raises the threshold of the device's pool, which a natural gradient does for itself: AdamW is not to pay for the order.
-        grouped::products(&[(Tensor::zeros((1, 1, 1), DType::F32, &options.device)?, Tensor::zeros((1, 1, 1), DType::F32, &options.device)?)])?;
+        grouped::products(&[(
+            Tensor::zeros((1, 1, 1), DType::F32, &options.device)?,
+            Tensor::zeros((1, 1, 1), DType::F32, &options.device)?,
+        )])?;
         let opt = AdamW::new_lr(s.varmap.all_vars(), 1e-5)?;
         Ok((s, opt))
     };
