@@ -227,8 +227,8 @@ report() {
     # Of a program that was stopped while it wrote.
     for file in "${parts[@]}"; do rm -f "$out/$file.json.part"; done
     {
-        printf '{\n"commit": %s,\n"gpu": %s,\n"deadline_seconds": %s,\n"verdict": %s,\n"results": [' \
-            "$(quoted "$(cat "$programs/commit")")" "$(quoted "$gpu")" "$deadline" "$(quoted "$(verdict)")"
+        printf '{\n"commit": %s,\n"gpu": %s,\n"deadline_seconds": %s,\n"seconds": %s,\n"verdict": %s,\n"results": [' \
+            "$(quoted "$(cat "$programs/commit")")" "$(quoted "$gpu")" "$deadline" "$(($(elapsed) / 1000))" "$(quoted "$(verdict)")"
         for file in "${results[@]}"; do
             printf '%s\n%s' "$join" "$file"
             join=,
