@@ -151,8 +151,19 @@ template <class T> DEVICE void norm_gradient(const NormGradientArgs &p) {
                     sums[p.d + first + e] = (fresh ? (A)0 : sums[p.d + first + e]) + g[e];
                 }
             }
-            write_pack(gx, first, p.d, gx_aligned, v);
+            if (slot < KEPT<T>) {
+                // In the place of x, and stored when all is computed: the next pack's weights would wait for the store.
+#pragma unroll
+                for (u32 e = 0; e < PACK<T>; ++e) x.held[slot][e] = v[e];
+            } else {
+                write_pack(gx, first, p.d, gx_aligned, v);
+            }
         });
+#pragma unroll
+        for (u32 slot = 0; slot < KEPT<T>; ++slot) {
+            const u64 first = ((u64)slot * team.size + team.rank) * PACK<T>;
+            if (first < p.d) write_pack(gx, first, p.d, gx_aligned, x.held[slot]);
+        }
     }
 
     // The warps of a block that are teams of their own add up in their order.
