@@ -82,12 +82,15 @@ child='' running='' ended=false
 milliseconds() { printf '%s' "$((10#${EPOCHREALTIME//[^0-9]/} / 1000))"; }
 elapsed() { printf '%s' "$(($(milliseconds) - started))"; }
 
+# Milliseconds that a part has left.
+left() { printf '%s' "$((${until[$1]} * deadline * 1000 / 480 - $(elapsed)))"; }
+
 # Runs a command until its part's time is over; `attempt PART NAME COMMAND..`.
 attempt() {
     local part=$1 name=$2 start code=0 verdict=ok limit
     shift 2
     start=$(elapsed)
-    limit=$((${until[$part]} * deadline * 1000 / 480 - start))
+    limit=$(left "$part")
     if ((limit < 200)); then
         say "$name: cut off before it began"
         cut+=("$name")
@@ -172,7 +175,8 @@ run_stack() { bench stack --only 'step: stack'; }
 pytorch() { # part, model
     local has=('import torch; raise SystemExit(not torch.cuda.is_available())' "$python has no torch with CUDA")
     [[ $torch_device == cuda* ]] || has=('import torch' "$python has no torch")
-    if "$python" -c "${has[0]}" >/dev/null 2>&1; then
+    # Finding out takes seconds, too.
+    if (($(left "$1") < 200)) || timeout 30 "$python" -c "${has[0]}" >/dev/null 2>&1; then
         attempt "$1" "PyTorch, $2" "$python" "$programs/torch_kfac.py" --device "$torch_device" --only "$2" --periods 30 --longest 3 \
             --json "$out/$1.json" "${quick[@]}"
     else

@@ -46,8 +46,8 @@ else:
 for part in figures:
     assert part in report, (part, sorted(report))
     assert report[part].get("steps") or report[part].get("kernels"), part
-# A command that does not end when it is told to is killed after 2 s; the rest is for a machine that does other work.
-assert report["seconds"] <= report["deadline_seconds"] + 15, report["seconds"]
+# A command that does not end when it is told to is killed after 2 s; the rest is for unpacking, on a machine that does other work.
+assert report["seconds"] <= report["deadline_seconds"] + 30, report["seconds"]
 done = [r for r in report["results"] if not r.get("cut_off") and "exit_code" in r]
 cut = [r for r in report["results"] if r.get("cut_off")]
 names = ", ".join(f"{name} {os.path.getsize(out + '/' + name)}" for name in files)
