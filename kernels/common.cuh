@@ -17,6 +17,9 @@
 // One that may take all the registers it needs: left to itself, the compiler spilled some to have more blocks at a time.
 #define WIDE_KERNEL(name, threads, Args, body)                                                                         \
     extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Args args) { body(args); }
+// One of which `blocks` blocks fit on a multiprocessor.
+#define PACKED_KERNEL(name, threads, blocks, Args, body)                                                               \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Args args) { body(args); }
 #define SHARED(type, name, count) __shared__ type name[count]
 // The same, from a multiple of 16 bytes on.
 #define SHARED_ALIGNED(type, name, count) __shared__ __align__(16) type name[count]

@@ -2,6 +2,7 @@
 // src/ops/group.rs). Sums are kept in f64, in which no square of a weight of f32 overflows or vanishes. A group's sums have parts,
 // added up in order by a second kernel: the result depends on the sizes alone.
 #include "divide.cuh"
+#include "staged.cuh"
 
 constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / WARP;
@@ -138,12 +139,21 @@ template <class T> DEVICE void group_sums(const SumArgs &p) {
     const u64 to = from + p.part < count ? from + p.part : count;
     const bool adjacent = e.width == p.tiles.n;
     double squares = 0, sum = 0;
-    for (u64 i = from + rank; i < to; i += size) {
-        const u64 row = adjacent ? 0 : quotient(i, e.width);
-        const double x = beyond(first[i + row * (p.tiles.n - e.width)], p.threshold);
-        squares += x * x;
-        sum += x;
-    }
+    each_stage(from + rank, to, size, [&](const Stage &stage) {
+        u64 at[STAGES];
+        Acc<T> w[STAGES];
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j)
+            at[j] = adjacent ? stage.at[j] : stage.at[j] + quotient(stage.at[j], e.width) * (p.tiles.n - e.width);
+        fetch(first, at, stage.in, w);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            const double x = beyond(w[j], p.threshold);
+            squares += x * x;
+            sum += x;
+        }
+    });
     squares = p.block ? block_sum(squares, slots) : warp_sum(squares);
     sum = p.block ? block_sum(sum, slots) : warp_sum(sum);
     if (rank == 0) {
@@ -165,11 +175,20 @@ template <class T> DEVICE void group_column_sums(const SumArgs &p) {
     const u64 from = above + part * p.part, to = from + p.part < end ? from + p.part : end;
     double square = 0, sum = 0;
     if (column < t.n)
-        for (u64 row = from + warp; row < to; row += WARPS) {
-            const double x = beyond(static_cast<const T *>(p.w)[row * t.n + column], p.threshold);
-            square += x * x;
-            sum += x;
-        }
+        each_stage(from + warp, to, WARPS, [&](const Stage &stage) {
+            u64 at[STAGES];
+            Acc<T> w[STAGES];
+#pragma unroll
+            for (u32 j = 0; j < STAGES; ++j) at[j] = stage.at[j] * t.n + column;
+            fetch(static_cast<const T *>(p.w), at, stage.in, w);
+#pragma unroll
+            for (u32 j = 0; j < STAGES; ++j) {
+                if (!stage.in[j]) continue;
+                const double x = beyond(w[j], p.threshold);
+                square += x * x;
+                sum += x;
+            }
+        });
     squares[threadIdx.x] = square;
     sums[threadIdx.x] = sum;
     __syncthreads();
@@ -246,26 +265,36 @@ template <class T> DEVICE void map(const MapArgs &p) {
     const Tiles &t = p.tiles;
     const double scale = p.scale == nullptr ? 1. : (double)*static_cast<const A *>(p.scale);
     const u64 count = t.m * t.n, stride = (u64)gridDim.x * THREADS;
-    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < count; i += stride) {
-        double factor = p.prox ? 1 : 0;
-        if (p.factors != nullptr) {
+    each_stage((u64)blockIdx.x * THREADS + threadIdx.x, count, stride, [&](const Stage &stage) {
+        A x[STAGES];
+        double factor[STAGES];
+        fetch(w, stage, x);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            factor[j] = p.prox ? 1 : 0;
+            if (p.factors == nullptr || !stage.in[j]) continue;
+            const u64 i = stage.at[j];
             u64 group = quotient(i, t.run);
             if (t.columns != t.n) {
                 const u64 row = quotient(i, t.n);
                 group = quotient(row, t.rows) * t.across + quotient(i - row * t.n, t.columns);
             }
-            factor = p.factors[group];
+            factor[j] = p.factors[group];
         }
-        const double x = (double)widen(w[i]);
-        double y;
-        if (p.prox) {
-            y = copysign(beyond(x, p.threshold), x) * (factor * p.shrink);
-        } else {
-            const double sign = x > 0 ? 1 : x < 0 ? -1 : x;
-            y = scale * (p.l1 * sign + (p.l2 + factor) * x);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            const double one = (double)x[j];
+            double y;
+            if (p.prox) {
+                y = copysign(beyond(x[j], p.threshold), one) * (factor[j] * p.shrink);
+            } else {
+                const double sign = one > 0 ? 1 : one < 0 ? -1 : one;
+                y = scale * (p.l1 * sign + (p.l2 + factor[j]) * one);
+            }
+            out[stage.at[j]] = narrow<T>((A)y);
         }
-        out[i] = narrow<T>((A)y);
-    }
+    });
 }
 
 // The proximal step in the metric of a diagonal (formulas in src/penalty/scaled.rs), of a group by a block.

@@ -1,5 +1,5 @@
 // out = alpha a + beta b, element by element: exponential averages and weighted sums of tensors.
-#include "common.cuh"
+#include "staged.cuh"
 
 struct MixArgs {
     const void *a;
@@ -16,8 +16,14 @@ template <class T> DEVICE void mix(const MixArgs &p) {
     T *out = static_cast<T *>(p.out);
     const Acc<T> alpha = p.alpha, beta = p.beta;
     const u64 stride = (u64)gridDim.x * blockDim.x;
-    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.len; i += stride)
-        out[i] = narrow<T>(alpha * widen(a[i]) + beta * widen(b[i]));
+    each_stage((u64)blockIdx.x * blockDim.x + threadIdx.x, p.len, stride, [&](const Stage &stage) {
+        Acc<T> x[STAGES], y[STAGES];
+        fetch(a, stage, x);
+        fetch(b, stage, y);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j)
+            if (stage.in[j]) out[stage.at[j]] = narrow<T>(alpha * x[j] + beta * y[j]);
+    });
 }
 
 KERNEL(mix_f32, 256, MixArgs, mix<float>)

@@ -36,17 +36,22 @@ struct NormColumnArgs {
     u64 d;
 };
 
+// Packs that a thread keeps of each of the two rows, and of each of the two sums, that a gradient goes through: with twice those of other kernels,
+// rows of up to 1024 elements (256 of f64) are a warp's, and eight of them are on their way on a multiprocessor where two blocks' were.
+template <class T> constexpr u32 KEPT = 2 * HELD<T>;
+template <class T> constexpr u32 WARP_ROW = KEPT<T> * PACK<T> * WARP;
+
 template <class A> struct Moments {
     A mean, r;
 };
 
-template <class T, class A>
-DEVICE Moments<A> moments(const Team &team, const Row<T> &x, u32 center, double eps, A *slots) {
+template <class T, u32 KEPT, class A>
+DEVICE Moments<A> moments(const Team &team, const Row<T, KEPT> &x, u32 center, double eps, A *slots) {
     const A size = (A)x.d;
     A mean = 0, squares = 0;
     if (center) {
         A total = 0;
-        each_pack<T>(team, x.d, [&](u32 slot, u64 first) {
+        each_pack<T, KEPT>(team, x.d, [&](u32 slot, u64 first) {
             A v[PACK<T>];
             x.get(slot, first, v);
 #pragma unroll
@@ -54,7 +59,7 @@ DEVICE Moments<A> moments(const Team &team, const Row<T> &x, u32 center, double 
         });
         mean = team_sum(team, total, slots) / size;
     }
-    each_pack<T>(team, x.d, [&](u32 slot, u64 first) {
+    each_pack<T, KEPT>(team, x.d, [&](u32 slot, u64 first) {
         A v[PACK<T>];
         x.get(slot, first, v);
 #pragma unroll
@@ -101,21 +106,21 @@ template <class T> DEVICE void norm_gradient(const NormGradientArgs &p) {
     const bool w_aligned = is_aligned(weight);
     const A size = (A)p.d;
     // Of the columns that a thread keeps; those of a longer row are in `sums`, where only this thread touches them.
-    A gw[HELD<T>][PACK<T>], gb[HELD<T>][PACK<T>];
+    A gw[KEPT<T>][PACK<T>], gb[KEPT<T>][PACK<T>];
 #pragma unroll
-    for (u32 slot = 0; slot < HELD<T>; ++slot)
+    for (u32 slot = 0; slot < KEPT<T>; ++slot)
 #pragma unroll
         for (u32 e = 0; e < PACK<T>; ++e) gw[slot][e] = gb[slot][e] = 0;
 
     for (u64 row = team.index; row < p.rows; row += team.count) {
-        Row<T> x, gy;
+        Row<T, KEPT<T>> x, gy;
         x.open(team, static_cast<const T *>(p.x) + row * p.d, p.d, 0);
         gy.open(team, static_cast<const T *>(p.gy) + row * p.d, p.d, 0);
         T *gx = static_cast<T *>(p.gx) + row * p.d;
         const bool gx_aligned = is_aligned(gx);
         const Moments<A> m = moments(team, x, p.center, p.eps, slots);
         A shift = 0, slope = 0;
-        each_pack<T>(team, p.d, [&](u32 slot, u64 first) {
+        each_pack<T, KEPT<T>>(team, p.d, [&](u32 slot, u64 first) {
             A v[PACK<T>], g[PACK<T>], w[PACK<T>];
             x.get(slot, first, v);
             gy.get(slot, first, g);
@@ -128,7 +133,7 @@ template <class T> DEVICE void norm_gradient(const NormGradientArgs &p) {
         });
         shift = p.center ? team_sum(team, shift, slots) / size : (A)0;
         slope = team_sum(team, slope, slots) / size;
-        each_pack<T>(team, p.d, [&](u32 slot, u64 first) {
+        each_pack<T, KEPT<T>>(team, p.d, [&](u32 slot, u64 first) {
             A v[PACK<T>], g[PACK<T>], w[PACK<T>];
             x.get(slot, first, v);
             gy.get(slot, first, g);
@@ -137,7 +142,7 @@ template <class T> DEVICE void norm_gradient(const NormGradientArgs &p) {
             for (u32 e = 0; e < PACK<T>; ++e) {
                 const A xh = (v[e] - m.mean) * m.r;
                 v[e] = m.r * (g[e] * w[e] - shift - xh * slope);
-                if (slot < HELD<T>) {
+                if (slot < KEPT<T>) {
                     gw[slot][e] += g[e] * xh;
                     gb[slot][e] += g[e];
                 } else if (first + e < p.d) {
@@ -146,8 +151,19 @@ template <class T> DEVICE void norm_gradient(const NormGradientArgs &p) {
                     sums[p.d + first + e] = (fresh ? (A)0 : sums[p.d + first + e]) + g[e];
                 }
             }
-            write_pack(gx, first, p.d, gx_aligned, v);
+            if (slot < KEPT<T>) {
+                // In the place of x, and stored when all is computed: the next pack's weights would wait for the store.
+#pragma unroll
+                for (u32 e = 0; e < PACK<T>; ++e) x.held[slot][e] = v[e];
+            } else {
+                write_pack(gx, first, p.d, gx_aligned, v);
+            }
         });
+#pragma unroll
+        for (u32 slot = 0; slot < KEPT<T>; ++slot) {
+            const u64 first = ((u64)slot * team.size + team.rank) * PACK<T>;
+            if (first < p.d) write_pack(gx, first, p.d, gx_aligned, x.held[slot]);
+        }
     }
 
     // The warps of a block that are teams of their own add up in their order.
@@ -155,7 +171,7 @@ template <class T> DEVICE void norm_gradient(const NormGradientArgs &p) {
     for (u32 turn = 0; turn < (team.block ? 1 : ROW_WARPS); ++turn) {
         if (own == turn) {
 #pragma unroll
-            for (u32 slot = 0; slot < HELD<T>; ++slot)
+            for (u32 slot = 0; slot < KEPT<T>; ++slot)
 #pragma unroll
                 for (u32 e = 0; e < PACK<T>; ++e) {
                     const u64 column = ((u64)slot * team.size + team.rank) * PACK<T> + e;

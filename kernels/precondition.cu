@@ -19,15 +19,19 @@ template <class T> DEVICE void precondition(const ScaleArgs &p) {
     const ScaleItem &item = p.items[item_of(p.items, p.count, blockIdx.x)];
     T *inside = static_cast<T *>(item.inside);
     const T *scale = static_cast<const T *>(item.scale);
-    const u64 begin = (u64)(blockIdx.x - item.first) * CHUNK;
-    const u64 end = min(begin + CHUNK, item.len);
     T sum = 0;
-#pragma unroll 4
-    for (u64 i = begin + threadIdx.x; i < end; i += STEP_THREADS) {
-        const T x = inside[i], scaled = x * scale[i];
-        inside[i] = scaled;
-        sum += x * scaled;
-    }
+    each_stage_of(item, [&](const Stage &stage) {
+        T x[STAGES], scales[STAGES];
+        fetch<T>(inside, stage, x);
+        fetch(scale, stage, scales);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            const T scaled = x[j] * scales[j];
+            inside[stage.at[j]] = scaled;
+            sum += x[j] * scaled;
+        }
+    });
     const double total = block_sum<double>(sum, sums);
     if (threadIdx.x == 0) p.products[blockIdx.x] = total;
 }
@@ -50,11 +54,15 @@ template <class T> DEVICE void dots(const DotArgs &p) {
     const DotItem &item = p.items[item_of(p.items, p.count, blockIdx.x)];
     const T *a = static_cast<const T *>(item.a);
     const T *b = static_cast<const T *>(item.b);
-    const u64 begin = (u64)(blockIdx.x - item.first) * CHUNK;
-    const u64 end = min(begin + CHUNK, item.len);
     T sum = 0;
-#pragma unroll 4
-    for (u64 i = begin + threadIdx.x; i < end; i += STEP_THREADS) sum += a[i] * b[i];
+    each_stage_of(item, [&](const Stage &stage) {
+        T x[STAGES], y[STAGES];
+        fetch(a, stage, x);
+        fetch(b, stage, y);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j)
+            if (stage.in[j]) sum += x[j] * y[j];
+    });
     const double total = block_sum<double>(sum, sums);
     if (threadIdx.x == 0) p.products[blockIdx.x] = total;
 }

@@ -13,8 +13,6 @@ template <class T> struct alignas(16) Pack {
 };
 // Packs of a row that a thread keeps.
 template <class T> constexpr u32 HELD = sizeof(T) == 4 ? 4 : 2;
-// Elements of a row that a warp keeps.
-template <class T> constexpr u32 WARP_ROW = HELD<T> * PACK<T> * WARP;
 
 constexpr u64 ROW_ALIGNMENT = 16;
 
@@ -73,25 +71,25 @@ template <class T> DEVICE void write_pack(T *row, u64 first, u64 d, bool aligned
 
 template <class T> DEVICE bool is_aligned(const T *at) { return reinterpret_cast<u64>(at) % ROW_ALIGNMENT == 0; }
 
-// Calls `f(slot, first)` for each of a thread's packs of a row of `d`; `slot` is HELD for those that are not kept.
-template <class T, class F> DEVICE void each_pack(const Team &team, u64 d, F f) {
+// Calls `f(slot, first)` for each of a thread's packs of a row of `d`; `slot` is KEPT for those that are not kept.
+template <class T, u32 KEPT = HELD<T>, class F> DEVICE void each_pack(const Team &team, u64 d, F f) {
 #pragma unroll
-    for (u32 slot = 0; slot < HELD<T>; ++slot) {
+    for (u32 slot = 0; slot < KEPT; ++slot) {
         const u64 first = ((u64)slot * team.size + team.rank) * PACK<T>;
         if (first < d) f(slot, first);
     }
     const u64 step = (u64)team.size * PACK<T>;
-    for (u64 first = HELD<T> * step + team.rank * PACK<T>; first < d; first += step) f(HELD<T>, first);
+    for (u64 first = KEPT * step + team.rank * PACK<T>; first < d; first += step) f(KEPT, first);
 }
 
 // A row that is read, as a thread of its team sees it.
-template <class T> struct Row {
+template <class T, u32 KEPT = HELD<T>> struct Row {
     using A = Acc<T>;
     const T *data;
     u64 d;
     A fill;
     bool aligned;
-    A held[HELD<T>][PACK<T>];
+    A held[KEPT][PACK<T>];
 
     // Beyond the row's end its packs have `fill`.
     DEVICE void open(const Team &team, const T *row, u64 length, A beyond) {
@@ -100,14 +98,14 @@ template <class T> struct Row {
         fill = beyond;
         aligned = is_aligned(row);
 #pragma unroll
-        for (u32 slot = 0; slot < HELD<T>; ++slot) {
+        for (u32 slot = 0; slot < KEPT; ++slot) {
             const u64 first = ((u64)slot * team.size + team.rank) * PACK<T>;
             if (first < d) read_pack(data, first, d, aligned, fill, held[slot]);
         }
     }
 
     DEVICE void get(u32 slot, u64 first, A (&out)[PACK<T>]) const {
-        if (slot < HELD<T>) {
+        if (slot < KEPT) {
 #pragma unroll
             for (u32 e = 0; e < PACK<T>; ++e) out[e] = held[slot][e];
         } else {

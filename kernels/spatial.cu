@@ -1,6 +1,7 @@
 // The spatial entropy of weights `m` x `n` x `k` and its gradient (formulas in src/ops/spatial.rs). Sums are kept in f64; those of rows
 // and columns have parts, added up in order: the result depends on the sizes alone.
 #include "divide.cuh"
+#include "staged.cuh"
 
 constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / WARP;
@@ -168,19 +169,28 @@ template <class T> DEVICE void gradient(const GradientArgs &p) {
     const u64 width = p.n * p.k, count = p.m * width, stride = (u64)gridDim.x * THREADS;
     const double log_floor = log(FLOOR), shrink = p.exact && two_over_sum > 0 ? 2 / squares : 0;
     const double slope = entropy > 0 ? p.gamma / entropy : 0;
-    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < count; i += stride) {
-        const A x = widen(w[i]);
-        double y = x;
-        if (x != 0) {
-            const u64 row = quotient(i, width), column = quotient(i - row * width, p.k);
-            const double own = (double)log(fabs(x)) - log_sum;
-            const double t = -p.kappa * (p.marginals[row] + p.marginals[p.m + column])
-                             - (1 - p.kappa) * (own < log_floor ? log_floor : own);
-            const double size = two_over_sum * (1 + slope * (t - entropy));
-            y = scale * ((x > 0 ? size : -size) - shrink * x);
+    each_stage((u64)blockIdx.x * THREADS + threadIdx.x, count, stride, [&](const Stage &stage) {
+        A x[STAGES];
+        double marginal[STAGES];
+        fetch(w, stage, x);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            const u64 i = stage.in[j] ? stage.at[j] : 0, row = quotient(i, width), column = quotient(i - row * width, p.k);
+            marginal[j] = p.marginals[row] + p.marginals[p.m + column];
         }
-        static_cast<T *>(p.out)[i] = narrow<T>((A)y);
-    }
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            double y = x[j];
+            if (x[j] != 0) {
+                const double own = (double)log(fabs(x[j])) - log_sum;
+                const double t = -p.kappa * marginal[j] - (1 - p.kappa) * (own < log_floor ? log_floor : own);
+                const double size = two_over_sum * (1 + slope * (t - entropy));
+                y = scale * ((x[j] > 0 ? size : -size) - shrink * x[j]);
+            }
+            static_cast<T *>(p.out)[stage.at[j]] = narrow<T>((A)y);
+        }
+    });
 }
 
 #define SPATIAL_KERNELS(suffix, T)                                                                                     \

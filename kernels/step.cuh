@@ -1,10 +1,14 @@
 // What the kernels of an optimizer's step share. Nothing of a step is known to the host until it asks: its numbers pass from
 // kernel to kernel in two small arrays on the device.
 #pragma once
-#include "common.cuh"
+#include "staged.cuh"
 
-// Tensors of one launch, and the elements that a block of threads works on.
-constexpr u32 TABLE = 96, STEP_THREADS = 256, CHUNK = 4096;
+// Tensors of one launch, and the threads of a block.
+constexpr u32 TABLE = 96, STEP_THREADS = 256;
+
+// The elements of a tensor of `len` that a block of threads works on: fewer of small ones, or a small model would leave most of a GPU
+// idle. As `chunk` in src/gpu/table.rs.
+DEVICE u32 chunk(u64 len) { return len <= 1 << 18 ? 1024 : 4096; }
 
 // `flags`
 constexpr u32 CULPRIT = 0;   // who makes this step non-finite: a parameter, or BLOCK + a block; NOBODY without one
@@ -38,15 +42,30 @@ template <class Item> DEVICE u32 item_of(const Item *items, u32 count, u32 block
     return low;
 }
 
+// The elements of an item that a block of threads works on, a stage at a time.
+template <class Item, class F> DEVICE void each_stage_of(const Item &item, F f) {
+    const u32 size = chunk(item.len);
+    const u64 begin = (u64)(blockIdx.x - item.first) * size;
+    each_stage(begin + threadIdx.x, min(begin + size, item.len), STEP_THREADS, f);
+}
+
 // Element types by number, for tensors whose type only the table knows.
 constexpr u32 F32 = 0, F64 = 1, F16 = 2, BF16 = 3;
 
-template <class T> DEVICE Acc<T> load_as(const void *data, u64 at, u32 type) {
+template <class From, class T> DEVICE void fetch_cast(const From *from, const Stage &stage, T (&to)[STAGES]) {
+    Acc<From> wide[STAGES];
+    fetch(from, stage, wide);
+#pragma unroll
+    for (u32 j = 0; j < STAGES; ++j) to[j] = (T)wide[j];
+}
+
+// As `fetch`.
+template <class T> DEVICE void fetch_as(const void *from, u32 type, const Stage &stage, T (&to)[STAGES]) {
     switch (type) {
-    case F64: return static_cast<const double *>(data)[at];
-    case F16: return widen(static_cast<const __half *>(data)[at]);
-    case BF16: return widen(static_cast<const __nv_bfloat16 *>(data)[at]);
-    default: return static_cast<const float *>(data)[at];
+    case F64: fetch_cast(static_cast<const double *>(from), stage, to); break;
+    case F16: fetch_cast(static_cast<const __half *>(from), stage, to); break;
+    case BF16: fetch_cast(static_cast<const __nv_bfloat16 *>(from), stage, to); break;
+    default: fetch_cast(static_cast<const float *>(from), stage, to);
     }
 }
 
@@ -69,4 +88,9 @@ DEVICE u64 place_of(const Place &place, u64 element) {
     if (place.width == place.columns) return element;
     const u32 row = (u32)element / place.width;
     return (u64)row * place.columns + place.offset + ((u32)element - row * place.width);
+}
+
+DEVICE void places_of(const Place &place, const Stage &stage, u64 (&at)[STAGES]) {
+#pragma unroll
+    for (u32 j = 0; j < STAGES; ++j) at[j] = place_of(place, stage.in[j] ? stage.at[j] : 0);
 }

@@ -149,40 +149,48 @@ template <class T> DEVICE void update(const UpdateArgs &p) {
     T *average = static_cast<T *>(item.average);
     const T along = -rate * clip, moved_by = -rate, clipped = clip, momentum = p.momentum, decay = -rate * item.decay;
     const T mixing = p.numbers[MIXING];
-    const u64 begin = (u64)(blockIdx.x - item.first) * CHUNK;
-    const u64 end = min(begin + CHUNK, item.len);
     T slope = 0;
-#pragma unroll 4
-    for (u64 i = begin + threadIdx.x; i < end; i += STEP_THREADS) {
-        const u64 at = place_of(item.place, i);
-        T step;
-        if (velocity) {
-            const T moved = momentum * velocity[at] + clipped * direction[at];
-            velocity[at] = moved;
-            step = moved * moved_by;
-        } else {
-            step = direction[at] * along;
+    each_stage_of(item, [&](const Stage &stage) {
+        u64 at[STAGES];
+        T moved[STAGES], old[STAGES], theta[STAGES], averages[STAGES], gradients[STAGES], models[STAGES];
+        places_of(item.place, stage, at);
+        fetch(direction, at, stage.in, moved);
+        fetch<T>(velocity, at, stage.in, old);
+        fetch<T>(value, stage, theta);
+        fetch<T>(average, stage, averages);
+        fetch(gradient, at, stage.in, gradients);
+        fetch(model, at, stage.in, models);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            const u64 i = stage.at[j];
+            T step;
+            if (velocity) {
+                const T faster = momentum * old[j] + clipped * moved[j];
+                velocity[at[j]] = faster;
+                step = faster * moved_by;
+            } else {
+                step = moved[j] * along;
+            }
+            step += decay * theta[j];
+            const T there = theta[j] + step;
+            value[i] = there;
+            if (item.var) store_as<T>(item.var, i, item.type, there);
+            if (average) average[i] = (1 - mixing) * averages[j] + mixing * there;
+            if (steps) steps[at[j]] = step;
+            if (gradient) slope += step * gradients[j];
+            if (model) {
+                if (carry) carry[at[j]] = models[j];
+                if (mean) mean[at[j]] = models[j];
+            }
         }
-        T theta = value[i];
-        step += decay * theta;
-        theta += step;
-        value[i] = theta;
-        if (item.var) store_as<T>(item.var, i, item.type, theta);
-        if (average) average[i] = (1 - mixing) * average[i] + mixing * theta;
-        if (steps) steps[at] = step;
-        if (gradient) slope += step * gradient[at];
-        if (model) {
-            const T m = model[at];
-            if (carry) carry[at] = m;
-            if (mean) mean[at] = m;
-        }
-    }
+    });
     if (!p.slopes) return;
     const double sum = block_sum<double>(slope, sums);
     if (threadIdx.x == 0) p.slopes[blockIdx.x] = sum;
 }
 
-KERNEL(update_f32, STEP_THREADS, UpdateArgs, update<float>)
+PACKED_KERNEL(update_f32, STEP_THREADS, 3, UpdateArgs, update<float>)
 KERNEL(update_f64, STEP_THREADS, UpdateArgs, update<double>)
 
 // What a quadratic wake looks back at: model + B step, with the steps that `update` took.
@@ -208,14 +216,18 @@ template <class T> DEVICE void carries(const CarryArgs &p) {
     const T *curved = static_cast<const T *>(item.curved);
     T *carry = static_cast<T *>(item.carry);
     T *mean = static_cast<T *>(item.mean);
-    const u64 begin = (u64)(blockIdx.x - item.first) * CHUNK;
-    const u64 end = min(begin + CHUNK, item.len);
-#pragma unroll 4
-    for (u64 i = begin + threadIdx.x; i < end; i += STEP_THREADS) {
-        const T sum = model[i] + curved[i];
-        if (carry) carry[i] = sum;
-        if (mean) mean[i] = sum;
-    }
+    each_stage_of(item, [&](const Stage &stage) {
+        T models[STAGES], more[STAGES];
+        fetch(model, stage, models);
+        fetch(curved, stage, more);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            const T sum = models[j] + more[j];
+            if (carry) carry[stage.at[j]] = sum;
+            if (mean) mean[stage.at[j]] = sum;
+        }
+    });
 }
 
 KERNEL(carries_f32, STEP_THREADS, CarryArgs, carries<float>)
@@ -257,19 +269,26 @@ template <class T> DEVICE void adam(const AdamArgs &p) {
     const T beta1 = p.beta1, beta2 = p.beta2, eps = p.eps, lr = p.numbers[REST_LR] * item.lr_scale;
     const T rest1 = 1 - p.beta1, rest2 = 1 - p.beta2, kept = 1 - p.numbers[REST_LR] * item.lr_scale * item.decay;
     const T mixing = p.numbers[MIXING];
-    const u64 begin = (u64)(blockIdx.x - item.first) * CHUNK;
-    const u64 end = min(begin + CHUNK, item.len);
-#pragma unroll 2
-    for (u64 i = begin + threadIdx.x; i < end; i += STEP_THREADS) {
-        const T g = load_as<T>(item.gradient, i, item.gradient_type);
-        const T first = beta1 * m[i] + rest1 * g, second = beta2 * v[i] + rest2 * g * g;
-        m[i] = first;
-        v[i] = second;
-        const T theta = kept * value[i] - lr * (first / bias1) / (sqrt(second / bias2) + eps);
-        value[i] = theta;
-        if (item.var) store_as<T>(item.var, i, item.type, theta);
-        if (average) average[i] = (1 - mixing) * average[i] + mixing * theta;
-    }
+    each_stage_of(item, [&](const Stage &stage) {
+        T g[STAGES], ms[STAGES], vs[STAGES], theta[STAGES], averages[STAGES];
+        fetch_as(item.gradient, item.gradient_type, stage, g);
+        fetch<T>(m, stage, ms);
+        fetch<T>(v, stage, vs);
+        fetch<T>(value, stage, theta);
+        fetch<T>(average, stage, averages);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            const u64 i = stage.at[j];
+            const T first = beta1 * ms[j] + rest1 * g[j], second = beta2 * vs[j] + rest2 * g[j] * g[j];
+            m[i] = first;
+            v[i] = second;
+            const T there = kept * theta[j] - lr * (first / bias1) / (sqrt(second / bias2) + eps);
+            value[i] = there;
+            if (item.var) store_as<T>(item.var, i, item.type, there);
+            if (average) average[i] = (1 - mixing) * averages[j] + mixing * there;
+        }
+    });
 }
 
 KERNEL(adam_f32, STEP_THREADS, AdamArgs, adam<float>)

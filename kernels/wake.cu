@@ -46,27 +46,35 @@ template <class T> DEVICE void wake(const WakeArgs &p) {
     // Before the first step there is no earlier model, and the newest counts whole.
     const T rho = p.numbers[DONE] > 0 ? p.model_decay : 0, wake = p.numbers[WAKE];
     const T in_loss = p.in_loss ? item.decay : 0, after_wake = p.in_loss ? 0 : item.decay * p.after_wake;
-    const u64 begin = (u64)(blockIdx.x - item.first) * CHUNK;
-    const u64 end = min(begin + CHUNK, item.len);
     bool finite = true;
     T slope = 0;
-#pragma unroll 4
-    for (u64 i = begin + threadIdx.x; i < end; i += STEP_THREADS) {
-        T g = load_as<T>(item.gradient, i, item.type);
-        finite = finite && isfinite(g);
-        if (!out) continue;
-        const u64 at = place_of(item.place, i);
-        const T theta = value ? value[i] : 0;
-        if (value) g += in_loss * theta;
-        if (gradient_out) gradient_out[at] = g;
-        if (last) slope += last[at] * g;
-        T m = g;
-        if (mean && rho > 0) m = (1 - rho) * g + rho * mean[at];
-        if (model) model[at] = m;
-        if (carry) m -= wake * carry[at];
-        if (value) m += after_wake * theta;
-        out[at] = m;
-    }
+    each_stage_of(item, [&](const Stage &stage) {
+        T g[STAGES];
+        fetch_as(item.gradient, item.type, stage, g);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) finite = finite && isfinite(g[j]);
+        if (!out) return;
+        u64 at[STAGES];
+        T theta[STAGES], means[STAGES], carries[STAGES], lasts[STAGES];
+        places_of(item.place, stage, at);
+        fetch(value, stage, theta);
+        fetch(rho > 0 ? mean : nullptr, at, stage.in, means);
+        fetch(carry, at, stage.in, carries);
+        fetch(last, at, stage.in, lasts);
+#pragma unroll
+        for (u32 j = 0; j < STAGES; ++j) {
+            if (!stage.in[j]) continue;
+            if (value) g[j] += in_loss * theta[j];
+            if (gradient_out) gradient_out[at[j]] = g[j];
+            if (last) slope += lasts[j] * g[j];
+            T m = g[j];
+            if (mean && rho > 0) m = (1 - rho) * g[j] + rho * means[j];
+            if (model) model[at[j]] = m;
+            if (carry) m -= wake * carries[j];
+            if (value) m += after_wake * theta[j];
+            out[at[j]] = m;
+        }
+    });
     if (!finite) atomicMin(&p.flags[CULPRIT], item.index);
     const double sum = block_sum<double>(slope, sums);
     if (threadIdx.x == 0) p.slopes[blockIdx.x] = sum;

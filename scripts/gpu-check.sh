@@ -7,24 +7,28 @@
 #
 # Parts, the most telling first, and the second until which each may run; all of them by default:
 #     ops 110, linalg 140, optim 230    tests/cuda, on the GPU alone, with KRONWAKE_REQUIRE_CUDA=1
-#     kernels 290                       `benches/kernels`: ceilings, second moments, grouped products
-#     lenet300 330, torch 365, stack 450    its training steps, and benches/peers/torch_kfac.py where python3 has torch with CUDA
+#     kernels 290                       `benches/kernels`: ceilings, second moments beside GemmEx, grouped products
+#     lenet300 325, torch 345           its training steps, and benches/peers/torch_kfac.py (AdamW, K-FAC, Muon) where python3 has torch with CUDA
+#     stack 420, torch_stack 450        the same on a stack of transformer blocks
 #     memcheck 475                      compute-sanitizer over the operations
 #     more 480                          other tests and operations, the example, racecheck: what there is time for
 #
 # A part that fails or is cut off does not stop the others. Where --deadline S is not 480, all times are scaled. What is cut off keeps what it
 # has written: programs write straight to OUT, and report.json and summary.txt are whole after every command. The exit code is 0 if nothing
 # has failed or been cut off. What a machine does not have (compute-sanitizer, torch) is skipped and said to be. OUT gets 8 files at most.
+# --quick takes the smallest sizes of what is measured. scripts/rehearse-gpu-check.sh tries all this where there is no GPU.
 #
-# $PYTHON is the python (python3). A build takes processors of $KRONWAKE_TARGET_CPU (x86-64-v3), not the one that builds.
+# $PYTHON is the python (python3), $TORCH_DEVICE what torch uses (cuda), $KRONWAKE_PROFILE the profile of the build (release).
 set -euo pipefail
 
 # Test programs.
 tests=(cuda cli)
-parts=(ops linalg optim kernels lenet300 torch stack memcheck more)
-declare -A until=([ops]=110 [linalg]=140 [optim]=230 [kernels]=290 [lenet300]=330 [torch]=365 [stack]=450 [memcheck]=475 [more]=480)
+parts=(ops linalg optim kernels lenet300 torch stack torch_stack memcheck more)
+declare -A until=([ops]=110 [linalg]=140 [optim]=230 [kernels]=290 [lenet300]=325 [torch]=345 [stack]=420 [torch_stack]=450 [memcheck]=475 [more]=480)
 python=${PYTHON:-python3}
+torch_device=${TORCH_DEVICE:-cuda}
 deadline=480
+quick=()
 most=$((64 << 20))
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -41,8 +45,8 @@ collect() { # folder
     command -v cargo >/dev/null || die 'cargo is needed to collect and was not found'
     local targets=(--bench kernels --example mnist)
     for name in "${tests[@]}"; do targets+=(--test "$name"); done
-    # No `target-cpu=native`: the machine with the GPU may have another processor.
-    RUSTFLAGS="-C target-cpu=${KRONWAKE_TARGET_CPU:-x86-64-v3}" cargo build --release --features cuda "${targets[@]}" \
+    # Without the `target-cpu=native` of .cargo/config.toml: the machine with the GPU may have another processor.
+    CARGO_ENCODED_RUSTFLAGS='' cargo build --profile "${KRONWAKE_PROFILE:-release}" --features cuda "${targets[@]}" \
         --message-format=json-render-diagnostics >"$into/messages"
     stage=$(mktemp -d)
     # Expanded now: the name is local.
@@ -73,17 +77,20 @@ collect() { # folder
 
 # What the commands that have run have come to, as JSON objects, and the names of those that failed, were cut off or were skipped.
 results=() failed=() cut=() skipped=()
-child=''
+child='' running='' ended=false
 
 milliseconds() { printf '%s' "$((10#${EPOCHREALTIME//[^0-9]/} / 1000))"; }
 elapsed() { printf '%s' "$(($(milliseconds) - started))"; }
+
+# Milliseconds that a part has left.
+left() { printf '%s' "$((${until[$1]} * deadline * 1000 / 480 - $(elapsed)))"; }
 
 # Runs a command until its part's time is over; `attempt PART NAME COMMAND..`.
 attempt() {
     local part=$1 name=$2 start code=0 verdict=ok limit
     shift 2
     start=$(elapsed)
-    limit=$((${until[$part]} * deadline * 1000 / 480 - start))
+    limit=$(left "$part")
     if ((limit < 200)); then
         say "$name: cut off before it began"
         cut+=("$name")
@@ -94,6 +101,7 @@ attempt() {
     # In the background, so that a signal from outside is heard at once.
     timeout --kill-after=2 "$((limit / 1000)).$(printf '%03d' $((limit % 1000)))" "$@" >>"$out/log.txt" 2>&1 &
     child=$!
+    running="\"part\":\"$part\",\"name\":\"$name\""
     wait "$child" || code=$?
     child=''
     local seconds=$(($(elapsed) - start))
@@ -157,20 +165,27 @@ run_optim() {
 bench() { # part, options
     local part=$1
     shift
-    ours "$part" "bench $part" "$programs/kernels" --device cuda --json "$out/$part.json" "$@"
+    ours "$part" "bench $part" "$programs/kernels" --device cuda --json "$out/$part.json" "${quick[@]}" "$@"
 }
 
 run_kernels() { bench kernels --only ceilings --only second_moment --only 'grouped products'; }
 run_lenet300() { bench lenet300 --only 'step: lenet300'; }
 run_stack() { bench stack --only 'step: stack'; }
 
-run_torch() {
-    if "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' >/dev/null 2>&1; then
-        attempt torch 'PyTorch, lenet300' "$python" "$programs/torch_kfac.py" --device cuda --only lenet300 --periods 30 --json "$out/torch.json"
+pytorch() { # part, model
+    local has=('import torch; raise SystemExit(not torch.cuda.is_available())' "$python has no torch with CUDA")
+    [[ $torch_device == cuda* ]] || has=('import torch' "$python has no torch")
+    # Finding out takes seconds, too.
+    if (($(left "$1") < 200)) || timeout 30 "$python" -c "${has[0]}" >/dev/null 2>&1; then
+        attempt "$1" "PyTorch, $2" "$python" "$programs/torch_kfac.py" --device "$torch_device" --only "$2" --periods 30 --longest 3 \
+            --json "$out/$1.json" "${quick[@]}"
     else
-        skip 'PyTorch, lenet300' "$python has no torch with CUDA"
+        skip "PyTorch, $2" "${has[1]}"
     fi
 }
+
+run_torch() { pytorch torch lenet300; }
+run_torch_stack() { pytorch torch_stack stack; }
 
 sanitize() { # part, tool, command
     local part=$1 tool=$2 sanitizer
@@ -210,27 +225,33 @@ failed_tests() {
 
 quoted() { printf '"%s"' "$(printf '%s' "$1" | tr -d '\n\r\t"\\')"; }
 
+# All that is known, as JSON. What programs have written goes into it, and then leaves OUT.
 report() {
     local file join=''
+    # Of a program that was stopped while it wrote.
+    for file in "${parts[@]}"; do rm -f "$out/$file.json.part"; done
     {
-        printf '{\n"commit": %s,\n"gpu": %s,\n"deadline_seconds": %s,\n"verdict": %s,\n"results": [' \
-            "$(quoted "$(cat "$programs/commit")")" "$(quoted "$gpu")" "$deadline" "$(quoted "$(verdict)")"
+        printf '{\n"commit": %s,\n"gpu": %s,\n"deadline_seconds": %s,\n"seconds": %s,\n"verdict": %s,\n"results": [' \
+            "$(quoted "$(cat "$programs/commit")")" "$(quoted "$gpu")" "$deadline" "$(($(elapsed) / 1000))" "$(quoted "$(verdict)")"
         for file in "${results[@]}"; do
             printf '%s\n%s' "$join" "$file"
             join=,
         done
         printf '\n]'
-        for file in "$out"/*.json; do
+        for file in "${parts[@]}"; do
+            [[ ! -s $out/$file.json ]] || cp "$out/$file.json" "$work/figures/"
             # A program that was stopped may have left nothing. They write whole files.
-            [[ -s $file && $file != */report.json ]] && printf ',\n"%s": %s' "$(basename "$file" .json)" "$(cat "$file")"
+            [[ ! -s $work/figures/$file.json ]] || printf ',\n"%s": %s' "$file" "$(cat "$work/figures/$file.json")"
         done
         printf '\n}\n'
-    } >"$work/report.json"
-    cp "$work/report.json" "$out/report.json"
+    } >"$out/report.part"
+    mv "$out/report.part" "$out/report.json"
+    for file in "${parts[@]}"; do rm -f "$out/$file.json"; done
 }
 
 verdict() {
     local text=''
+    $ended || text+='not at its end; '
     ((${#failed[@]} > 0)) && text+="FAILED: $(printf '%s; ' "${failed[@]}")"
     ((${#cut[@]} > 0)) && text+="cut off: $(printf '%s; ' "${cut[@]}")"
     ((${#skipped[@]} > 0)) && text+="skipped: $(printf '%s; ' "${skipped[@]}")"
@@ -242,6 +263,7 @@ verdict() {
 finish() {
     local again
     trap - EXIT TERM INT
+    ended=true
     [[ -z $child ]] || kill "$child" 2>/dev/null || true
     report
     again=$(failed_tests)
@@ -253,6 +275,7 @@ finish() {
 }
 
 stopped() {
+    [[ -z $child ]] || results+=("{$running,\"cut_off\":true}")
     cut+=("all that was left, by a signal")
     exit 1
 }
@@ -270,14 +293,17 @@ unpack() {
 }
 
 check() { # parts, or `again` and tests
+    local missing part
     started=$(milliseconds)
     mkdir -p "$out"
     out=$(cd "$out" && pwd)
+    # Of an earlier run.
+    for part in "${parts[@]}" report; do rm -f "$out/$part.json" "$out/$part.json.part"; done
     : >"$out/summary.txt"
     : >"$out/log.txt"
     work=$(mktemp -d)
     programs=$work/programs
-    mkdir "$programs"
+    mkdir "$programs" "$work/figures"
     unpack
     export KRONWAKE_REQUIRE_CUDA=1 KRONWAKE_CUDA_ONLY=1
     # What a driver compiles of candle's kernels is compiled once.
@@ -286,9 +312,9 @@ check() { # parts, or `again` and tests
     gpu=$(nvidia-smi --query-gpu=name,driver_version,compute_cap,memory.total --format=csv,noheader 2>/dev/null | head -n 1) || true
     trap finish EXIT
     trap stopped TERM INT
+    report
     say "commit: $(cat "$programs/commit")"
     say "GPU: ${gpu:-none that nvidia-smi shows}"
-    local missing part
     missing=$(LD_LIBRARY_PATH=$libraries ldd "$programs/cuda" 2>/dev/null | sed -n 's/^[[:space:]]*\([^ ]*\) => not found$/\1/p' | sort -u | tr '\n' ' ') || true
     [[ -z $missing ]] || say "libraries that are missing: $missing"
     if [[ $1 == again ]]; then
@@ -305,9 +331,10 @@ while (($# > 0)); do
         --collect) collect "${2:?--collect needs a folder}"; exit ;;
         --out) out=${2:?--out needs a folder}; shift ;;
         --deadline) deadline=${2:?--deadline needs seconds}; shift ;;
+        --quick) quick=(--quick) ;;
         --again) shift; again=("$@"); (($# > 0)) || die '--again: expected names of tests'; shift $(($# - 1)) ;;
         --help | -h) usage; exit ;;
-        -*) die "$1: expected --collect DIR, --out OUT, --deadline S, --again TEST .. or --help" ;;
+        -*) die "$1: expected --collect DIR, --out OUT, --deadline S, --quick, --again TEST .. or --help" ;;
         *) [[ " ${parts[*]} " == *" $1 "* ]] || die "$1: expected one of ${parts[*]}"; chosen+=("$1") ;;
     esac
     shift

@@ -9,6 +9,8 @@
 //! the smallest sizes and two repeats, to see that all of it runs. Times are medians of repeats, each of as many calls as
 //! take some milliseconds, after a warm-up, with the device's queue empty at both ends. A call includes the allocation of its result.
 
+#[cfg(feature = "cuda")]
+mod blas;
 mod grouped;
 mod machine;
 mod ops;

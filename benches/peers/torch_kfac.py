@@ -1,21 +1,23 @@
 #!/usr/bin/env python3
-"""Training steps of K-FAC and AdamW in plain eager PyTorch, on the models of `cargo bench --bench kernels`.
+"""Training steps of K-FAC, Muon and AdamW in plain eager PyTorch, on the models of `cargo bench --bench kernels`.
 
 K-FAC as it is usually written: a forward pre-hook keeps a layer's input, a full backward hook its output's gradient, on the
 steps that renew the factors. A and G are matrix products with the bias's 1 appended to the input; their exponential averages,
-eigendecompositions, the preconditioning of each layer and the KL clip are operations of their own. The labels are the
-batch's (empirical Fisher), so no second backward pass is needed. Parameters outside linear layers get AdamW. Nothing is read
-back to the host in a step.
+inverses (eigendecompositions; of the stack Cholesky factorizations with pi damping), the preconditioning of each layer and the KL
+clip are operations of their own. The labels are the batch's (empirical Fisher), so no second backward pass is needed. Parameters
+outside linear layers get AdamW. Nothing is read back to the host in a step. Muon is torch.optim's, for the weights of linear
+layers, with AdamW for the rest.
 
-    torch_kfac.py [--device cpu|cuda] [--json FILE] [--only lenet300|stack] [--periods 30 10] [--tf32] [--quick]
-    torch_kfac.py --check        # on the CPU in f64: factors, inverse and clip against their definitions
+    torch_kfac.py [--device cpu|cuda] [--json FILE] [--only lenet300|stack] [--periods 30 10] [--longest S] [--tf32] [--quick]
+    torch_kfac.py --check        # on the CPU in f64: factors, inverses and clip against their definitions
 
-Prints a row a measurement and, at the end, all of it as JSON. Times are means over whole periods after one to warm up, with the
-device's queue empty at both ends.
+Prints a row a measurement and, at the end, all of it as JSON; FILE is whole after each row. Times are means over whole periods after
+one to warm up, with the device's queue empty at both ends.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -58,9 +60,10 @@ def stack(args):
 
 
 class KFac:
-    """K-FAC with eigenvalue damping and a KL clip; the loss is a mean over rows."""
+    """K-FAC with a KL clip; the loss is a mean over rows. Damped in the eigenbasis, or, with `cholesky`, factor by factor with pi."""
 
-    def __init__(self, model, lr=1e-5, damping=0.01, stat_decay=0.95, kl_clip=0.01, period=30):
+    def __init__(self, model, lr=1e-5, damping=0.01, stat_decay=0.95, kl_clip=0.01, period=30, cholesky=False):
+        self.cholesky = cholesky
         self.lr, self.damping, self.stat_decay = lr, damping, stat_decay
         self.kl_clip, self.period, self.steps = kl_clip, period, 0
         self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -99,9 +102,29 @@ class KFac:
                 a = self.stat_decay * old_a + (1 - self.stat_decay) * a
                 g = self.stat_decay * old_g + (1 - self.stat_decay) * g
             self.factors[layer] = (a, g)
+            if self.cholesky:
+                pi = torch.sqrt(a.diagonal().mean() / g.diagonal().mean().clamp(min=1e-30))
+                self.inverses[layer] = (self.inverse(a, self.damping**0.5 * pi), self.inverse(g, self.damping**0.5 / pi))
+                continue
             (da, qa), (dg, qg) = torch.linalg.eigh(a), torch.linalg.eigh(g)
             scale = 1 / (torch.outer(dg.clamp(min=0), da.clamp(min=0)) + self.damping)
             self.inverses[layer] = (qa, qg, scale)
+
+    @staticmethod
+    def inverse(factor, damping):
+        damped = factor.clone()
+        damped.diagonal().add_(damping)
+        # Not checked: that would be read back to the host.
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
+
+    def precondition(self, layer, grad):
+        if self.cholesky:
+            a, g = self.inverses[layer]
+            grad = grad.to(a.dtype)
+            return grad, g @ grad @ a
+        qa, qg, scale = self.inverses[layer]
+        grad = grad.to(scale.dtype)
+        return grad, qg @ ((qg.t() @ grad @ qa) * scale) @ qa.t()
 
     @torch.no_grad()
     def step(self):
@@ -109,9 +132,7 @@ class KFac:
             self.refresh()
         directions, squared = [], 0.0
         for layer in self.layers:
-            qa, qg, scale = self.inverses[layer]
-            grad = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1).to(scale.dtype)
-            direction = qg @ ((qg.t() @ grad @ qa) * scale) @ qa.t()
+            grad, direction = self.precondition(layer, torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1))
             squared = squared + (direction * grad).sum()
             directions.append(direction)
         length = self.lr**2 * squared
@@ -123,6 +144,19 @@ class KFac:
         if self.rest:
             self.rest.step()
         self.steps += 1
+
+
+class Muon:
+    """torch.optim's, of weights that are matrices, and AdamW for the rest."""
+
+    def __init__(self, model):
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if p.dim() != 2]
+        self.both = [torch.optim.Muon(matrices, lr=1e-5), torch.optim.AdamW(rest, lr=1e-5)]
+
+    def step(self):
+        for optimizer in self.both:
+            optimizer.step()
 
 
 def setup(build, args, dtype):
@@ -156,7 +190,7 @@ def seconds(args, calls, step):
     return time.perf_counter() - start
 
 
-def measure(args, period, step, longest=15.0):
+def measure(args, period, step):
     """Mean, refresh and plain seconds of a step, by the same rules as `benches/kernels/steps.rs`."""
 
     def up(n):
@@ -169,7 +203,7 @@ def measure(args, period, step, longest=15.0):
 
     for _ in range(up(3)):
         seconds(args, 1, step)
-    means, refreshes, plains = [], [], []
+    means, refreshes, plains, longest = [], [], [], args.longest
     steps, most = (period, 1) if args.quick else (up(30), 5)
     while len(means) < most and passed() < longest / 2:
         means.append(seconds(args, steps, step) / steps)
@@ -194,6 +228,7 @@ def run(args):
         })  # fmt: skip
         print(f"{model:<9} {dtype:<5} {optimizer:<16} {mean * 1e3:10.3f} ms a step, {ratio:.2f} of AdamW; "
               f"{plain * 1e3:.3f} ms without refresh, {refresh * 1e3:.3f} ms with", flush=True)  # fmt: skip
+        write(args, described(args, rows))
         return mean
 
     for build in (lenet300, stack):
@@ -209,15 +244,30 @@ def run(args):
                 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=fused or None)
                 return stepper(model, x, y, optimizer)
 
+            # An eigendecomposition of the stack's factors takes seconds for each of the larger ones.
+            cholesky = name == "stack"
+
             def kfac(period):
                 model, x, y = setup(build, args, dtype)
-                return stepper(model, x, y, KFac(model, period=period))
+                return stepper(model, x, y, KFac(model, period=period, cholesky=cholesky))
+
+            def muon():
+                model, x, y = setup(build, args, dtype)
+                return stepper(model, x, y, Muon(model))
 
             base = row(name, short, "AdamW", 1, None, lambda: adamw(False))
             if args.device.startswith("cuda"):
                 row(name, short, "AdamW, fused", 1, base, lambda: adamw(True))
             for period in args.periods if short == "f32" else args.periods[:1]:
-                row(name, short, f"K-FAC, {period}", period, base, lambda: kfac(period))
+                row(name, short, f"K-FAC, {period}" + (", Cholesky" if cholesky else ""), period, base, lambda: kfac(period))
+            if hasattr(torch.optim, "Muon"):
+                row(name, short, "Muon", 1, base, muon)
+            else:
+                print(f"Muon: skipped, torch {torch.__version__} has none", flush=True)
+    return described(args, rows)
+
+
+def described(args, rows):
     cuda = args.device.startswith("cuda")
     return {
         "torch": torch.__version__, "cuda": torch.version.cuda if cuda else None, "tf32": args.tf32,
@@ -226,11 +276,19 @@ def run(args):
     }  # fmt: skip
 
 
-def check():
+def write(args, figures):
+    """Whole at any time: a measurement may be stopped from outside."""
+    if args.json:
+        with open(args.json + ".part", "w", encoding="utf-8") as file:
+            file.write(json.dumps(figures, indent=1) + "\n")
+        os.replace(args.json + ".part", args.json)
+
+
+def check(cholesky):
     """Holds factors, inverse and clip against their definitions."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-    kfac = KFac(model, lr=0.5, damping=0.1, kl_clip=1e-3, period=1)
+    kfac = KFac(model, lr=0.5, damping=0.1, kl_clip=1e-3, period=1, cholesky=cholesky)
     layer, n = model[0], 7
     averages = None
     for _ in range(2):
@@ -254,14 +312,19 @@ def check():
             a, g = kfac.factors[kfac.layers[which]]
             grad = torch.cat([grads[w], grads[b][:, None]], 1)
             # vec by columns: (A (x) G + damping) vec(V) = vec(grad)
-            fisher = torch.kron(a, g) + 0.1 * torch.eye(a.shape[0] * g.shape[0]).double()
+            if cholesky:
+                pi = (a.trace() / a.shape[0] / (g.trace() / g.shape[0])) ** 0.5
+                damp = lambda m, by: m + by * torch.eye(m.shape[0]).double()  # noqa: E731
+                fisher = torch.kron(damp(a, 0.1**0.5 * pi), damp(g, 0.1**0.5 / pi))
+            else:
+                fisher = torch.kron(a, g) + 0.1 * torch.eye(a.shape[0] * g.shape[0]).double()
             v = torch.linalg.solve(fisher, grad.t().reshape(-1)).reshape(a.shape[0], g.shape[0]).t()
             squared += float((v * grad).sum())
             directions += [v[:, :-1], v[:, -1]]
         scale = 0.5 * min(1.0, (1e-3 / (0.25 * squared)) ** 0.5)
         for p, old, direction in zip(model.parameters(), before, directions):
             torch.testing.assert_close(p.detach(), old - scale * direction)
-    print("factors, inverse and clip are what they are defined as")
+    print(f"factors, inverse{' by Cholesky' if cholesky else ''} and clip are what they are defined as")
 
 
 def main():
@@ -270,6 +333,7 @@ def main():
     parser.add_argument("--json", help="write the figures to this file too")
     parser.add_argument("--only", action="append", choices=["lenet300", "stack"])
     parser.add_argument("--periods", type=int, nargs="+", default=[30, 10])
+    parser.add_argument("--longest", type=float, default=15.0, help="about the seconds of a measurement, at most")
     parser.add_argument("--tf32", action="store_true", help="let products round their operands to TF32")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--check", action="store_true", help="hold the optimizer against its definition, and end")
@@ -277,16 +341,15 @@ def main():
     # The first layer's hook: its input is data and needs no gradient.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     if args.check:
-        check()
+        check(False)
+        check(True)
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("error: no CUDA device")
     torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    figures = json.dumps(run(args), indent=1)
-    print(figures)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            file.write(figures + "\n")
+    figures = run(args)
+    print(json.dumps(figures, indent=1))
+    write(args, figures)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,14 @@ use candle_core::{DType, Result, bail};
 /// Rows of one launch, as in `kernels/step.cuh`. A table travels in the kernel's argument, which CUDA 12.1 and later let grow to 32 KiB.
 pub(crate) const TABLE: usize = 96;
 
-/// Threads of a block, and the elements that one works on; as in `kernels/step.cuh`.
+/// Threads of a block; as in `kernels/step.cuh`.
 pub(crate) const THREADS: u32 = 256;
-const CHUNK: usize = 4096;
+
+/// The elements of a tensor of `len` that a block of threads works on: fewer of small ones, or a small model would leave most of a GPU
+/// idle. As in `kernels/step.cuh`.
+const fn chunk(len: usize) -> usize {
+    if len <= 1 << 18 { 1024 } else { 4096 }
+}
 
 /// A row of a table.
 pub(crate) trait Item: Copy {
@@ -31,7 +36,7 @@ pub(crate) struct Part<I> {
 
 /// Blocks of threads for a tensor of `len` elements; at least one, so that every row has a partial sum.
 pub(crate) fn blocks_of(len: usize) -> usize {
-    len.div_ceil(CHUNK).max(1)
+    len.div_ceil(chunk(len)).max(1)
 }
 
 /// The launches that a list of rows takes.

@@ -41,6 +41,34 @@ pub fn second_moment(x: &Tensor, groups: usize, append_one: bool, name: &str) ->
     Ok(moment)
 }
 
+/// `decay bar + (1 - decay) M` for the [`second_moment`] `M` of `x`, `[groups, d', d']`: the next exponential average, which a GPU computes in
+/// the pass that computes `M`. `bar` has the shape and dtype of `M`, and is not changed.
+///
+/// # Errors
+/// As for [`second_moment`], if `bar` has not the shape, dtype and device of `M`, or `decay` is not in `[0, 1]`.
+pub fn averaged_second_moment(
+    bar: &Tensor,
+    decay: f64,
+    x: &Tensor,
+    groups: usize,
+    append_one: bool,
+    name: &str,
+) -> Result<Tensor> {
+    check_decay(decay)?;
+    let average = Average { bar: Some((bar, decay)), ..Average::times(1.0 - decay) };
+    let mut moments = Moments::default();
+    let next = moments.of_rows(average, x, groups, append_one, name)?;
+    moments.run()?;
+    Ok(next)
+}
+
+fn check_decay(decay: f64) -> Result<()> {
+    if !(0.0..=1.0).contains(&decay) {
+        bail!("exponential average: expected a decay in [0, 1], got {decay}")
+    }
+    Ok(())
+}
+
 pub(super) fn host_second_moment(x: &Tensor, groups: usize, append_one: bool, name: &str) -> Result<Tensor> {
     let (_, _, dim) = record_shape(x, groups, name)?;
     let x = widen(x)?;
@@ -63,9 +91,7 @@ pub(super) fn host_second_moment(x: &Tensor, groups: usize, append_one: bool, na
 /// # Errors
 /// If the two differ in shape, dtype or device, or `decay` is not in `[0, 1]`.
 pub fn ema(bar: Option<&Tensor>, current: &Tensor, decay: f64) -> Result<Tensor> {
-    if !(0.0..=1.0).contains(&decay) {
-        bail!("exponential average: expected a decay in [0, 1], got {decay}")
-    }
+    check_decay(decay)?;
     match bar {
         None => Ok(current.clone()),
         Some(bar) if bar.dims() != current.dims() || bar.dtype() != current.dtype() => bail!(
@@ -209,6 +235,23 @@ mod tests {
             }
         }
         result
+    }
+
+    #[test]
+    fn averages_are_those_of_moments() -> Result<()> {
+        let average = |x: &Tensor, bar: &Tensor| averaged_second_moment(bar, 0.75, x, 2, true, "x");
+        let x = crate::ops::testing::random(1, &[5, 3, 8])?.to_dtype(DType::F32)?;
+        let bar = crate::ops::testing::random(2, &[2, 5, 5])?.to_dtype(DType::F32)?;
+        let bar = (&bar + bar.transpose(1, 2)?)?;
+        let expected = ((&bar * 0.75)? + (second_moment(&x, 2, true, "x")? * 0.25)?)?;
+        let expected = expected.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        assert_near(&average(&x, &bar)?, &expected, 1e-5, "on the CPU")?;
+        assert_near(&crate::gpu::emulate::emulate(|| average(&x, &bar))?, &expected, 1e-5, "by the kernel")?;
+        let wrong = average(&x, &bar.narrow(0, 0, 1)?).unwrap_err().to_string();
+        assert!(wrong.starts_with("x: expected an average F32 [2, 5, 5]"), "{wrong}");
+        let wrong = averaged_second_moment(&bar, 1.5, &x, 2, true, "x").unwrap_err().to_string();
+        assert!(wrong.contains("expected a decay in [0, 1], got 1.5"), "{wrong}");
+        Ok(())
     }
 
     fn check(n: usize, t: usize, d: usize, groups: usize, layout: usize, append_one: bool) -> Result<()> {

@@ -44,7 +44,7 @@ impl Tile {
             _ if cost(64, 13) < cost(128, 10) => {
                 Self { side: 64, rows: 32 * narrow, threads: 128, resident: if full { 4 } else { 5 } }
             }
-            _ if full => Self { side: 128, rows: 16, threads: 256, resident: 1 },
+            _ if full => Self { side: 128, rows: 16, threads: 512, resident: 1 },
             _ => Self { side: 128, rows: 16 * narrow, threads: 128, resident: 2 },
         }
     }

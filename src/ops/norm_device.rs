@@ -118,8 +118,14 @@ mod tests {
             let found = [Some(&y), grads.get(&x), grads.get(&w), grads.get(&b)];
             found.into_iter().flatten().map(values).collect()
         };
-        let few =
-            [([0, 3], DType::F32), ([3, 4099], DType::F32), ([2, 4099], DType::F16), ([1, 2501], DType::F64)];
+        let few = [
+            ([0, 3], DType::F32),
+            ([9, 768], DType::BF16),
+            ([35, 1025], DType::F32),
+            ([3, 4099], DType::F32),
+            ([2, 4099], DType::F16),
+            ([1, 2501], DType::F64),
+        ];
         let widths = [1, 3, 31, 33, 127, 512, 1000];
         let all = widths.into_iter().flat_map(|d| {
             [DType::F32, DType::F64, DType::F16, DType::BF16]

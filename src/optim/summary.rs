@@ -152,10 +152,14 @@ fn decomposing(core: &Core, blocks: &[SummaryBlock]) -> usize {
     inverses + kept + largest.max(together)
 }
 
-/// Refuses what takes more than it may, or than a GPU has, before the first step would find out.
-pub(super) fn check_memory(core: &Core) -> Result<()> {
+/// Bytes that a GPU has for state and work space; nothing where that is not known.
+pub(super) fn free_memory(core: &Core) -> Result<Option<usize>> {
     let gpu = core.vars.first().and_then(|param| Gpu::of(param.var.device()));
-    let free = gpu.map(|gpu| gpu.free_memory()).transpose()?.flatten();
+    Ok(gpu.map(|gpu| gpu.free_memory()).transpose()?.flatten())
+}
+
+/// Refuses what takes more than it may, or than a GPU had free before any of it was there, before the first step would find out.
+pub(super) fn check_memory(core: &Core, free: Option<usize>) -> Result<()> {
     let limits = [(core.params.memory_limit, "the limit is"), (free, "the GPU has free")];
     for (limit, what) in limits {
         if let Some(limit) = limit {

@@ -10,4 +10,5 @@ mod linalg;
 mod modules;
 mod ops;
 mod optim;
+mod room;
 mod streams;

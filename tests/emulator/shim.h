@@ -15,6 +15,7 @@
     extern "C" const unsigned name##_threads = threads;                                                                \
     extern "C" void name(const void *args) { body(*static_cast<const Args *>(args)); }
 #define WIDE_KERNEL KERNEL
+#define PACKED_KERNEL(name, threads, blocks, Args, body) KERNEL(name, threads, Args, body)
 // One array a declaration and block. The tag is a template's own for each of its instances.
 #define SHARED(type, name, count)                                                                                      \
     static const char name##_tag = 0;                                                                                  \

@@ -309,6 +309,11 @@ SHOWN int cublasGemmStridedBatchedEx(void *handle, int ta, int tb, int m, int n,
     return multiply(handle, m, n, k, read(alpha, scale, 0), {a, type_a, ta, lda, stride_a, rounded}, {b, type_b, tb, ldb, stride_b, rounded},
                     read(beta, scale, 0), c, type, ldc, stride_c, batches);
 }
+SHOWN int cublasGemmEx(void *handle, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int type_a, int lda, const void *b, int type_b,
+                       int ldb, const void *beta, void *c, int type, int ldc, int compute, int algorithm) {
+    return cublasGemmStridedBatchedEx(handle, ta, tb, m, n, k, alpha, a, type_a, lda, 0, b, type_b, ldb, 0, beta, c, type, ldc, 0, 1, compute,
+                                      algorithm);
+}
 
 SHOWN int cusolverDnCreate(void **made) { return create(made); }
 SHOWN int cusolverDnDestroy(void *handle) { return destroy(handle); }

@@ -9,7 +9,7 @@ use crate::optim::state::block::{Block, BlockState, Part};
 use crate::optim::state::param::{Adam, Param, master};
 use crate::optim::state::pending::Workplace;
 use crate::optim::state::{AdamRate, Core, Slopes};
-use crate::optim::summary::check_memory;
+use crate::optim::summary::{check_memory, free_memory};
 use crate::tape::{Kind, Layer};
 use candle_core::{Result, Tensor, Var, bail};
 use candle_nn::VarMap;
@@ -90,7 +90,7 @@ impl NaturalGradient {
             closure_checked: false,
             ownership: None,
         };
-        check_memory(&core)?;
+        check_memory(&core, free_memory(&core)?)?;
         let wants = wants(&core, &layers);
         Ok(Self {
             core,

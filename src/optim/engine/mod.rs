@@ -27,7 +27,7 @@ use super::share::Share;
 use super::state::pending::Workplace;
 use super::state::{AdamRate, Core, Elsewhere, Resumed};
 use super::step::work_space::DeviceStep;
-use super::summary::{Summary, Together, check_memory};
+use super::summary::{Summary, Together, check_memory, free_memory};
 use crate::curvature::{Damping, Want};
 use crate::parallel::Placement;
 use crate::tape::Layer;
@@ -246,9 +246,13 @@ impl NaturalGradient {
     /// Takes a file that all processes could read.
     fn restore(&mut self, path: &Path, partly: bool) -> Result<Resumed> {
         let shapes = self.core.factor_shapes();
-        let read = self.core.read_state(path, partly).and_then(|read| {
-            let changed = self.core.factor_shapes() != shapes;
-            if changed { check_memory(&self.core).map(|()| read) } else { Ok(read) }
+        // Before the file's tensors lie there too, most of which the new state consists of.
+        let read = free_memory(&self.core).and_then(|free| {
+            let read = self.core.read_state(path, partly)?;
+            if self.core.factor_shapes() != shapes {
+                check_memory(&self.core, free)?;
+            }
+            Ok(read)
         });
         let (state, outcome) = match read {
             Ok(state) => (Some(state), Ok(())),
