@@ -21,7 +21,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export RAYON_NUM_THREADS=1 RUST_BACKTRACE=0 KRONWAKE_HOST_NCCL=$work KRONWAKE_HOST_GPUS=3
 export LD_LIBRARY_PATH="$gpu/nccl:$gpu:${LD_LIBRARY_PATH:-}"
-port=$((20000 + $$ % 20000))
+# Below those that the system gives to sockets.
+port=$((20000 + $$ % 10000))
 
 # As torchrun does; what all have said is in $work/said. 1 where a rank fails.
 ranks() {
@@ -85,8 +86,9 @@ export KRONWAKE_HOST_NCCL_FAULT=fail:1:0
 fault init 3 'says: rank 1: parallel: NCCL: the communicator: '
 unset KRONWAKE_HOST_NCCL_FAULT
 # Where a machine has the library none of it is missing.
-ldconfig -p 2>/dev/null | grep -q libnccl || (
-    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH#*:}
+known=$(PATH=$PATH:/sbin ldconfig -p 2>/dev/null || true)
+[[ $known == *libnccl* ]] || (
+    export LD_LIBRARY_PATH=$gpu
     unset VIRTUAL_ENV CONDA_PREFIX CUDA_HOME
     fault missing 3 'says: rank 0: parallel: NCCL: libnccl.so.2 was not found .*install'
 )

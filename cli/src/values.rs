@@ -184,7 +184,7 @@ impl Place {
             Self::Cpu => Ok(Device::Cpu),
             // Of several processes on a machine each has its own.
             Self::Cuda(first) => {
-                let n = first + local_rank();
+                let n = first.saturating_add(local_rank());
                 match Device::new_cuda(n) {
                     Ok(device) => Ok(device),
                     Err(e) => bail!("--device cuda:{n}: {}", without_device(&sentence(&e))),

@@ -2,7 +2,7 @@
 
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-use candle_core::{CudaDevice, DType, Result, Tensor};
+use candle_core::{CudaDevice, D, DType, Error, Result, Tensor};
 
 use super::Gpu;
 
@@ -10,6 +10,26 @@ use super::Gpu;
 pub(crate) struct Factor {
     pub data: Tensor,
     pub turned: bool,
+}
+
+/// Numbers of f32 in 16 bytes: cuBLAS's fast kernels want each row or column to begin at a multiple of them, as those of a block with a folded bias,
+/// of 769 columns say, do not.
+const ALIGNED: usize = 4;
+/// Multiplications of a product from which it pays to copy operands that are not aligned. An estimate; nothing was measured.
+const WORTH_ALIGNING: usize = 1 << 28;
+
+/// A factor's matrices with a leading dimension that is aligned: the factor itself, or a copy. What fills up is never read.
+fn aligned(gpu: &Gpu, data: &Tensor) -> Result<(Tensor, usize)> {
+    let (columns, last) = (data.dim(D::Minus1)?, data.rank() - 1);
+    let wide = columns.next_multiple_of(ALIGNED);
+    if wide == columns {
+        return Ok((data.clone(), columns));
+    }
+    let mut dims = data.dims().to_vec();
+    dims[last] = wide;
+    let copy = gpu.tensor(dims, data.dtype())?;
+    copy.slice_set(data, last, 0)?;
+    Ok((copy, wide))
 }
 
 /// The f32 product `[.., m, n]` of `[.., m, k]` and `[.., k, n]` with operands rounded to TF32 and sums in f32. Nothing where a size is 0 or
@@ -20,44 +40,57 @@ pub(crate) fn tf32_product(
     (batch, [m, k, n]): (&[usize], [usize; 3]),
 ) -> Result<Option<Tensor>> {
     let groups: usize = batch.iter().product();
-    let sizes = [m, k, n, groups].map(|size| i32::try_from(size).ok().filter(|size| *size > 0));
-    let [Some(rows), Some(inner), Some(columns), Some(count)] = sizes else { return Ok(None) };
     let gpu = Gpu::Cuda(device.clone());
-    let out = gpu.tensor([batch, &[m, n]].concat(), DType::F32)?;
-    let address = |tensor: &Tensor| gpu.operand(tensor, "product").map(|operand| operand.address());
-    let [left, right, to] = [address(&a.data)?, address(&b.data)?, address(&out)?];
-    // cuBLAS's matrices are by columns: ours are their transposes, and `out^T = b^T a^T`.
-    let kept = |factor: &Factor, by_rows: i32, by_columns: i32| match factor.turned {
-        false => (sys::cublasOperation_t::CUBLAS_OP_N, by_rows),
-        true => (sys::cublasOperation_t::CUBLAS_OP_T, by_columns),
+    let worth = [m, k, n].into_iter().fold(groups, usize::saturating_mul) >= WORTH_ALIGNING;
+    let lead = |factor: &Factor| match worth {
+        true => aligned(&gpu, &factor.data),
+        false => Ok((factor.data.clone(), factor.data.dim(D::Minus1)?)),
     };
-    let ((of_b, ldb), (of_a, lda)) = (kept(b, columns, inner), kept(a, inner, rows));
-    let stride = |rows: usize, columns: usize| (rows * columns) as i64;
+    let ((left, lda), (right, ldb)) = (lead(a)?, lead(b)?);
+    let ldc = if worth { n.next_multiple_of(ALIGNED) } else { n };
+    let sizes =
+        [m, k, n, groups, lda, ldb, ldc].map(|size| i32::try_from(size).ok().filter(|size| *size > 0));
+    let [Some(rows), Some(inner), Some(columns), Some(count), Some(lead_a), Some(lead_b), Some(lead_out)] =
+        sizes
+    else {
+        return Ok(None);
+    };
+    let out = gpu.tensor([batch, &[m, ldc]].concat(), DType::F32)?;
+    let address = |tensor: &Tensor| gpu.operand(tensor, "product").map(|operand| operand.address());
+    let [of_left, of_right, to] = [address(&left)?, address(&right)?, address(&out)?];
+    // cuBLAS's matrices are by columns: ours are their transposes, and `out^T = b^T a^T`.
+    let operation = |factor: &Factor| match factor.turned {
+        false => sys::cublasOperation_t::CUBLAS_OP_N,
+        true => sys::cublasOperation_t::CUBLAS_OP_T,
+    };
+    // From one matrix of a factor to the next.
+    let stride = |factor: &Factor, lead: usize| Ok::<_, Error>((factor.data.dim(D::Minus2)? * lead) as i64);
+    let (stride_a, stride_b) = (stride(a, lda)?, stride(b, ldb)?);
     let (one, zero) = (1f32, 0f32);
     let blas = device.cublas_handle();
     // SAFETY: the operands are contiguous, of these sizes, and outlive the product in the stream's order; the scalars are of the host.
     unsafe {
         result::gemm_strided_batched_ex(
             *blas.handle(),
-            of_b,
-            of_a,
+            operation(b),
+            operation(a),
             columns,
             rows,
             inner,
             (&raw const one).cast(),
-            right as *const _,
+            of_right as *const _,
             sys::cudaDataType_t::CUDA_R_32F,
-            ldb,
-            stride(k, n),
-            left as *const _,
+            lead_b,
+            stride_b,
+            of_left as *const _,
             sys::cudaDataType_t::CUDA_R_32F,
-            lda,
-            stride(m, k),
+            lead_a,
+            stride_a,
             (&raw const zero).cast(),
             to as *mut _,
             sys::cudaDataType_t::CUDA_R_32F,
-            columns,
-            stride(m, n),
+            lead_out,
+            (m * ldc) as i64,
             count,
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
@@ -65,5 +98,8 @@ pub(crate) fn tf32_product(
     }
     .w()?;
     super::cuda::queued(device)?;
-    Ok(Some(out))
+    match ldc == n {
+        true => Ok(Some(out)),
+        false => out.narrow(D::Minus1, 0, n)?.contiguous().map(Some),
+    }
 }

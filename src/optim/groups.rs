@@ -18,8 +18,8 @@ pub enum UpdateRule {
     /// is the loss of the step, whose mean gradient then counts as curvature.
     ///
     /// The gradient of a batch is one draw, of low rank; a tapped layer has one draw for each example. So average over more steps, with a
-    /// `stat_decay` of 0.95. And do not leave the length of steps to such factors: K-FAC and SO train with them by a learning rate and a KL
-    /// clip, but KLD-WRM's steps, which find their own length, grow too long.
+    /// `stat_decay` of 0.95. K-FAC and SO train with them by a learning rate and a KL clip. KLD-WRM, whose steps find their own length, trains with
+    /// them too, worse than with those of tapped layers: `benches/results/finetune.md`.
     GradientFactors,
     /// Adam, see [`super::Params::fallback_adam`]; the default of everything else.
     Adam,

@@ -124,6 +124,9 @@ pub trait Communicator: Debug + Send + Sync {
 /// The time limit of an engine that was given none.
 pub(super) const TIME_LIMIT: Duration = Duration::from_secs(600);
 
+/// Times beyond this one could not be added to the present.
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(1 << 30);
+
 /// One process, which waits for nobody.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Alone;

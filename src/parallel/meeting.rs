@@ -220,9 +220,16 @@ fn greeted(said: &[u8]) -> Option<(usize, usize)> {
 fn join(rank: usize, size: usize, address: &str, end: Instant, limit: Duration) -> Result<Link> {
     let mut last = None;
     let stream = until(end, || {
-        let tried = address.to_socket_addrs().and_then(|mut found| match found.next() {
-            Some(found) => TcpStream::connect_timeout(&found, Duration::from_secs(1)),
-            None => Err(ErrorKind::NotFound.into()),
+        // A name may stand for several addresses, at not all of which rank 0 listens.
+        let tried = address.to_socket_addrs().and_then(|found| {
+            let mut tried = Err(ErrorKind::NotFound.into());
+            for found in found {
+                tried = TcpStream::connect_timeout(&found, Duration::from_secs(1)).and_then(not_with_itself);
+                if tried.is_ok() {
+                    break;
+                }
+            }
+            tried
         });
         match tried {
             Ok(stream) => Ok(Some(stream)),
@@ -242,6 +249,14 @@ fn join(rank: usize, size: usize, address: &str, end: Instant, limit: Duration) 
         bail!("{}", left(0))
     }
     Ok(link)
+}
+
+/// A socket that waits for a port of this machine may be given that port, and meets itself.
+fn not_with_itself(stream: TcpStream) -> std::io::Result<TcpStream> {
+    match stream.local_addr()? == stream.peer_addr()? {
+        true => Err(ErrorKind::ConnectionRefused.into()),
+        false => Ok(stream),
+    }
 }
 
 impl Links {
@@ -489,6 +504,20 @@ mod tests {
             let said = found[rank].as_ref().expect("no error").clone().unwrap_or_default();
             assert!(said.contains("rank 1 has left"), "rank {rank}: {said}");
         }
+    }
+
+    #[test]
+    fn sockets_that_meet_themselves_are_refused() {
+        let port = port();
+        let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        let socket = |_| TcpStream::connect_timeout(&address, Duration::from_millis(50)).ok();
+        // Whether one does is the system's choice of a port.
+        for stream in (0..200).filter_map(socket) {
+            assert!(not_with_itself(stream).is_err());
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let stream = TcpStream::connect(listener.local_addr().expect("an address")).expect("a socket");
+        assert!(not_with_itself(stream).is_ok());
     }
 
     #[test]

@@ -76,8 +76,12 @@ impl World {
             Some(own) => Ok(own),
             None => Parcel::read(message, by_themselves, device),
         };
-        let mut parcels =
-            messages.iter().enumerate().map(parcel).collect::<Result<Vec<_>>>().map_err(failed)?;
+        let parcels = messages.iter().enumerate().map(parcel).collect::<Result<Vec<_>>>().map_err(failed);
+        if by_themselves {
+            // All must have room for the tensors before anybody waits for them.
+            self.exchange(place, parcels.as_ref().map(|_| vec![]).map_err(Trouble::clone))?;
+        }
+        let mut parcels = parcels?;
         if by_themselves {
             let from = |(rank, parcel): (usize, &Parcel)| {
                 parcel.tensors.iter().map(|tensor| (Transfer::From(rank), tensor.clone())).collect::<Vec<_>>()

@@ -1,6 +1,6 @@
 //! A process's place among the others, and the meetings at which what went wrong on one becomes known to all.
 
-use super::communicator::{Alone, Communicator, Transfer};
+use super::communicator::{Alone, Communicator, LONGEST_WAIT, Transfer};
 use candle_core::{Device, Error, Result, Tensor, bail};
 use half::bf16;
 use std::ops::Range;
@@ -90,9 +90,9 @@ impl World {
         from(rank)..from(rank + 1)
     }
 
-    /// How long a process waits for the others before it gives up; ten minutes at first.
+    /// How long a process waits for the others before it gives up; ten minutes at first, and at most 34 years.
     pub fn set_time_limit(&self, limit: Duration) {
-        self.engine.set_time_limit(limit);
+        self.engine.set_time_limit(limit.min(LONGEST_WAIT));
     }
 
     /// Adds gradients up in bfloat16 (or again in f32 and f64, the default), for the optimizers that are shared from now on: half the bytes of

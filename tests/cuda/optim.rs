@@ -469,6 +469,47 @@ fn products_are_as_exact_as_is_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// Of a block with a folded bias, 769 columns: rows are copied to where each begins at a multiple of 16 bytes.
+#[test]
+fn products_that_are_aligned_first() -> Result<()> {
+    let Some(device) = cuda() else { return Ok(()) };
+    let wide = |vb: VarBuilder| -> Result<Forward> {
+        let fc = nn::linear(768, 513, vb.pp("fc"))?;
+        Ok(Box::new(move |x| fc.forward(x)))
+    };
+    let run = |products| -> Result<[Vec<f64>; 2]> {
+        let net = Net::on(&device, DType::F32, 1, wide)?;
+        let parameters = || -> Result<Vec<f64>> {
+            let values = net.values()?;
+            values
+                .iter()
+                .map(|value| Ok(flat(&value.to_device(&Device::Cpu)?)))
+                .collect::<Result<Vec<_>>>()
+                .map(|all| all.concat())
+        };
+        let params = Params {
+            products: Some(products),
+            damping: Damping::Pi(0.01),
+            inverse: Inverse::Cholesky,
+            fisher: Fisher::Empirical,
+            factor_limit: FactorLimit::NONE,
+            ..Params::k_fac(&net.tape)
+        };
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, params)?;
+        let on = |t: Tensor| t.to_dtype(DType::F32)?.to_device(&device);
+        let start = parameters()?;
+        let z = (net.forward)(&on(random(5, &[8, 768])?)?)?;
+        opt.observe(&z, Likelihood::Gaussian)?;
+        opt.backward_step(&(z - on(random(6, &[8, 513])?)?)?.sqr()?.mean_all()?)?;
+        Ok([start, parameters()?])
+    };
+    let [start, exact] = run(Products::Exact)?;
+    let [_, rounded] = run(Products::Tf32)?;
+    let off = apart(&rounded, &exact, &start);
+    assert!((1e-7..1e-2).contains(&off), "{off:e} of the way from exact products");
+    Ok(())
+}
+
 #[test]
 fn a_step_that_is_not_finite() -> Result<()> {
     for device in devices() {

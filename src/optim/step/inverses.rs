@@ -150,7 +150,10 @@ fn prepare(
             match made {
                 Ok(new) => found.state.preconditioner = Some(new),
                 Err(error) if found.state.preconditioner.is_some() => {
-                    tracing::warn!("block {}: {error}; the last inverse stays", block.name)
+                    tracing::warn!("block {}: {error}; the last inverse stays", block.name);
+                    // With the coordinates that it was made in.
+                    found.state.inputs = block.state.inputs.clone();
+                    found.state.damping_inputs = block.state.damping_inputs.clone();
                 }
                 Err(error) => return Err(error.into()),
             }

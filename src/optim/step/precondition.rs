@@ -98,7 +98,8 @@ fn in_basis<'a>(core: &Core, state: &'a BlockState) -> Option<(Orthogonal, Basis
     }
 }
 
-/// Whether each step's inverse is that of the present average with the present damping, and so of what measures a divergence.
+/// Whether each step's inverse is that of the present average with the present damping, and so of what measures a divergence. (Where a new one
+/// failed, or options change between two, it is that of the average and damping of its time, with which the direction is made too.)
 pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
     let linear = match params.wake.model() {
         Model::Linear => true,
@@ -108,7 +109,9 @@ pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
         Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Relative(_) => true,
         Damping::Adaptive(_) => false,
     };
-    linear && kept && !params.ekfac && params.every.factors == params.every.inverses && params.overlap == 0
+    let at_once = params.every.factors == params.every.inverses && params.overlap == 0;
+    // Eigenvalues below a floor count as 0 in an inverse alone.
+    linear && kept && at_once && !params.ekfac && params.eigenvalue_floor == 0.0
 }
 
 /// The orthogonal direction of a wake gradient, and its squared length in the damped metric. The orthogonal factor of `Kg X Ka^T` is that of `X`

@@ -8,7 +8,7 @@
 mod library;
 
 use super::World;
-use super::communicator::{Communicator, TIME_LIMIT, Transfer, add, until};
+use super::communicator::{Communicator, LONGEST_WAIT, TIME_LIMIT, Transfer, add, until};
 use super::meeting::Meeting;
 use super::world::{Place, Trouble};
 use crate::gpu::Gpu;
@@ -72,6 +72,7 @@ impl Nccl {
             return Ok(World::alone());
         }
         cuda_device(device)?;
+        let limit = limit.min(LONGEST_WAIT);
         let meeting = World::new(Meeting::open(rank, size, &address, limit)?);
         meeting.set_time_limit(limit);
         Self::over(&meeting, device)
@@ -168,7 +169,10 @@ impl Launch {
             ),
         };
         let taken = get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text.eq_ignore_ascii_case("true"));
-        let port = number("MASTER_PORT")?.unwrap_or(29_500) + usize::from(taken);
+        let port = number("MASTER_PORT")?.unwrap_or(29_500).saturating_add(usize::from(taken));
+        if port > usize::from(u16::MAX) {
+            bail!("parallel: expected a port in the environment variable MASTER_PORT, got {port}")
+        }
         Ok(Some(Self { rank, size, address: format!("{host}:{port}") }))
     }
 }
@@ -375,14 +379,19 @@ impl Engine {
     fn gather_long(&self, bytes: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
         let device = Device::Cuda(self.device.clone());
         let mut transfers = vec![];
-        for (rank, &length) in lengths.iter().enumerate() {
+        for (rank, &length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
             let tensor = match rank == self.rank() {
                 true => Tensor::from_slice(bytes, length, &device)?,
                 false => Tensor::zeros(length, DType::U8, &device)?,
             };
             transfers.push((Transfer::From(rank), tensor));
         }
-        self.transfer(transfers)?.into_iter().map(|tensor| tensor.to_vec1()).collect()
+        let mut arrived = self.transfer(transfers)?.into_iter();
+        let bytes = |&length: &usize| match length {
+            0 => Ok(vec![]),
+            _ => arrived.next().map_or_else(|| Ok(vec![]), |tensor| tensor.to_vec1()),
+        };
+        lengths.iter().map(bytes).collect()
     }
 }
 
@@ -508,6 +517,10 @@ mod tests {
         for (wrong, said) in [
             (&[("RANK", "1")][..], "expected WORLD_SIZE beside RANK"),
             (&[("WORLD_SIZE", "2")], "expected RANK beside WORLD_SIZE"),
+            (
+                &[("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "70000")],
+                "expected a port in the environment variable MASTER_PORT, got 70000",
+            ),
             (
                 &[("RANK", "one"), ("WORLD_SIZE", "2")],
                 "expected a number in the environment variable RANK, got one",
