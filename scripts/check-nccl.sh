@@ -88,7 +88,7 @@ unset KRONWAKE_HOST_NCCL_FAULT
 # Where a machine has the library none of it is missing.
 known=$(PATH=$PATH:/sbin ldconfig -p 2>/dev/null || true)
 [[ $known == *libnccl* ]] || (
-    export LD_LIBRARY_PATH=$gpu
+    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH#*:}
     unset VIRTUAL_ENV CONDA_PREFIX CUDA_HOME
     fault missing 3 'says: rank 0: parallel: NCCL: libnccl.so.2 was not found .*install'
 )
