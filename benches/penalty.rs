@@ -98,7 +98,7 @@ fn all(group: Group) -> Result<()> {
 fn penalties(c: &mut Criterion) {
     let mut group = c.benchmark_group("penalty");
     group.sample_size(20).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    kronwake_cli::program::divide(None).unwrap();
+    kronwake_cli::program::set_threads(None).unwrap();
     all(&mut group).unwrap();
     group.finish();
 }

@@ -196,7 +196,7 @@ const PERIOD: f64 = 10.0;
 
 fn work(options: &Options) -> Result<()> {
     let whole = Clock::start();
-    program::divide(Some(options.threads))?;
+    program::set_threads(Some(options.threads))?;
     let kinds = [None].into_iter().chain(options.factors.iter().map(|kind| Some(kind.as_str())));
     let mut runs = kinds.map(|kind| Run::new(options, kind)).collect::<Result<Vec<_>>>()?;
     // The first step renews everything, and all is new.

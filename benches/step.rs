@@ -197,7 +197,7 @@ fn all(group: Group, case: &Case) -> Result<()> {
 fn steps(c: &mut Criterion) {
     let mut group = c.benchmark_group("steps");
     group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(1));
-    kronwake_cli::program::divide(None).unwrap();
+    kronwake_cli::program::set_threads(None).unwrap();
     for case in &CASES {
         all(&mut group, case).unwrap();
     }

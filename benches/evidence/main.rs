@@ -45,7 +45,7 @@ enum What {
 }
 
 fn work(options: Options) -> Result<()> {
-    kronwake_cli::program::divide(options.threads)?;
+    kronwake_cli::program::set_threads(options.threads)?;
     match options.what {
         Some(What::Speed(options)) => speed::measure(&options),
         Some(What::Grid(options)) => grid::measure(&options),

@@ -149,7 +149,7 @@ enum Rule {
 }
 
 fn work(options: &Options) -> Result<()> {
-    program::divide(Some(options.threads))?;
+    program::set_threads(Some(options.threads))?;
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let params = ParamsAdamW { lr: 1e-4, weight_decay: 0.01, ..Default::default() };

@@ -63,12 +63,10 @@ impl Processes {
     #[cfg(feature = "nccl")]
     fn world_on(&self, device: &Device) -> Result<World> {
         #[cfg(feature = "mpi")]
-        if !self.mpi.is_alone() || !device.is_cuda() {
-            return if device.is_cuda() {
-                Nccl::over(&self.mpi, device)
-            } else {
-                Ok(World::clone(&self.mpi))
-            };
+        match (device.is_cuda(), self.mpi.is_alone()) {
+            (false, _) => return Ok(World::clone(&self.mpi)),
+            (true, false) => return Nccl::over(&self.mpi, device),
+            (true, true) => {}
         }
         Nccl::from_env(device)
     }

@@ -26,7 +26,7 @@ pub fn start_together(threads: Option<usize>, work: impl FnOnce(&Processes) -> R
 /// Runs `work` on `threads` threads, one a core if not said; its error is a sentence on stderr and exit code 1.
 pub fn start(threads: Option<usize>, work: impl FnOnce() -> Result<()>) -> ExitCode {
     end_with_the_reader();
-    match divide(threads).and_then(|()| work()) {
+    match set_threads(threads).and_then(|()| work()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", sentence(&error));
@@ -35,8 +35,11 @@ pub fn start(threads: Option<usize>, work: impl FnOnce() -> Result<()>) -> ExitC
     }
 }
 
-/// How a process computes on `threads` threads, one a core if not said. To be called while no other thread runs.
-pub fn divide(threads: Option<usize>) -> Result<()> {
+/// How often a thread of candle's looks for work before it sleeps.
+const SPIN_LIMIT: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+
+/// Makes this process compute on `threads` threads, one a core if not said. To be called while no other thread runs.
+pub fn set_threads(threads: Option<usize>) -> Result<()> {
     // SAFETY: no other thread runs yet. candle reads the variables when it first divides its work.
     unsafe {
         if let Some(threads) = threads {
@@ -51,9 +54,6 @@ pub fn divide(threads: Option<usize>) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).use_current_thread();
     pool.build_global().map_err(Error::wrap)
 }
-
-/// How often a thread of candle's looks for work before it sleeps.
-const SPIN_LIMIT: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
 
 /// Lets the system end this process when what reads its output has ended, as in `| head`. Rust's programs ignore the signal, and panic at
 /// the next line that they print.

@@ -18,10 +18,17 @@ const ALIGNED: usize = 4;
 /// Multiplications of a product from which it pays to copy operands that are not aligned. An estimate; nothing was measured.
 const WORTH_ALIGNING: usize = 1 << 28;
 
-/// A factor's matrices with a leading dimension that is aligned: the factor itself, or a copy. What fills up is never read.
-fn aligned(gpu: &Gpu, data: &Tensor) -> Result<(Tensor, usize)> {
+/// From one row of `columns` numbers in memory to the next.
+fn leading(columns: usize, worth: bool) -> usize {
+    if worth { columns.next_multiple_of(ALIGNED) } else { columns }
+}
+
+/// A factor's matrices with their leading dimension, which is aligned where that is `worth` it: the factor itself, or a copy. What fills up is
+/// never read.
+fn aligned(gpu: &Gpu, factor: &Factor, worth: bool) -> Result<(Tensor, usize)> {
+    let data = &factor.data;
     let (columns, last) = (data.dim(D::Minus1)?, data.rank() - 1);
-    let wide = columns.next_multiple_of(ALIGNED);
+    let wide = leading(columns, worth);
     if wide == columns {
         return Ok((data.clone(), columns));
     }
@@ -42,12 +49,8 @@ pub(crate) fn tf32_product(
     let groups: usize = batch.iter().product();
     let gpu = Gpu::Cuda(device.clone());
     let worth = [m, k, n].into_iter().fold(groups, usize::saturating_mul) >= WORTH_ALIGNING;
-    let lead = |factor: &Factor| match worth {
-        true => aligned(&gpu, &factor.data),
-        false => Ok((factor.data.clone(), factor.data.dim(D::Minus1)?)),
-    };
-    let ((left, lda), (right, ldb)) = (lead(a)?, lead(b)?);
-    let ldc = if worth { n.next_multiple_of(ALIGNED) } else { n };
+    let ((left, lda), (right, ldb)) = (aligned(&gpu, a, worth)?, aligned(&gpu, b, worth)?);
+    let ldc = leading(n, worth);
     let sizes =
         [m, k, n, groups, lda, ldb, ldc].map(|size| i32::try_from(size).ok().filter(|size| *size > 0));
     let [Some(rows), Some(inner), Some(columns), Some(count), Some(lead_a), Some(lead_b), Some(lead_out)] =
@@ -64,8 +67,8 @@ pub(crate) fn tf32_product(
         true => sys::cublasOperation_t::CUBLAS_OP_T,
     };
     // From one matrix of a factor to the next.
-    let stride = |factor: &Factor, lead: usize| Ok::<_, Error>((factor.data.dim(D::Minus2)? * lead) as i64);
-    let (stride_a, stride_b) = (stride(a, lda)?, stride(b, ldb)?);
+    let stride = |lying: &Tensor, lead: usize| Ok::<_, Error>((lying.dim(D::Minus2)? * lead) as i64);
+    let (stride_a, stride_b) = (stride(&left, lda)?, stride(&right, ldb)?);
     let (one, zero) = (1f32, 0f32);
     let blas = device.cublas_handle();
     // SAFETY: the operands are contiguous, of these sizes, and outlive the product in the stream's order; the scalars are of the host.

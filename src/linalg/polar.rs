@@ -13,7 +13,7 @@ const LEAST_NORM: f64 = 1e-20;
 /// The smaller side from which on symmetric products are made by halves, and iterations where they are cheapest.
 const LARGE: usize = 128;
 /// Iterations of one Gram matrix; each makes twelve times as much of the rounding of its smallest eigenvalues.
-const OF_A_GRAM: usize = 3;
+const ITERATIONS_OF_A_GRAM: usize = 3;
 
 /// `U p(S) V^T` of every matrix `U S V^T` of `[.., rows, columns]`, where `p` takes singular values between 0 and 1, in units of the
 /// matrix's norm, close to 1: with enough `iterations` about the orthogonal matrix that is nearest to it. A matrix of zeros stays one.
@@ -39,7 +39,7 @@ pub(crate) fn orthogonalized(matrices: &Tensor, iterations: usize) -> Result<Ten
     if small >= LARGE && rows.max(columns) >= 2 * small {
         let mut left = iterations;
         while left > 0 {
-            let now = left.min(OF_A_GRAM);
+            let now = left.min(ITERATIONS_OF_A_GRAM);
             x = times(&x, &by_gram(gram(&x)?, now)?)?;
             left -= now;
         }

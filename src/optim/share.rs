@@ -6,7 +6,7 @@ pub(super) use of_owners::Values;
 
 use super::identity::{Lines, hash};
 use super::step::gradients::Refusal;
-use crate::parallel::{Division, Form, Place, Placement, Sums, Totals, Trouble, World};
+use crate::parallel::{Division, Form, Kind, Place, Placement, Sums, Totals, Trouble, World};
 use candle_core::{Error, Result, Tensor, Var, bail};
 
 /// Steps from one comparison of the parameters' hashes to the next.
@@ -303,7 +303,9 @@ pub(super) fn add_gradients(
         if slot.optional {
             sums.number(if grad.is_some() { 1.0 } else { 0.0 });
         }
-        sums.gradient(slot.owner, grad, &slot.form, total, || format!("the gradient of {}", slot.name))?;
+        sums.tensor(Kind::Gradient, slot.owner, grad, &slot.form, total, || {
+            format!("the gradient of {}", slot.name)
+        })?;
     }
     match sums.not_finite()? {
         Some(whose) => Err(Refusal::NonFinite(format!("{whose} has NaN or infinite elements"))),
@@ -320,7 +322,7 @@ pub(super) fn read_gradients(
     let (mut grads, mut took_part) = (Vec::with_capacity(slots.len()), Vec::with_capacity(slots.len()));
     for slot in slots {
         let present = !slot.optional || totals.number()? > 0.0;
-        grads.push(totals.gradient(slot.owner, &slot.form, total)?.filter(|_| present));
+        grads.push(totals.tensor(Kind::Gradient, slot.owner, &slot.form, total)?.filter(|_| present));
         took_part.push(present);
     }
     Ok((grads, took_part))

@@ -39,7 +39,7 @@ pub(crate) use division::{Division, owners, spread};
 pub(crate) use parcel::Parcel;
 #[cfg(test)]
 pub(crate) use parcel::testing;
-pub(crate) use sums::{Form, Sums, Totals};
+pub(crate) use sums::{Form, Kind, Sums, Totals};
 pub(crate) use world::{Place, Trouble};
 
 /// Which process holds and computes what of an optimizer's step.

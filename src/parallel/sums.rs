@@ -54,6 +54,15 @@ struct Read {
     halves: usize,
 }
 
+/// How exactly a tensor is added up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Kind {
+    /// In f32 or f64.
+    Exact,
+    /// In bfloat16, where gradients are.
+    Gradient,
+}
+
 /// The form of a tensor that a rank may not have.
 #[derive(Debug, Clone)]
 pub(crate) struct Form {
@@ -73,11 +82,11 @@ impl Form {
     }
 
     /// In which element type it is added up.
-    fn sent(&self, bf16: bool) -> DType {
-        match self.dtype {
-            _ if bf16 => DType::BF16,
-            DType::F64 => DType::F64,
-            _ => DType::F32,
+    fn sent(&self, what: Kind, bf16: bool) -> DType {
+        match (what, self.dtype) {
+            (Kind::Gradient, _) if bf16 => DType::BF16,
+            (Kind::Gradient | Kind::Exact, DType::F64) => DType::F64,
+            (Kind::Gradient | Kind::Exact, _) => DType::F32,
         }
     }
 }
@@ -105,53 +114,31 @@ impl Sums {
     /// element is not finite.
     pub fn tensor(
         &mut self,
+        what: Kind,
         owner: Option<usize>,
         value: Option<&Tensor>,
         form: &Form,
         times: f64,
         name: impl FnOnce() -> String,
     ) -> Result<()> {
-        self.add(form.sent(false), owner, value, form, times, name)
-    }
-
-    /// [`tensor`](Self::tensor) of a gradient.
-    pub fn gradient(
-        &mut self,
-        owner: Option<usize>,
-        value: Option<&Tensor>,
-        form: &Form,
-        times: f64,
-        name: impl FnOnce() -> String,
-    ) -> Result<()> {
-        self.add(form.sent(self.bf16), owner, value, form, times, name)
-    }
-
-    fn add(
-        &mut self,
-        dtype: DType,
-        owner: Option<usize>,
-        value: Option<&Tensor>,
-        form: &Form,
-        times: f64,
-        name: impl FnOnce() -> String,
-    ) -> Result<()> {
+        let dtype = form.sent(what, self.bf16);
         if let Some(value) = value
             && value.dims() != form.dims
         {
             bail!("parallel: expected a tensor {:?} to add, got {:?}", form.dims, value.dims())
         }
         if self.world.takes(&form.device) {
-            let what = owner.map_or(Transfer::Sum, Transfer::SumAt);
+            let transfer = owner.map_or(Transfer::Sum, Transfer::SumAt);
             let Some(value) = value else {
                 let zeros = Tensor::zeros(form.dims.as_slice(), dtype, &form.device)?;
-                self.on_gpu.push((what, zeros));
+                self.on_gpu.push((transfer, zeros));
                 return Ok(());
             };
             let value = value.to_device(&form.device)?.to_dtype(form.dtype)?;
             // In memory of its own.
             let value = value.affine(times, 0.0)?.to_dtype(dtype)?;
             self.unread.push((value.affine(0.0, 0.0)?.sum_all()?.to_dtype(DType::F32)?, name()));
-            self.on_gpu.push((what, value));
+            self.on_gpu.push((transfer, value));
             return Ok(());
         }
         let row = match owner {
@@ -279,16 +266,14 @@ impl Totals {
     }
 
     /// The next tensor of this owner, divided by a number; none where another rank owns it.
-    pub fn tensor(&mut self, owner: Option<usize>, form: &Form, by: f64) -> Result<Option<Tensor>> {
-        self.next(form.sent(false), owner, form, by)
-    }
-
-    /// [`tensor`](Self::tensor) of a gradient.
-    pub fn gradient(&mut self, owner: Option<usize>, form: &Form, by: f64) -> Result<Option<Tensor>> {
-        self.next(form.sent(self.bf16), owner, form, by)
-    }
-
-    fn next(&mut self, dtype: DType, owner: Option<usize>, form: &Form, by: f64) -> Result<Option<Tensor>> {
+    pub fn tensor(
+        &mut self,
+        what: Kind,
+        owner: Option<usize>,
+        form: &Form,
+        by: f64,
+    ) -> Result<Option<Tensor>> {
+        let dtype = form.sent(what, self.bf16);
         let own = owner.is_none_or(|owner| owner == self.world.rank());
         if self.world.takes(&form.device) {
             let Some(sum) = self.on_gpu.pop_front() else { return Err(too_few()) };

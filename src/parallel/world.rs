@@ -96,9 +96,9 @@ impl World {
     }
 
     /// Adds gradients up in bfloat16 (or again in f32 and f64, the default), for the optimizers that are shared from now on: half the bytes of
-    /// f32, for mean gradients that are off by up to `n 2^-8` times the sum of the sizes of the `n` processes' parts. Factors, counts and parameters are exact as before, and all
-    /// processes have the same bits. All processes say the same; [`share`](crate::optim::NaturalGradient::share) refuses where they
-    /// do not. By NCCL each partial sum is rounded, and by the other engines the sum once.
+    /// f32, for mean gradients that are off by up to `n 2^-8` times the sum of the sizes of the `n` processes' parts. Factors, counts and
+    /// parameters are exact as before, and all processes have the same bits. By NCCL each partial sum is rounded, and by the other engines
+    /// the sum once. All processes say the same; [`share`](crate::optim::NaturalGradient::share) refuses where they do not.
     pub fn set_bf16_gradients(&self, on: bool) {
         self.bf16.store(on, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 use crate::common::*;
 use candle_core::{DType, Device, Result, Tensor};
 use faer::Mat;
-use kronwake::curvature::Damping;
+use kronwake::curvature::{Beyond, Damping, FactorLimit};
 use kronwake::nn::{self, Module, VarBuilder, VarMap};
 use kronwake::optim::{
     AdaptiveKl, Every, FallbackRate, Group, Groups, NaturalGradient, Optimizer, Orthogonal, Params, StepRule,
@@ -123,6 +123,48 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
                 1e-9,
                 &format!("{}, {rule:?}, step {k}", opt.params().wake.name()),
             );
+        }
+    }
+    Ok(())
+}
+
+/// Groups, factors in runs that do not fill up and diagonal ones: an eigenvalue floor that no eigenvalue is near makes the directions
+/// outside of the eigenvectors, and measures them by products with the factors.
+#[test]
+fn directions_among_eigenvectors_are_those_outside_of_them() -> Result<()> {
+    let run = |beyond_rows: usize, eigenvalue_floor: f64| -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+        let net = Net::of(DType::F64, 5, |vb: VarBuilder| {
+            let grouped = nn::Conv2dConfig { groups: 2, ..Default::default() };
+            let (conv, fc) = (nn::conv2d(2, 4, 2, grouped, vb.pp("conv"))?, nn::linear(16, 7, vb.pp("fc"))?);
+            let head = nn::linear(7, 3, vb.pp("head"))?;
+            Ok(Box::new(move |x| {
+                head.forward(&fc.forward(&conv.forward(x)?.tanh()?.flatten_from(1)?)?.tanh()?)
+            }))
+        })?;
+        let options = Params {
+            lr: 0.7,
+            step_rule: StepRule::FixedKl { target: 0.004 },
+            kl_clip: None,
+            eigenvalue_floor,
+            factor_limit: FactorLimit { rows: beyond_rows, beyond: Beyond::BlockDiagonal },
+            ..params(&net, TwoRate::default())
+        };
+        let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
+        let start = net.values()?;
+        for k in 0..4 {
+            let z = (net.forward)(&random(40 + k, &[9, 2, 3, 3])?)?;
+            let loss = mean_loss(Likelihood::Gaussian, &z, &random(50 + k, &[9, 3])?)?;
+            opt.observe(&z, Likelihood::Gaussian)?;
+            opt.backward_step(&loss)?;
+        }
+        Ok((start, net.values()?))
+    };
+    let largest = |difference: Tensor| difference.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
+    for rows in [1, 3, usize::MAX] {
+        let ((start, inside), (_, outside)) = (run(rows, 0.0)?, run(rows, 1e-300)?);
+        for ((start, inside), outside) in start.iter().zip(&inside).zip(&outside) {
+            let (moved, apart) = (largest((inside - start)?)?, largest((inside - outside)?)?);
+            assert!(moved > 1e-3 && apart < 1e-9 * moved, "runs of {rows}: {apart:e} apart after {moved:e}");
         }
     }
     Ok(())

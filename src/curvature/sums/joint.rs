@@ -2,7 +2,7 @@
 
 use super::mean::Last;
 use super::{Counts, FactorSums, LayerFactors, Sharing, Want, wide_dtype};
-use crate::parallel::{Form, Sums, Totals};
+use crate::parallel::{Form, Kind, Sums, Totals};
 use crate::tape::Layer;
 use candle_core::{Result, Tensor};
 use std::sync::Arc;
@@ -129,7 +129,7 @@ impl Joint<'_> {
                 sums.number(count);
                 sums.number(if value.is_some() { 1.0 } else { 0.0 });
                 let name = || format!("factor {} of layer {}", factor.name, self.layers[index].name);
-                sums.tensor(self.owner(index), value, &factor.form, count, name)?;
+                sums.tensor(Kind::Exact, self.owner(index), value, &factor.form, count, name)?;
             }
         }
         Ok((finished.into_iter().map(|layer| layer.kept).collect(), sums.not_finite()?))
@@ -148,7 +148,7 @@ impl Joint<'_> {
                 let (brought, ranks) = (totals.number()?, totals.number()?);
                 let all = factor.count.of(&counts, counted);
                 let all = if all > 0.0 { all } else { 1.0 };
-                let mean = totals.tensor(self.owner(index), &factor.form, all)?;
+                let mean = totals.tensor(Kind::Exact, self.owner(index), &factor.form, all)?;
                 let Some(mean) = mean.filter(|_| ranks > 0.0) else { continue };
                 let last = Last::new(self.last.get(index), self.decay, factor.of);
                 (factor.set)(&mut layer, last.completed(mean, brought / all)?);

@@ -9,7 +9,7 @@ use crate::optim::state::pending::Others;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
 use crate::optim::wake::Model;
-use crate::parallel::{Form, Placement, Sums, Trouble, World};
+use crate::parallel::{Form, Kind, Placement, Sums, Trouble, World};
 use candle_core::{Result, Tensor, bail};
 
 /// What a step takes in. With several processes it is made of what all have brought, and equal on all.
@@ -158,7 +158,7 @@ impl NaturalGradient {
         for pass in 0..told.passes {
             for (index, (owner, form)) in forms.iter().enumerate() {
                 let drawn = drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index));
-                sums.tensor(*owner, drawn, form, 1.0, || "drawn gradients".into())?;
+                sums.tensor(Kind::Exact, *owner, drawn, form, 1.0, || "drawn gradients".into())?;
             }
         }
         let mut totals = share.add(sums)?;
@@ -173,7 +173,7 @@ impl NaturalGradient {
                 let averaged = !joint.last.is_empty();
                 let mut drawn = Vec::with_capacity(told.passes);
                 for _ in 0..told.passes {
-                    let read = |(owner, form): &(_, Form)| totals.tensor(*owner, form, 1.0);
+                    let read = |(owner, form): &(_, Form)| totals.tensor(Kind::Exact, *owner, form, 1.0);
                     drawn.push(forms.iter().map(read).collect::<Result<Vec<_>>>()?);
                 }
                 Some(Refresh { layers, averaged, counts, drawn })

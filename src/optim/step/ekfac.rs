@@ -7,7 +7,7 @@ use crate::ops::factor::ema;
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState, Part};
 use crate::optim::state::pending::Others;
-use crate::parallel::{Form, Place, Sums, Trouble};
+use crate::parallel::{Form, Kind, Place, Sums, Trouble};
 use candle_core::{Result, Tensor};
 
 /// The second moments of this batch of each block that has records, in its eigenbasis: sums over the rows of all processes, who meet here.
@@ -37,11 +37,11 @@ pub(super) fn current(
     let mut sums = Sums::new(world, false);
     let pairs = || core.blocks.iter().zip(&wanted);
     for ((block, _), own) in pairs().zip(own).filter(|((_, wanted), _)| **wanted) {
-        sums.tensor(None, own.as_ref(), &form(block), 1.0, || "moments".into())?;
+        sums.tensor(Kind::Exact, None, own.as_ref(), &form(block), 1.0, || "moments".into())?;
     }
     let mut totals = sums.over()?;
     let read = |(block, wanted): (&Block, &bool)| match wanted {
-        true => totals.tensor(None, &form(block), 1.0),
+        true => totals.tensor(Kind::Exact, None, &form(block), 1.0),
         false => Ok(None),
     };
     Ok(pairs().map(read).collect::<Result<_>>()?)

@@ -39,19 +39,18 @@ pub(super) fn host(
         return Err(missing(core, block, "inverse").into());
     };
     let (direction, length) = match in_basis(core, &curvature.state) {
-        Some((orthogonal, basis)) => orthogonal_in_basis(orthogonal, basis, &wake.decayed)?,
+        Some((orthogonal, basis)) => {
+            with_tf32(tf32(core), || orthogonal_in_basis(orthogonal, basis, &wake.decayed))?
+        }
         None => {
             let inputs = curvature.state.inputs.as_ref();
-            let direction =
-                with_tf32(tf32(core), || shaped(core, inputs, preconditioner.apply(&wake.decayed)?))?;
-            let length = match measured_by_metric(core) {
-                true => {
-                    let (inside, metric) = in_metric(core, block, curvature, &direction, damping)?;
-                    dot(&inside, &metric)?
-                }
-                false => dot(&direction, &wake.decayed)?,
+            let apply = || shaped(core, inputs, preconditioner.apply(&wake.decayed)?);
+            let direction = with_tf32(tf32(core), apply)?;
+            let (inside, metric) = match measured_by_metric(core) {
+                true => in_metric(core, block, curvature, &direction, damping)?,
+                false => (direction.clone(), wake.decayed.clone()),
             };
-            (direction, length)
+            (direction, dot(&inside, &metric)?)
         }
     };
     if !length.is_finite() {
@@ -72,14 +71,19 @@ fn tf32(core: &Core) -> bool {
 fn shaped(core: &Core, inputs: Option<&Tensor>, direction: Tensor) -> Result<Tensor> {
     let Some(Orthogonal { iterations }) = core.params.orthogonal else { return Ok(direction) };
     let (_, rows, columns) = direction.dims3()?;
-    let scale = Orthogonal::RMS * (rows.max(columns) as f64).sqrt();
+    let length = orthogonal_length(rows, columns);
     match inputs {
-        None => orthogonalized(&direction, iterations)? * scale,
+        None => orthogonalized(&direction, iterations)? * length,
         Some(inputs) => {
             let direction = orthogonalized(&standard::inside(inputs, &direction)?, iterations)?;
-            standard::outside(inputs, &(direction * scale)?)
+            standard::outside(inputs, &(direction * length)?)
         }
     }
+}
+
+/// What an orthogonal matrix is multiplied by, so that its elements have a root mean square of [`Orthogonal::RMS`].
+fn orthogonal_length(rows: usize, columns: usize) -> f64 {
+    Orthogonal::RMS * (rows.max(columns) as f64).sqrt()
 }
 
 /// Eigenvectors of `A` and of `G`, and the scaling of both: [`Preconditioner::Basis`].
@@ -124,8 +128,7 @@ fn orthogonal_in_basis(
 ) -> Result<(Tensor, f64)> {
     let (_, rows, columns) = wake.dims3()?;
     let inside = (Preconditioner::inside(basis_a, basis_g, scale, wake)? * scale)?;
-    let inside =
-        (orthogonalized(&inside, iterations)? * (Orthogonal::RMS * (rows.max(columns) as f64).sqrt()))?;
+    let inside = (orthogonalized(&inside, iterations)? * orthogonal_length(rows, columns))?;
     let length = dot(&inside, &(&inside / scale)?)?;
     Ok((Preconditioner::outside(basis_a, basis_g, &inside, wake)?, length))
 }

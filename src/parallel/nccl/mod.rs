@@ -5,17 +5,19 @@
 //! for here, under the time limit: so a GPU or a link that hangs ends in an error, and not in candle's next wait for the stream,
 //! which has no limit. NCCL itself waits without end for a rank that does not come; its communicator is aborted then.
 
+mod launch;
 mod library;
 
 use super::World;
-use super::communicator::{Communicator, LONGEST_WAIT, TIME_LIMIT, Transfer, add, until};
+use super::communicator::{Communicator, LONGEST_WAIT, TIME_LIMIT, Transfer, until};
 use super::meeting::Meeting;
 use super::world::{Place, Trouble};
 use crate::gpu::Gpu;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::cuda_backend::cudarc::driver::CudaEvent;
-use candle_core::{CudaDevice, DType, Device, Error, Result, Tensor, bail};
+use candle_core::{CudaDevice, DType, Device, Error, Result, Tensor, WithDType, bail};
+use launch::Launch;
 use library::{Code, Comm, Config, IN_PROGRESS, Library, SUCCESS, SUM, Stream, UniqueId};
 use std::ffi::c_int;
 use std::fmt;
@@ -123,57 +125,6 @@ fn cuda_device(device: &Device) -> Result<&CudaDevice> {
             "parallel: NCCL: expected a CUDA device, got {:?}; for the CPU there is MPI",
             other.location()
         ),
-    }
-}
-
-/// What a launcher says.
-#[derive(Debug, PartialEq)]
-struct Launch {
-    rank: usize,
-    size: usize,
-    address: String,
-}
-
-impl Launch {
-    fn of(get: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>> {
-        let number = |name: &str| match get(name).map(|text| text.parse::<usize>().map_err(|_| text)) {
-            None => Ok(None),
-            Some(Ok(number)) => Ok(Some(number)),
-            Some(Err(text)) => {
-                bail!("parallel: expected a number in the environment variable {name}, got {text}")
-            }
-        };
-        let mut found = None;
-        for (rank, size) in [("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")] {
-            match (number(rank)?, number(size)?) {
-                (Some(rank), Some(size)) => {
-                    found = Some((rank, size));
-                    break;
-                }
-                (None, None) => {}
-                (Some(_), None) => {
-                    bail!("parallel: expected {size} beside {rank} in the environment, got none")
-                }
-                (None, Some(_)) => {
-                    bail!("parallel: expected {rank} beside {size} in the environment, got none")
-                }
-            }
-        }
-        let Some((rank, size)) = found else { return Ok(None) };
-        let here = number("OMPI_COMM_WORLD_LOCAL_SIZE")? == Some(size);
-        let host = match get("MASTER_ADDR") {
-            Some(host) => host,
-            None if here || size == 1 => "127.0.0.1".into(),
-            None => bail!(
-                "parallel: expected the host of rank 0 in the environment variable MASTER_ADDR, got none"
-            ),
-        };
-        let taken = get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text.eq_ignore_ascii_case("true"));
-        let port = number("MASTER_PORT")?.unwrap_or(29_500).saturating_add(usize::from(taken));
-        if port > usize::from(u16::MAX) {
-            bail!("parallel: expected a port in the environment variable MASTER_PORT, got {port}")
-        }
-        Ok(Some(Self { rank, size, address: format!("{host}:{port}") }))
     }
 }
 
@@ -375,6 +326,15 @@ impl Engine {
         })
     }
 
+    /// The sums of numbers of the host, by way of the GPUs.
+    fn sum_long<T: WithDType>(&self, values: &mut [T]) -> Result<()> {
+        let own = Tensor::from_slice(values, values.len(), &Device::Cuda(self.device.clone()))?;
+        for sum in self.transfer(vec![(Transfer::Sum, own)])? {
+            values.copy_from_slice(&sum.to_vec1()?);
+        }
+        Ok(())
+    }
+
     /// Bytes of any length, those of ranks that have some by way of the GPUs.
     fn gather_long(&self, bytes: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
         let device = Device::Cuda(self.device.clone());
@@ -429,18 +389,14 @@ impl Communicator for Engine {
         if size_of_val(values) <= SHORT {
             return self.meeting.engine().sum_f64(values);
         }
-        let tensor = Tensor::from_slice(values, values.len(), &Device::Cuda(self.device.clone()))?;
-        let sums = self.transfer(vec![(Transfer::Sum, tensor)])?;
-        add(values, &[sums[0].to_vec1()?])
+        self.sum_long(values)
     }
 
     fn sum_f32(&self, values: &mut [f32]) -> Result<()> {
         if size_of_val(values) <= SHORT {
             return self.meeting.engine().sum_f32(values);
         }
-        let tensor = Tensor::from_slice(values, values.len(), &Device::Cuda(self.device.clone()))?;
-        let sums = self.transfer(vec![(Transfer::Sum, tensor)])?;
-        add(values, &[sums[0].to_vec1()?])
+        self.sum_long(values)
     }
 
     fn takes(&self, device: &Device) -> bool {
@@ -492,45 +448,6 @@ impl Drop for Engine {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn launch(variables: &[(&str, &str)]) -> Result<Option<Launch>> {
-        let get = |name: &str| {
-            let found = variables.iter().find(|(known, _)| *known == name);
-            found.map(|(_, value)| value.to_string())
-        };
-        Launch::of(&get)
-    }
-
-    #[test]
-    fn launchers_say_who_a_process_is() -> Result<()> {
-        let torchrun =
-            [("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "gpu-7"), ("MASTER_PORT", "1234")];
-        let of = |rank, size, address: &str| Some(Launch { rank, size, address: address.into() });
-        assert_eq!(launch(&torchrun)?, of(1, 4, "gpu-7:1234"));
-        let with_store = [&torchrun[..], &[("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat();
-        assert_eq!(launch(&with_store)?, of(1, 4, "gpu-7:1235"));
-        let mpirun = [("OMPI_COMM_WORLD_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "2")];
-        assert!(launch(&mpirun).expect_err("where?").to_string().contains("MASTER_ADDR"));
-        let here = [&mpirun[..], &[("OMPI_COMM_WORLD_LOCAL_SIZE", "2")]].concat();
-        assert_eq!(launch(&here)?, of(0, 2, "127.0.0.1:29500"));
-        assert_eq!(launch(&[])?, None);
-        for (wrong, said) in [
-            (&[("RANK", "1")][..], "expected WORLD_SIZE beside RANK"),
-            (&[("WORLD_SIZE", "2")], "expected RANK beside WORLD_SIZE"),
-            (
-                &[("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "70000")],
-                "expected a port in the environment variable MASTER_PORT, got 70000",
-            ),
-            (
-                &[("RANK", "one"), ("WORLD_SIZE", "2")],
-                "expected a number in the environment variable RANK, got one",
-            ),
-        ] {
-            let found = launch(wrong).expect_err("wrong").to_string();
-            assert!(found.contains(said), "{found}");
-        }
-        Ok(())
-    }
 
     #[test]
     fn a_cpu_is_refused() {
