@@ -16,7 +16,7 @@
 //! let model = tape.build(|| nn::linear(2, 2, VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu)))?;
 //! let mut opt = NaturalGradient::from_varmap(&vars, Params::kld_wrm(&tape))?; // k_fac, so_kld_wrm, q_kld_wrm, qe_kld_wrm
 //! let (x, y) = (Tensor::new(&[[0f32, 1.], [1., 0.]], &Device::Cpu)?, Tensor::new(&[0u32, 1], &Device::Cpu)?);
-//! for _ in 0..20 {
+//! for _ in 0..100 {
 //!     let logits = model.forward(&x)?;
 //!     opt.observe(&logits, Likelihood::Categorical)?; // no work unless curvature is due
 //!     opt.backward_step(&loss::cross_entropy(&logits, &y)?)?;
