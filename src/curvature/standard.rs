@@ -22,6 +22,9 @@ const SMALL: f64 = 0.01;
 const ROUNDING: f64 = 1e-6;
 /// Sums of squares in f32 have errors that are alike for all inputs with a large mean: as a matrix, this many roundoffs of its trace and fewer.
 const ALIKE: f64 = 5.0;
+/// An input's variance need not be known where what rounding leaves open of it is below this share of the mean one: a pixel that never
+/// changes, say. The damping is larger.
+const UNSEEN: f64 = 1e-3;
 
 /// The means `m` and deviations `d` of the inputs of a layer with a folded bias, `[groups, 2, columns]`, from its factor `A`,
 /// `[groups, columns, columns]`; nothing where all inputs are ordinary ones. The bias's own input keeps 0 and 1.
@@ -46,11 +49,12 @@ pub(crate) fn coordinates(a: &Tensor) -> Result<Option<(Tensor, bool)>> {
         };
         let inputs = squares.iter().zip(means).map(|(square, mean)| input(square / count, mean / count));
         let (means, variances): (Vec<f64>, Vec<f64>) = inputs.unzip();
-        let left = |(&square, &mean): (&f64, &f64)| {
-            mean == 0.0 || square / count - mean * mean > unknown * square / count
-        };
-        known &= squares.iter().zip(&means).all(left);
         let average = variances.iter().sum::<f64>() / variances.len().max(1) as f64;
+        let is_known = |(&square, &mean): (&f64, &f64)| {
+            let open = unknown * square / count;
+            mean == 0.0 || square / count - mean * mean > open || open < UNSEEN * average
+        };
+        known &= squares.iter().zip(&means).all(is_known);
         let all = if average > 0.0 { (average / SMALL).sqrt().min(1.0) } else { 1.0 };
         let largest = variances.iter().copied().fold(0.0, f64::max);
         let shifted = all < 1.0 || means.iter().any(|mean| *mean != 0.0);
@@ -191,6 +195,13 @@ mod tests {
             Ok(coordinates(&factor(&inputs, 1.0)?)?.map(|(_, damped)| damped))
         };
         assert_eq!([damped(3.0)?, damped(10.0)?, damped(20.0)?], [None, Some(false), Some(true)]);
+        // The same of a constant that is no larger than what else there is.
+        for (constant, known) in [(-0.4, true), (300.0, false)] {
+            let a = factor(&ordinary.map(|[x, _]| [x, constant]), 1.0)?;
+            let (found, damped) = coordinates(&a)?.ok_or_else(|| candle_core::Error::msg("ordinary"))?;
+            assert!((values(&found)?[1] - constant).abs() < 1e-6 * constant.abs(), "{constant}");
+            assert_eq!(damped, known, "{constant}");
+        }
         // Without any input there is nothing to know.
         assert!(coordinates(&Tensor::zeros((2, 3, 3), DType::F32, &Device::Cpu)?)?.is_none());
         Ok(())
