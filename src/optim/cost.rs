@@ -68,8 +68,8 @@ const GPU: Rates =
     Rates { model: 12e12, product: 40e12, moment: 25e12, eigen: 1e12, sketch: 0.3e12, inverse: 20e12 };
 const HALF_ON_GPU: Rates = Rates { model: 150e12, product: 200e12, moment: 200e12, ..GPU };
 
-/// Operations of all factors' eigenvectors up to which they are full in any case: a second of a core.
-const SMALL: f64 = 1e11;
+/// Seconds of all full factors' eigenvectors together up to which they are full in any case.
+const SMALL: f64 = 0.05;
 
 /// The rows up to which factors are full, and the rank of larger ones: what is tried, dearest first.
 const CHOICES: [(usize, usize); 7] =
@@ -213,7 +213,7 @@ impl<'a> Costs<'a> {
     pub fn choose(&self, planned: &mut [Planned]) {
         let all = |choice| -> Vec<Block> { planned.iter().map(|one| one.with(choice)).collect() };
         let [full, .., least] = CHOICES;
-        let decomposing: f64 = all(full).iter().map(eigenvectors).sum();
+        let decomposing = all(full).iter().map(eigenvectors).sum::<f64>() / self.rates.eigen;
         let affordable =
             |choice: &&(usize, usize)| self.forecast(all(**choice).iter()).share <= self.params.budget.share;
         let chosen = match decomposing <= SMALL {

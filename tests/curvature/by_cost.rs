@@ -82,12 +82,14 @@ fn forecast(dims: &[Dims], kept: &[[Kept; 2]], rows: f64) -> [f64; 3] {
     let (mut refresh, mut preconditioning) = (2.0 * weights * rows / 75e9, 0.0);
     for (&(from, to, bias), &[of_g, of_a]) in dims.iter().zip(kept) {
         let (g, a) = (to as f64, (from + usize::from(bias)) as f64);
+        // Where all is full a divergence is measured among the eigenvectors.
+        let full = [of_g, of_a].iter().all(|kept| matches!(kept, Kept::Runs(_)));
         for (d, kept) in [(g, of_g), (a, of_a)] {
             let multiplications = match kept {
                 Kept::Runs(run) => {
                     let run = run as f64;
                     refresh += rows * d * run / 50e9 + 18.0 * d * run * run / 100e9;
-                    3.0 * run
+                    if full { 2.0 * run } else { 3.0 * run }
                 }
                 Kept::Rank(rank) => {
                     let k = rank as f64;
@@ -114,12 +116,16 @@ fn near(found: f64, expected: f64) -> bool {
 #[test]
 fn what_is_chosen() -> Result<()> {
     let with = |rows| move |p| Params { budget: Budget { rows, ..Budget::default() }, ..p };
-    let (all, mlp) = (usize::MAX, [(784, 1024, true), (1024, 1024, true), (1024, 10, true)]);
+    let all = usize::MAX;
     let convolutions = [(25, 6, true), (150, 16, true), (400, 120, true), (120, 84, true), (84, 10, true)];
-    for small in [&LENET[..], &mlp, &convolutions, &decoder(128, 344).repeat(4)] {
+    for small in [&convolutions[..], &decoder(128, 256).repeat(4)] {
         for rows in [1, 2048] {
             assert_eq!(kept(&summary(small, with(rows))?), full_up_to(small, all, 0));
         }
+    }
+    // LeNet-300-100: 18 % at a rank of 64, 31 % at one of 128; at 8,192 rows 16 % at one of 128 and 22 % full, with twice the rows 17 %.
+    for (rows, full, rank) in [(1, 256, 64), (2048, 256, 64), (8192, 512, 128), (16384, all, 0)] {
+        assert_eq!(kept(&summary(&LENET, with(rows))?), full_up_to(&LENET, full, rank), "LeNet-300-100, {rows}");
     }
     // MiniLM: 16 % at a rank of 64, 28 % at one of 128; with twice the rows 16 and 19 %; full up to 1,024 rows at 8,192.
     let minilm = encoder(384);
@@ -169,7 +175,7 @@ fn by_hand() -> Result<()> {
 /// beyond it.
 #[test]
 fn the_forecast() -> Result<()> {
-    for dims in [encoder(384), decoder(1024, 2816)] {
+    for dims in [encoder(384), decoder(1024, 2816), LENET.to_vec()] {
         let found = summary(&dims, |p| p)?;
         let expected = forecast(&dims, &kept(&found), 2048.0);
         let forecasts = [found.forecast.model, found.forecast.refresh, found.forecast.preconditioning];
