@@ -55,6 +55,8 @@ enum Name {
     Minilm,
     /// Two layers of BERT-base: 768 wide; 8 x 128 tokens
     Bert2,
+    /// BERT-base's twelve layers: 768 wide; 8 x 128 tokens
+    Bert12,
     /// 784-300-100-10; 512 images
     Lenet300,
 }
@@ -63,7 +65,7 @@ impl Name {
     fn rows(self) -> usize {
         match self {
             Self::Minilm => 2048,
-            Self::Bert2 => 1024,
+            Self::Bert2 | Self::Bert12 => 1024,
             Self::Lenet300 => 512,
         }
     }
@@ -78,6 +80,7 @@ fn build(name: Name, rows: usize, vb: &VarBuilder) -> Result<Forward> {
     let (width, layers) = match name {
         Name::Minilm => (384, 6),
         Name::Bert2 => (768, 2),
+        Name::Bert12 => (768, 12),
         Name::Lenet300 => return lenet300(rows, vb),
     };
     let model = bert::Bert::new(&bert::Config::parse(&encoder(width, layers))?, vb)?;
