@@ -125,7 +125,11 @@ fn what_is_chosen() -> Result<()> {
     }
     // LeNet-300-100: 18 % at a rank of 64, 31 % at one of 128; at 8,192 rows 16 % at one of 128 and 22 % full, with twice the rows 17 %.
     for (rows, full, rank) in [(1, 256, 64), (2048, 256, 64), (8192, 512, 128), (16384, all, 0)] {
-        assert_eq!(kept(&summary(&LENET, with(rows))?), full_up_to(&LENET, full, rank), "LeNet-300-100, {rows}");
+        assert_eq!(
+            kept(&summary(&LENET, with(rows))?),
+            full_up_to(&LENET, full, rank),
+            "LeNet-300-100, {rows}"
+        );
     }
     // MiniLM: 16 % at a rank of 64, 28 % at one of 128; with twice the rows 16 and 19 %; full up to 1,024 rows at 8,192.
     let minilm = encoder(384);
