@@ -87,14 +87,42 @@ impl Share {
         Ok(Self { world, placement, division, bf16, terms: None, rows: 0, kept, last_terms: 0.0, sent: 0 })
     }
 
-    /// Sets Vars to what rank 0's are.
-    pub fn values_of_first<'a>(&self, vars: impl Iterator<Item = &'a Var>) -> Result<()> {
+    /// Sets Vars to what rank 0's are, and gives back what the `masters` become, where rank 0 has others.
+    pub fn values_of_first<'a>(
+        &self,
+        (of, step): (&'static str, usize),
+        vars: impl Iterator<Item = &'a Var>,
+        masters: impl Iterator<Item = &'a Tensor>,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let place = Place { of, call: "share", step };
+        // What fails on this process alone is brought to the next meeting.
+        let mut so_far = Ok(());
         for var in vars {
-            if let Some(value) = self.world.tensor_of_first(var.as_tensor())? {
-                var.set(&value)?;
-            }
+            let value = self.world.tensor_of_first(place, var.as_tensor(), so_far).map_err(Trouble::error)?;
+            so_far = value.map_or(Ok(()), |value| var.set(&value)).map_err(|error| Trouble::failed(&error));
         }
-        Ok(())
+        let mut found = vec![];
+        for master in masters {
+            found.push(self.world.tensor_of_first(place, master, so_far).map_err(Trouble::error)?);
+            so_far = Ok(());
+        }
+        self.all_did((of, "share", step), so_far.map_err(Trouble::error))?;
+        Ok(found)
+    }
+
+    /// Refuses values that are not the same on all, named line by line, or that one process could not tell.
+    pub fn agree_on(
+        &self,
+        (of, call, step): (&'static str, &'static str, usize),
+        who: &str,
+        lines: Result<Lines>,
+    ) -> Result<()> {
+        let (lines, told) = match lines {
+            Ok(lines) => (lines, Ok(())),
+            Err(error) => (vec![], Err(error)),
+        };
+        self.all_did((of, call, step), told)?;
+        self.world.agree_all(who, &lines)
     }
 
     /// What this process brings to a sum.
@@ -102,7 +130,7 @@ impl Share {
         Sums::new(&self.world, self.bf16)
     }
 
-    /// Adds up what all have brought.
+    /// Adds up what all have brought. What could fail on one process alone has been agreed on before: the others would wait here.
     pub fn add(&mut self, sums: Sums) -> Result<Totals> {
         self.sent += sums.bytes();
         sums.over()
@@ -198,12 +226,10 @@ impl Share {
                     Ok((format!("for {name} values of hash"), format!("{hash:016x}")))
                 })
                 .collect();
-            let outcome = lines.and_then(|lines| {
-                self.world.agree_all(&format!("{of}: step {step}: the parameters have parted"), &lines)
-            });
-            return Err(Trouble::Failed(match outcome {
+            let parted = format!("{of}: step {step}: the parameters have parted");
+            return Err(Trouble::Failed(match self.agree_on((of, "step", step), &parted, lines) {
                 Err(error) => error.to_string(),
-                Ok(()) => format!("{of}: step {step}: the parameters have parted"),
+                Ok(()) => parted,
             }));
         }
         let total: f64 = told.iter().map(|numbers| numbers[0]).sum();

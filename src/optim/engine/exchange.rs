@@ -9,7 +9,7 @@ use crate::optim::state::pending::Others;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
 use crate::optim::wake::Model;
-use crate::parallel::{Form, Kind, Placement, Sums, Trouble, World};
+use crate::parallel::{Form, Kind, Placement, Sums, Totals, Trouble, World};
 use candle_core::{Result, Tensor, bail};
 
 /// What a step takes in. With several processes it is made of what all have brought, and equal on all.
@@ -47,8 +47,8 @@ impl NaturalGradient {
         if world.is_alone() {
             return Ok(());
         }
-        let name = self.core.name();
-        self.settle()?;
+        let (name, steps) = (self.core.name(), self.core.steps);
+        let settled = self.settle();
         if self.core.ownership.is_some() {
             bail!(
                 "{name}: expected an optimizer with all of its state, got one that shares it with others already"
@@ -59,6 +59,7 @@ impl NaturalGradient {
             Placement::Replicated | Placement::Gathered | Placement::Owned => placement,
         };
         let share = Share::new(world, placement, name, self.core.identity())?;
+        share.all_did((name, "share", steps), settled)?;
         // All have the same options here, so all refuse.
         if self.core.params.wake.inner().is_some() {
             bail!(
@@ -77,15 +78,14 @@ impl NaturalGradient {
             )
         }
         // Before any parameter is another.
-        self.states_agree(&share)?;
-        share.values_of_first(self.core.vars.iter().map(|param| &param.var))?;
-        share.values_of_first(self.core.frozen.iter().map(|(_, var)| var))?;
-        for param in &mut self.core.vars {
-            if let Some(master) = &param.master
-                && let Some(value) = world.tensor_of_first(master)?
-            {
-                param.master = Some(value);
-            }
+        share.agree_on((name, "share", steps), &self.state_of(), self.core.state_hashes())?;
+        let vars = self.core.vars.iter().map(|param| &param.var);
+        let vars = vars.chain(self.core.frozen.iter().map(|(_, var)| var));
+        let masters = self.core.vars.iter().filter_map(|param| param.master.as_ref());
+        let values = share.values_of_first((name, steps), vars, masters)?;
+        let masters = self.core.vars.iter_mut().filter_map(|param| param.master.as_mut());
+        for (master, value) in masters.zip(values) {
+            *master = value.unwrap_or_else(|| master.clone());
         }
         self.device = None;
         let others = || Some(Others { world: world.clone(), of: name });
@@ -103,15 +103,16 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// Compares the state of all processes, where there are several.
-    pub(super) fn agree_on_state(&self) -> Result<()> {
-        self.shared.as_ref().map_or(Ok(()), |share| self.states_agree(share))
+    /// Compares the state of all processes hash by hash, where there are several, after each has come to its own as `outcome` says.
+    pub(super) fn agree_on_state(&self, outcome: Result<()>) -> Result<()> {
+        let Some(share) = &self.shared else { return outcome };
+        let place = (self.core.name(), "resume", self.core.steps);
+        share.agree_on(place, &self.state_of(), outcome.and_then(|()| self.core.state_hashes()))
     }
 
-    /// Compares the state of all processes, hash by hash.
-    fn states_agree(&self, share: &Share) -> Result<()> {
-        let who = format!("{}: the state (resume the same file on all processes)", self.core.name());
-        share.world.agree_all(&who, &self.core.state_hashes()?)
+    /// What is compared of all processes.
+    fn state_of(&self) -> String {
+        format!("{}: the state (resume the same file on all processes)", self.core.name())
     }
 
     /// What is brought to a step: this process's part, or everybody's. A local error is everybody's too.
@@ -155,37 +156,56 @@ impl NaturalGradient {
         share.last_terms = brought.as_ref().map_or(0.0, |brought| brought.total);
         let told = share.step(name, steps, brought, &alike, &values)?;
         let forms: Vec<_> = self.without_layer().collect();
-        for pass in 0..told.passes {
-            for (index, (owner, form)) in forms.iter().enumerate() {
-                let drawn = drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index));
-                sums.tensor(Kind::Exact, *owner, drawn, form, 1.0, || "drawn gradients".into())?;
-            }
+        if told.passes > 0 && !forms.is_empty() {
+            // How many passes there are was not known before to those without rows.
+            let added = add_drawn(&mut sums, told.passes, &forms, &drawn);
+            share.meet((name, "drawn", steps), added.map(|()| vec![]).map_err(Trouble::from))?;
         }
         let mut totals = share.add(sums)?;
-        let (mut grads, took_part) = read_gradients(&mut totals, &self.slots(), told.total)?;
-        let refresh = match joint_due {
-            true => {
+        let refresh = joint_due.then_some(told.passes);
+        // What fails from here on, on this process alone, is brought to the next meeting.
+        Ok(match self.of_totals(&mut totals, told.total, refresh, &forms, kept) {
+            Ok((grads, refresh)) => Incoming { grads, loss: told.loss, refresh: Ok(refresh) },
+            Err(error) => {
+                let grads = vec![None; self.core.vars.len()];
+                Incoming { grads, loss: told.loss, refresh: Err(Refusal::Failed(error)) }
+            }
+        })
+    }
+
+    /// The mean gradients over `total` loss terms, and what renews the curvature with so many `passes` of drawn labels, if it is due.
+    fn of_totals(
+        &mut self,
+        totals: &mut Totals,
+        total: f64,
+        passes: Option<usize>,
+        forms: &[(Option<usize>, Form)],
+        kept: Vec<Kept>,
+    ) -> Result<(Vec<Option<Tensor>>, Option<Refresh>)> {
+        let (mut grads, took_part) = read_gradients(totals, &self.slots(), total)?;
+        let refresh = match passes {
+            Some(passes) => {
                 let joint = self.joint();
-                let (mut layers, counts) = joint.read(&mut totals)?;
+                let (mut layers, counts) = joint.read(totals)?;
                 for (layer, kept) in layers.iter_mut().zip(kept) {
                     layer.kept = kept;
                 }
                 let averaged = !joint.last.is_empty();
-                let mut drawn = Vec::with_capacity(told.passes);
-                for _ in 0..told.passes {
+                let mut drawn = Vec::with_capacity(passes);
+                for _ in 0..passes {
                     let read = |(owner, form): &(_, Form)| totals.tensor(Kind::Exact, *owner, form, 1.0);
                     drawn.push(forms.iter().map(read).collect::<Result<Vec<_>>>()?);
                 }
                 Some(Refresh { layers, averaged, counts, drawn })
             }
-            false => None,
+            None => None,
         };
         let mut taking_part: Vec<_> = took_part.into_iter().map(|took| took.then_some(())).collect();
         self.sit_out(&mut taking_part)?;
         for (grad, taking_part) in grads.iter_mut().zip(taking_part) {
             *grad = grad.take().filter(|_| taking_part.is_some());
         }
-        Ok(Incoming { grads, loss: told.loss, refresh: Ok(refresh) })
+        Ok((grads, refresh))
     }
 
     /// This process's part of a step, with what is not added up at once in `here`.
@@ -286,6 +306,25 @@ impl NaturalGradient {
     }
 }
 
+/// Adds the gradients of drawn labels, or nothing of a process without rows, to what all add up.
+fn add_drawn(
+    sums: &mut Sums,
+    passes: usize,
+    forms: &[(Option<usize>, Form)],
+    drawn: &[Vec<Tensor>],
+) -> Staged<()> {
+    for pass in 0..passes {
+        for (index, (owner, form)) in forms.iter().enumerate() {
+            let drawn = drawn.get(pass).and_then(|pass| pass.get(index));
+            sums.tensor(Kind::Exact, *owner, drawn, form, 1.0, || "a gradient of drawn labels".into())?;
+        }
+    }
+    match sums.not_finite()? {
+        Some(whose) => Err(Refusal::NonFinite(format!("{whose} has NaN or infinite elements"))),
+        None => Ok(()),
+    }
+}
+
 /// What was seen of a step: sums of factors, and the gradients of drawn labels.
 pub(super) type Seen = (FactorSums, Vec<Vec<Tensor>>);
 
@@ -294,7 +333,7 @@ mod tests {
     use crate::gpu::emulate::emulate;
     use crate::nn::{self, Module, VarBuilder, VarMap};
     use crate::ops::testing::{random, values};
-    use crate::optim::{Every, NaturalGradient, Optimizer, Params, So, Wake};
+    use crate::optim::{Every, Group, Groups, NaturalGradient, Optimizer, Params, So, UpdateRule, Wake};
     use crate::parallel::{Placement, Threads, World, testing};
     use crate::tape::{Likelihood, Tape};
     use candle_core::{DType, Device, Result, Tensor};
@@ -343,6 +382,66 @@ mod tests {
                 for (found, expected) in found?.iter().flatten().zip(expected.iter().flatten()) {
                     let far = (found - expected).abs();
                     assert!(far < 1e-11, "{}: {found}, expected {expected}", wake.name());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What the ranks of a world say of a step whose drawn gradients `spoil` has changed on rank 1, and what becomes of the parameters. Rank 2 has
+    /// no rows.
+    fn drawn(world: &World, placement: Placement, spoil: fn(&Tensor) -> Result<Tensor>) -> Result<String> {
+        world.set_time_limit(std::time::Duration::from_secs(20));
+        let (tape, vars) = (Tape::new(), VarMap::new());
+        let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
+        let (a, b) = tape.build(|| Ok((nn::linear(5, 4, vb.pp("a"))?, nn::linear(4, 3, vb.pp("b"))?)))?;
+        let by_gradient = Group { rule: Some(UpdateRule::GradientFactors), ..Group::named("a.weight") };
+        let params = Params { groups: Groups(vec![by_gradient]), ..Params::k_fac(&tape) };
+        let mut opt = NaturalGradient::from_varmap(&vars, params)?;
+        opt.share(world, placement)?;
+        let before = b.weight().copy()?;
+        let stepped = match world.rank() {
+            2 => opt.step_without_rows(),
+            rank => {
+                let (x, y) = (random(rank as u64, &[3, 5])?, Tensor::new(&[0u32, 1, 2], &Device::Cpu)?);
+                let z = b.forward(&a.forward(&x)?.tanh()?)?;
+                opt.observe(&z, Likelihood::Categorical)?;
+                let drawn = opt.observed.iter_mut().flat_map(|seen| seen.drawn.iter_mut().flatten());
+                for gradient in drawn.filter(|_| rank == 1) {
+                    *gradient = spoil(gradient)?;
+                }
+                opt.backward_step(&nn::loss::cross_entropy(&z, &y)?)
+            }
+        };
+        assert_eq!(values(b.weight())?, values(&before)?);
+        Ok(stepped.err().map_or(String::new(), |error| error.to_string()))
+    }
+
+    #[test]
+    fn drawn_gradients_that_one_cannot_add_are_said_on_all() -> Result<()> {
+        type Spoil = fn(&Tensor) -> Result<Tensor>;
+        let cases: [(Spoil, &str); 2] = [
+            (
+                |g| g.narrow(1, 0, 2)?.contiguous(),
+                "rank 1: parallel: expected a tensor [1, 4, 5] to add, got",
+            ),
+            (
+                |g| g * f64::NAN,
+                "kfac: step 0: rank 1: a gradient of drawn labels has NaN or infinite elements",
+            ),
+        ];
+        for (spoil, expected) in cases {
+            for placement in [Placement::Replicated, Placement::Owned] {
+                for worlds in [Threads::worlds(3), testing::worlds(3)] {
+                    let said: Vec<_> = std::thread::scope(|scope| {
+                        let run = |world: World| scope.spawn(move || drawn(&world, placement, spoil));
+                        let ranks: Vec<_> = worlds.into_iter().map(run).collect();
+                        ranks.into_iter().map(|rank| rank.join().expect("a rank")).collect()
+                    });
+                    for said in said {
+                        let said = said?;
+                        assert!(said.starts_with(expected), "{said:?}, expected {expected:?}");
+                    }
                 }
             }
         }
