@@ -87,27 +87,24 @@ impl Share {
         Ok(Self { world, placement, division, bf16, terms: None, rows: 0, kept, last_terms: 0.0, sent: 0 })
     }
 
-    /// Sets Vars to what rank 0's are, and gives back what the `masters` become, where rank 0 has others.
-    pub fn values_of_first<'a>(
+    /// Sets Vars and `masters` to what rank 0's are, once all of them are there.
+    pub fn take_values_of_first(
         &self,
         (of, step): (&'static str, usize),
-        vars: impl Iterator<Item = &'a Var>,
-        masters: impl Iterator<Item = &'a Tensor>,
-    ) -> Result<Vec<Option<Tensor>>> {
+        vars: &[Var],
+        masters: Vec<&mut Tensor>,
+    ) -> Result<()> {
         let place = Place { of, call: "share", step };
-        // What fails on this process alone is brought to the next meeting.
-        let mut so_far = Ok(());
-        for var in vars {
-            let value = self.world.tensor_of_first(place, var.as_tensor(), so_far).map_err(Trouble::error)?;
-            so_far = value.map_or(Ok(()), |value| var.set(&value)).map_err(|error| Trouble::failed(&error));
+        let all = vars.iter().map(Var::as_tensor).chain(masters.iter().map(|master| &**master));
+        let values = all.map(|own| self.world.tensor_of_first(place, own).map_err(Trouble::error));
+        let mut values = values.collect::<Result<Vec<_>>>()?.into_iter();
+        for (var, value) in vars.iter().zip(values.by_ref()) {
+            value.map_or(Ok(()), |value| var.set(&value))?;
         }
-        let mut found = vec![];
-        for master in masters {
-            found.push(self.world.tensor_of_first(place, master, so_far).map_err(Trouble::error)?);
-            so_far = Ok(());
+        for (master, value) in masters.into_iter().zip(values) {
+            *master = value.unwrap_or_else(|| master.clone());
         }
-        self.all_did((of, "share", step), so_far.map_err(Trouble::error))?;
-        Ok(found)
+        Ok(())
     }
 
     /// Refuses values that are not the same on all, named line by line, or that one process could not tell.

@@ -98,16 +98,15 @@ impl World {
         Ok(parcels)
     }
 
-    /// Rank 0's tensor, on the others, who each have one like `own`; or what a rank brings that cannot go on.
+    /// Rank 0's tensor, on the others, who each have one like `own`.
     pub(crate) fn tensor_of_first(
         &self,
         place: Place,
         own: &Tensor,
-        so_far: std::result::Result<(), Trouble>,
     ) -> std::result::Result<Option<Tensor>, Trouble> {
         let tensors = if self.is_first() { vec![own.clone()] } else { vec![] };
-        let parcel = so_far.map(|()| Parcel { bytes: vec![], tensors });
-        let mut parcels = self.exchange_parcels(place, own.device(), parcel)?;
+        let parcel = Parcel { bytes: vec![], tensors };
+        let mut parcels = self.exchange_parcels(place, own.device(), Ok(parcel))?;
         Ok(parcels.first_mut().and_then(|parcel| parcel.tensors.pop()).filter(|_| !self.is_first()))
     }
 }
@@ -211,7 +210,7 @@ mod tests {
             let dtype = if world.rank() == of { DType::U32 } else { DType::F32 };
             let tensor = Tensor::zeros(3, dtype, &Device::Cpu).map_err(|error| Trouble::failed(&error))?;
             match of {
-                0 => world.tensor_of_first(place, &tensor, Ok(())).map(drop),
+                0 => world.tensor_of_first(place, &tensor).map(drop),
                 _ => {
                     let parcel = Parcel { bytes: vec![], tensors: vec![tensor] };
                     world.exchange_parcels(place, &Device::Cpu, Ok(parcel)).map(drop)

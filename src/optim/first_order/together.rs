@@ -55,12 +55,9 @@ impl<P: Update> FirstOrder<P> {
         }
         // Before any parameter is another.
         share.agree_on((P::NAME, "share", self.steps), &Self::state_of(), self.state_hashes())?;
-        let wide = self.slots.iter().filter_map(|slot| slot.wide.as_ref());
-        let vars = self.slots.iter().map(|slot| &slot.var);
-        let values = share.values_of_first((P::NAME, self.steps), vars, wide)?;
-        for (wide, value) in self.slots.iter_mut().filter_map(|slot| slot.wide.as_mut()).zip(values) {
-            *wide = value.unwrap_or_else(|| wide.clone());
-        }
+        let vars: Vec<_> = self.slots.iter().map(|slot| slot.var.clone()).collect();
+        let wide = self.slots.iter_mut().filter_map(|slot| slot.wide.as_mut()).collect();
+        share.take_values_of_first((P::NAME, self.steps), &vars, wide)?;
         self.shared = Some(share);
         if placement == Placement::Owned {
             self.owners = self.slot_owners(world.size());
