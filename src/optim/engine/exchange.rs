@@ -102,8 +102,12 @@ impl NaturalGradient {
     /// Compares the state of all processes hash by hash, where there are several, after each has come to its own as `outcome` says.
     pub(super) fn agree_on_state(&self, outcome: Result<()>) -> Result<()> {
         let Some(share) = &self.shared else { return outcome };
-        let place = (self.core.name(), "resume", self.core.steps);
-        share.agree_on(place, &self.state_of(), outcome.and_then(|()| self.core.state_hashes()))
+        // One that could not take its state has other steps.
+        share.agree_on(
+            (self.core.name(), "resume", 0),
+            &self.state_of(),
+            outcome.and_then(|()| self.core.state_hashes()),
+        )
     }
 
     /// What is compared of all processes.

@@ -52,8 +52,8 @@ impl<P: Update> FirstOrder<P> {
         };
         self.all_did("resume", outcome)?;
         let Some(Read { slots, steps, skipped }) = found else { bail!("first-order: no state was read") };
-        let pairs = self.slots.iter_mut().zip(slots);
-        let set = pairs.map(|(slot, (value, state))| slot.set(value, state)).collect::<Result<()>>();
+        let mut pairs = self.slots.iter_mut().zip(slots);
+        let set = pairs.try_for_each(|(slot, (value, state))| slot.set(value, state));
         (self.steps, self.skipped) = (steps, skipped);
         self.forget();
         self.agree_on_state(set)?;
