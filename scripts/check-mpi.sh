@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Several processes by MPI on this machine: the steps of one process on any split of the rows, files on any number of processes, and what each
 # rank says when one of them goes wrong. Needs mpirun and MPI's headers (apt-get install --no-install-recommends libopenmpi-dev openmpi-bin).
+# Arguments go to cargo: with `--features nccl` what is built serves scripts/check-nccl.sh too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 program=$(cargo test --features mpi --test mpi --no-run --message-format=json "$@" |
@@ -71,9 +72,9 @@ run() {
     program=$examples/$name mpi "$ranks" "$@"
 }
 for ranks in 1 3; do
-    run "$ranks" mnist --optimizer kldwrm --model cnn --dtype f64 --batch 61 --steps 6 --dropout 0.2 --placement gathered \
+    run "$ranks" mnist --device cpu --optimizer kldwrm --model cnn --dtype f64 --batch 61 --steps 6 --dropout 0.2 --placement gathered \
         --log "$work/mnist-$ranks" --out "$work/$ranks" >"$work/said-$ranks"
-    run "$ranks" finetune --scratch --optimizer adamw --model mlp:784-20-10:tanh --dtype f64 --batch 61 --epochs 1 --clip 0.5 \
+    run "$ranks" finetune --device cpu --scratch --optimizer adamw --model mlp:784-20-10:tanh --dtype f64 --batch 61 --epochs 1 --clip 0.5 \
         --out "$work/$ranks" >>"$work/said-$ranks"
     test -s "$work/$ranks/curves.svg" && test -s "$work/$ranks/model.safetensors" && test -s "$work/$ranks/finetune.svg"
 done

@@ -25,6 +25,9 @@ use std::fmt;
 ///
 /// in 10^9 operations a second. Those of a CPU were measured on one core of a Zen 4 processor in f32, with several cores all are about as many
 /// times as fast; those of a GPU are estimates for an H200, not measured. With other machines seconds differ, and shares much less.
+///
+/// Every layer counts with the same [`Budget::rows`](super::Budget::rows), since how many positions a convolution has is not known before the first
+/// step: with rows that count a batch's examples alone, a convolutional net is forecast to take too little time, and curvature too large a share of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Forecast {
     /// Rows of a batch that it assumes: [`Budget::rows`](super::Budget::rows).

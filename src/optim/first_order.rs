@@ -299,7 +299,7 @@ impl<P: Update> FirstOrder<P> {
         let incoming = self.incoming(local);
         self.forget();
         match incoming {
-            Ok(grads) => self.take(&grads),
+            Ok(grads) => self.take(grads),
             Err(Refusal::NonFinite(what)) => match self.non_finite {
                 NonFinite::Error => bail!("{what}"),
                 NonFinite::Skip => {
@@ -325,18 +325,22 @@ impl<P: Update> FirstOrder<P> {
         Ok(())
     }
 
-    /// The step on finite gradients.
-    fn take(&mut self, grads: &[Option<Tensor>]) -> Result<()> {
+    /// What a step on finite gradients leads to.
+    fn all_next(&self, grads: &[Option<Tensor>]) -> Result<Vec<Next>> {
         let lr = self.learning_rate();
         let given = self.trained().zip(grads).filter_map(|(slot, grad)| Some((slot, grad.as_ref()?)));
         let given = given.map(|(slot, grad)| Ok((slot, slot.value()?, grad))).collect::<Result<Vec<_>>>()?;
         let next = |(slot, value, grad): &(&Slot, Tensor, &Tensor)| self.next(slot, value, grad, lr);
         let on_host = given.iter().all(|(_, value, _)| value.device().is_cpu());
-        let next: Vec<Result<Next>> = match on_host && given.len() > 1 {
+        match on_host && given.len() > 1 {
             true => given.par_iter().map(next).collect(),
             false => given.iter().map(next).collect(),
-        };
-        let next = next.into_iter().collect::<Result<Vec<_>>>();
+        }
+    }
+
+    /// The step on finite gradients, or on what this process could not make of the sums.
+    fn take(&mut self, grads: Result<Vec<Option<Tensor>>>) -> Result<()> {
+        let next = grads.and_then(|grads| self.all_next(&grads));
         let next = if self.owners.is_empty() { self.all_agree(next)? } else { self.with_owners(next)? };
         let trained = self.slots.iter_mut().filter(|slot| slot.way != Way::Frozen);
         for (slot, (value, state)) in trained.zip(next) {

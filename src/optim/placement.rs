@@ -25,7 +25,7 @@ const LINKED_GPU: Rates = Rates { bytes: 4e10, ..GPU };
 
 /// What makes a step of a unit of [`Core::units`], or of all.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Costs {
+pub(super) struct StepCost {
     /// Multiplications of the inverses, at each renewal.
     pub inverting: f64,
     /// Multiplications of each step.
@@ -42,8 +42,8 @@ pub(super) struct Costs {
 /// Operations on each element of a step beside the products.
 const ELEMENTWISE: f64 = 10.0;
 
-impl Costs {
-    pub fn sum<'a>(all: impl Iterator<Item = &'a Costs>) -> Self {
+impl StepCost {
+    pub fn sum<'a>(all: impl Iterator<Item = &'a StepCost>) -> Self {
         all.fold(Self::default(), |sum, other| Self {
             inverting: sum.inverting + other.inverting,
             stepping: sum.stepping + other.stepping,
@@ -60,11 +60,11 @@ impl Costs {
     }
 }
 
-/// The costs of [`Core::units`].
-pub(super) fn costs(core: &Core) -> Vec<Costs> {
+/// The cost of each of [`Core::units`].
+pub(super) fn costs(core: &Core) -> Vec<StepCost> {
     let blocks = Summary::of(core).blocks;
     let unit = |(of_blocks, of_params): &(Vec<usize>, Vec<usize>)| {
-        let mut costs = Costs::default();
+        let mut costs = StepCost::default();
         for &index in of_params {
             let var = &core.vars[index].var;
             costs.values += var.elem_count() * wide_dtype(var.dtype()).size_in_bytes();
@@ -121,7 +121,7 @@ fn seconds(core: &Core, placement: Placement, world: &World) -> f64 {
         _ => CPU,
     };
     let each = costs(core);
-    let all = Costs::sum(each.iter());
+    let all = StepCost::sum(each.iter());
     let (inverting, refreshing) = (core.params.every.inverses as f64, core.params.every.factors as f64);
     let summed = all.values as f64 + all.factors as f64 / refreshing;
     // What one process sends of something that all have a part of.

@@ -87,14 +87,39 @@ impl Share {
         Ok(Self { world, placement, division, bf16, terms: None, rows: 0, kept, last_terms: 0.0, sent: 0 })
     }
 
-    /// Sets Vars to what rank 0's are.
-    pub fn values_of_first<'a>(&self, vars: impl Iterator<Item = &'a Var>) -> Result<()> {
-        for var in vars {
-            if let Some(value) = self.world.tensor_of_first(var.as_tensor())? {
-                var.set(&value)?;
-            }
+    /// Sets Vars and `masters` to what rank 0's are, once all of them are there.
+    pub fn take_values_of_first(
+        &self,
+        (of, step): (&'static str, usize),
+        vars: &[Var],
+        masters: Vec<&mut Tensor>,
+    ) -> Result<()> {
+        let place = Place { of, call: "share", step };
+        let all = vars.iter().map(Var::as_tensor).chain(masters.iter().map(|master| &**master));
+        let values = all.map(|own| self.world.tensor_of_first(place, own).map_err(Trouble::error));
+        let mut values = values.collect::<Result<Vec<_>>>()?.into_iter();
+        for (var, value) in vars.iter().zip(values.by_ref()) {
+            value.map_or(Ok(()), |value| var.set(&value))?;
+        }
+        for (master, value) in masters.into_iter().zip(values) {
+            *master = value.unwrap_or_else(|| master.clone());
         }
         Ok(())
+    }
+
+    /// Refuses values that are not the same on all, named line by line, or that one process could not tell.
+    pub fn agree_on(
+        &self,
+        (of, call, step): (&'static str, &'static str, usize),
+        who: &str,
+        lines: Result<Lines>,
+    ) -> Result<()> {
+        let (lines, told) = match lines {
+            Ok(lines) => (lines, Ok(())),
+            Err(error) => (vec![], Err(error)),
+        };
+        self.all_did((of, call, step), told)?;
+        self.world.agree_all(who, &lines)
     }
 
     /// What this process brings to a sum.
@@ -102,7 +127,7 @@ impl Share {
         Sums::new(&self.world, self.bf16)
     }
 
-    /// Adds up what all have brought.
+    /// Adds up what all have brought. What could fail on one process alone has been agreed on before: the others would wait here.
     pub fn add(&mut self, sums: Sums) -> Result<Totals> {
         self.sent += sums.bytes();
         sums.over()
@@ -198,12 +223,10 @@ impl Share {
                     Ok((format!("for {name} values of hash"), format!("{hash:016x}")))
                 })
                 .collect();
-            let outcome = lines.and_then(|lines| {
-                self.world.agree_all(&format!("{of}: step {step}: the parameters have parted"), &lines)
-            });
-            return Err(Trouble::Failed(match outcome {
+            let parted = format!("{of}: step {step}: the parameters have parted");
+            return Err(Trouble::Failed(match self.agree_on((of, "step", step), &parted, lines) {
                 Err(error) => error.to_string(),
-                Ok(()) => format!("{of}: step {step}: the parameters have parted"),
+                Ok(()) => parted,
             }));
         }
         let total: f64 = told.iter().map(|numbers| numbers[0]).sum();

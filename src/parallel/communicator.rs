@@ -101,7 +101,7 @@ pub trait Communicator: Debug + Send + Sync {
     /// # Errors
     /// As [`gather`](Self::gather); for an element type that the engine does not add up.
     fn transfer(&self, transfers: Vec<(Transfer, Tensor)>) -> Result<Vec<Tensor>> {
-        transfers.into_iter().map(|(what, tensor)| by_host(self, what, tensor)).collect()
+        by_host(self, &transfers)
     }
 
     /// What has become known of ranks that have left, where it can be known without waiting.
@@ -165,39 +165,70 @@ fn part_of<T>(mut values: Vec<T>, parts: &[usize], rank: usize) -> Vec<T> {
     part
 }
 
-/// A tensor's transfer by way of the host.
-fn by_host<C: Communicator + ?Sized>(engine: &C, what: Transfer, tensor: Tensor) -> Result<Tensor> {
-    let (dims, dtype, device) = (tensor.dims(), tensor.dtype(), tensor.device());
-    if let Transfer::From(rank) = what {
-        let own = if rank == engine.rank() { bytes_of(&tensor)? } else { vec![] };
-        return match engine.gather(&own)?.get(rank) {
-            Some(bytes) => tensor_of(bytes, dims, dtype, device),
-            None => bail!("parallel: expected a rank below {}, got {rank}", engine.size()),
+/// A tensor on the host, as it is sent.
+enum Sent {
+    Bytes(Vec<u8>),
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    BF16(Vec<bf16>),
+}
+
+impl Sent {
+    fn of(what: Transfer, tensor: &Tensor, rank: usize) -> Result<Self> {
+        let flat = || tensor.flatten_all();
+        Ok(match (what, tensor.dtype()) {
+            (Transfer::From(source), _) if source == rank => Self::Bytes(bytes_of(tensor)?),
+            (Transfer::From(_), _) => Self::Bytes(vec![]),
+            (_, DType::F64) => Self::F64(flat()?.to_vec1()?),
+            (_, DType::F32) => Self::F32(flat()?.to_vec1()?),
+            (_, DType::BF16) => Self::BF16(flat()?.to_vec1()?),
+            (_, other) => {
+                bail!("parallel: expected a tensor of f64, f32 or bf16 to add up, got {other:?}")
+            }
+        })
+    }
+}
+
+/// Transfers by way of the host.
+fn by_host<C: Communicator + ?Sized>(engine: &C, transfers: &[(Transfer, Tensor)]) -> Result<Vec<Tensor>> {
+    let sent = transfers.iter().map(|(what, tensor)| Sent::of(*what, tensor, engine.rank()));
+    let sent = sent.collect::<Result<Vec<_>>>();
+    // Nobody waits for a sum to which one has nothing to add.
+    let said = sent.as_ref().err().map(ToString::to_string).unwrap_or_default();
+    let told = engine.gather(said.as_bytes())?;
+    if let Some((rank, said)) = told.iter().enumerate().find(|(_, said)| !said.is_empty()) {
+        bail!("rank {rank}: {}", String::from_utf8_lossy(said))
+    }
+    let arrived = |((what, tensor), sent): (&(Transfer, Tensor), Sent)| {
+        let (dims, dtype, device) = (tensor.dims(), tensor.dtype(), tensor.device());
+        let sums = match sent {
+            Sent::Bytes(own) => {
+                let all = engine.gather(&own)?;
+                let Transfer::From(rank) = *what else { return Ok(tensor.clone()) };
+                return match all.get(rank) {
+                    Some(bytes) => tensor_of(bytes, dims, dtype, device),
+                    None => bail!("parallel: expected a rank below {}, got {rank}", engine.size()),
+                };
+            }
+            Sent::F64(mut values) => {
+                engine.sum_f64(&mut values)?;
+                Tensor::from_vec(values, dims, device)
+            }
+            Sent::F32(mut values) => {
+                engine.sum_f32(&mut values)?;
+                Tensor::from_vec(values, dims, device)
+            }
+            Sent::BF16(mut values) => {
+                engine.sum_bf16(&mut values)?;
+                Tensor::from_vec(values, dims, device)
+            }
         };
-    }
-    let flat = tensor.flatten_all()?;
-    let sums = match dtype {
-        DType::F64 => {
-            let mut values = flat.to_vec1::<f64>()?;
-            engine.sum_f64(&mut values)?;
-            Tensor::from_vec(values, dims, device)
+        match *what {
+            Transfer::SumAt(rank) if rank != engine.rank() => Ok(tensor.clone()),
+            Transfer::Sum | Transfer::SumAt(_) | Transfer::From(_) => sums,
         }
-        DType::F32 => {
-            let mut values = flat.to_vec1::<f32>()?;
-            engine.sum_f32(&mut values)?;
-            Tensor::from_vec(values, dims, device)
-        }
-        DType::BF16 => {
-            let mut values = flat.to_vec1::<bf16>()?;
-            engine.sum_bf16(&mut values)?;
-            Tensor::from_vec(values, dims, device)
-        }
-        other => bail!("parallel: expected a tensor of f64, f32 or bf16 to add up, got {other:?}"),
     };
-    match what {
-        Transfer::SumAt(rank) if rank != engine.rank() => Ok(tensor),
-        Transfer::Sum | Transfer::SumAt(_) | Transfer::From(_) => sums,
-    }
+    transfers.iter().zip(sent?).map(arrived).collect()
 }
 
 /// The values of bytes of bfloat16.

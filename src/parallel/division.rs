@@ -2,7 +2,7 @@
 
 use super::bytes::{Reader, Writer};
 use super::parcel::Parcel;
-use super::world::{Place, Trouble, World};
+use super::world::{Place, Trouble, World, named};
 use candle_core::{Device, Error, Result, Tensor};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -62,7 +62,7 @@ impl Division {
     }
 
     /// The results of jobs, of the orders `orders`: those of this rank by `compute`, which is told their numbers, the others' from them.
-    /// `parts` and `whole` take a result apart and make it of the parts again. What failed on its owner has failed on all.
+    /// `parts` and `whole` take a result apart and make it of the parts again. What failed on its owner has failed on all, with the owner's rank.
     pub fn all<T>(
         &self,
         orders: &[usize],
@@ -112,8 +112,10 @@ impl Division {
                 Some(Err(error)) => text(error),
                 None => "no result".into(),
             };
+            let why = named(rank, &why);
             message.number(0);
             message.bytes(why.as_bytes());
+            found[job] = Some(Err(Error::Msg(why)));
         }
         let parcel = Parcel { bytes: message.0, tensors };
         self.sent.fetch_add(parcel.size() * (self.world.size() - 1), Ordering::Relaxed);
@@ -122,25 +124,30 @@ impl Division {
         let parcels = parcels.map_err(|trouble| text(&trouble.error()))?;
         let mut arrived: Vec<_> =
             parcels.iter().map(|parcel| (Reader(&parcel.bytes), parcel.tensors.iter())).collect();
-        for (job, owner) in owners.iter().enumerate() {
-            let Some((owner, (reader, tensors))) = owner.and_then(|o| Some((o, arrived.get_mut(o)?))) else {
-                continue;
-            };
-            let mut read = || -> Result<Result<T>> {
+        let mut read = || -> Result<()> {
+            for (job, owner) in owners.iter().enumerate() {
+                let Some((owner, (reader, tensors))) = owner.and_then(|o| Some((o, arrived.get_mut(o)?)))
+                else {
+                    continue;
+                };
                 let count = reader.number()?;
-                if count == 0 {
-                    let why = String::from_utf8_lossy(reader.bytes()?).into_owned();
-                    return Ok(Err(Error::Msg(why)));
+                let result = match count {
+                    0 => Err(Error::Msg(String::from_utf8_lossy(reader.bytes()?).into_owned())),
+                    _ => Ok(tensors.by_ref().take(count).cloned().collect()),
+                };
+                // An owner's own is the same, and need not come back.
+                if owner != rank {
+                    found[job] = Some(match result {
+                        Ok(parts) => Ok(whole(parts)?),
+                        Err(error) => Err(error),
+                    });
                 }
-                whole(tensors.by_ref().take(count).cloned().collect()).map(Ok)
-            };
-            let result = read().map_err(|error| text(&error))?;
-            // An owner's own is the same, and need not come back.
-            if owner != rank {
-                found[job] = Some(result);
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        // A result that one could not make use of is nobody's, or they would part.
+        let read = read().map(|()| vec![]).map_err(|error| Trouble::failed(&error));
+        self.world.meet(place, read).map(drop).map_err(|trouble| text(&trouble.error()))
     }
 }
 
@@ -148,7 +155,7 @@ impl Division {
 mod tests {
     use super::super::Threads;
     use super::*;
-    use candle_core::bail;
+    use candle_core::{DType, bail};
 
     #[test]
     fn the_largest_jobs_go_to_whom_has_least_to_do() {
@@ -159,6 +166,34 @@ mod tests {
         );
         assert_eq!(owners(&[64, 64, 64, 64], 2), [Some(0), Some(1), Some(0), Some(1)]);
         assert_eq!(owners(&[8, 31], 3), [None, None]);
+    }
+
+    #[test]
+    fn what_one_cannot_make_use_of_is_nobodys() {
+        let run = |world: World| -> Vec<String> {
+            world.set_time_limit(std::time::Duration::from_secs(20));
+            let found = Division::new(&world, "test").all(
+                &[40, 50],
+                &Device::Cpu,
+                |jobs| jobs.iter().map(|_| Tensor::zeros(2, DType::F64, &Device::Cpu)).collect(),
+                |tensor| vec![tensor.clone()],
+                |mut tensors| match world.rank() {
+                    1 => bail!("no room"),
+                    _ => Ok(tensors.remove(0)),
+                },
+            );
+            let said = |result: Result<Tensor>| result.err().map_or(String::new(), |e| e.to_string());
+            found.into_iter().map(said).collect()
+        };
+        std::thread::scope(|scope| {
+            let run = &run;
+            let ranks: Vec<_> = Threads::worlds(3).into_iter().map(|w| scope.spawn(move || run(w))).collect();
+            for rank in ranks {
+                for said in rank.join().expect("a rank") {
+                    assert!(said.starts_with("rank 1: no room"), "{said}");
+                }
+            }
+        });
     }
 
     #[test]
@@ -196,7 +231,7 @@ mod tests {
             let (values, errors, done) = thread.join().expect("a rank")?;
             // Of 60, 50 and 40 rank 0 has the first and rank 1 the others; 8 is everybody's.
             assert_eq!(values, [[0.0, 1.0], [1.0, rank as f64], [3.0, 0.0]]);
-            assert_eq!(errors, ["job 2 cannot be done by rank 1"]);
+            assert_eq!(errors, ["rank 1: job 2 cannot be done by rank 1"]);
             assert_eq!(done, [2, 3][rank]);
         }
         Ok(())

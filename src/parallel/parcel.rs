@@ -77,8 +77,9 @@ impl World {
             None => Parcel::read(message, by_themselves, device),
         };
         let parcels = messages.iter().enumerate().map(parcel).collect::<Result<Vec<_>>>().map_err(failed);
-        if by_themselves {
-            // All must have room for the tensors before anybody waits for them.
+        if by_themselves || !device.is_cpu() {
+            // All must have room for the tensors before anybody waits for them, and must have got them before anybody goes on with them. On
+            // the CPU there is always room.
             self.exchange(place, parcels.as_ref().map(|_| vec![]).map_err(Trouble::clone))?;
         }
         let mut parcels = parcels?;
@@ -97,19 +98,16 @@ impl World {
         Ok(parcels)
     }
 
-    /// Rank 0's tensor, on the others.
-    pub(crate) fn tensor_of_first(&self, own: &Tensor) -> Result<Option<Tensor>> {
-        if self.takes(own.device()) {
-            let own = if self.is_first() { own.contiguous()? } else { own.zeros_like()? };
-            let mut arrived = self.transfer(vec![(Transfer::From(0), own)])?;
-            return Ok(arrived.pop().filter(|_| !self.is_first()));
-        }
-        let bytes = if self.is_first() { bytes_of(own)? } else { vec![] };
-        let bytes = self.bytes_of_first(bytes)?;
-        if self.is_first() {
-            return Ok(None);
-        }
-        super::bytes::tensor_of(&bytes, own.dims(), own.dtype(), own.device()).map(Some)
+    /// Rank 0's tensor, on the others, who each have one like `own`.
+    pub(crate) fn tensor_of_first(
+        &self,
+        place: Place,
+        own: &Tensor,
+    ) -> std::result::Result<Option<Tensor>, Trouble> {
+        let tensors = if self.is_first() { vec![own.clone()] } else { vec![] };
+        let parcel = Parcel { bytes: vec![], tensors };
+        let mut parcels = self.exchange_parcels(place, own.device(), Ok(parcel))?;
+        Ok(parcels.first_mut().and_then(|parcel| parcel.tensors.pop()).filter(|_| !self.is_first()))
     }
 }
 
@@ -201,6 +199,39 @@ pub(crate) mod testing {
 mod tests {
     use super::*;
     use crate::parallel::Threads;
+    use std::time::Duration;
+
+    /// A tensor that cannot be sent is said on all, and nobody waits for it, nor for rank 0's.
+    #[test]
+    fn what_cannot_be_sent_is_said_on_all() {
+        let run = |world: &World, of: usize| {
+            world.set_time_limit(Duration::from_secs(20));
+            let place = Place { of: "test", call: "parcels", step: 0 };
+            let dtype = if world.rank() == of { DType::U32 } else { DType::F32 };
+            let tensor = Tensor::zeros(3, dtype, &Device::Cpu).map_err(|error| Trouble::failed(&error))?;
+            match of {
+                0 => world.tensor_of_first(place, &tensor).map(drop),
+                _ => {
+                    let parcel = Parcel { bytes: vec![], tensors: vec![tensor] };
+                    world.exchange_parcels(place, &Device::Cpu, Ok(parcel)).map(drop)
+                }
+            }
+        };
+        for of in [0, 1] {
+            for worlds in [Threads::worlds(3), testing::worlds(3)] {
+                std::thread::scope(|scope| {
+                    let ranks: Vec<_> =
+                        worlds.into_iter().map(|world| scope.spawn(move || run(&world, of))).collect();
+                    for rank in ranks {
+                        let said = rank.join().expect("a rank").expect_err("U32").error().to_string();
+                        let expected =
+                            format!("rank {of}: parallel: expected a tensor of f64, f32, f16 or bf16");
+                        assert!(said.starts_with(&expected), "{said}");
+                    }
+                });
+            }
+        }
+    }
 
     #[test]
     fn all_have_what_each_gave() -> Result<()> {

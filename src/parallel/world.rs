@@ -173,13 +173,6 @@ impl World {
         Ok(())
     }
 
-    /// Rank 0's `bytes`, on all ranks.
-    pub(crate) fn bytes_of_first(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
-        let own: &[u8] = if self.is_first() { &bytes } else { &[] };
-        let mut all = self.timed(|engine| engine.gather(own))?;
-        if all.is_empty() { Ok(bytes) } else { Ok(all.swap_remove(0)) }
-    }
-
     pub(crate) fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
         if values.is_empty() { Ok(()) } else { self.timed(|engine| engine.sum_f64(values)) }
     }
@@ -275,7 +268,7 @@ impl World {
                     self.rank()
                 )));
             }
-            let text = || format!("rank {rank}: {}", String::from_utf8_lossy(rest));
+            let text = || named(rank, &String::from_utf8_lossy(rest));
             match (kind, &trouble) {
                 (OK, _) => {}
                 (NON_FINITE, None) => trouble = Some(Trouble::NonFinite(text())),
@@ -295,6 +288,15 @@ impl World {
 const OK: u8 = 0;
 const NON_FINITE: u8 = 1;
 const FAILED: u8 = 2;
+
+/// What a rank says, with its number; what it passes on has that of whom it comes from.
+pub(super) fn named(rank: usize, said: &str) -> String {
+    let whose = said.strip_prefix("rank ").and_then(|rest| rest.split_once(": "));
+    match whose.is_some_and(|(number, _)| number.parse::<usize>().is_ok()) {
+        true => said.to_string(),
+        false => format!("rank {rank}: {said}"),
+    }
+}
 
 /// A place that a report names.
 fn in_words(place: &str) -> String {

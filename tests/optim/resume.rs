@@ -218,6 +218,36 @@ fn refuses(net: Net, options: Params, path: &Path, parts: &[&str]) -> Result<()>
     Ok(())
 }
 
+/// EKFAC has no use for low rank, whether its own factors are chosen by cost or given.
+#[test]
+fn ekfac_and_a_file_of_low_rank() -> Result<()> {
+    let k_fac = |net: &Net, beyond| {
+        let factor_limit = FactorLimit { rows: 3, beyond };
+        Params { factor_limit, ..params(net, Wake::KFac) }
+    };
+    let net = Net::of(DType::F64, 3, small)?;
+    let mut opt = NaturalGradient::from_varmap(&net.varmap, k_fac(&net, Beyond::LowRank { rank: 2 }))?;
+    train(&net, &mut opt, plain, DType::F64, (0, 3))?;
+    let path = scratch("low-rank");
+    opt.save(&path)?;
+    for beyond in [Beyond::ByCost, Beyond::BlockDiagonal] {
+        let other = Net::of(DType::F64, 3, small)?;
+        let options = Params { ekfac: true, ..k_fac(&other, beyond) };
+        refuses(
+            other,
+            options,
+            &path,
+            &[
+                "kronwake/conv/factor_a [1, 3, 5] is of low rank, and ekfac needs eigenvectors in all 5 directions: resume without ekfac, or",
+            ],
+        )?;
+    }
+    // Without it the file's shapes are taken.
+    let other = Net::of(DType::F64, 3, small)?;
+    NaturalGradient::from_varmap(&other.varmap, k_fac(&other, Beyond::ByCost))?.resume(&path)?;
+    std::fs::remove_file(&path).map_err(candle_core::Error::wrap)
+}
+
 /// `t` with the element at the start of its flat order replaced.
 fn poisoned(t: &Tensor, value: f64) -> Result<Tensor> {
     let mut values = flat(t);

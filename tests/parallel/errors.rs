@@ -2,10 +2,10 @@
 
 use super::harness::*;
 use crate::common::*;
-use candle_core::{DType, Result, Tensor};
-use kronwake::curvature::Damping;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use kronwake::curvature::{Damping, Inverse};
 use kronwake::nn::{self, Module, VarBuilder};
-use kronwake::optim::{NaturalGradient, NonFinite, Optimizer, Params};
+use kronwake::optim::{Every, Group, Groups, NaturalGradient, NonFinite, Optimizer, Params};
 use kronwake::parallel::{Placement, World};
 use kronwake::tape::{Fisher, Likelihood};
 use std::time::{Duration, Instant};
@@ -173,6 +173,85 @@ fn ranks_that_leave_or_do_not_come() {
     assert!(said[0].contains("rank 2 did not come within 0.3 s"), "{said:?}");
     assert!(said[1].contains("rank 2"), "{said:?}");
     assert!(begun.elapsed() < Duration::from_secs(20));
+}
+
+/// A frozen Var of a type that is not sent.
+#[test]
+fn values_that_rank_0_cannot_give() {
+    let shared = ranks(3, |world| {
+        world.set_time_limit(Duration::from_secs(20));
+        let net = Net::of(DType::F64, 1 + world.rank() as u64, other)?;
+        let scales = Var::from_tensor(&Tensor::zeros(3, DType::F8E4M3, &Device::Cpu)?)?;
+        net.varmap.data().lock().expect("a lock").insert("scales".into(), scales);
+        let groups = Groups(vec![Group { frozen: true, ..Group::named("scales") }]);
+        let params = Params { groups, ..Params::k_fac(&net.tape) };
+        let before = net.values()?;
+        let shared = NaturalGradient::from_varmap(&net.varmap, params)?.share(&world, Placement::Replicated);
+        assert_eq!(apart(&net.values()?[..4], &before[..4]), 0.0);
+        shared
+    });
+    all_say(shared, &["rank 0: parallel: expected a tensor of f64, f32, f16 or bf16, got F8E4M3"]);
+}
+
+/// Two layers on inputs of their own; those of the second are all 1, so that its factor A of 34 rows is of rank one.
+fn apart_inputs(vb: VarBuilder) -> Result<Forward> {
+    let (a, b) = (nn::linear(50, 3, vb.pp("a"))?, nn::linear(33, 3, vb.pp("b"))?);
+    Ok(Box::new(move |x| {
+        a.forward(x)? + b.forward(&Tensor::ones((x.dim(0)?, 33), x.dtype(), x.device())?)?
+    }))
+}
+
+/// A step on this rank's part of 120 rows.
+fn gaussian_step(rank: &mut Rank, k: u64) -> Result<()> {
+    let (x, y) = (random(300 + k, &[120, 50])?, random(400 + k, &[120, 3])?);
+    let part = rank.world.part(120);
+    let (x, y) = (x.narrow(0, part.start, part.len())?, y.narrow(0, part.start, part.len())?);
+    let z = (rank.net.forward)(&x)?;
+    rank.opt.observe(&z, Likelihood::Gaussian)?;
+    rank.opt.backward_step(&mean_loss(Likelihood::Gaussian, &z, &y)?)
+}
+
+/// An inverse that its owner alone makes, and cannot: rank 1 has the second layer's, which is the smaller one.
+#[test]
+fn an_inverse_that_fails_on_its_owner() -> Result<()> {
+    let params = |damping: f64| {
+        move |net: &Net| Params {
+            damping: Damping::Pi(damping),
+            inverse: Inverse::Cholesky,
+            every: Every { factors: 1, inverses: 1 },
+            ..Params::k_fac(&net.tape)
+        }
+    };
+    const NONE: f64 = 1e-60;
+    for placement in [Placement::Gathered, Placement::Owned] {
+        // The first one has none to go on with.
+        let said = ranks(2, |world| {
+            world.set_time_limit(Duration::from_secs(20));
+            let mut rank = Rank::placed(world, apart_inputs, &params(NONE), placement)?;
+            let before = rank.net.values()?;
+            let outcome = gaussian_step(&mut rank, 0);
+            assert_eq!(apart(&rank.net.values()?, &before), 0.0);
+            assert_eq!(rank.opt.steps(), 0);
+            outcome
+        });
+        all_say(said, &["rank 1: b: expected a positive definite matrix"]);
+        // A later one keeps the last, as on one process.
+        let train = |world: World| -> Result<Vec<Tensor>> {
+            world.set_time_limit(Duration::from_secs(20));
+            let mut rank = Rank::placed(world, apart_inputs, &params(0.1), placement)?;
+            gaussian_step(&mut rank, 0)?;
+            let without_damping = params(NONE)(&rank.net);
+            rank.opt.set_params(without_damping)?;
+            gaussian_step(&mut rank, 1)?;
+            rank.net.values()
+        };
+        let expected = train(World::alone())?;
+        for found in ranks(2, train) {
+            let far = apart(&found?, &expected);
+            assert!(far < 1e-12, "{placement:?}: {far:e}");
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -56,7 +56,7 @@ impl NaturalGradient {
         self.may_step()?;
         let proposal = refresh.and_then(|refresh| {
             self.begin_length(refresh.as_ref());
-            propose(&self.core, &self.workplace, refresh.as_ref(), &grads)?
+            propose(&self.core, &self.workplace, Ok(refresh.as_ref()), &grads)?
         });
         self.forget();
         match proposal {
@@ -177,7 +177,7 @@ impl NaturalGradient {
             device.begin(&self.core)?;
         }
         let stacked: Vec<_> = device.stacks.iter().map(|stack| stack.inverse.clone()).collect();
-        let stepped = run(&self.core, device, &self.workplace, refresh.as_ref(), grads)??;
+        let stepped = run(&self.core, device, &self.workplace, Ok(refresh.as_ref()), grads)??;
 
         let last_pending = std::mem::replace(&mut self.core.pending, stepped.pending);
         let last_damping = std::mem::replace(&mut self.core.damping, stepped.damping);

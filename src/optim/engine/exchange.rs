@@ -9,7 +9,7 @@ use crate::optim::state::pending::Others;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
 use crate::optim::wake::Model;
-use crate::parallel::{Form, Kind, Placement, Sums, Trouble, World};
+use crate::parallel::{Form, Kind, Placement, Sums, Totals, Trouble, World};
 use candle_core::{Result, Tensor, bail};
 
 /// What a step takes in. With several processes it is made of what all have brought, and equal on all.
@@ -47,8 +47,8 @@ impl NaturalGradient {
         if world.is_alone() {
             return Ok(());
         }
-        let name = self.core.name();
-        self.settle()?;
+        let (name, steps) = (self.core.name(), self.core.steps);
+        let settled = self.settle();
         if self.core.ownership.is_some() {
             bail!(
                 "{name}: expected an optimizer with all of its state, got one that shares it with others already"
@@ -59,6 +59,7 @@ impl NaturalGradient {
             Placement::Replicated | Placement::Gathered | Placement::Owned => placement,
         };
         let share = Share::new(world, placement, name, self.core.identity())?;
+        share.all_did((name, "share", steps), settled)?;
         // All have the same options here, so all refuse.
         if self.core.params.wake.inner().is_some() {
             bail!(
@@ -77,16 +78,11 @@ impl NaturalGradient {
             )
         }
         // Before any parameter is another.
-        self.states_agree(&share)?;
-        share.values_of_first(self.core.vars.iter().map(|param| &param.var))?;
-        share.values_of_first(self.core.frozen.iter().map(|(_, var)| var))?;
-        for param in &mut self.core.vars {
-            if let Some(master) = &param.master
-                && let Some(value) = world.tensor_of_first(master)?
-            {
-                param.master = Some(value);
-            }
-        }
+        share.agree_on((name, "share", steps), &self.state_of(), self.core.state_hashes())?;
+        let vars = self.core.vars.iter().map(|param| &param.var);
+        let vars: Vec<_> = vars.chain(self.core.frozen.iter().map(|(_, var)| var)).cloned().collect();
+        let masters = self.core.vars.iter_mut().filter_map(|param| param.master.as_mut()).collect();
+        share.take_values_of_first((name, steps), &vars, masters)?;
         self.device = None;
         let others = || Some(Others { world: world.clone(), of: name });
         if self.core.params.ekfac {
@@ -103,15 +99,20 @@ impl NaturalGradient {
         Ok(())
     }
 
-    /// Compares the state of all processes, where there are several.
-    pub(super) fn agree_on_state(&self) -> Result<()> {
-        self.shared.as_ref().map_or(Ok(()), |share| self.states_agree(share))
+    /// Compares the state of all processes hash by hash, where there are several, after each has come to its own as `outcome` says.
+    pub(super) fn agree_on_state(&self, outcome: Result<()>) -> Result<()> {
+        let Some(share) = &self.shared else { return outcome };
+        // One that could not take its state has other steps.
+        share.agree_on(
+            (self.core.name(), "resume", 0),
+            &self.state_of(),
+            outcome.and_then(|()| self.core.state_hashes()),
+        )
     }
 
-    /// Compares the state of all processes, hash by hash.
-    fn states_agree(&self, share: &Share) -> Result<()> {
-        let who = format!("{}: the state (resume the same file on all processes)", self.core.name());
-        share.world.agree_all(&who, &self.core.state_hashes()?)
+    /// What is compared of all processes.
+    fn state_of(&self) -> String {
+        format!("{}: the state (resume the same file on all processes)", self.core.name())
     }
 
     /// What is brought to a step: this process's part, or everybody's. A local error is everybody's too.
@@ -155,37 +156,56 @@ impl NaturalGradient {
         share.last_terms = brought.as_ref().map_or(0.0, |brought| brought.total);
         let told = share.step(name, steps, brought, &alike, &values)?;
         let forms: Vec<_> = self.without_layer().collect();
-        for pass in 0..told.passes {
-            for (index, (owner, form)) in forms.iter().enumerate() {
-                let drawn = drawn.get(pass).and_then(|pass: &Vec<Tensor>| pass.get(index));
-                sums.tensor(Kind::Exact, *owner, drawn, form, 1.0, || "drawn gradients".into())?;
-            }
+        if told.passes > 0 && !forms.is_empty() {
+            // How many passes there are was not known before to those without rows.
+            let added = add_drawn(&mut sums, told.passes, &forms, &drawn);
+            share.meet((name, "drawn", steps), added.map(|()| vec![]).map_err(Trouble::from))?;
         }
         let mut totals = share.add(sums)?;
-        let (mut grads, took_part) = read_gradients(&mut totals, &self.slots(), told.total)?;
-        let refresh = match joint_due {
-            true => {
+        let refresh = joint_due.then_some(told.passes);
+        // What fails from here on, on this process alone, is brought to the next meeting.
+        Ok(match self.of_totals(&mut totals, told.total, refresh, &forms, kept) {
+            Ok((grads, refresh)) => Incoming { grads, loss: told.loss, refresh: Ok(refresh) },
+            Err(error) => {
+                let grads = vec![None; self.core.vars.len()];
+                Incoming { grads, loss: told.loss, refresh: Err(Refusal::Failed(error)) }
+            }
+        })
+    }
+
+    /// The mean gradients over `total` loss terms, and what renews the curvature with so many `passes` of drawn labels, if it is due.
+    fn of_totals(
+        &mut self,
+        totals: &mut Totals,
+        total: f64,
+        passes: Option<usize>,
+        forms: &[(Option<usize>, Form)],
+        kept: Vec<Kept>,
+    ) -> Result<(Vec<Option<Tensor>>, Option<Refresh>)> {
+        let (mut grads, took_part) = read_gradients(totals, &self.slots(), total)?;
+        let refresh = match passes {
+            Some(passes) => {
                 let joint = self.joint();
-                let (mut layers, counts) = joint.read(&mut totals)?;
+                let (mut layers, counts) = joint.read(totals)?;
                 for (layer, kept) in layers.iter_mut().zip(kept) {
                     layer.kept = kept;
                 }
                 let averaged = !joint.last.is_empty();
-                let mut drawn = Vec::with_capacity(told.passes);
-                for _ in 0..told.passes {
+                let mut drawn = Vec::with_capacity(passes);
+                for _ in 0..passes {
                     let read = |(owner, form): &(_, Form)| totals.tensor(Kind::Exact, *owner, form, 1.0);
                     drawn.push(forms.iter().map(read).collect::<Result<Vec<_>>>()?);
                 }
                 Some(Refresh { layers, averaged, counts, drawn })
             }
-            false => None,
+            None => None,
         };
         let mut taking_part: Vec<_> = took_part.into_iter().map(|took| took.then_some(())).collect();
         self.sit_out(&mut taking_part)?;
         for (grad, taking_part) in grads.iter_mut().zip(taking_part) {
             *grad = grad.take().filter(|_| taking_part.is_some());
         }
-        Ok(Incoming { grads, loss: told.loss, refresh: Ok(refresh) })
+        Ok((grads, refresh))
     }
 
     /// This process's part of a step, with what is not added up at once in `here`.
@@ -286,66 +306,27 @@ impl NaturalGradient {
     }
 }
 
+/// Adds the gradients of drawn labels, or nothing of a process without rows, to what all add up.
+fn add_drawn(
+    sums: &mut Sums,
+    passes: usize,
+    forms: &[(Option<usize>, Form)],
+    drawn: &[Vec<Tensor>],
+) -> Staged<()> {
+    for pass in 0..passes {
+        for (index, (owner, form)) in forms.iter().enumerate() {
+            let drawn = drawn.get(pass).and_then(|pass| pass.get(index));
+            sums.tensor(Kind::Exact, *owner, drawn, form, 1.0, || "a gradient of drawn labels".into())?;
+        }
+    }
+    match sums.not_finite()? {
+        Some(whose) => Err(Refusal::NonFinite(format!("{whose} has NaN or infinite elements"))),
+        None => Ok(()),
+    }
+}
+
 /// What was seen of a step: sums of factors, and the gradients of drawn labels.
 pub(super) type Seen = (FactorSums, Vec<Vec<Tensor>>);
 
 #[cfg(test)]
-mod tests {
-    use crate::gpu::emulate::emulate;
-    use crate::nn::{self, Module, VarBuilder, VarMap};
-    use crate::ops::testing::{random, values};
-    use crate::optim::{Every, NaturalGradient, Optimizer, Params, So, Wake};
-    use crate::parallel::{Placement, Threads, World, testing};
-    use crate::tape::{Likelihood, Tape};
-    use candle_core::{DType, Device, Result, Tensor};
-
-    /// Parameters after some steps of a rank on its part of six rows.
-    fn train(world: &World, wake: Wake, placement: Placement) -> Result<Vec<Vec<f64>>> {
-        let (tape, vars) = (Tape::new(), VarMap::new());
-        let vb = VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu);
-        let (a, b) = tape.build(|| Ok((nn::linear(5, 34, vb.pp("a"))?, nn::linear(34, 3, vb.pp("b"))?)))?;
-        let mut named: Vec<_> = vars.data().lock().expect("a lock").clone().into_iter().collect();
-        named.sort_by(|a, b| a.0.cmp(&b.0));
-        for (index, (_, var)) in named.iter().enumerate() {
-            var.set(&random((index + 10 * world.rank()) as u64, var.dims())?)?;
-        }
-        let every = Every { factors: 2, inverses: 2 };
-        let mut opt = NaturalGradient::from_varmap(&vars, Params { every, ..Params::of(wake, &tape) })?;
-        opt.share(world, placement)?;
-        let (x, y) = (random(90, &[6, 5])?, Tensor::new(&[0u32, 1, 2, 2, 1, 0], &Device::Cpu)?);
-        let (from, n) = if world.is_alone() { (0, 6) } else { [(0, 4), (4, 2)][world.rank()] };
-        for _ in 0..6 {
-            let outputs = b.forward(&a.forward(&x.narrow(0, from, n)?)?.tanh()?)?;
-            opt.observe(&outputs, Likelihood::Categorical)?;
-            opt.backward_step(&nn::loss::cross_entropy(&outputs, &y.narrow(0, from, n)?)?)?;
-        }
-        opt.settle()?;
-        named.iter().map(|(_, var)| values(var)).collect()
-    }
-
-    #[test]
-    fn tensors_on_a_gpu_are_added_up_there_and_by_way_of_the_host() -> Result<()> {
-        let wakes: [Wake; 3] = [Wake::KFac, So::default().into(), "kld-wrm".parse()?];
-        let placements = [Placement::Replicated, Placement::Gathered, Placement::Gathered];
-        let owned = wakes.clone().map(|wake| (wake, Placement::Owned));
-        for (wake, placement) in wakes.into_iter().zip(placements).chain(owned) {
-            let expected = emulate(|| train(&World::alone(), wake.clone(), placement))?;
-            let run = &|world: World| emulate(|| train(&world, wake.clone(), placement));
-            let trained = |worlds: Vec<World>| -> Vec<_> {
-                std::thread::scope(|scope| {
-                    let ranks: Vec<_> =
-                        worlds.into_iter().map(|world| scope.spawn(move || run(world))).collect();
-                    ranks.into_iter().map(|rank| rank.join().expect("a rank")).collect()
-                })
-            };
-            let found = [Threads::worlds(2), testing::worlds(2)].into_iter().flat_map(trained);
-            for found in found {
-                for (found, expected) in found?.iter().flatten().zip(expected.iter().flatten()) {
-                    let far = (found - expected).abs();
-                    assert!(far < 1e-11, "{}: {found}, expected {expected}", wake.name());
-                }
-            }
-        }
-        Ok(())
-    }
-}
+mod tests;

@@ -219,9 +219,9 @@ impl NaturalGradient {
     /// When a Var has no name: build with [`from_varmap`](Self::from_varmap). When micro-batches or an observation wait for their step. When
     /// the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let elsewhere = self.elsewhere()?;
-        let written = if self.writes() { self.write(path.as_ref(), elsewhere) } else { Ok(()) };
-        self.all_did("save", written)
+        let messages = self.gather_elsewhere()?;
+        let write = || self.write(path.as_ref(), self.elsewhere(messages)?);
+        self.all_did("save", if self.writes() { write() } else { Ok(()) })
     }
 
     fn write(&self, path: &Path, elsewhere: Elsewhere) -> Result<()> {
@@ -265,10 +265,8 @@ impl NaturalGradient {
         agreed?;
         self.want_again();
         let Some((resumed, state)) = state else { bail!("{}: no state was read", self.core.name()) };
-        self.core.take_state(state)?;
-        if self.shared.is_some() {
-            self.agree_on_state()?;
-        }
+        let taken = self.core.take_state(state);
+        self.agree_on_state(taken)?;
         self.core.keep_own();
         self.forget_with_others();
         self.device = None;

@@ -21,6 +21,12 @@ struct Own {
     values: Values,
 }
 
+/// Whose state a message to the writing process is: the number of a block, or of a Var without one.
+pub(super) enum Owned {
+    Block(usize),
+    Adam(usize),
+}
+
 impl NaturalGradient {
     /// [`advance`](Self::advance) where each process owns a part of the state: each computes what is its own, and all have the parameters.
     pub(super) fn advance_owned(&mut self, incoming: Incoming) -> Result<()> {
@@ -48,10 +54,16 @@ impl NaturalGradient {
     /// This process's part of a step, or what it refuses alone. What is refused by all is no part.
     fn own_part(&mut self, Incoming { grads, loss, refresh }: Incoming) -> Staged<Staged<Own>> {
         let _span = tracing::info_span!("step").entered();
-        let proposal = refresh.and_then(|refresh| {
-            self.begin_length(refresh.as_ref());
-            propose(&self.core, &self.workplace, refresh.as_ref(), &grads)
-        });
+        let (refresh, refused) = match refresh {
+            Ok(refresh) => {
+                self.begin_length(refresh.as_ref());
+                (refresh, None)
+            }
+            // To be brought to the first of the meetings within.
+            Err(refused) => (None, Some(refused)),
+        };
+        let seen = refused.map_or(Ok(refresh.as_ref()), Err);
+        let proposal = propose(&self.core, &self.workplace, seen, &grads);
         self.forget();
         Ok(proposal?.and_then(|proposal| {
             let predicted = predict(&self.core, &proposal, loss)?;
@@ -76,9 +88,10 @@ impl NaturalGradient {
         Ok((own?, all))
     }
 
-    /// What others own of the state, block by block; all call it. Of the ranks that do not write only little is in memory at a time.
-    pub(super) fn elsewhere(&self) -> Result<Elsewhere> {
-        let mut found = Elsewhere::default();
+    /// What others own of the state, block by block and then Var by Var, on rank 0; all call it. Of the ranks that do not write only little is
+    /// in memory at a time.
+    pub(super) fn gather_elsewhere(&self) -> Result<Vec<(Owned, Vec<u8>)>> {
+        let mut found = vec![];
         let (Some(share), Some(owned)) = (&self.shared, &self.core.ownership) else { return Ok(found) };
         let core = &self.core;
         let place = (core.name(), core.steps);
@@ -93,14 +106,9 @@ impl NaturalGradient {
                 }
                 Ok(message.0)
             })?;
-            let Some(message) = message else { continue };
-            let mut reader = Reader(&message);
-            for _ in 0..reader.number()? {
-                let name = String::from_utf8_lossy(reader.bytes()?).into_owned();
-                found.add(&block.name, &name, reader.tensor(&Device::Cpu)?);
-            }
+            found.extend(message.map(|message| (Owned::Block(index), message)));
         }
-        for adam in &core.adam {
+        for (index, adam) in core.adam.iter().enumerate() {
             let message = share.state_of_owner(place, owned.params[adam.param], || {
                 let mut message = Writer::default();
                 message.number(adam.steps);
@@ -111,14 +119,33 @@ impl NaturalGradient {
                 }
                 Ok(message.0)
             })?;
-            let Some(message) = message else { continue };
+            found.extend(message.map(|message| (Owned::Adam(index), message)));
+        }
+        Ok(found)
+    }
+
+    /// What [`gather_elsewhere`](Self::gather_elsewhere) has brought.
+    pub(super) fn elsewhere(&self, messages: Vec<(Owned, Vec<u8>)>) -> Result<Elsewhere> {
+        let (core, mut found) = (&self.core, Elsewhere::default());
+        for (of, message) in messages {
             let mut reader = Reader(&message);
-            let (steps, has_moments) = (reader.number()?, reader.number()? > 0);
-            found.adam_steps.insert(adam.param, steps);
-            if has_moments {
-                let name = &core.vars[adam.param].name;
-                found.add(name, "first_moment", reader.tensor(&Device::Cpu)?);
-                found.add(name, "second_moment", reader.tensor(&Device::Cpu)?);
+            match of {
+                Owned::Block(index) => {
+                    for _ in 0..reader.number()? {
+                        let name = String::from_utf8_lossy(reader.bytes()?).into_owned();
+                        found.add(&core.blocks[index].name, &name, reader.tensor(&Device::Cpu)?);
+                    }
+                }
+                Owned::Adam(index) => {
+                    let param = core.adam[index].param;
+                    let (steps, has_moments) = (reader.number()?, reader.number()? > 0);
+                    found.adam_steps.insert(param, steps);
+                    if has_moments {
+                        let name = &core.vars[param].name;
+                        found.add(name, "first_moment", reader.tensor(&Device::Cpu)?);
+                        found.add(name, "second_moment", reader.tensor(&Device::Cpu)?);
+                    }
+                }
             }
         }
         Ok(found)

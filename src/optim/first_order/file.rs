@@ -19,9 +19,9 @@ impl<P: Update> FirstOrder<P> {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        let elsewhere = self.elsewhere()?;
-        let written = if self.writes() { self.write(path.as_ref(), elsewhere) } else { Ok(()) };
-        self.all_did("save", written)
+        let messages = self.gather_elsewhere()?;
+        let write = || self.write(path.as_ref(), self.elsewhere(messages)?);
+        self.all_did("save", if self.writes() { write() } else { Ok(()) })
     }
 
     fn write(&self, path: &Path, elsewhere: Vec<(String, Tensor)>) -> Result<()> {
@@ -52,12 +52,11 @@ impl<P: Update> FirstOrder<P> {
         };
         self.all_did("resume", outcome)?;
         let Some(Read { slots, steps, skipped }) = found else { bail!("first-order: no state was read") };
-        for (slot, (value, state)) in self.slots.iter_mut().zip(slots) {
-            slot.set(value, state)?;
-        }
+        let mut pairs = self.slots.iter_mut().zip(slots);
+        let set = pairs.try_for_each(|(slot, (value, state))| slot.set(value, state));
         (self.steps, self.skipped) = (steps, skipped);
         self.forget();
-        self.agree_on_state()?;
+        self.agree_on_state(set)?;
         self.keep_own();
         Ok(())
     }

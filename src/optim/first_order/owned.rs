@@ -64,18 +64,26 @@ impl<P: Update> FirstOrder<P> {
         all.values.into_iter().zip(own?).map(next).collect()
     }
 
-    /// The state that others own, with the names that a file has for it, on rank 0.
-    pub(super) fn elsewhere(&self) -> Result<Vec<(String, Tensor)>> {
+    /// The state that others own, on rank 0, each with the number of its slot. All call it.
+    pub(super) fn gather_elsewhere(&self) -> Result<Vec<(usize, Vec<u8>)>> {
         let mut found = vec![];
         let Some(share) = &self.shared else { return Ok(found) };
-        for (slot, owner) in self.slots.iter().zip(&self.owners) {
+        for (index, (slot, owner)) in self.slots.iter().zip(&self.owners).enumerate() {
             let message = share.state_of_owner((P::NAME, self.steps), *owner, || {
                 let mut message = Writer::default();
                 slot.state.iter().try_for_each(|tensor| message.tensor(tensor))?;
                 Ok(message.0)
             })?;
-            let Some(message) = message else { continue };
-            let mut reader = Reader(&message);
+            found.extend(message.map(|message| (index, message)));
+        }
+        Ok(found)
+    }
+
+    /// What [`gather_elsewhere`](Self::gather_elsewhere) has brought, with the names that a file has for it.
+    pub(super) fn elsewhere(&self, messages: Vec<(usize, Vec<u8>)>) -> Result<Vec<(String, Tensor)>> {
+        let mut found = vec![];
+        for (slot, message) in messages {
+            let (slot, mut reader) = (&self.slots[slot], Reader(&message));
             for key in slot.keys.iter().filter(|_| !message.is_empty()) {
                 found.push((format!("{key}.{}", slot.name), reader.tensor(&Device::Cpu)?));
             }

@@ -4,7 +4,7 @@ use super::slot::Way;
 use super::{FirstOrder, Update};
 use crate::optim::identity::{Lines, hash, of_var, version};
 use crate::optim::share::{Brought, NOT_COUNTED, Share, Slot, add_gradients, read_gradients};
-use crate::optim::step::gradients::Refusal;
+use crate::optim::step::gradients::{Refusal, Staged};
 use crate::parallel::{Form, Placement, Trouble, World};
 use candle_core::{Error, Result, Tensor, backprop::GradStore, bail};
 
@@ -54,15 +54,10 @@ impl<P: Update> FirstOrder<P> {
             )
         }
         // Before any parameter is another.
-        self.states_agree(&share)?;
-        share.values_of_first(self.slots.iter().map(|slot| &slot.var))?;
-        for slot in &mut self.slots {
-            if let Some(wide) = &slot.wide
-                && let Some(value) = world.tensor_of_first(wide)?
-            {
-                slot.wide = Some(value);
-            }
-        }
+        share.agree_on((P::NAME, "share", self.steps), &Self::state_of(), self.state_hashes())?;
+        let vars: Vec<_> = self.slots.iter().map(|slot| slot.var.clone()).collect();
+        let wide = self.slots.iter_mut().filter_map(|slot| slot.wide.as_mut()).collect();
+        share.take_values_of_first((P::NAME, self.steps), &vars, wide)?;
         self.shared = Some(share);
         if placement == Placement::Owned {
             self.owners = self.slot_owners(world.size());
@@ -114,21 +109,27 @@ impl<P: Update> FirstOrder<P> {
         Ok(())
     }
 
-    /// The gradients of the coming step: this process's, or the means of all. A local error is everybody's too.
-    pub(super) fn incoming(&mut self, local: Result<Grads>) -> std::result::Result<Grads, Refusal> {
+    /// The gradients of the coming step: this process's, or the means of all. A local error is everybody's too, but for what this process could not
+    /// make of the sums, the inner result.
+    pub(super) fn incoming(&mut self, local: Result<Grads>) -> Staged<Result<Grads>> {
         let Some(mut share) = self.shared.take() else {
             let grads = local?;
             self.check_finite(&grads)?;
-            return Ok(grads);
+            return Ok(Ok(grads));
         };
         let incoming = self.of_all(&mut share, local);
         self.shared = Some(share);
         incoming
     }
 
-    fn of_all(&self, share: &mut Share, local: Result<Grads>) -> std::result::Result<Grads, Refusal> {
+    fn of_all(&self, share: &mut Share, local: Result<Grads>) -> Staged<Result<Grads>> {
         let (mut sums, slots) = (share.sums(), self.forms());
-        let own = match (share.terms, local) {
+        let values: Result<Vec<_>> = self.slots.iter().map(|s| Ok((s.name.as_str(), s.value()?))).collect();
+        let (values, valued) = match values {
+            Ok(values) => (values, Ok(())),
+            Err(error) => (vec![], Err(error)),
+        };
+        let own = match (share.terms, valued.and(local)) {
             (None, _) => Err(Refusal::Failed(Error::Msg(NOT_COUNTED.into()))),
             (_, Err(error)) => Err(Refusal::Failed(error)),
             (Some(total), Ok(grads)) => {
@@ -137,9 +138,10 @@ impl<P: Update> FirstOrder<P> {
             }
         };
         let alike = [("learning rate", *self.params.clone().lr())];
-        let values: Result<Vec<_>> = self.slots.iter().map(|s| Ok((s.name.as_str(), s.value()?))).collect();
-        let told = share.step(P::NAME, self.steps, own.map_err(Trouble::from), &alike, &values?)?;
-        Ok(read_gradients(&mut share.add(sums)?, &slots, told.total)?.0)
+        let told = share.step(P::NAME, self.steps, own.map_err(Trouble::from), &alike, &values)?;
+        let mut totals = share.add(sums)?;
+        // What fails from here on, on this process alone, is brought to the next meeting.
+        Ok(read_gradients(&mut totals, &slots, told.total).map(|(grads, _)| grads))
     }
 
     fn forms(&self) -> Vec<Slot<'_>> {
@@ -201,19 +203,23 @@ impl<P: Update> FirstOrder<P> {
         self.shared.as_ref().is_none_or(|share| share.world.is_first())
     }
 
-    /// Compares the state of all processes, where there are several.
-    pub(super) fn agree_on_state(&self) -> Result<()> {
-        self.shared.as_ref().map_or(Ok(()), |share| self.states_agree(share))
+    /// Compares the state of all processes hash by hash, where there are several, after each has come to its own as `outcome` says.
+    pub(super) fn agree_on_state(&self, outcome: Result<()>) -> Result<()> {
+        let Some(share) = &self.shared else { return outcome };
+        let hashes = outcome.and_then(|()| self.state_hashes());
+        // One that could not take its state may have other steps.
+        share.agree_on((P::NAME, "resume", 0), &Self::state_of(), hashes)
     }
 
-    /// Compares the state of all processes, hash by hash.
-    fn states_agree(&self, share: &Share) -> Result<()> {
+    fn state_hashes(&self) -> Result<Lines> {
         let line = |slot: &super::slot::Slot| {
             Ok((format!("for {} a state of hash", slot.name), format!("{:016x}", hash(slot.state.iter())?)))
         };
-        let lines = self.slots.iter().map(line).collect::<Result<Lines>>()?;
-        share
-            .world
-            .agree_all(&format!("{}: the state (resume the same file on all processes)", P::NAME), &lines)
+        self.slots.iter().map(line).collect()
+    }
+
+    /// What is compared of all processes.
+    fn state_of() -> String {
+        format!("{}: the state (resume the same file on all processes)", P::NAME)
     }
 }

@@ -56,6 +56,7 @@ impl Core {
     pub fn read_state(&mut self, path: &Path, partly: bool) -> Result<(Resumed, State)> {
         let device = self.vars.first().map_or(Device::Cpu, |p| p.var.device().clone());
         let file = Checkpoint::read(path, &device)?;
+        self.refuse_low_rank(path, &file)?;
         self.take_factor_shapes(&file);
         let text = file.metadata.get(KEY).map_or("", String::as_str);
         let numbers =
@@ -67,20 +68,38 @@ impl Core {
         Ok((reader.finish(path)?, State { header, body }))
     }
 
+    /// Refuses factors of low rank for EKFAC, which scales by eigenvectors in all directions.
+    fn refuse_low_rank(&self, path: &Path, file: &Checkpoint) -> Result<()> {
+        for block in self.blocks.iter().filter(|block| self.params.ekfac && block.part != Part::Table) {
+            for (part, side) in [("factor_a", block.columns), ("factor_g", block.rows)] {
+                let name = slot(&block.name, part);
+                let Some(dims) = file.tensors.get(&name).map(|factor| factor.dims()) else { continue };
+                if FactorShape::of_dims(side.dim, block.groups, dims)
+                    .is_some_and(|shape| shape.rank.is_some())
+                {
+                    bail!(
+                        "{}: {name} {dims:?} is of low rank, and ekfac needs eigenvectors in all {} directions: resume without ekfac, or a file \
+                         that was written with it",
+                        path.display(),
+                        side.dim
+                    )
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Gives factors that are chosen by cost the shapes that they have in a file: there it was another machine's choice, or another version's.
     fn take_factor_shapes(&mut self, file: &Checkpoint) {
         for index in 0..self.blocks.len() {
             if !self.is_by_cost(&self.blocks[index]) {
                 continue;
             }
-            let corrected = self.params.ekfac && self.blocks[index].part != Part::Table;
             let block = &mut self.blocks[index];
             let groups = block.groups;
             for (part, side) in [("factor_a", &mut block.columns), ("factor_g", &mut block.rows)] {
                 let dims = file.tensors.get(&slot(&block.name, part)).map(|factor| factor.dims());
                 let found = dims.and_then(|dims| FactorShape::of_dims(side.dim, groups, dims));
-                // EKFAC has no use for low rank; the file is refused for what is wrong with it.
-                let found = found.filter(|shape| !(corrected && shape.rank.is_some()));
                 *side = found.unwrap_or(*side);
             }
         }

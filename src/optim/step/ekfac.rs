@@ -26,20 +26,23 @@ pub(super) fn current(
     if !wanted.contains(&true) {
         return Ok(vec![]);
     }
-    let own = own().map_err(|error| Trouble::failed(&error));
-    let local = own.as_ref().map(|_| vec![]).map_err(Trouble::clone);
-    world.meet(Place { of, call: "moments", step: core.steps }, local)?;
-    let own = own.map_err(Trouble::error)?;
     let form = |block: &Block| {
         let like = Form::wide(core.vars[block.params[0]].var.as_tensor());
         Form { dims: block.inside().to_vec(), ..like }
     };
-    let mut sums = Sums::new(world, false);
     let pairs = || core.blocks.iter().zip(&wanted);
-    for ((block, _), own) in pairs().zip(own).filter(|((_, wanted), _)| **wanted) {
-        sums.tensor(Kind::Exact, None, own.as_ref(), &form(block), 1.0, || "moments".into())?;
-    }
-    let mut totals = sums.over()?;
+    let own = own().and_then(|own| {
+        let mut sums = Sums::new(world, false);
+        for ((block, _), own) in pairs().zip(own).filter(|((_, wanted), _)| **wanted) {
+            sums.tensor(Kind::Exact, None, own.as_ref(), &form(block), 1.0, || "moments".into())?;
+        }
+        Ok(sums)
+    });
+    // Nobody waits for a sum to which one has nothing to add.
+    let own = own.map_err(|error| Trouble::failed(&error));
+    let local = own.as_ref().map(|_| vec![]).map_err(Trouble::clone);
+    world.meet(Place { of, call: "moments", step: core.steps }, local)?;
+    let mut totals = own.map_err(Trouble::error)?.over()?;
     let read = |(block, wanted): (&Block, &bool)| match wanted {
         true => totals.tensor(Kind::Exact, None, &form(block), 1.0),
         false => Ok(None),

@@ -85,7 +85,7 @@ impl Backend for Host {
 pub(crate) fn propose(
     core: &Core,
     workplace: &Workplace,
-    refresh: Option<&Refresh>,
+    refresh: Staged<Option<&Refresh>>,
     grads: &Gradients,
 ) -> Staged<Staged<Proposal>> {
     let stepped = run(core, &mut Host, workplace, refresh, grads)?;

@@ -103,17 +103,19 @@ pub(super) struct Stepped<W> {
     pub takes_pending: bool,
 }
 
-/// The stages of a step on the gradients `grads`, with the factors of its batch where they are due. Where owners of state meet in between, what
-/// they refuse there is refused by all, and the rest, the inner result, by this process alone.
+/// The stages of a step on the gradients `grads`, with the factors of its batch where they are due, or what this process has refused before. Where
+/// owners of state meet in between, what they refuse there is refused by all, and the rest, the inner result, by this process alone.
 pub(super) fn run<B: Backend>(
     core: &Core,
     backend: &mut B,
     workplace: &Workplace,
-    refresh: Option<&Refresh>,
+    refresh: Staged<Option<&Refresh>>,
     grads: &Gradients,
 ) -> Staged<Staged<Stepped<B::Written>>> {
-    let found = backend.wake_gradients(core, grads);
-    let found = found.and_then(|wakes| Ok((wakes, renew::renew(core, refresh, grads)?)));
+    let found = refresh.and_then(|refresh| {
+        let wakes = backend.wake_gradients(core, grads)?;
+        Ok((wakes, renew::renew(core, refresh, grads)?))
+    });
     // Where owners meet, what one refuses between two meetings is brought to the next.
     let found = inverses::damped(core, workplace.owners.as_ref(), found)?;
     let found = found.and_then(|((wakes, mut curvature), due)| {

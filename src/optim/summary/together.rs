@@ -2,7 +2,7 @@
 
 use super::Bytes;
 use crate::curvature::{FactorShape, wide_dtype};
-use crate::optim::placement::{Costs, costs};
+use crate::optim::placement::{StepCost, costs};
 use crate::optim::share::Share;
 use crate::optim::state::Core;
 use crate::optim::state::block::Block;
@@ -42,9 +42,9 @@ impl Together {
     pub(in crate::optim) fn of(core: &Core, share: &Share, bytes: usize) -> Self {
         let (world, size) = (&share.world, share.world.size());
         let units = costs(core);
-        let all = Costs::sum(units.iter());
+        let all = StepCost::sum(units.iter());
         let own: Vec<bool> = core.units().iter().map(|(_, params)| core.owns(params)).collect();
-        let own = Costs::sum(units.iter().zip(own).filter(|(_, own)| *own).map(|(costs, _)| costs));
+        let own = StepCost::sum(units.iter().zip(own).filter(|(_, own)| *own).map(|(costs, _)| costs));
         let (refreshing, inverting) = (core.params.every.factors, core.params.every.inverses);
         let owners = owners_of_factors(core, share);
         let step_bytes = match share.placement {

@@ -326,10 +326,19 @@ impl Engine {
         })
     }
 
+    /// What this process has made for a message, once all have made theirs: who has no room for it on its GPU is named, and nobody waits for it
+    /// in the message.
+    fn ready<T>(&self, made: Result<T>) -> Result<T> {
+        let place = Place { of: "nccl", call: "message", step: 0 };
+        let said = made.as_ref().map(|_| vec![]).map_err(Trouble::failed);
+        self.meeting.exchange(place, said).map_err(Trouble::error)?;
+        made
+    }
+
     /// The sums of numbers of the host, by way of the GPUs.
     fn sum_long<T: WithDType>(&self, values: &mut [T]) -> Result<()> {
-        let own = Tensor::from_slice(values, values.len(), &Device::Cuda(self.device.clone()))?;
-        for sum in self.transfer(vec![(Transfer::Sum, own)])? {
+        let own = Tensor::from_slice(values, values.len(), &Device::Cuda(self.device.clone()));
+        for sum in self.transfer(vec![(Transfer::Sum, self.ready(own)?)])? {
             values.copy_from_slice(&sum.to_vec1()?);
         }
         Ok(())
@@ -338,14 +347,15 @@ impl Engine {
     /// Bytes of any length, those of ranks that have some by way of the GPUs.
     fn gather_long(&self, bytes: &[u8], lengths: &[usize]) -> Result<Vec<Vec<u8>>> {
         let device = Device::Cuda(self.device.clone());
-        let mut transfers = vec![];
-        for (rank, &length) in lengths.iter().enumerate().filter(|(_, length)| **length > 0) {
+        let with_bytes = lengths.iter().enumerate().filter(|(_, length)| **length > 0);
+        let transfer = |(rank, &length): (usize, &usize)| {
             let tensor = match rank == self.rank() {
                 true => Tensor::from_slice(bytes, length, &device)?,
                 false => Tensor::zeros(length, DType::U8, &device)?,
             };
-            transfers.push((Transfer::From(rank), tensor));
-        }
+            Ok((Transfer::From(rank), tensor))
+        };
+        let transfers = self.ready(with_bytes.map(transfer).collect())?;
         let mut arrived = self.transfer(transfers)?.into_iter();
         let bytes = |&length: &usize| match length {
             0 => Ok(vec![]),
