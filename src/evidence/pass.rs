@@ -65,9 +65,7 @@ impl Problem<'_> {
     pub(crate) fn checked(&self, examples: &Examples) -> Result<Checked> {
         let examples = examples.masked_by(&self.tape)?;
         let categorical = self.likelihood == Likelihood::Categorical;
-        if categorical {
-            examples.class_numbers()?;
-        }
+        let labels = if categorical { examples.class_numbers()? } else { vec![] };
         let some = examples.narrow(0, examples.len().min(FIRST))?;
         let pass = self.pass(&some)?;
         pass.refuse_mixing()?;
@@ -77,7 +75,7 @@ impl Problem<'_> {
         if weights.as_ref().is_some_and(|weights| weights.iter().all(|w| *w == 0.0)) {
             bail!("evidence: no term counts: all are of weight 0, masked, or of the label that is ignored")
         }
-        Targets::of(self.likelihood, &examples, &dims, weights.as_deref())?;
+        Targets::with_classes(self.likelihood, labels, &examples, &dims, weights.as_deref())?;
         let columns = self.likelihood.cotangents(&pass.counted, Root::Reduced)?.len();
         Ok(Checked { examples, columns })
     }

@@ -312,7 +312,7 @@ fn kernels_of_tensors() -> Result<()> {
                 let expected = file.tensors[&format!("{kind}.{}", p.name)].to_vec2::<f64>()?;
                 let of_one = rows.of_tensors(|tensor| tensor == index).expect("a layer");
                 let ones = vec![super::super::log_det::Precision::Uniform(1.0); index + 1];
-                let found = of_one.shifted_kernel(1.0, &ones)?.to_vec2::<f64>()?;
+                let found = of_one.shifted_kernel(1.0, &ones)?.0.to_vec2::<f64>()?;
                 for (i, row) in found.iter().enumerate() {
                     for j in 0..=i {
                         let one = if i == j { 1.0 } else { 0.0 };
