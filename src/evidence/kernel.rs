@@ -7,6 +7,7 @@
 
 use super::log_det::{Complexity, Effective, LogDet, Precision, remedy};
 use super::rows::{CHUNK, LayerRows, Rows};
+use crate::gpu::Gpu;
 use crate::linalg::cholesky::{Half, log_det_inverse};
 use crate::ops::dense::product;
 use crate::ops::ntk::{self, Panel};
@@ -60,7 +61,11 @@ impl Rows {
     }
 
     /// Calls `visit` with a term as the CPU takes it.
-    fn on_host<R>(&self, term: &Term<'_>, visit: impl FnOnce(ntk_host::Term<'_>) -> Result<R>) -> Result<R> {
+    fn with_host<R>(
+        &self,
+        term: &Term<'_>,
+        visit: impl FnOnce(ntk_host::Term<'_>) -> Result<R>,
+    ) -> Result<R> {
         let gram = term.inputs.map(|layer| layer.gram(0..self.examples)).transpose()?;
         visit(ntk_host::Term { grads: &term.grads, gram: gram.as_ref(), each: self.each })
     }
@@ -75,7 +80,7 @@ impl Rows {
         let (mut products, mut room) = (Vec::new(), size * size);
         for layer in &self.layers {
             self.each_term(layer, s, precisions, |term, of| {
-                if !m.device().is_cpu() {
+                if !on_host(m.device()) {
                     return self.each_panel(&term, |panel, grads, inputs| {
                         ntk::add(&m, panel, grads, inputs, term.weight, term.bias)
                     });
@@ -84,7 +89,7 @@ impl Rows {
                 let keep = term.grads.dim(1)? >= WIDE && half <= room && !of.is_by_weight(precisions);
                 room -= if keep { half } else { 0 };
                 let scale = [term.weight, term.bias];
-                products.push(self.on_host(&term, |term| ntk_host::add(&m, &term, scale, keep))?);
+                products.push(self.with_host(&term, |term| ntk_host::add(&m, &term, scale, keep))?);
                 Ok(())
             })?;
         }
@@ -156,8 +161,8 @@ impl Rows {
                     parts[tensor].push((product(inverse, &term.grads)? * &term.grads)?.sum(0)?);
                     return Ok(());
                 }
-                if inverse.device().is_cpu() {
-                    let traces = self.on_host(&term, |term| ntk_host::traces(inverse, &term, kept))?;
+                if on_host(inverse.device()) {
+                    let traces = self.with_host(&term, |term| ntk_host::traces(inverse, &term, kept))?;
                     let traces = Tensor::new(&traces, inverse.device())?;
                     sums.push((of, traces, [term.weight, term.bias]));
                     return Ok(());
@@ -193,6 +198,11 @@ impl Rows {
         }
         Ok(found)
     }
+}
+
+/// Whether kernels are made on the CPU.
+fn on_host(device: &Device) -> bool {
+    device.is_cpu() && Gpu::of(device).is_none()
 }
 
 fn identity(size: usize, dtype: DType, device: &Device) -> Result<Tensor> {
@@ -260,6 +270,18 @@ fn scaled(
 
 impl Complexity for Rows {
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+        match self.layers.first() {
+            // All of it on a thread of the pool: from outside, every parallel loop of it would wake the pool and wait for it.
+            Some(first) if on_host(first.factors().1.device()) => {
+                rayon::join(|| self.log_det_here(s, precisions), || ()).0
+            }
+            _ => self.log_det_here(s, precisions),
+        }
+    }
+}
+
+impl Rows {
+    fn log_det_here(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
         let (m, products) = self.shifted_kernel(s, precisions)?;
         let dtype = m.dtype();
         let (m, condition) = precise(m)?;

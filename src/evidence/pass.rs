@@ -6,7 +6,7 @@ use super::gather::Gathered;
 use super::last_layer::Hessians;
 use super::log_det::sum_of;
 use super::problem::Problem;
-use super::rows::Rows;
+use super::rows::{CHUNK, Rows};
 use crate::tape::{Likelihood, Root};
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -108,7 +108,7 @@ pub(crate) fn each_pass(
         let some = examples.narrow(start, size.min(examples.len() - start))?;
         let pass = problem.pass(&some)?;
         let within = |memory| match columns {
-            Columns::Curvature => pass.gather_within(pass.columns(Root::Reduced)?, memory),
+            Columns::Curvature => pass.gather_within(pass.columns(Root::Reduced)?, (memory, 0)),
             Columns::Outputs => {
                 if pass.outputs.rank() != 2 {
                     bail!(
@@ -116,7 +116,10 @@ pub(crate) fn each_pass(
                         pass.outputs.dims()
                     )
                 }
-                pass.gather_within(Likelihood::Gaussian.cotangents(&pass.outputs, Root::PerOutput)?, memory)
+                pass.gather_within(
+                    Likelihood::Gaussian.cotangents(&pass.outputs, Root::PerOutput)?,
+                    (memory, 0),
+                )
             }
         };
         match within(memory)? {
@@ -227,7 +230,25 @@ impl Pass<'_> {
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
         memory: usize,
     ) -> Result<Rows> {
-        match self.gather_within(cotangents, memory)? {
+        self.gathered(cotangents, (memory, 0))
+    }
+
+    /// [`Pass::gather`] for kernels alone, written out as [`Rows::write_out`] does.
+    pub fn gather_written(
+        &self,
+        cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
+        memory: usize,
+    ) -> Result<Rows> {
+        self.gathered(cotangents, (memory, CHUNK))?.write_out(CHUNK)
+    }
+
+    fn gathered(
+        &self,
+        cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
+        most: (usize, usize),
+    ) -> Result<Rows> {
+        let memory = most.0;
+        match self.gather_within(cotangents, most)? {
             Gathered::Rows(rows) => Ok(rows),
             Gathered::TooLarge(bytes) => bail!(
                 "evidence: the inputs of layers and the gradients of their outputs for {} examples would take {bytes} bytes, and {memory} \
@@ -240,11 +261,11 @@ impl Pass<'_> {
     fn gather_within(
         &self,
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
-        memory: usize,
+        most: (usize, usize),
     ) -> Result<Gathered> {
         let Self { problem, examples, outputs, .. } = self;
         let before = problem.tape.replace_mask(examples.mask().cloned());
-        let found = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), memory);
+        let found = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), most);
         problem.tape.replace_mask(before);
         Ok(match found? {
             Gathered::Rows(rows) => Gathered::Rows(Rows { weights: self.example_weights()?, ..rows }),
