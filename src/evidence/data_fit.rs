@@ -23,12 +23,23 @@ impl Targets {
         dims: &[usize],
         weights: Option<&[f64]>,
     ) -> Result<Self> {
+        let labels = if likelihood == Likelihood::Categorical { examples.class_numbers()? } else { vec![] };
+        Self::with_classes(likelihood, labels, examples, dims, weights)
+    }
+
+    /// [`Targets::of`] with the examples' class numbers, where the likelihood has such.
+    pub fn with_classes(
+        likelihood: Likelihood,
+        mut labels: Vec<i64>,
+        examples: &Examples,
+        dims: &[usize],
+        weights: Option<&[f64]>,
+    ) -> Result<Self> {
         let classes = dims.last().copied().unwrap_or(0);
         let terms = dims.iter().product::<usize>() / classes.max(1);
         let y = examples.y();
         let counts = |term: usize| weights.is_none_or(|weights| weights[term] > 0.0);
         if likelihood == Likelihood::Categorical {
-            let mut labels = examples.class_numbers()?;
             if labels.len() != terms {
                 bail!(
                     "evidence: expected {terms} class numbers for outputs {dims:?}, got {:?} {:?}",

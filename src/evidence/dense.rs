@@ -6,7 +6,7 @@
 use super::last_layer::{Hessians, Last, Sums};
 use super::log_det::{Complexity, LogDet, Precision, precision_of, refuse_condition, remedy};
 use super::rows::Rows;
-use crate::linalg::cholesky::log_det_inverse;
+use crate::linalg::cholesky::{Half, log_det_inverse};
 use crate::linalg::kron::diagonal;
 use crate::ops::dense::product;
 use candle_core::{DType, Result, Tensor, bail};
@@ -119,7 +119,7 @@ impl Dense {
         // The Frobenius norm; no eigenvalue is below 1.
         let condition = shifted.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt();
         refuse_condition("matrix I + s G / P0", condition, self.dtype)?;
-        match log_det_inverse(shifted, "evidence: the matrix I + s G / P0") {
+        match log_det_inverse(shifted, Half::Both, "evidence: the matrix I + s G / P0") {
             Ok((value, inverse)) => Ok((value, inverse, condition)),
             Err(error) => {
                 bail!("{error}; its condition number is up to {condition:.1e}: {}", remedy(self.dtype))

@@ -272,7 +272,7 @@ impl<'a> Reader<'a, '_> {
     fn joint(&mut self) -> Result<Rows> {
         let pass = self.pass(self.part)?;
         self.check(self.part.len() * self.columns, pass.outputs.dtype())?;
-        pass.gather(pass.columns(Root::Reduced)?, self.for_rows)?.write_out(CHUNK)
+        pass.gather_written(pass.columns(Root::Reduced)?, self.for_rows)
     }
 
     /// Refuses a matrix of so many rows that would not fit.
@@ -329,13 +329,13 @@ impl<'a> Reader<'a, '_> {
                 Some(one_of_each(columns, &picks))
             }
             _ => {
-                let rows = pass.gather(columns, self.for_rows)?.write_out(CHUNK)?;
+                let rows = pass.gather_written(columns, self.for_rows)?;
                 return (0..count).map(|c| Ok((1.0, rows.one_of_each(c)?))).collect();
             }
         };
         let Some(column) = column else { bail!("evidence: no outputs") };
-        let rows = pass.gather(std::iter::once(column), self.for_rows)?;
-        Ok(vec![(count as f64, rows.write_out(CHUNK)?)])
+        let rows = pass.gather_written(std::iter::once(column), self.for_rows)?;
+        Ok(vec![(count as f64, rows)])
     }
 
     fn dense(&mut self) -> Result<Dense> {

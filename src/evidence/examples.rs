@@ -256,7 +256,12 @@ impl Examples {
                 self.y.dims()
             )
         }
-        let labels = self.y.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+        let labels = self.y.flatten_all()?;
+        let labels = match labels.dtype() {
+            // The usual ones, without a tensor more.
+            DType::U32 => labels.to_vec1::<u32>()?.into_iter().map(i64::from).collect(),
+            _ => labels.to_dtype(DType::I64)?.to_vec1::<i64>()?,
+        };
         let counts = self.given_weights(labels.len());
         for (at, label) in labels.iter().enumerate() {
             let counted =

@@ -13,10 +13,10 @@
 //! and quarters' matrices are blocks of the batch's: together they cost less than a third of it. Derivatives are those of the
 //! extrapolated value, but for the shares of single tensors that would be below zero. It is not a bound.
 
-use super::kernel::{NAME, precise};
+use super::kernel::{NAME, half_of_inverse, precise};
 use super::log_det::{Complexity, Effective, LogDet, Precision};
 use super::rows::Rows;
-use crate::linalg::cholesky::log_det_inverse;
+use crate::linalg::cholesky::{Half, log_det_inverse};
 use crate::ops::dense::mix;
 use candle_core::{Result, Tensor, bail};
 
@@ -43,13 +43,13 @@ impl Extrapolated {
     }
 }
 
-/// The mean log-determinant of the diagonal blocks of `m`, `into` of them, and their inverses.
-fn blocks(m: &Tensor, into: usize) -> Result<(f64, Vec<Tensor>)> {
+/// The mean log-determinant of the diagonal blocks of `m`, `into` of them, and of their inverses the `half`.
+fn blocks(m: &Tensor, into: usize, half: Half) -> Result<(f64, Vec<Tensor>)> {
     let size = m.dim(0)? / into;
     let (mut mean, mut inverses) = (0.0, Vec::new());
     for part in 0..into {
         let block = m.narrow(0, part * size, size)?.narrow(1, part * size, size)?.contiguous()?;
-        let (value, inverse) = log_det_inverse(&block, NAME)?;
+        let (value, inverse) = log_det_inverse(&block, half, NAME)?;
         mean += value / into as f64;
         inverses.push(inverse);
     }
@@ -125,12 +125,13 @@ fn positive(
 
 impl Complexity for Extrapolated {
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
-        let m = self.rows.shifted_kernel(s, precisions)?;
+        let (m, products) = self.rows.shifted_kernel(s, precisions)?;
         let dtype = m.dtype();
         // Blocks of a matrix are no worse conditioned than it.
         let (m, condition) = precise(m)?;
+        let read = half_of_inverse(precisions);
         let [(quarter, quarters), (half, halves), (whole, inverse)] =
-            [blocks(&m, 4)?, blocks(&m, 2)?, blocks(&m, 1)?];
+            [blocks(&m, 4, read)?, blocks(&m, 2, read)?, blocks(&m, 1, read)?];
         drop(m);
         let (value, slopes) = extrapolated([quarter, half, whole], self.times);
         // The derivative of a sum of log-determinants of blocks is a trace against the sum of their inverses.
@@ -139,7 +140,7 @@ impl Complexity for Extrapolated {
         let (Some(joined), Some(whole)) = (joined.first(), inverse.first()) else {
             bail!("evidence: an empty batch")
         };
-        let effective = |m: &Tensor| self.rows.effective(&m.to_dtype(dtype)?, s, precisions);
+        let effective = |m: &Tensor| self.rows.effective(&m.to_dtype(dtype)?, s, precisions, &products);
         let mut shares = effective(joined)?;
         let negative = |share: &Option<Effective>| matches!(share, Some(Effective::Total(v)) if *v <= 0.0);
         if shares.iter().any(negative) {

@@ -2,7 +2,7 @@
 
 use super::rows::{LayerRows, Rows, stacked};
 use crate::curvature::{wide, wide_dtype};
-use crate::tape::{Inputs, Layer, Record, Reduce, Tape};
+use crate::tape::{ExampleGrads, Inputs, Layer, Record, Reduce, Tape};
 use candle_core::{DType, Result, Tensor, bail};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,6 +12,8 @@ struct Gather {
     uses: Vec<Uses>,
     /// Whose records are wanted.
     wanted: Vec<bool>,
+    /// Whose rows are wanted written out, so that they may come as gradients an example.
+    written: Vec<bool>,
     /// Passes in all, and how many are done.
     passes: usize,
     done: usize,
@@ -32,6 +34,9 @@ struct Uses {
     grads: Vec<Tensor>,
     /// `[examples, t, out]` a pass.
     passes: Vec<Tensor>,
+    /// Instead of all that, of the current pass and of those before: gradients an example.
+    current: Option<ExampleGrads>,
+    written: Vec<ExampleGrads>,
 }
 
 impl Reduce for Gather {
@@ -72,6 +77,29 @@ impl Reduce for Gather {
         uses.grads.push(counted(wide(&record.grads)?)?);
         Ok(())
     }
+
+    fn takes_examples(&self, layer: &Layer) -> bool {
+        self.written.get(layer.index).copied().unwrap_or(false)
+    }
+
+    fn examples(&mut self, layer: &Layer, grads: ExampleGrads) -> Result<()> {
+        if self.done == 0 {
+            let numbers = (grads.weight.elem_count() + grads.bias.elem_count()) * self.passes;
+            self.bytes += (grads.weight.dtype().size_in_bytes() * numbers) as u128;
+        }
+        let Some(uses) = self.uses.get_mut(layer.index) else { return Ok(()) };
+        if self.bytes > self.memory as u128 {
+            return Ok(());
+        }
+        // The uses of a layer add up.
+        uses.current = Some(match uses.current.take() {
+            None => grads,
+            Some(before) => {
+                ExampleGrads { weight: (before.weight + grads.weight)?, bias: (before.bias + grads.bias)? }
+            }
+        });
+        Ok(())
+    }
 }
 
 impl Gather {
@@ -80,6 +108,7 @@ impl Gather {
             if !uses.grads.is_empty() {
                 uses.passes.push(joined(&std::mem::take(&mut uses.grads))?);
             }
+            uses.written.extend(uses.current.take());
         }
         self.done += 1;
         Ok(())
@@ -111,6 +140,16 @@ impl Uses {
     /// The rows of the layer's weight, and of each bias that its uses add: together where all add the same.
     fn rows(self, layer: &Arc<Layer>, number: &impl Fn(&Tensor) -> Option<usize>) -> Result<Vec<LayerRows>> {
         let weight = number(&layer.weight);
+        if !self.written.is_empty() {
+            let bias = layer.bias.as_ref().and_then(number);
+            let mut rows = LayerRows::written(layer.clone(), &self.written)?;
+            if !self.passes.is_empty() {
+                let (inputs, grads) = (joined(&self.inputs)?, stacked(&self.passes)?);
+                rows = rows.plus(&LayerRows::new(layer.clone(), inputs, grads, None)?)?;
+            }
+            (rows.weight, rows.bias) = (weight, bias);
+            return Ok(vec![rows]);
+        }
         let live = self.live()?;
         let mut whole = LayerRows::new(layer.clone(), joined(&self.inputs)?, stacked(&self.passes)?, live)?;
         whole.weight = weight;
@@ -157,7 +196,8 @@ pub(crate) enum Gathered {
 impl Rows {
     /// The rows `<cotangent, J>`, one an example and cotangent, in the shape of `outputs` `[examples, ..]`, of the layers whose weight or
     /// bias `number` knows as one of the problem's tensors. Whether they would take more than `memory` bytes is known after the first
-    /// cotangent's pass, before any is kept.
+    /// cotangent's pass, before any is kept. A layer whose rows have no more than `write` numbers may keep them written out instead of in
+    /// factors: for kernels alone.
     ///
     /// # Errors
     /// When one of these layers took no part, or mixes examples: the batch of its record is another.
@@ -166,7 +206,7 @@ impl Rows {
         outputs: &Tensor,
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
         number: impl Fn(&Tensor) -> Option<usize>,
-        memory: usize,
+        (memory, write): (usize, usize),
     ) -> Result<Gathered> {
         let examples = outputs.dims().first().copied().unwrap_or(1);
         let (tapped, others) = (tape.layers(), tape.other_biases());
@@ -179,7 +219,15 @@ impl Rows {
             }
         }
         let passes = cotangents.len();
-        let gather = Gather { uses, wanted: wanted.clone(), passes, done: 0, bytes: 0, memory };
+        let mut written = vec![false; tapped.len()];
+        for layer in &tapped {
+            let size = layer.out_features() * layer.in_features();
+            // Uses that add different biases are told apart by their records.
+            let alone = others.iter().all(|other| other.index != layer.index);
+            let linear = layer.kind.is_linear() && wanted[layer.index];
+            written[layer.index] = linear && alone && examples * passes * size <= write;
+        }
+        let gather = Gather { uses, wanted: wanted.clone(), written, passes, done: 0, bytes: 0, memory };
         let gather = Arc::new(Mutex::new(gather));
         for cotangent in cotangents {
             tape.reduce_into(outputs, &cotangent?, gather.clone())?;
@@ -193,7 +241,7 @@ impl Rows {
         let mut layers = Vec::new();
         for layer in tapped.iter().filter(|layer| wanted[layer.index]) {
             let uses = gathered.uses.get_mut(layer.index).map(std::mem::take).unwrap_or_default();
-            if uses.passes.len() != passes {
+            if uses.passes.len().max(uses.written.len()) != passes {
                 bail!(
                     "evidence: layer {} made no record; every layer whose weights are asked for must take part in the forward pass",
                     layer.name

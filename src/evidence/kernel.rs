@@ -7,15 +7,18 @@
 
 use super::log_det::{Complexity, Effective, LogDet, Precision, remedy};
 use super::rows::{CHUNK, LayerRows, Rows};
-use crate::linalg::cholesky::log_det_inverse;
+use crate::gpu::Gpu;
+use crate::linalg::cholesky::{Half, log_det_inverse};
 use crate::ops::dense::product;
 use crate::ops::ntk::{self, Panel};
+use crate::ops::ntk_host::{self, Kept};
 use candle_core::{DType, Device, Result, Tensor, WithDType, bail};
 use std::ops::Range;
 
-/// Rows of a kernel that are worked on at a time: what is above the diagonal is mostly left out. On the CPU so few that their
-/// products stay in the cache.
-const PANEL: [usize; 2] = [128, 512];
+/// Rows of a kernel that are worked on at a time on a GPU: what is above the diagonal is mostly left out.
+const PANEL: usize = 512;
+/// From how many columns of rows on their products are kept from the kernel for its derivatives: fewer are sooner multiplied again than read.
+const WIDE: usize = 32;
 /// From which condition on an f32 kernel is factorized in f64, and where its own rounding is too much.
 const NARROW: f64 = 1e5;
 const TOO_MUCH: [f64; 2] = [5e7, 1e15];
@@ -29,10 +32,13 @@ struct Term<'a> {
     bias: f64,
 }
 
+/// The products that the terms of a kernel have kept, in their order.
+#[derive(Default)]
+pub(crate) struct Products(Vec<Option<Kept>>);
+
 impl Rows {
-    fn panels(&self, device: &Device) -> impl Iterator<Item = Range<usize>> + use<> {
-        let panel = PANEL[usize::from(!device.is_cpu())];
-        let (rows, step) = (self.count(), (panel / self.each.max(1)).max(1) * self.each);
+    fn panels(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (rows, step) = (self.count(), (PANEL / self.each.max(1)).max(1) * self.each);
         (0..rows).step_by(step.max(1)).map(move |start| start..(start + step).min(rows))
     }
 
@@ -42,7 +48,7 @@ impl Rows {
         term: &Term<'_>,
         mut visit: impl FnMut(Panel, &Tensor, Option<&Tensor>) -> Result<()>,
     ) -> Result<()> {
-        for rows in self.panels(term.grads.device()) {
+        for rows in self.panels() {
             let examples = rows.start / self.each..rows.end / self.each;
             let inputs = term.inputs.map(|layer| layer.gram(examples)).transpose()?;
             let panel = Panel { first: rows.start, each: self.each };
@@ -54,19 +60,40 @@ impl Rows {
         Ok(())
     }
 
-    /// `I + s M`, right on and below the diagonal.
-    pub fn shifted_kernel(&self, s: f64, precisions: &[Precision]) -> Result<Tensor> {
+    /// Calls `visit` with a term as the CPU takes it.
+    fn with_host<R>(
+        &self,
+        term: &Term<'_>,
+        visit: impl FnOnce(ntk_host::Term<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let gram = term.inputs.map(|layer| layer.gram(0..self.examples)).transpose()?;
+        visit(ntk_host::Term { grads: &term.grads, gram: gram.as_ref(), each: self.each })
+    }
+
+    /// `I + s M`, right on and below the diagonal, and of its terms the products that [`Rows::effective`] would make again: no more
+    /// numbers than the kernel has.
+    pub fn shifted_kernel(&self, s: f64, precisions: &[Precision]) -> Result<(Tensor, Products)> {
         let Some(first) = self.layers.first() else { bail!("evidence: no layers") };
         let (_, grads) = first.factors();
-        let m = identity(self.count(), grads.dtype(), grads.device())?;
+        let size = self.count();
+        let m = identity(size, grads.dtype(), grads.device())?;
+        let (mut products, mut room) = (Vec::new(), size * size);
         for layer in &self.layers {
-            self.each_term(layer, s, precisions, |term, _| {
-                self.each_panel(&term, |panel, grads, inputs| {
-                    ntk::add(&m, panel, grads, inputs, term.weight, term.bias)
-                })
+            self.each_term(layer, s, precisions, |term, of| {
+                if !on_host(m.device()) {
+                    return self.each_panel(&term, |panel, grads, inputs| {
+                        ntk::add(&m, panel, grads, inputs, term.weight, term.bias)
+                    });
+                }
+                let half = size * (size + 1) / 2;
+                let keep = term.grads.dim(1)? >= WIDE && half <= room && !of.is_by_weight(precisions);
+                room -= if keep { half } else { 0 };
+                let scale = [term.weight, term.bias];
+                products.push(self.with_host(&term, |term| ntk_host::add(&m, &term, scale, keep))?);
+                Ok(())
             })?;
         }
-        Ok(m)
+        Ok((m, Products(products)))
     }
 
     /// The terms of a layer's part of `s M`, with the tensors that they are of: its weight and its bias.
@@ -114,22 +141,30 @@ impl Rows {
         Ok(())
     }
 
-    /// `s / delta tr(inverse M_l)` of every tensor; `inverse` is that of `I + sM`, or a sum of such of parts.
+    /// `s / delta tr(inverse M_l)` of every tensor; `inverse` is that of `I + sM`, or a sum of such of parts, of which the half that
+    /// [`half_of_inverse`] says is right. `products` are the kernel's, at the same `s` and precisions.
     pub fn effective(
         &self,
         inverse: &Tensor,
         s: f64,
         precisions: &[Precision],
+        products: &Products,
     ) -> Result<Vec<Option<Effective>>> {
         let mut sums: Vec<(Of, Tensor, [f64; 2])> = Vec::new();
         let mut parts: Vec<Vec<Tensor>> = vec![Vec::new(); precisions.len()];
+        let mut kept = products.0.iter();
         for layer in &self.layers {
             self.each_term(layer, s, precisions, |term, of| {
-                if let Of::Part { tensor } = of
-                    && let Some(Precision::Each(_)) = precisions.get(tensor)
-                {
+                let kept = kept.next().and_then(Option::as_ref);
+                if let (Of::Part { tensor }, true) = (of, of.is_by_weight(precisions)) {
                     // Chunks come in the order of the weight's rows.
                     parts[tensor].push((product(inverse, &term.grads)? * &term.grads)?.sum(0)?);
+                    return Ok(());
+                }
+                if on_host(inverse.device()) {
+                    let traces = self.with_host(&term, |term| ntk_host::traces(inverse, &term, kept))?;
+                    let traces = Tensor::new(&traces, inverse.device())?;
+                    sums.push((of, traces, [term.weight, term.bias]));
                     return Ok(());
                 }
                 self.each_panel(&term, |panel, grads, inputs| {
@@ -165,6 +200,11 @@ impl Rows {
     }
 }
 
+/// Whether kernels are made on the CPU.
+fn on_host(device: &Device) -> bool {
+    device.is_cpu() && Gpu::of(device).is_none()
+}
+
 fn identity(size: usize, dtype: DType, device: &Device) -> Result<Tensor> {
     if !device.is_cpu() {
         return Tensor::eye(size, dtype, device);
@@ -194,6 +234,19 @@ enum Of {
     },
 }
 
+impl Of {
+    /// Whether the tensor has a precision a weight.
+    fn is_by_weight(self, precisions: &[Precision]) -> bool {
+        matches!(self, Of::Part { tensor } if matches!(precisions.get(tensor), Some(Precision::Each(_))))
+    }
+}
+
+/// What of an inverse [`Rows::effective`] reads: traces of symmetric matrices take the lower half, products all of it.
+pub(crate) fn half_of_inverse(precisions: &[Precision]) -> Half {
+    let each = precisions.iter().any(|precision| matches!(precision, Precision::Each(_)));
+    if each { Half::Both } else { Half::Lower }
+}
+
 /// Rows with a factor that makes them those of `sqrt(s) J P0^-1/2`: the factor apart where it is one for all.
 fn scaled(
     rows: Tensor,
@@ -217,12 +270,24 @@ fn scaled(
 
 impl Complexity for Rows {
     fn log_det(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
-        let m = self.shifted_kernel(s, precisions)?;
+        match self.layers.first() {
+            // All of it on a thread of the pool: from outside, every parallel loop of it would wake the pool and wait for it.
+            Some(first) if on_host(first.factors().1.device()) => {
+                rayon::join(|| self.log_det_here(s, precisions), || ()).0
+            }
+            _ => self.log_det_here(s, precisions),
+        }
+    }
+}
+
+impl Rows {
+    fn log_det_here(&self, s: f64, precisions: &[Precision]) -> Result<LogDet> {
+        let (m, products) = self.shifted_kernel(s, precisions)?;
         let dtype = m.dtype();
         let (m, condition) = precise(m)?;
-        let (value, inverse) = log_det_inverse(&m, NAME)?;
+        let (value, inverse) = log_det_inverse(&m, half_of_inverse(precisions), NAME)?;
         drop(m);
-        let effective = self.effective(&inverse.to_dtype(dtype)?, s, precisions)?;
+        let effective = self.effective(&inverse.to_dtype(dtype)?, s, precisions, &products)?;
         Ok(LogDet { value, effective, condition })
     }
 }

@@ -2,7 +2,9 @@
 
 use super::examples::Examples;
 use crate::ops::rng::bits;
+use crate::ops::simd::vectorized;
 use candle_core::{Result, bail};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// How the examples are divided. Every example is in one part.
@@ -24,10 +26,22 @@ const DRAW: u64 = 2 << 32;
 
 /// `list` in random order (Fisher and Yates).
 fn shuffle<T>(list: &mut [T], seed: u64, stream: u64) {
-    for i in (1..list.len()).rev() {
+    // A place is a function of its number alone: all of them at once, in vectors and on all threads, and then the exchanges.
+    let place = |i: usize| {
         let [a, b, ..] = bits(seed, stream, i as u64);
         let random = u128::from(u64::from(b) << 32 | u64::from(a));
-        list.swap(i, ((random * (i as u128 + 1)) >> 64) as usize);
+        ((random * (i as u128 + 1)) >> 64) as u32
+    };
+    const RUN: usize = 4096;
+    let mut places = vec![0u32; list.len()];
+    places.par_chunks_mut(RUN).enumerate().for_each(|(run, places)| {
+        vectorized(
+            #[inline(always)]
+            || places.iter_mut().enumerate().for_each(|(i, to)| *to = place(run * RUN + i)),
+        );
+    });
+    for (i, &to) in places.iter().enumerate().skip(1).rev() {
+        list.swap(i, to as usize);
     }
 }
 

@@ -6,7 +6,7 @@ use super::gather::Gathered;
 use super::last_layer::Hessians;
 use super::log_det::sum_of;
 use super::problem::Problem;
-use super::rows::Rows;
+use super::rows::{CHUNK, Rows};
 use crate::tape::{Likelihood, Root};
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -65,9 +65,7 @@ impl Problem<'_> {
     pub(crate) fn checked(&self, examples: &Examples) -> Result<Checked> {
         let examples = examples.masked_by(&self.tape)?;
         let categorical = self.likelihood == Likelihood::Categorical;
-        if categorical {
-            examples.class_numbers()?;
-        }
+        let labels = if categorical { examples.class_numbers()? } else { vec![] };
         let some = examples.narrow(0, examples.len().min(FIRST))?;
         let pass = self.pass(&some)?;
         pass.refuse_mixing()?;
@@ -77,7 +75,7 @@ impl Problem<'_> {
         if weights.as_ref().is_some_and(|weights| weights.iter().all(|w| *w == 0.0)) {
             bail!("evidence: no term counts: all are of weight 0, masked, or of the label that is ignored")
         }
-        Targets::of(self.likelihood, &examples, &dims, weights.as_deref())?;
+        Targets::with_classes(self.likelihood, labels, &examples, &dims, weights.as_deref())?;
         let columns = self.likelihood.cotangents(&pass.counted, Root::Reduced)?.len();
         Ok(Checked { examples, columns })
     }
@@ -110,7 +108,7 @@ pub(crate) fn each_pass(
         let some = examples.narrow(start, size.min(examples.len() - start))?;
         let pass = problem.pass(&some)?;
         let within = |memory| match columns {
-            Columns::Curvature => pass.gather_within(pass.columns(Root::Reduced)?, memory),
+            Columns::Curvature => pass.gather_within(pass.columns(Root::Reduced)?, (memory, 0)),
             Columns::Outputs => {
                 if pass.outputs.rank() != 2 {
                     bail!(
@@ -118,7 +116,10 @@ pub(crate) fn each_pass(
                         pass.outputs.dims()
                     )
                 }
-                pass.gather_within(Likelihood::Gaussian.cotangents(&pass.outputs, Root::PerOutput)?, memory)
+                pass.gather_within(
+                    Likelihood::Gaussian.cotangents(&pass.outputs, Root::PerOutput)?,
+                    (memory, 0),
+                )
             }
         };
         match within(memory)? {
@@ -229,7 +230,25 @@ impl Pass<'_> {
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
         memory: usize,
     ) -> Result<Rows> {
-        match self.gather_within(cotangents, memory)? {
+        self.gathered(cotangents, (memory, 0))
+    }
+
+    /// [`Pass::gather`] for kernels alone, written out as [`Rows::write_out`] does.
+    pub fn gather_written(
+        &self,
+        cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
+        memory: usize,
+    ) -> Result<Rows> {
+        self.gathered(cotangents, (memory, CHUNK))?.write_out(CHUNK)
+    }
+
+    fn gathered(
+        &self,
+        cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
+        most: (usize, usize),
+    ) -> Result<Rows> {
+        let memory = most.0;
+        match self.gather_within(cotangents, most)? {
             Gathered::Rows(rows) => Ok(rows),
             Gathered::TooLarge(bytes) => bail!(
                 "evidence: the inputs of layers and the gradients of their outputs for {} examples would take {bytes} bytes, and {memory} \
@@ -242,11 +261,11 @@ impl Pass<'_> {
     fn gather_within(
         &self,
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
-        memory: usize,
+        most: (usize, usize),
     ) -> Result<Gathered> {
         let Self { problem, examples, outputs, .. } = self;
         let before = problem.tape.replace_mask(examples.mask().cloned());
-        let found = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), memory);
+        let found = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), most);
         problem.tape.replace_mask(before);
         Ok(match found? {
             Gathered::Rows(rows) => Gathered::Rows(Rows { weights: self.example_weights()?, ..rows }),

@@ -4,7 +4,7 @@
 //! for every column of the root. Written out they have `examples * each` rows of as many numbers as there are parameters.
 
 use crate::ops::dense::product;
-use crate::tape::{Kind, Layer};
+use crate::tape::{ExampleGrads, Kind, Layer};
 use candle_core::{DType, Result, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -34,7 +34,8 @@ pub(crate) struct LayerRows {
     grads: Tensor,
     /// 1 where a position counts, `[examples, t, 1]` of u8; elsewhere inputs and gradients are zero. Without it all count.
     live: Option<Tensor>,
-    /// What [`Rows::write_out`] kept: `[examples, each, out * in]` of the weight and `[examples, each, out]` of the bias.
+    /// What [`Rows::write_out`] kept: `[examples, each, out * in]` of the weight and `[examples, each, out]` of the bias. Rows that came
+    /// written have this alone: their inputs and gradients have no positions.
     written: [Option<Tensor>; 2],
     /// The inner products of a linear layer's inputs, `[examples, examples]`, likewise.
     gram: Option<Tensor>,
@@ -68,7 +69,9 @@ impl Rows {
     /// `elements` numbers, and the inner products of the inputs of the others.
     pub fn write_out(mut self, elements: usize) -> Result<Self> {
         for layer in &mut self.layers {
-            if !layer.layer.kind.is_linear() || (layer.weight.is_none() && layer.positions()? == 1) {
+            let is_written = layer.written.iter().any(Option::is_some);
+            let is_linear = layer.layer.kind.is_linear();
+            if is_written || !is_linear || (layer.weight.is_none() && layer.positions()? == 1) {
                 continue;
             }
             if layer.is_product()? {
@@ -77,15 +80,11 @@ impl Rows {
                 continue;
             }
             let columns = layer.layer.out_features() * layer.columns();
-            let split = |rows: Tensor| rows.reshape((self.examples, self.each, ()));
             if layer.weight.is_some() && self.examples * self.each * columns <= elements {
-                let parts = layer.chunks(elements)?.into_iter().map(|outs| layer.of_weight(outs));
-                let parts = parts.collect::<Result<Vec<_>>>()?;
-                let rows = if let [one] = parts.as_slice() { one.clone() } else { Tensor::cat(&parts, 1)? };
-                layer.written[0] = Some(split(rows)?);
+                layer.written[0] = Some(layer.weight_rows(elements)?);
             }
             if layer.bias.is_some() {
-                layer.written[1] = Some(split(layer.of_bias()?)?);
+                layer.written[1] = Some(layer.split(layer.of_bias()?)?);
             }
         }
         Ok(self)
@@ -147,6 +146,41 @@ impl LayerRows {
         let inputs = if turned(&inputs)? { inputs } else { inputs.contiguous()? };
         let (written, gram) = ([None, None], None);
         Ok(Self { layer, inputs, grads, live, written, gram, weight: None, bias: None, outs })
+    }
+
+    /// Rows that came as gradients an example, of one pass after the other.
+    pub fn written(layer: Arc<Layer>, passes: &[ExampleGrads]) -> Result<Self> {
+        let stacked =
+            |of: fn(&ExampleGrads) -> &Tensor| Tensor::stack(&passes.iter().map(of).collect::<Vec<_>>(), 1);
+        let (weight, bias) = (stacked(|grads| &grads.weight)?, stacked(|grads| &grads.bias)?);
+        let (examples, each, outs) = bias.dims3()?;
+        let none = |dims: &[usize]| Tensor::zeros(dims, bias.dtype(), bias.device());
+        let inputs = none(&[examples, 0, layer.groups * layer.in_features()])?;
+        let rows = Self::new(layer, inputs, none(&[examples, each, 0, outs])?, None)?;
+        Ok(Self { written: [Some(weight), Some(bias)], ..rows })
+    }
+
+    /// [`LayerRows::written`] with what other uses of the layer add, which came in factors.
+    pub fn plus(mut self, others: &Self) -> Result<Self> {
+        let added = [others.weight_rows(usize::MAX)?, others.split(others.of_bias()?)?];
+        for (written, added) in self.written.iter_mut().zip(added) {
+            if let Some(written) = written {
+                *written = (&*written + added)?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// All of the weight's part, `[examples, each, out * in]`.
+    fn weight_rows(&self, elements: usize) -> Result<Tensor> {
+        let parts = self.chunks(elements)?.into_iter().map(|outs| self.of_weight(outs));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        self.split(if let [one] = parts.as_slice() { one.clone() } else { Tensor::cat(&parts, 1)? })
+    }
+
+    /// `[rows, ..]` as `[examples, each, ..]`.
+    fn split(&self, rows: Tensor) -> Result<Tensor> {
+        rows.reshape((self.grads.dim(0)?, self.grads.dim(1)?, ()))
     }
 
     /// Some of the examples.

@@ -2,9 +2,10 @@
 use candle_core::{DType, Result, Tensor, WithDType};
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch};
-use faer::linalg::cholesky::llt::inverse::{inverse, inverse_scratch};
+use faer::linalg::matmul::triangular::{BlockStructure, matmul as triangular_matmul};
+use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::prelude::default;
-use faer::{MatMut, MatRef, Par};
+use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 
 use super::device::{self, Job, Queued, Verdict};
@@ -53,11 +54,20 @@ pub(crate) fn inverse_spd_all(jobs: &[(&Tensor, &str)]) -> Vec<Result<Tensor>> {
     found.map(|(found, (m, _))| found.and_then(|[inverse]| inverse.reshape(m.shape()))).collect()
 }
 
-/// `log det m` and the inverse of positive definite `m` `[d, d]`, as [`inverse_spd`], through one Cholesky factor.
-pub(crate) fn log_det_inverse(m: &Tensor, name: &str) -> Result<(f64, Tensor)> {
+/// What of a symmetric inverse is wanted; on the CPU the rest costs something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Half {
+    /// What is on and below the diagonal; above it are finite numbers that mean nothing.
+    Lower,
+    /// All of it, exactly symmetric.
+    Both,
+}
+
+/// `log det m` and a `half` of the inverse of positive definite `m` `[d, d]`, as [`inverse_spd`], through one Cholesky factor.
+pub(crate) fn log_det_inverse(m: &Tensor, half: Half, name: &str) -> Result<(f64, Tensor)> {
     let m = m.unsqueeze(0)?;
     square(&m, name)?;
-    let [inverse, pivots] = by_group(&LogDetInverse, [&m], name)?;
+    let [inverse, pivots] = by_group(&LogDetInverse(half), [&m], name)?;
     let pivots = pivots.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     Ok((
         2.0 * pivots.iter().map(|l| l.ln()).sum::<f64>(),
@@ -111,12 +121,12 @@ impl Factorize<1, 1> for Inverse {
         dim: usize,
         par: Par,
     ) -> std::result::Result<[Vec<T>; 1], String> {
-        LogDetInverse.factorize(inputs, dim, par).map(|[inverse, _]| [inverse])
+        LogDetInverse(Half::Both).factorize(inputs, dim, par).map(|[inverse, _]| [inverse])
     }
 
     fn queue(&self, gpu: &Gpu, [m]: [&Tensor; 1]) -> Result<Queued<1>> {
         if m.dim(1)? > SMALL {
-            let Queued { outputs: [inverse, _], verdict } = LogDetInverse.queue(gpu, [m])?;
+            let Queued { outputs: [inverse, _], verdict } = LogDetInverse(Half::Both).queue(gpu, [m])?;
             return Ok(Queued { outputs: [inverse], verdict });
         }
         let given = Spd::new(gpu, m)?;
@@ -126,12 +136,12 @@ impl Factorize<1, 1> for Inverse {
     }
 
     fn reason(&self, verdict: &Verdict, dim: usize, dtype: DType) -> Option<String> {
-        LogDetInverse.reason(verdict, dim, dtype)
+        LogDetInverse(Half::Both).reason(verdict, dim, dtype)
     }
 }
 
 /// The inverse, and the diagonal of the Cholesky factor.
-struct LogDetInverse;
+struct LogDetInverse(Half);
 
 impl Factorize<1, 2> for LogDetInverse {
     fn factorize<T: Real>(
@@ -140,18 +150,33 @@ impl Factorize<1, 2> for LogDetInverse {
         dim: usize,
         par: Par,
     ) -> std::result::Result<[Vec<T>; 2], String> {
-        let factor = lower_factor(m, dim, par)?;
-        let mut result = vec![<T as WithDType>::from_f64(0.0); dim * dim];
-        inverse(
-            MatMut::from_row_major_slice_mut(&mut result, dim, dim),
+        let mut factor = lower_factor(m, dim, par)?;
+        let pivots = factor.iter().step_by(dim + 1).copied().collect();
+        let mut inverse_factor = vec![<T as WithDType>::from_f64(0.0); dim * dim];
+        invert_lower_triangular(
+            MatMut::from_column_major_slice_mut(&mut inverse_factor, dim, dim),
             MatRef::from_column_major_slice(&factor, dim, dim),
             par,
-            MemStack::new(&mut MemBuffer::new(inverse_scratch::<T>(dim, par))),
         );
-        mirror_lower(&mut result, dim);
+        // The factor has served: its place is the result's, by rows, where what it had below the diagonal is above.
+        let inverse_factor = MatRef::from_column_major_slice(&inverse_factor, dim, dim);
+        triangular_matmul(
+            MatMut::from_row_major_slice_mut(&mut factor, dim, dim),
+            BlockStructure::TriangularLower,
+            Accum::Replace,
+            inverse_factor.transpose(),
+            BlockStructure::TriangularUpper,
+            inverse_factor,
+            BlockStructure::TriangularLower,
+            <T as WithDType>::from_f64(1.0),
+            par,
+        );
+        let mut result = factor;
+        if self.0 == Half::Both {
+            mirror_lower(&mut result, dim);
+        }
         let z = probe(dim);
         let off = distance(&lower_times(m, &lower_times(&result, &z)), &z, (dim as f64).sqrt());
-        let pivots = factor.iter().step_by(dim + 1).copied().collect();
         if off <= TOLERANCE { Ok([result, pivots]) } else { Err(inexact(off)) }
     }
 
@@ -233,11 +258,15 @@ mod tests {
                     assert_eq!(max_abs(&(&x - x.transpose(1, 2)?)?)?, 0.0);
                     let eye = Tensor::eye(d, dtype, &Device::Cpu)?.broadcast_as((g, d, d))?;
                     assert!(max_abs(&(m.matmul(&x)? - eye)?)? < 10.0 * tolerance);
-                    let (log_det, inverse) = log_det_inverse(&m.get(0)?, "m")?;
+                    let (log_det, inverse) = log_det_inverse(&m.get(0)?, Half::Both, "m")?;
                     let logs =
                         diagonal(&l)?.get(0)?.to_dtype(DType::F64)?.log()?.sum_all()?.to_scalar::<f64>()?;
                     assert!((log_det - 2.0 * logs).abs() < tolerance * log_det.abs().max(1.0));
                     assert!(max_abs(&(inverse - x.get(0)?)?.unsqueeze(0)?)? < tolerance);
+                    let (_, lower) = log_det_inverse(&m.get(0)?, Half::Lower, "m")?;
+                    let tril = Tensor::tril2(d, dtype, &Device::Cpu)?;
+                    let off = ((lower - x.get(0)?)? * tril)?.unsqueeze(0)?;
+                    assert!(max_abs(&off)? < tolerance);
                 }
             }
             Ok(())

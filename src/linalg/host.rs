@@ -3,7 +3,9 @@
 //!
 //! A tensor on a CUDA device is factorized there (`device.rs`). From any other device it is copied to the host and the results
 //! are copied back.
-use candle_core::{DType, Result, Tensor, WithDType, bail};
+use std::ops::Range;
+
+use candle_core::{DType, Device, Result, Storage, Tensor, WithDType, bail};
 use faer::Par;
 use faer::traits::RealField;
 use rayon::prelude::*;
@@ -67,9 +69,14 @@ pub(crate) fn square(m: &Tensor, name: &str) -> Result<(usize, usize)> {
 /// If one of them is NaN or infinite.
 pub(crate) fn to_host<T: Real>(m: &Tensor, name: &str) -> Result<Vec<T>> {
     let values = m.flatten_all()?.to_vec1::<T>()?;
-    match first_not_finite(&values) {
+    refuse_not_finite(&values, name)?;
+    Ok(values)
+}
+
+fn refuse_not_finite<T: Real>(values: &[T], name: &str) -> Result<()> {
+    match first_not_finite(values) {
         Some(at) => bail!("{name}: expected finite numbers, got {} at flat index {at}", values[at]),
-        None => Ok(values),
+        None => Ok(()),
     }
 }
 
@@ -100,7 +107,16 @@ fn run<T: Real, const I: usize, const O: usize>(
     name: &str,
 ) -> Result<[Tensor; O]> {
     let (groups, dim) = fitting(inputs, name)?;
-    let host = inputs.iter().map(|m| to_host::<T>(m, name)).collect::<Result<Vec<_>>>()?;
+    // Read in place where they are on the host.
+    let host = inputs.iter().map(|m| m.to_device(&Device::Cpu)?.contiguous()).collect::<Result<Vec<_>>>()?;
+    let guards: Vec<_> = host.iter().map(Tensor::storage_and_layout).collect();
+    let host = guards.iter().map(|(storage, layout)| {
+        let Storage::Cpu(storage) = &**storage else { bail!("{name}: expected a copy in CPU memory") };
+        let values = T::cpu_storage_as_slice(storage)?;
+        Ok(&values[layout.start_offset()..layout.start_offset() + layout.shape().elem_count()])
+    });
+    let host = host.collect::<Result<Vec<&[T]>>>()?;
+    host.iter().try_for_each(|values| refuse_not_finite(values, name))?;
     let size = dim * dim;
     let par = if groups == 1 { parallelism(dim) } else { Par::Seq };
     let one = |group: usize| {
@@ -192,19 +208,26 @@ fn first_not_finite<T: Real>(values: &[T]) -> Option<usize> {
     let zero = <T as WithDType>::from_f64(0.0);
     // Without a way out of the loop, so that it is done in vectors. Nothing finite times 0 is not 0.
     let wrong = |run: &[T]| run.iter().fold(false, |wrong, &v| wrong | (v * zero != zero));
-    let run = values.chunks(RUN).position(|run| {
+    let wrong = |run: &[T]| {
         vectorized(
             #[inline(always)]
             || wrong(run),
         )
-    })?;
+    };
+    let run = match values.len() < LARGE * LARGE {
+        true => values.chunks(RUN).position(wrong)?,
+        false => values.par_chunks(RUN).with_min_len(32).position_first(wrong)?,
+    };
     let at = values.get(run * RUN..)?.iter().position(|&v| !WithDType::to_f64(v).is_finite())?;
     Some(run * RUN + at)
 }
 
-/// Threads for one matrix: below 256 rows starting them costs more than it saves.
+/// Rows of a matrix below which starting threads for it costs more than it saves.
+const LARGE: usize = 256;
+
+/// Threads for one matrix.
 fn parallelism(dim: usize) -> Par {
-    if dim < 256 { Par::Seq } else { Par::rayon(0) }
+    if dim < LARGE { Par::Seq } else { Par::rayon(0) }
 }
 
 /// The transpose of a row-major `[dim, dim]` matrix (or its other memory order).
@@ -244,23 +267,43 @@ pub(crate) fn mirror_lower<T: Copy>(m: &mut [T], dim: usize) {
 pub(crate) fn lower_by_columns<T: Real>(m: &[T], dim: usize) -> Vec<T> {
     const TILE: usize = 32;
     let mut out = vec![<T as WithDType>::from_f64(0.0); dim * dim];
-    for j0 in (0..dim).step_by(TILE) {
+    let columns = |(tile, out): (usize, &mut [T])| {
+        let j0 = tile * TILE;
         for i0 in (j0..dim).step_by(TILE) {
             for (i, row) in m.chunks_exact(dim).enumerate().skip(i0).take(TILE) {
                 let row = &row[j0..dim.min(j0 + TILE)];
-                for (column, &v) in out[j0 * dim..].chunks_exact_mut(dim).zip(row) {
+                for (column, &v) in out.chunks_exact_mut(dim).zip(row) {
                     column[i] = v;
                 }
             }
         }
+    };
+    match dim < LARGE {
+        true => out.chunks_mut(TILE * dim).enumerate().for_each(columns),
+        false => out.par_chunks_mut(TILE * dim).enumerate().for_each(columns),
     }
     out
 }
 
 /// `m x` for a symmetric row-major matrix of which the lower triangle is read, summed in f64.
 pub(crate) fn lower_times<T: Real>(m: &[T], x: &[f64]) -> Vec<f64> {
-    let mut out = vec![0.0; x.len()];
-    for (i, row) in m.chunks_exact(x.len()).enumerate() {
+    let dim = x.len();
+    if dim < LARGE {
+        return lower_times_of(m, x, 0..dim);
+    }
+    /// Parts of the rows with as many numbers each: whatever the number of threads, the sums are the same.
+    const PARTS: usize = 4;
+    let cut = |part: usize| (dim as f64 * (part as f64 / PARTS as f64).sqrt()) as usize;
+    let parts: Vec<_> =
+        (0..PARTS).into_par_iter().map(|part| lower_times_of(m, x, cut(part)..cut(part + 1))).collect();
+    let sum = |at: usize| parts.iter().filter_map(|part| part.get(at)).sum();
+    (0..dim).map(sum).collect()
+}
+
+/// What some rows have part in [`lower_times`], up to the last of them.
+fn lower_times_of<T: Real>(m: &[T], x: &[f64], rows: Range<usize>) -> Vec<f64> {
+    let mut out = vec![0.0; rows.end];
+    for (i, row) in m.chunks_exact(x.len()).enumerate().take(rows.end).skip(rows.start) {
         let (left, at) = (&row[..i], x[i]);
         let mut sums = [0.0; 8];
         let (mut xs, mut outs) = (x[..i].chunks_exact(8), out[..i].chunks_exact_mut(8));

@@ -8,7 +8,7 @@
 
 use super::{
     conv_pool_forward::pooled_sums,
-    conv_pool_grads::{pooled_grad_input, pooled_weight_grads, unpool},
+    conv_pool_grads::{pooled_grad_input, pooled_sample_grads, pooled_weight_grads, unpool},
     element::{Element, Host, contiguous, float_dispatch},
     patches::ConvShape,
     pool::pooled_size,
@@ -131,6 +131,29 @@ pub(crate) fn grad_weight(
     })
 }
 
+/// [`grad_weight`] of each sample alone: `[n, o * c / groups * kh * kw]` and `[n, o]`.
+pub(crate) fn sample_grads(
+    x: &Tensor,
+    gy: &Tensor,
+    at: &[u8],
+    shape: &PooledShape,
+) -> Result<(Tensor, Tensor)> {
+    let n = shape.check("sample_grads", gy, at)?;
+    if shape.conv.input_batch("sample_grads", x.dims())? != n {
+        bail!("sample_grads: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
+    }
+    let outputs = shape.conv.out_channels;
+    float_dispatch!("sample_grads", gy.dtype(), T => {
+        let (x, gy) = (Host::of(x), Host::of(gy));
+        let (x, gy) = (x.values::<T>()?, gy.values::<T>()?);
+        let (gw, gb) = pooled_sample_grads(&T::widen_slice(&x), &T::widen_slice(&gy), at, shape, n);
+        Ok((
+            Tensor::from_vec(T::narrow_vec(gw), (n, outputs * shape.conv.group_features()), &Device::Cpu)?,
+            Tensor::from_vec(T::narrow_vec(gb), (n, outputs), &Device::Cpu)?,
+        ))
+    })
+}
+
 /// The gradient `[n, o, oh, ow]` of the convolution's own outputs from that of the pooled ones.
 pub(crate) fn grad_output(gy: &Tensor, at: &[u8], shape: &PooledShape) -> Result<Tensor> {
     let n = shape.check("grad_output", gy, at)?;
@@ -154,7 +177,7 @@ pub(in crate::ops) mod tests {
         pool::{max_pool2d, relu},
         testing::{assert_close, random, random_var, values},
     };
-    use crate::tape::{Keep, Tape};
+    use crate::tape::{ExampleGrads, Keep, Layer, Record, Reduce, Tape};
 
     /// Input `[n, c, h, w]`, weight `[o, c / groups, kh, kw]`, stride, padding, dilation, groups; pool kernel and stride.
     pub(in crate::ops) type Case = ([usize; 4], [usize; 4], [usize; 4], (usize, usize), (usize, usize));
@@ -216,6 +239,61 @@ pub(in crate::ops) mod tests {
                     }
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Takes gradients an example where a layer has them.
+    #[derive(Default)]
+    struct OfExamples(Vec<ExampleGrads>);
+
+    impl Reduce for OfExamples {
+        fn record(&mut self, _: &Layer, _: &Record) -> Result<()> {
+            Ok(())
+        }
+
+        fn takes_examples(&self, _: &Layer) -> bool {
+            true
+        }
+
+        fn examples(&mut self, _: &Layer, grads: ExampleGrads) -> Result<()> {
+            self.0.push(grads);
+            Ok(())
+        }
+    }
+
+    /// Against the records' sums of products over positions, written out. Windows that overlap and a mask make records.
+    #[test]
+    fn gradients_an_example() -> Result<()> {
+        for (x, w, [stride, padding, dilation, groups], kernel, step) in CASES {
+            let (fused, empty) = (kernel.0 <= step.0 && kernel.0 < 16, x[0] == 0);
+            let (x, w, b) = (random_var(0, &x)?, random_var(1, &w)?, random_var(2, &w[..1])?);
+            let config = Conv2dConfig { stride, padding, dilation, groups, ..Default::default() };
+            let tape = Tape::new();
+            let bias = Some(b.as_tensor().clone());
+            let layer = tape.build(|| Ok(Conv2d::new(w.as_tensor().clone(), bias, config)))?;
+            let y = layer.forward_pooled(&x, kernel, step, true)?;
+            if empty {
+                continue;
+            }
+            let cotangent = random(3, y.dims())?;
+            let found = tape.reduce(&y, &cotangent, OfExamples::default())?.0;
+            assert_eq!(found.len(), usize::from(fused));
+            let Some(ExampleGrads { weight, bias }) = found.first() else { continue };
+            let kept = tape.reduce(&y, &cotangent, Keep::default())?.0;
+            let (_, record) = kept.first().expect("a record");
+            let (inputs, grads) = (record.inputs.rows()?.contiguous()?, record.grads.contiguous()?);
+            let (outs, columns) = (w.dim(0)? / groups, w.elem_count() / w.dim(0)?);
+            let of_groups = (0..groups).map(|group| {
+                let grads = grads.narrow(2, group * outs, outs)?.transpose(1, 2)?.contiguous()?;
+                grads.matmul(&inputs.narrow(2, group * columns, columns)?.contiguous()?)
+            });
+            let exact = Tensor::cat(&of_groups.collect::<Result<Vec<_>>>()?, 1)?.flatten_from(1)?;
+            assert_eq!((weight.dims(), bias.dims()), (exact.dims(), &[x.dim(0)?, w.dim(0)?][..]));
+            assert_close(weight, &values(&exact)?, 1e-12);
+            assert_close(bias, &values(&grads.sum(1)?)?, 1e-12);
+            tape.mask(Some(&Tensor::ones((x.dim(0)?, grads.dim(1)?), DType::U8, &Device::Cpu)?))?;
+            assert!(tape.reduce(&y, &cotangent, OfExamples::default())?.0.is_empty());
         }
         Ok(())
     }

@@ -161,19 +161,59 @@ fn weight_grads<L: Level, T: Real>(
     shape: &PooledShape,
     n: usize,
 ) -> (Vec<T>, Vec<T>) {
-    let conv = &shape.conv;
-    let (groups, outputs, features, pooled) =
-        (conv.groups, conv.group_outputs(), conv.group_features(), shape.positions());
-    let x_part = conv.group_channels() * conv.input.0 * conv.input.1;
-    let places = Places::new(shape, conv.input.1 + 2 * conv.padding.1, conv.stride);
     let rows = kernel_rows::<L, T>(shape);
-    // Room for a vector of each row, and for the bias.
-    let room = rows.len() * T::Lanes::<L>::WIDTH + 1;
     // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
     // the result does not depend on the number of threads. Where the sums are too large for that, the channels are divided.
-    let parts = ((1 << 22) / (conv.out_channels * room)).clamp(1, 16);
-    let channels = outputs.div_ceil(16 / parts);
-    let samples = n.div_ceil(parts);
+    let parts = ((1 << 22) / (shape.conv.out_channels * room::<L, T>(&rows))).clamp(1, 16);
+    let sums = sums_of_parts(level, (x, gy, at), shape, &rows, (n, parts));
+    let sums = add_parts(sums, shape.conv.out_channels * room::<L, T>(&rows));
+    gathered::<L, T>(&sums, shape, &rows)
+}
+
+/// `dL/dw [n, o, c / groups, kh, kw]` and `dL/db [n, o]` of each sample, from row-major slices.
+pub(super) fn pooled_sample_grads<T: Real>(
+    x: &[T],
+    gy: &[T],
+    at: &[u8],
+    shape: &PooledShape,
+    n: usize,
+) -> (Vec<T>, Vec<T>) {
+    with_level!(level => sample_grads(level, x, gy, at, shape, n))
+}
+
+fn sample_grads<L: Level, T: Real>(
+    level: L,
+    x: &[T],
+    gy: &[T],
+    at: &[u8],
+    shape: &PooledShape,
+    n: usize,
+) -> (Vec<T>, Vec<T>) {
+    let rows = kernel_rows::<L, T>(shape);
+    let sums = sums_of_parts(level, (x, gy, at), shape, &rows, (n, n));
+    gathered::<L, T>(&sums, shape, &rows)
+}
+
+/// Room for a vector of each row of a kernel, and for the bias.
+fn room<L: Level, T: Real>(rows: &[(usize, Range<usize>)]) -> usize {
+    rows.len() * T::Lanes::<L>::WIDTH + 1
+}
+
+/// The sums over each of `parts` of the `n` samples: a vector for each row of a channel's kernel, and the bias.
+fn sums_of_parts<L: Level, T: Real>(
+    level: L,
+    (x, gy, at): (&[T], &[T], &[u8]),
+    shape: &PooledShape,
+    rows: &[(usize, Range<usize>)],
+    (n, parts): (usize, usize),
+) -> Vec<T> {
+    let conv = &shape.conv;
+    let (groups, outputs, pooled) = (conv.groups, conv.group_outputs(), shape.positions());
+    let x_part = conv.group_channels() * conv.input.0 * conv.input.1;
+    let places = Places::new(shape, conv.input.1 + 2 * conv.padding.1, conv.stride);
+    let room = room::<L, T>(rows);
+    let channels = outputs.div_ceil((16 / parts).max(1));
+    let samples = n.div_ceil(parts.max(1));
     let mut sums = vec![T::ZERO; parts * conv.out_channels * room];
     let of_groups = sums.par_chunks_exact_mut(outputs * room).enumerate();
     let tasks = of_groups.flat_map(|(index, sums)| {
@@ -198,7 +238,7 @@ fn weight_grads<L: Level, T: Real>(
                             let list = &list[..count];
                             if let Some((bias, sums)) = sums.split_last_mut() {
                                 *bias += kept_sum(gy, at);
-                                add_rows(level, list, image, &rows, places.last, sums);
+                                add_rows(level, list, image, rows, places.last, sums);
                             }
                         }
                     }
@@ -206,8 +246,18 @@ fn weight_grads<L: Level, T: Real>(
             );
         },
     );
-    let sums = add_parts(sums, conv.out_channels * room);
-    let (mut gw, mut gb) = (vec![T::ZERO; conv.out_channels * features], vec![T::ZERO; conv.out_channels]);
+    sums
+}
+
+/// Kernels and biases out of sums of a channel after the other.
+fn gathered<L: Level, T: Real>(
+    sums: &[T],
+    shape: &PooledShape,
+    rows: &[(usize, Range<usize>)],
+) -> (Vec<T>, Vec<T>) {
+    let (features, room) = (shape.conv.group_features(), room::<L, T>(rows));
+    let channels = sums.len() / room;
+    let (mut gw, mut gb) = (vec![T::ZERO; channels * features], vec![T::ZERO; channels]);
     for ((gw, gb), sums) in gw.chunks_exact_mut(features).zip(&mut gb).zip(sums.chunks_exact(room)) {
         for ((_, features), lanes) in rows.iter().zip(sums.chunks_exact(T::Lanes::<L>::WIDTH)) {
             gw[features.clone()].copy_from_slice(&lanes[..features.len()]);

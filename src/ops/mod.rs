@@ -31,6 +31,7 @@ pub(crate) mod moment_queue;
 pub mod norm;
 mod norm_device;
 pub(crate) mod ntk;
+pub(crate) mod ntk_host;
 mod patch_moment;
 pub mod patches;
 mod patches_device;

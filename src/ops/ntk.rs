@@ -8,8 +8,8 @@
 use candle_core::{CpuStorage, DType, InplaceOp2, InplaceOp3, Layout, Result, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
+use super::ntk_host::{add_example, part, trace_example};
 use super::record_layout::cpu_slice;
-use super::simd::vectorized;
 use crate::gpu::{Gpu, Grid, Module, args, typed};
 
 /// Some rows of a Gram matrix `[size, size]`, from its first column on.
@@ -125,26 +125,10 @@ impl Add {
         let Some(m) = m.get_mut(first * size..first * size + grads.len() / columns.max(1) * size) else {
             return;
         };
-        // The outputs of an example share a row of factors.
         let examples = m.par_chunks_mut(each * size).zip(grads.par_chunks(each * columns)).enumerate();
         examples.for_each(|(example, (m, grads))| {
-            let mut factors = vec![weight + bias; columns];
-            if let Some(row) = inputs.and_then(|inputs| inputs.get(example * across..(example + 1) * across))
-            {
-                for (factors, &v) in factors.chunks_exact_mut(each).zip(row) {
-                    factors.fill(weight * v + bias);
-                }
-            }
-            for (m, grads) in m.chunks_mut(size).zip(grads.chunks(columns)) {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for ((m, &g), &f) in m.iter_mut().zip(grads).zip(&factors) {
-                            *m += f * g;
-                        }
-                    },
-                );
-            }
+            let inputs = inputs.and_then(|inputs| inputs.get(example * across..(example + 1) * across));
+            add_example(m, grads, inputs, [size, columns, each], [weight, bias]);
         });
     }
 
@@ -176,10 +160,6 @@ impl Add {
         }
         Ok(())
     }
-}
-
-fn part<'a, T>(slice: &'a [T], layout: &Layout) -> &'a [T] {
-    &slice[layout.start_offset()..layout.start_offset() + layout.shape().elem_count()]
 }
 
 impl InplaceOp2 for Add {
@@ -228,52 +208,15 @@ fn cpu_traces<T: WithDType + Into<f64>>(
         Some((storage, layout)) => Some(part(cpu_slice::<T>(storage, NAME)?, layout)),
         None => None,
     };
-    // The outputs of an example share a row of factors.
     let example_sums = |(example, grads): (usize, &[T])| {
-        let mut factors = vec![T::from_f64(1.); columns];
-        if let Some(inputs) = inputs {
-            let row = &inputs[example * across..(example + 1) * across];
-            for (factors, &v) in factors.chunks_exact_mut(each).zip(row) {
-                factors.fill(v);
-            }
-        }
-        let mut sums = [0., 0.];
-        for (row, grads) in grads.chunks_exact(columns).enumerate() {
-            let at = first + example * each + row;
-            let left = at.min(columns);
-            let m = &m[at * size..at * size + columns];
-            let twice = vectorized(
-                #[inline(always)]
-                || dots(&m[..left], &grads[..left], &factors[..left]),
-            );
-            let own =
-                if at < columns { dots(&m[at..=at], &grads[at..=at], &factors[at..=at]) } else { [0.; 2] };
-            for ((sum, twice), own) in sums.iter_mut().zip(twice).zip(own) {
-                *sum += 2. * twice + own;
-            }
-        }
-        sums
+        let at = first + example * each;
+        let inputs = inputs.map(|inputs| &inputs[example * across..(example + 1) * across]);
+        trace_example(&m[at * size..], grads, inputs, at, [size, columns, each])
     };
     // Summed in order, so that the result does not depend on the threads.
     let rows: Vec<[f64; 2]> =
         grads.par_chunks((each * columns).max(1)).enumerate().map(example_sums).collect();
     Ok(rows.iter().fold([0., 0.], |[w, b], [of_weight, of_bias]| [w + of_weight, b + of_bias]))
-}
-
-/// `sum m g f` and `sum m g`.
-#[inline(always)]
-fn dots<T: WithDType + Into<f64>>(m: &[T], g: &[T], f: &[T]) -> [f64; 2] {
-    const LANES: usize = 16;
-    let (mut all, mut plain) = ([0.; LANES], [0.; LANES]);
-    for ((m, g), f) in m.chunks(LANES).zip(g.chunks(LANES)).zip(f.chunks(LANES)) {
-        let lanes = all.iter_mut().zip(&mut plain);
-        for ((((all, plain), &m), &g), &f) in lanes.zip(m).zip(g).zip(f) {
-            let product = Into::<f64>::into(m) * Into::<f64>::into(g);
-            *plain += product;
-            *all += product * Into::<f64>::into(f);
-        }
-    }
-    [all.iter().sum(), plain.iter().sum()]
 }
 
 const THREADS: u32 = 256;

@@ -1,9 +1,9 @@
 //! The tapped convolution whose outputs are pooled, and rectified, in the same operation, on the CPU or an NVIDIA GPU.
 
-use super::{Inputs, Owed, Tap, per_output};
+use super::{ExampleGrads, Inputs, Owed, Tap, per_output};
 use crate::gpu::{self, Gpu, Operand};
 use crate::ops::conv_device::{gradients, products};
-use crate::ops::conv_pool::{PooledShape, conv_pool_cpu, grad_input, grad_output, grad_weight};
+use crate::ops::conv_pool::{PooledShape, conv_pool_cpu, grad_input, grad_output, grad_weight, sample_grads};
 use crate::ops::conv_pool_device::{Unpooled, pooled_outputs};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -127,7 +127,16 @@ impl ConvPool {
     }
 
     fn cpu_grads(&self, owed: &Owed, x: &Tensor, w: &Tensor, gy: &Tensor, at: &[u8]) -> Result<Grads> {
-        self.record(owed, x, || grad_output(gy, at, &self.shape)?.flatten_from(2)?.transpose(1, 2))?;
+        match self.tap.as_ref().filter(|tap| owed.record && tap.takes_examples(x.dtype())) {
+            Some(tap) => {
+                // The one gradient of a window that is not 0 is all that an example's sums need.
+                let (weight, bias) = sample_grads(x, gy, at, &self.shape)?;
+                tap.examples(ExampleGrads { weight, bias })?;
+            }
+            None => {
+                self.record(owed, x, || grad_output(gy, at, &self.shape)?.flatten_from(2)?.transpose(1, 2))?
+            }
+        }
         let (mut dw, mut db) = (None, None);
         if owed.weight || owed.bias {
             let (weight, bias) = grad_weight(x, gy, at, &self.shape)?;

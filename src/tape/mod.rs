@@ -18,7 +18,7 @@ mod terms;
 pub(crate) use likelihood::{Cotangents, Root};
 pub use likelihood::{Fisher, Likelihood};
 pub(crate) use mask::Mask;
-pub use record::{Inputs, Keep, Kind, Layer, Record, Reduce};
+pub use record::{ExampleGrads, Inputs, Keep, Kind, Layer, Record, Reduce};
 pub(crate) use terms::TermWeights;
 pub use terms::{Head, Terms};
 
@@ -29,7 +29,7 @@ pub(crate) use conv_pool::conv_pool;
 pub(crate) use tap_identity::{normed, picked};
 
 use crate::building::within;
-use candle_core::{Result, Tensor, backprop::GradStore, bail};
+use candle_core::{DType, Result, Tensor, backprop::GradStore, bail};
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -303,6 +303,32 @@ impl Tap {
         };
         let mut reducer = reducer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         reducer.record(&self.layer, &Record { inputs, grads, mask })
+    }
+}
+
+impl Tap {
+    /// Whether the reader of the running pass takes [`ExampleGrads`] of this layer, of tensors of `dtype`.
+    fn takes_examples(&self, dtype: DType) -> bool {
+        let state = self.tape.state();
+        let Some(pass) = state.pass.as_ref().filter(|_| state.mask.is_none()) else { return false };
+        let reducer = pass.reducer.clone();
+        drop(state);
+        let reducer = reducer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        matches!(dtype, DType::F32 | DType::F64) && reducer.takes_examples(&self.layer)
+    }
+
+    /// Hands them over.
+    fn examples(&self, grads: ExampleGrads) -> Result<()> {
+        if grads.weight.elem_count() == 0 {
+            return Ok(());
+        }
+        let mut state = self.tape.state();
+        let Some(pass) = state.pass.as_mut() else { return Ok(()) };
+        pass.records += 1;
+        let reducer = pass.reducer.clone();
+        drop(state);
+        let mut reducer = reducer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        reducer.examples(&self.layer, grads)
     }
 }
 

@@ -148,6 +148,32 @@ pub trait Reduce: Send {
     /// # Errors
     /// What the reader makes of the record; the pass ends then.
     fn record(&mut self, layer: &Layer, record: &Record) -> Result<()>;
+
+    /// Whether a use of `layer` may hand its part of every example's gradient to [`Reduce::examples`] instead of a record, where that is
+    /// cheaper to make: convolutions whose outputs are pooled, of f32 and f64 on the CPU and without a mask, do so. No, unless a reader
+    /// says otherwise.
+    fn takes_examples(&self, layer: &Layer) -> bool {
+        let _ = layer;
+        false
+    }
+
+    /// Takes what [`Reduce::takes_examples`] asked for, once for every use of the layer.
+    ///
+    /// # Errors
+    /// What the reader makes of it; the pass ends then. A reader that has not asked refuses.
+    fn examples(&mut self, layer: &Layer, grads: ExampleGrads) -> Result<()> {
+        let _ = grads;
+        bail!("tape: layer {} hands over gradients an example to a reader that takes records", layer.name)
+    }
+}
+
+/// A use's part of the gradients of the scalar that was differentiated, with respect to a layer's weight and bias, of each example alone.
+#[derive(Debug, Clone)]
+pub struct ExampleGrads {
+    /// `[batch, out * in]`, the weight's numbers in their order.
+    pub weight: Tensor,
+    /// `[batch, out]`, whether or not the layer has a bias.
+    pub bias: Tensor,
 }
 
 /// Keeps every record with the index of its layer; for diagnostics and tests.

@@ -312,7 +312,7 @@ fn kernels_of_tensors() -> Result<()> {
                 let expected = file.tensors[&format!("{kind}.{}", p.name)].to_vec2::<f64>()?;
                 let of_one = rows.of_tensors(|tensor| tensor == index).expect("a layer");
                 let ones = vec![super::super::log_det::Precision::Uniform(1.0); index + 1];
-                let found = of_one.shifted_kernel(1.0, &ones)?.to_vec2::<f64>()?;
+                let found = of_one.shifted_kernel(1.0, &ones)?.0.to_vec2::<f64>()?;
                 for (i, row) in found.iter().enumerate() {
                     for j in 0..=i {
                         let one = if i == j { 1.0 } else { 0.0 };
@@ -322,6 +322,58 @@ fn kernels_of_tensors() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// Rows that come as gradients an example make the kernel of those that come in factors: of a convolution without a bias that is used three
+/// times, of which one use has a record all the same, of one with groups, at a precision a tensor and one a weight.
+#[test]
+fn rows_that_come_written() -> Result<()> {
+    use super::super::log_det::Precision;
+    use crate::ops::pool::max_pool2d;
+    let cpu = &Device::Cpu;
+    let (vars, tape) = (VarMap::new(), Tape::new());
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, cpu);
+    let model: Box<dyn Module> = tape.build(|| {
+        let shared = nn::conv2d_no_bias(2, 4, 3, Default::default(), vb.pp(0))?;
+        let grouped = nn::Conv2dConfig { groups: 2, padding: 1, ..Default::default() };
+        let (second, third) = (nn::conv2d(4, 6, 3, grouped, vb.pp(1))?, nn::linear(54, 3, vb.pp(2))?);
+        Ok(Box::new(move |x: &Tensor| {
+            let one = |x: &Tensor| shared.forward_pooled(x, (2, 2), (2, 2), true);
+            let plain = max_pool2d(&shared.forward(&(x * 0.5)?)?.tanh()?, (2, 2), (2, 2))?;
+            let x = (one(x)? + one(&x.transpose(2, 3)?.contiguous()?)? + plain)?;
+            third.forward(&second.forward_pooled(&x, (2, 2), (2, 2), false)?.flatten_from(1)?)
+        }) as Box<dyn Module>)
+    })?;
+    let x = Tensor::rand(-1f64, 1., (7, 2, 14, 14), cpu)?;
+    let examples = Examples::new(x, Tensor::new(&[0u32, 1, 2, 0, 1, 2, 0], cpu)?)?;
+    let problem = Problem::new(&tape, &vars, &*model, Likelihood::Categorical)?;
+    let pass = problem.pass(&examples)?;
+    let written = pass.gather_written(pass.columns(Root::Reduced)?, usize::MAX)?;
+    let factors = pass.gather(pass.columns(Root::Reduced)?, usize::MAX)?;
+    let positions = |rows: &Rows| rows.layers.iter().map(|l| l.positions()).collect::<Result<Vec<_>>>();
+    assert_eq!((positions(&written)?, positions(&factors)?), (vec![0, 0, 1], vec![432, 36, 1]));
+    let each = |p: &crate::evidence::Parameter| Ok(Precision::Each((p.tensor.ones_like()? * 3.0)?));
+    let uniform = problem.parameters().iter().enumerate().map(|(i, _)| Precision::Uniform(1.0 + i as f64));
+    let each = problem.parameters().iter().map(each).collect::<Result<Vec<_>>>()?;
+    for precisions in [uniform.collect(), each] {
+        for (start, len) in [(0, 7), (2, 4)] {
+            let [found, exact] =
+                [&written, &factors].map(|rows| rows.narrow(start, len)?.log_det(0.7, &precisions));
+            let (found, exact) = (found?, exact?);
+            close("log det", found.value, exact.value, 1e-12);
+            for (found, exact) in found.effective.iter().zip(&exact.effective) {
+                let total = |share: &Option<super::super::log_det::Effective>| match share {
+                    Some(share) => share.total(),
+                    None => Ok(f64::NAN),
+                };
+                close("effective", total(found)?, total(exact)?, 1e-11);
+            }
+        }
+    }
+    // Rows that would not fit are refused, however they come.
+    let error = pass.gather_written(pass.columns(Root::Reduced)?, 1000).err().map(|e| e.to_string());
+    assert!(error.is_some_and(|e| e.contains("1000 are allowed")));
     Ok(())
 }
 
