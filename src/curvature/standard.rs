@@ -22,8 +22,8 @@ const SMALL: f64 = 0.01;
 const ROUNDING: f64 = 1e-6;
 /// Sums of squares in f32 have errors that are alike for all inputs with a large mean: as a matrix, this many roundoffs of its trace and fewer.
 const ALIKE: f64 = 5.0;
-/// An input's variance need not be known where what rounding leaves open of it is below this share of the mean one: a pixel that never
-/// changes, say. The damping is larger.
+/// An input's variance need not be known where what rounding leaves open of it is below this share of the mean one, of standard inputs: a
+/// pixel that never changes, say. The damping is larger.
 const UNSEEN: f64 = 1e-3;
 
 /// The means `m` and deviations `d` of the inputs of a layer with a folded bias, `[groups, 2, columns]`, from its factor `A`,
@@ -50,20 +50,21 @@ pub(crate) fn coordinates(a: &Tensor) -> Result<Option<(Tensor, bool)>> {
         let inputs = squares.iter().zip(means).map(|(square, mean)| input(square / count, mean / count));
         let (means, variances): (Vec<f64>, Vec<f64>) = inputs.unzip();
         let average = variances.iter().sum::<f64>() / variances.len().max(1) as f64;
-        let is_known = |(&square, &mean): (&f64, &f64)| {
-            let open = unknown * square / count;
-            mean == 0.0 || square / count - mean * mean > open || open < UNSEEN * average
-        };
-        known &= squares.iter().zip(&means).all(is_known);
         let all = if average > 0.0 { (average / SMALL).sqrt().min(1.0) } else { 1.0 };
+        let deviation = |variance: f64| all * (variance / LARGE).sqrt().max(1.0);
+        let inside = variances.iter().map(|variance| variance / deviation(*variance).powi(2));
+        let least = UNSEEN * inside.sum::<f64>() / variances.len().max(1) as f64;
+        let is_known = |((&square, &mean), &variance): ((&f64, &f64), &f64)| {
+            let open = unknown * square / count;
+            mean == 0.0 || square / count - mean * mean > open || open / deviation(variance).powi(2) < least
+        };
+        known &= squares.iter().zip(&means).zip(&variances).all(is_known);
         let largest = variances.iter().copied().fold(0.0, f64::max);
         let shifted = all < 1.0 || means.iter().any(|mean| *mean != 0.0);
         ordinary &= !shifted && largest <= LARGE;
         far |= shifted || largest > HUGE;
         found.extend(means.into_iter().chain([0.0]));
-        found.extend(
-            variances.into_iter().map(|variance| all * (variance / LARGE).sqrt().max(1.0)).chain([1.0]),
-        );
+        found.extend(variances.into_iter().map(deviation).chain([1.0]));
     }
     match ordinary {
         true => Ok(None),
@@ -202,6 +203,9 @@ mod tests {
             assert!((values(&found)?[1] - constant).abs() < 1e-6 * constant.abs(), "{constant}");
             assert_eq!(damped, known, "{constant}");
         }
+        // An input that dwarfs the others is one of them among standard ones.
+        let a = factor(&ordinary.map(|[x, y]| [1e4 * x, y * 1e-3 + 300.0]), 1.0)?;
+        assert_eq!(coordinates(&a)?.map(|(_, damped)| damped), Some(false));
         // Without any input there is nothing to know.
         assert!(coordinates(&Tensor::zeros((2, 3, 3), DType::F32, &Device::Cpu)?)?.is_none());
         Ok(())

@@ -70,14 +70,14 @@ impl Rows {
         visit(ntk_host::Term { grads: &term.grads, gram: gram.as_ref(), each: self.each })
     }
 
-    /// `I + s M`, right on and below the diagonal, and of its terms the products that [`Rows::effective`] would make again: no more
-    /// numbers than the kernel has.
+    /// `I + s M`, right on and below the diagonal, and of the first wide one of its terms, often the dearest, the products that
+    /// [`Rows::effective`] would make again: no more numbers than the kernel has.
     pub fn shifted_kernel(&self, s: f64, precisions: &[Precision]) -> Result<(Tensor, Products)> {
         let Some(first) = self.layers.first() else { bail!("evidence: no layers") };
         let (_, grads) = first.factors();
         let size = self.count();
         let m = identity(size, grads.dtype(), grads.device())?;
-        let (mut products, mut room) = (Vec::new(), size * size);
+        let (mut products, mut kept) = (Vec::new(), false);
         for layer in &self.layers {
             self.each_term(layer, s, precisions, |term, of| {
                 if !on_host(m.device()) {
@@ -85,9 +85,8 @@ impl Rows {
                         ntk::add(&m, panel, grads, inputs, term.weight, term.bias)
                     });
                 }
-                let half = size * (size + 1) / 2;
-                let keep = term.grads.dim(1)? >= WIDE && half <= room && !of.is_by_weight(precisions);
-                room -= if keep { half } else { 0 };
+                let keep = !kept && term.grads.dim(1)? >= WIDE && !of.is_by_weight(precisions);
+                kept |= keep;
                 let scale = [term.weight, term.bias];
                 products.push(self.with_host(&term, |term| ntk_host::add(&m, &term, scale, keep))?);
                 Ok(())

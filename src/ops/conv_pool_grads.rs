@@ -190,8 +190,22 @@ fn sample_grads<L: Level, T: Real>(
     n: usize,
 ) -> (Vec<T>, Vec<T>) {
     let rows = kernel_rows::<L, T>(shape);
-    let sums = sums_of_parts(level, (x, gy, at), shape, &rows, (n, n));
-    gathered::<L, T>(&sums, shape, &rows)
+    let channels = shape.conv.out_channels;
+    // A vector a row of a kernel may be many times what it becomes: no more samples at once than these numbers allow.
+    let at_once = ((1 << 22) / (channels * room::<L, T>(&rows))).max(1);
+    let (of_x, of_gy) = (x.len() / n.max(1), gy.len() / n.max(1));
+    let mut weights = Vec::with_capacity(n * channels * shape.conv.group_features());
+    let mut biases = Vec::with_capacity(n * channels);
+    for first in (0..n).step_by(at_once) {
+        let samples = at_once.min(n - first);
+        let part = |of: usize| first * of..(first + samples) * of;
+        let tensors = (&x[part(of_x)], &gy[part(of_gy)], &at[part(of_gy)]);
+        let sums = sums_of_parts(level, tensors, shape, &rows, (samples, samples));
+        let (weight, bias) = gathered::<L, T>(&sums, shape, &rows);
+        weights.extend(weight);
+        biases.extend(bias);
+    }
+    (weights, biases)
 }
 
 /// Room for a vector of each row of a kernel, and for the bias.
@@ -212,7 +226,7 @@ fn sums_of_parts<L: Level, T: Real>(
     let x_part = conv.group_channels() * conv.input.0 * conv.input.1;
     let places = Places::new(shape, conv.input.1 + 2 * conv.padding.1, conv.stride);
     let room = room::<L, T>(rows);
-    let channels = outputs.div_ceil((16 / parts).max(1));
+    let channels = outputs.div_ceil((16 / parts.max(1)).max(1));
     let samples = n.div_ceil(parts.max(1));
     let mut sums = vec![T::ZERO; parts * conv.out_channels * room];
     let of_groups = sums.par_chunks_exact_mut(outputs * room).enumerate();

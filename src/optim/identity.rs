@@ -12,9 +12,10 @@ pub(super) fn version() -> (String, String) {
     ("kronwake".into(), env!("CARGO_PKG_VERSION").into())
 }
 
-/// A Var as it is trained.
+/// A Var as it is trained. All processes have it on a device of the same kind: they meet more often where it is a GPU.
 pub(super) fn of_var(name: &str, var: &Var, trained: &str) -> (String, String) {
-    (format!("Var {name}"), format!("{:?} of {:?}, {trained}", var.dims(), var.dtype()))
+    let place = if var.device().is_cpu() { "" } else { " on a GPU" };
+    (format!("Var {name}"), format!("{:?} of {:?}{place}, {trained}", var.dims(), var.dtype()))
 }
 
 macro_rules! options {

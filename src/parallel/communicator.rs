@@ -199,36 +199,48 @@ fn by_host<C: Communicator + ?Sized>(engine: &C, transfers: &[(Transfer, Tensor)
     if let Some((rank, said)) = told.iter().enumerate().find(|(_, said)| !said.is_empty()) {
         bail!("rank {rank}: {}", String::from_utf8_lossy(said))
     }
-    let arrived = |((what, tensor), sent): (&(Transfer, Tensor), Sent)| {
-        let (dims, dtype, device) = (tensor.dims(), tensor.dtype(), tensor.device());
-        let sums = match sent {
+    // All of them, before a device that has no room for one ends this.
+    let arrived = |((what, _), sent): (&(Transfer, Tensor), Sent)| -> Result<Sent> {
+        Ok(match sent {
             Sent::Bytes(own) => {
-                let all = engine.gather(&own)?;
-                let Transfer::From(rank) = *what else { return Ok(tensor.clone()) };
-                return match all.get(rank) {
-                    Some(bytes) => tensor_of(bytes, dims, dtype, device),
-                    None => bail!("parallel: expected a rank below {}, got {rank}", engine.size()),
-                };
+                let mut all = engine.gather(&own)?;
+                match *what {
+                    Transfer::From(rank) if rank < all.len() => Sent::Bytes(all.swap_remove(rank)),
+                    Transfer::From(rank) => {
+                        bail!("parallel: expected a rank below {}, got {rank}", engine.size())
+                    }
+                    Transfer::Sum | Transfer::SumAt(_) => Sent::Bytes(own),
+                }
             }
             Sent::F64(mut values) => {
                 engine.sum_f64(&mut values)?;
-                Tensor::from_vec(values, dims, device)
+                Sent::F64(values)
             }
             Sent::F32(mut values) => {
                 engine.sum_f32(&mut values)?;
-                Tensor::from_vec(values, dims, device)
+                Sent::F32(values)
             }
             Sent::BF16(mut values) => {
                 engine.sum_bf16(&mut values)?;
-                Tensor::from_vec(values, dims, device)
+                Sent::BF16(values)
             }
-        };
+        })
+    };
+    let arrived = transfers.iter().zip(sent?).map(arrived).collect::<Result<Vec<_>>>()?;
+    let taken = |((what, tensor), arrived): (&(Transfer, Tensor), Sent)| {
+        let (dims, dtype, device) = (tensor.dims(), tensor.dtype(), tensor.device());
         match *what {
-            Transfer::SumAt(rank) if rank != engine.rank() => Ok(tensor.clone()),
-            Transfer::Sum | Transfer::SumAt(_) | Transfer::From(_) => sums,
+            Transfer::SumAt(rank) if rank != engine.rank() => return Ok(tensor.clone()),
+            Transfer::Sum | Transfer::SumAt(_) | Transfer::From(_) => {}
+        }
+        match arrived {
+            Sent::Bytes(bytes) => tensor_of(&bytes, dims, dtype, device),
+            Sent::F64(values) => Tensor::from_vec(values, dims, device),
+            Sent::F32(values) => Tensor::from_vec(values, dims, device),
+            Sent::BF16(values) => Tensor::from_vec(values, dims, device),
         }
     };
-    transfers.iter().zip(sent?).map(arrived).collect()
+    transfers.iter().zip(arrived).map(taken).collect()
 }
 
 /// The values of bytes of bfloat16.

@@ -131,6 +131,9 @@ fn what_is_chosen() -> Result<()> {
             "LeNet-300-100, {rows}"
         );
     }
+    // A decoder 128 wide: 21 % at a rank of 64, which is the least.
+    let larger = decoder(128, 344).repeat(4);
+    assert_eq!(kept(&summary(&larger, with(2048))?), full_up_to(&larger, 256, 64));
     // MiniLM: 16 % at a rank of 64, 28 % at one of 128; with twice the rows 16 and 19 %; full up to 1,024 rows at 8,192.
     let minilm = encoder(384);
     for (rows, full, rank) in [(2048, 256, 64), (4096, 256, 128), (8192, 1024, 128), (32768, all, 0)] {

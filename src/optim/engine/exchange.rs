@@ -9,7 +9,7 @@ use crate::optim::state::pending::Others;
 use crate::optim::step::gradients::{Refusal, Staged};
 use crate::optim::step::renew::Refresh;
 use crate::optim::wake::Model;
-use crate::parallel::{Form, Kind, Placement, Sums, Totals, Trouble, World};
+use crate::parallel::{Form, Kind, Place, Placement, Sums, Totals, Trouble, World};
 use candle_core::{Result, Tensor, bail};
 
 /// What a step takes in. With several processes it is made of what all have brought, and equal on all.
@@ -36,7 +36,7 @@ impl NaturalGradient {
     /// have resumed the same file. From then on every process makes the same calls: [`observe`](Self::observe) at *every* step, which counts
     /// its rows, then `backward_step`, whose loss is the mean over its own rows. A process without rows calls
     /// [`step_without_rows`](Self::step_without_rows). What goes wrong on one process is an error on all, at the step, that names its rank.
-    /// In a world of one nothing changes.
+    /// In a world of one nothing changes. While it runs a process other than rank 0 holds its parameters twice.
     ///
     /// # Errors
     /// On all processes: when options, Vars, blocks, steps taken or state differ, with the first thing that does; when a process does not
@@ -48,7 +48,9 @@ impl NaturalGradient {
             return Ok(());
         }
         let (name, steps) = (self.core.name(), self.core.steps);
-        let settled = self.settle();
+        let settled = self.settle().map(|()| vec![]).map_err(|error| Trouble::failed(&error));
+        // Before anything is compared: one whose GPU has failed has other steps.
+        world.meet(Place { of: name, call: "share", step: 0 }, settled).map_err(Trouble::error)?;
         if self.core.ownership.is_some() {
             bail!(
                 "{name}: expected an optimizer with all of its state, got one that shares it with others already"
@@ -59,7 +61,6 @@ impl NaturalGradient {
             Placement::Replicated | Placement::Gathered | Placement::Owned => placement,
         };
         let share = Share::new(world, placement, name, self.core.identity())?;
-        share.all_did((name, "share", steps), settled)?;
         // All have the same options here, so all refuse.
         if self.core.params.wake.inner().is_some() {
             bail!(

@@ -54,7 +54,9 @@ impl<P: Update> FirstOrder<P> {
         let Some(Read { slots, steps, skipped }) = found else { bail!("first-order: no state was read") };
         let mut pairs = self.slots.iter_mut().zip(slots);
         let set = pairs.try_for_each(|(slot, (value, state))| slot.set(value, state));
-        (self.steps, self.skipped) = (steps, skipped);
+        if set.is_ok() {
+            (self.steps, self.skipped) = (steps, skipped);
+        }
         self.forget();
         self.agree_on_state(set)?;
         self.keep_own();

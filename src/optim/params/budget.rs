@@ -8,7 +8,7 @@ use candle_core::{Result, bail};
 /// the rates in the documentation of [`Forecast`](super::super::Forecast), never from a clock. Full are as large factors as
 /// possible if renewing them, and preconditioning with them, is to take no more than the `share`. Where all decompositions of full factors together
 /// take no more than a twentieth of a second, on one core or on a GPU, all are full whatever their share: those of convolutional nets for small
-/// images, of transformers 128 wide, and on a GPU those of LeNet-300-100, which take a core a tenth of a second.
+/// images, and on a GPU those of LeNet-300-100, which take a core a tenth of a second.
 /// [`NaturalGradient::summary`](super::super::NaturalGradient::summary) shows what was chosen, and what it is forecast to take.
 ///
 /// Directions that are made orthogonal ([`Orthogonal`](super::Orthogonal)) take time of their own, which does not depend on the factors and is
