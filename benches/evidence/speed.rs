@@ -116,7 +116,6 @@ fn figure(
     later_times.sort_by(f64::total_cmp);
     let later_median = later_times[count / 2];
     let (least, median) = (times[0], times[count / 2]);
-    // The system counts in steps of milliseconds: a mean.
     let [computed, again] = [&computed, &later].map(|times| times.iter().sum::<f64>() / count as f64);
     println!(
         "{name}, {what:<24} {:>10.3} ms computed, mean of {count}; {:>10.3} passed, the median, {:>10.3} at the least; {:>9.3} ms computed at the \

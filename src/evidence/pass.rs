@@ -245,10 +245,9 @@ impl Pass<'_> {
     fn gathered(
         &self,
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
-        most: (usize, usize),
+        (memory, write): (usize, usize),
     ) -> Result<Rows> {
-        let memory = most.0;
-        match self.gather_within(cotangents, most)? {
+        match self.gather_within(cotangents, (memory, write))? {
             Gathered::Rows(rows) => Ok(rows),
             Gathered::TooLarge(bytes) => bail!(
                 "evidence: the inputs of layers and the gradients of their outputs for {} examples would take {bytes} bytes, and {memory} \
@@ -261,11 +260,11 @@ impl Pass<'_> {
     fn gather_within(
         &self,
         cotangents: impl ExactSizeIterator<Item = Result<Tensor>>,
-        most: (usize, usize),
+        room: (usize, usize),
     ) -> Result<Gathered> {
         let Self { problem, examples, outputs, .. } = self;
         let before = problem.tape.replace_mask(examples.mask().cloned());
-        let found = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), most);
+        let found = Rows::gather(&problem.tape, outputs, cotangents, |t| problem.number_of(t), room);
         problem.tape.replace_mask(before);
         Ok(match found? {
             Gathered::Rows(rows) => Gathered::Rows(Rows { weights: self.example_weights()?, ..rows }),

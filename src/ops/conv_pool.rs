@@ -108,6 +108,15 @@ pub(crate) fn grad_input(gy: &Tensor, at: &[u8], w: &Tensor, shape: &PooledShape
     })
 }
 
+/// The batch size, which inputs and output gradients have to share.
+fn same_batch(name: &str, x: &Tensor, gy: &Tensor, at: &[u8], shape: &PooledShape) -> Result<usize> {
+    let n = shape.check(name, gy, at)?;
+    if shape.conv.input_batch(name, x.dims())? != n {
+        bail!("{name}: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
+    }
+    Ok(n)
+}
+
 /// `dL/dw [o, c / groups, kh, kw]` and `dL/db [o]`, summed over the batch, from `x [n, c, h, w]` and the gradient
 /// `gy [n, o, ph, pw]` of the pooled outputs with their bytes `at`.
 pub(crate) fn grad_weight(
@@ -116,14 +125,11 @@ pub(crate) fn grad_weight(
     at: &[u8],
     shape: &PooledShape,
 ) -> Result<(Tensor, Tensor)> {
-    let n = shape.check("grad_weight", gy, at)?;
-    if shape.conv.input_batch("grad_weight", x.dims())? != n {
-        bail!("grad_weight: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
-    }
+    let n = same_batch("grad_weight", x, gy, at, shape)?;
     float_dispatch!("grad_weight", gy.dtype(), T => {
         let (x, gy) = (Host::of(x), Host::of(gy));
         let (x, gy) = (x.values::<T>()?, gy.values::<T>()?);
-        let (gw, gb) = pooled_weight_grads(&T::widen_slice(&x), &T::widen_slice(&gy), at, shape, n);
+        let (gw, gb) = pooled_weight_grads((&T::widen_slice(&x), &T::widen_slice(&gy), at), shape, n);
         Ok((
             Tensor::from_vec(T::narrow_vec(gw), &shape.conv.weight_dims(), &Device::Cpu)?,
             Tensor::from_vec(T::narrow_vec(gb), shape.conv.out_channels, &Device::Cpu)?,
@@ -138,15 +144,12 @@ pub(crate) fn sample_grads(
     at: &[u8],
     shape: &PooledShape,
 ) -> Result<(Tensor, Tensor)> {
-    let n = shape.check("sample_grads", gy, at)?;
-    if shape.conv.input_batch("sample_grads", x.dims())? != n {
-        bail!("sample_grads: input {:?} and output gradient {:?} differ in batch size", x.dims(), gy.dims())
-    }
+    let n = same_batch("sample_grads", x, gy, at, shape)?;
     let outputs = shape.conv.out_channels;
     float_dispatch!("sample_grads", gy.dtype(), T => {
         let (x, gy) = (Host::of(x), Host::of(gy));
         let (x, gy) = (x.values::<T>()?, gy.values::<T>()?);
-        let (gw, gb) = pooled_sample_grads(&T::widen_slice(&x), &T::widen_slice(&gy), at, shape, n);
+        let (gw, gb) = pooled_sample_grads((&T::widen_slice(&x), &T::widen_slice(&gy), at), shape, n);
         Ok((
             Tensor::from_vec(T::narrow_vec(gw), (n, outputs * shape.conv.group_features()), &Device::Cpu)?,
             Tensor::from_vec(T::narrow_vec(gb), (n, outputs), &Device::Cpu)?,

@@ -142,22 +142,21 @@ fn kernel_rows<L: Level, T: Real>(shape: &PooledShape) -> Vec<(usize, Range<usiz
     rows.collect()
 }
 
+/// Inputs, gradients of the pooled outputs, and which output of a window each belongs to.
+type Given<'a, T> = (&'a [T], &'a [T], &'a [u8]);
+
 /// `dL/dw [o, c / groups, kh, kw]` and `dL/db [o]` from row-major slices.
 pub(super) fn pooled_weight_grads<T: Real>(
-    x: &[T],
-    gy: &[T],
-    at: &[u8],
+    given: Given<'_, T>,
     shape: &PooledShape,
     n: usize,
 ) -> (Vec<T>, Vec<T>) {
-    with_level!(level => weight_grads(level, x, gy, at, shape, n))
+    with_level!(level => weight_grads(level, given, shape, n))
 }
 
 fn weight_grads<L: Level, T: Real>(
     level: L,
-    x: &[T],
-    gy: &[T],
-    at: &[u8],
+    given: Given<'_, T>,
     shape: &PooledShape,
     n: usize,
 ) -> (Vec<T>, Vec<T>) {
@@ -165,30 +164,27 @@ fn weight_grads<L: Level, T: Real>(
     // The samples are summed in parts, in parallel, and the parts in order: their number depends on the sizes alone, so
     // the result does not depend on the number of threads. Where the sums are too large for that, the channels are divided.
     let parts = ((1 << 22) / (shape.conv.out_channels * room::<L, T>(&rows))).clamp(1, 16);
-    let sums = sums_of_parts(level, (x, gy, at), shape, &rows, (n, parts));
+    let sums = sums_of_parts(level, given, shape, &rows, (n, parts));
     let sums = add_parts(sums, shape.conv.out_channels * room::<L, T>(&rows));
     gathered::<L, T>(&sums, shape, &rows)
 }
 
 /// `dL/dw [n, o, c / groups, kh, kw]` and `dL/db [n, o]` of each sample, from row-major slices.
 pub(super) fn pooled_sample_grads<T: Real>(
-    x: &[T],
-    gy: &[T],
-    at: &[u8],
+    given: Given<'_, T>,
     shape: &PooledShape,
     n: usize,
 ) -> (Vec<T>, Vec<T>) {
-    with_level!(level => sample_grads(level, x, gy, at, shape, n))
+    with_level!(level => sample_grads(level, given, shape, n))
 }
 
 fn sample_grads<L: Level, T: Real>(
     level: L,
-    x: &[T],
-    gy: &[T],
-    at: &[u8],
+    given: Given<'_, T>,
     shape: &PooledShape,
     n: usize,
 ) -> (Vec<T>, Vec<T>) {
+    let (x, gy, at) = given;
     let rows = kernel_rows::<L, T>(shape);
     let channels = shape.conv.out_channels;
     // A vector a row of a kernel may be many times what it becomes: no more samples at once than these numbers allow.
@@ -216,7 +212,7 @@ fn room<L: Level, T: Real>(rows: &[(usize, Range<usize>)]) -> usize {
 /// The sums over each of `parts` of the `n` samples: a vector for each row of a channel's kernel, and the bias.
 fn sums_of_parts<L: Level, T: Real>(
     level: L,
-    (x, gy, at): (&[T], &[T], &[u8]),
+    (x, gy, at): Given<'_, T>,
     shape: &PooledShape,
     rows: &[(usize, Range<usize>)],
     (n, parts): (usize, usize),

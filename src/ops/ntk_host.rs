@@ -243,10 +243,10 @@ pub(super) fn part<'a, T>(slice: &'a [T], layout: &Layout) -> &'a [T] {
     &slice[layout.start_offset()..layout.start_offset() + layout.shape().elem_count()]
 }
 
-/// An example's factors of `columns` products, `each` alike.
+/// An example's factors of `columns` products, `each` alike: the outputs of an example share a row of them.
 fn factors<T: WithDType>(inputs: Option<&[T]>, columns: usize, each: usize, of: impl Fn(T) -> T) -> Vec<T> {
     match inputs {
-        None => vec![of(T::from_f64(0.0)); columns],
+        None => vec![of(T::from_f64(1.0)); columns],
         Some(row) => row.iter().flat_map(|&v| std::iter::repeat_n(of(v), each)).collect(),
     }
 }
@@ -260,11 +260,7 @@ pub(super) fn add_example<T: WithDType>(
     [size, columns, each]: [usize; 3],
     [weight, bias]: [T; 2],
 ) {
-    let factors = match inputs {
-        // The outputs of an example share a row of factors.
-        Some(_) => factors(inputs, columns, each, |v| weight * v + bias),
-        None => factors(None, columns, each, |_| weight + bias),
-    };
+    let factors = factors(inputs, columns, each, |v| weight * v + bias);
     for (m, grads) in m.chunks_mut(size).zip(grads.chunks(columns)) {
         vectorized(
             #[inline(always)]
@@ -285,10 +281,7 @@ pub(super) fn trace_example<T: WithDType + Into<f64>>(
     at: usize,
     [size, columns, each]: [usize; 3],
 ) -> [f64; 2] {
-    let factors = match inputs {
-        Some(_) => factors(inputs, columns, each, |v| v),
-        None => factors(None, columns, each, |_| T::from_f64(1.0)),
-    };
+    let factors = factors(inputs, columns, each, |v| v);
     let mut sums = [0., 0.];
     for (row, (m, grads)) in m.chunks(size).zip(grads.chunks_exact(columns)).enumerate() {
         let at = at + row;
