@@ -4,72 +4,108 @@ use crate::ops::dense::{mix, product};
 use crate::ops::symmetric::symmetric_product;
 use candle_core::{D, Result, Tensor};
 
-/// The polynomial `a x + b x^3 + c x^5` of a Newton-Schulz step: steep at 0, and within about 0.3 of 1 after five steps from anywhere in
-/// (0.01, 1] (Jordan et al. 2024).
-const COEFFICIENTS: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
+/// The coefficients `a`, `b`, `c` of an iteration's polynomial `a x + b x^3 + c x^5`.
+type Coefficients = (f64, f64, f64);
+
+/// The polynomials of the iterations, and how many there are. Both kinds are steep at 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Iterations {
+    /// One for all, of matrices in units of their Frobenius norm: within about 0.3 of 1 after five from anywhere in (0.01, 1] (Jordan et al. 2024).
+    Alike(usize),
+    /// Each is the best of its degree after those before it: their composition is as close to 1 as can be on [0.005, 1] (Amsel et al. 2025). Matrices are in
+    /// units of `(sum s^8)^(1/8)` of their singular values `s`, which is near the largest where the Frobenius norm may be many times that; so three of these
+    /// take singular values as far as five of the others.
+    Best(usize),
+}
+
+const ALIKE: Coefficients = (3.4445, -4.7750, 2.0315);
+/// Remez's algorithm gives them; the error of the last is 4e-4, and whatever follows has no error but rounding.
+const BEST: [Coefficients; 5] = [
+    (8.298703491, -24.430498148, 18.090304193),
+    (3.915220960, -2.921130232, 0.559223260),
+    (3.174603657, -2.380432834, 0.497826394),
+    (2.189462840, -1.567220683, 0.407887158),
+    (1.882279208, -1.258064443, 0.375807355),
+];
+/// The best close to 1.
+const NEAR: Coefficients = (1.875, -1.25, 0.375);
+/// How much larger than the largest singular value its bound is at least, for products that round to TF32: just beyond it a first polynomial rises fast.
+const ABOVE: f64 = 1.01;
 /// Norms below are taken for this one.
 const LEAST_NORM: f64 = 1e-20;
 
 /// The smaller side from which on symmetric products are made by halves, and iterations where they are cheapest.
 const LARGE: usize = 128;
-/// Iterations of one Gram matrix; each makes twelve times as much of the rounding of its smallest eigenvalues.
+/// Iterations of one Gram matrix; each makes the rounding of its smallest eigenvalues some ten times as much.
 const ITERATIONS_OF_A_GRAM: usize = 3;
 
-/// `U p(S) V^T` of every matrix `U S V^T` of `[.., rows, columns]`, where `p` takes singular values between 0 and 1, in units of the
-/// matrix's norm, close to 1: with enough `iterations` about the orthogonal matrix that is nearest to it. A matrix of zeros stays one.
+impl Iterations {
+    fn coefficients(self) -> Vec<Coefficients> {
+        match self {
+            Self::Alike(count) => vec![ALIKE; count],
+            Self::Best(count) => BEST.into_iter().chain(std::iter::repeat(NEAR)).take(count).collect(),
+        }
+    }
+}
+
+/// `U p(S) V^T` of every matrix `U S V^T` of `[.., rows, columns]`, where `p`, the composition of the iterations' polynomials, takes singular
+/// values close to 1: with enough of them about the orthogonal matrix that is nearest to it. A matrix of zeros stays one.
 ///
-/// The products are those of the smaller side: with `A = X X^T` an iteration is `X <- a X + (b A + c A^2) X`, of a tall matrix the same with
-/// `A = X^T X` from the right. Of large matrices whose larger side is twice the smaller one or more, up to three iterations
-/// multiply `X` only twice: see [`by_gram`].
+/// The products are those of the smaller side: with `A = X X^T` an iteration is `X <- (a + b A + c A^2) X`, of a tall matrix the same with
+/// `A = X^T X` from the right. Where a large matrix has one side twice the other or more, up to three iterations multiply `X` only once.
 ///
 /// # Errors
 /// When the tensor has fewer than two dimensions, or a device fails.
-pub(crate) fn orthogonalized(matrices: &Tensor, iterations: usize) -> Result<Tensor> {
+pub(crate) fn orthogonalized(matrices: &Tensor, iterations: Iterations) -> Result<Tensor> {
     let (rows, columns) = matrices.dims().split_last_chunk::<2>().map_or((1, 1), |(_, [r, c])| (*r, *c));
-    let last = matrices.rank().saturating_sub(2);
-    let norm = matrices.sqr()?.sum_keepdim((last, last + 1))?.sqrt()?.maximum(LEAST_NORM)?;
-    let mut x = matrices.broadcast_div(&norm)?;
     let (tall, small) = (rows > columns, rows.min(columns));
     let symmetric = if small >= LARGE { symmetric_product } else { product };
-    let gram = |x: &Tensor| {
-        let transposed = x.transpose(last, last + 1)?;
-        if tall { symmetric(&transposed, x) } else { symmetric(x, &transposed) }
-    };
-    let times = |x: &Tensor, m: &Tensor| if tall { product(x, m) } else { product(m, x) };
-    if small >= LARGE && rows.max(columns) >= 2 * small {
-        let mut left = iterations;
-        while left > 0 {
-            let now = left.min(ITERATIONS_OF_A_GRAM);
-            x = times(&x, &by_gram(gram(&x)?, now)?)?;
-            left -= now;
-        }
-        return Ok(x);
-    }
-    let (a, b, c) = COEFFICIENTS;
-    for _ in 0..iterations {
-        let gram = gram(&x)?;
-        let power = mix(&gram, b, &symmetric(&gram, &gram)?, c)?;
-        x = mix(&x, a, &times(&x, &power)?, 1.0)?;
+    let mut x = matrices.broadcast_div(&norm(matrices)?)?;
+    let at_once = if small >= LARGE && rows.max(columns) >= 2 * small { ITERATIONS_OF_A_GRAM } else { 1 };
+    for (nth, steps) in iterations.coefficients().chunks(at_once).enumerate() {
+        let transposed = x.t()?;
+        let gram = if tall { symmetric(&transposed, &x)? } else { symmetric(&x, &transposed)? };
+        let square = symmetric(&gram, &gram)?;
+        let function = match (nth, iterations) {
+            (0, Iterations::Best(_)) => {
+                let bound = (norm(&square)?.sqrt()? * ABOVE.powi(2))?;
+                let (gram, square) = (gram.broadcast_div(&bound)?, square.broadcast_div(&bound.sqr()?)?);
+                by_gram(gram, square, steps, symmetric)?.broadcast_div(&bound.sqrt()?)?
+            }
+            _ => by_gram(gram, square, steps, symmetric)?,
+        };
+        x = if tall { product(&x, &function)? } else { product(&function, &x)? };
     }
     Ok(x)
 }
 
-/// What multiplies `X` in all `iterations`, from `A = X X^T` alone: the product of the factors `P = a + b A + c A^2` of the iterations, with
-/// `A <- P A P`. All are functions of the first `A`: they are symmetric, and their order does not matter.
-fn by_gram(mut gram: Tensor, iterations: usize) -> Result<Tensor> {
-    let (a, b, c) = COEFFICIENTS;
+/// The Frobenius norm of every matrix, `[.., 1, 1]`, above 0.
+fn norm(matrices: &Tensor) -> Result<Tensor> {
+    matrices.sqr()?.sum_keepdim((D::Minus2, D::Minus1))?.sqrt()?.maximum(LEAST_NORM)
+}
+
+/// What multiplies `X` in all of `steps`, from `A = X X^T` and its square alone: the product of the factors `P = a + b A + c A^2` of the iterations,
+/// with `A <- P A P`. All are functions of the first `A`: they are symmetric, and their order does not matter.
+fn by_gram(
+    mut gram: Tensor,
+    mut square: Tensor,
+    steps: &[Coefficients],
+    symmetric: fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let size = gram.dim(D::Minus1)?;
     let eye = Tensor::eye(size, gram.dtype(), gram.device())?.broadcast_as(gram.shape())?;
     let mut all = None;
-    for left in (0..iterations).rev() {
-        let power = mix(&gram, b, &symmetric_product(&gram, &gram)?, c)?;
-        let factor = (&eye * a)?.add(&power)?;
-        if left > 0 {
-            gram = symmetric_product(&symmetric_product(&factor, &gram)?, &factor)?;
+    for (nth, (a, b, c)) in steps.iter().enumerate() {
+        if nth > 0 {
+            square = symmetric(&gram, &gram)?;
+        }
+        let factor = (&eye * *a)?.add(&mix(&gram, *b, &square, *c)?)?;
+        if nth + 1 < steps.len() {
+            gram = symmetric(&symmetric(&factor, &gram)?, &factor)?;
         }
         all = Some(match all {
             None => factor,
-            Some(all) => symmetric_product(&factor, &all)?,
+            Some(all) => symmetric(&factor, &all)?,
         });
     }
     all.map_or_else(|| eye.contiguous(), Ok)
@@ -81,13 +117,44 @@ mod tests {
     use crate::linalg::testing::{max_abs, random_symmetric};
     use candle_core::{DType, Device};
 
-    /// The polynomial by plain numbers.
-    fn polynomial(mut x: f64, iterations: usize) -> f64 {
-        let (a, b, c) = COEFFICIENTS;
-        for _ in 0..iterations {
-            x = a * x + b * x.powi(3) + c * x.powi(5);
+    /// The composition of the polynomials, by plain numbers.
+    fn polynomial(x: f64, iterations: Iterations) -> f64 {
+        let step = |x: f64, (a, b, c): Coefficients| a * x + b * x.powi(3) + c * x.powi(5);
+        iterations.coefficients().into_iter().fold(x, step)
+    }
+
+    /// The unit of singular values `s`.
+    fn unit(s: &[f64], iterations: Iterations) -> f64 {
+        match iterations {
+            Iterations::Alike(_) => s.iter().map(|s| s.powi(2)).sum::<f64>().sqrt(),
+            Iterations::Best(_) => ABOVE * s.iter().map(|s| s.powi(8)).sum::<f64>().powf(0.125),
         }
-        x
+    }
+
+    /// No polynomial of degree 5 is closer to 1 on an interval than one whose error is as large at both ends and twice between, with signs in turn
+    /// (Chebyshev). The interval of the next one is what this makes of it.
+    #[test]
+    fn each_polynomial_is_the_best_of_its_degree() {
+        let (mut low, mut high) = (0.005f64, 1.0f64);
+        for ((a, b, c), tolerance) in BEST.into_iter().zip([1e-7, 1e-7, 1e-7, 1e-7, 1e-8]) {
+            let p = |x: f64| a * x + b * x.powi(3) + c * x.powi(5);
+            // Where a + 3 b x^2 + 5 c x^4 is 0.
+            let root = (9.0 * b * b - 20.0 * a * c).sqrt();
+            let [first, second] = [-root, root].map(|root| ((root - 3.0 * b) / (10.0 * c)).sqrt());
+            assert!(low < first && first < second && second < high);
+            let error = 1.0 - p(low);
+            for (x, sign) in [(first, -1.0), (second, 1.0), (high, -1.0)] {
+                assert!((1.0 - p(x) - sign * error).abs() < tolerance, "{x}: {} {error}", 1.0 - p(x));
+            }
+            (low, high) = (1.0 - error, 1.0 + error);
+        }
+        for (iterations, error) in [(3, 0.496), (4, 0.083), (5, 5e-4), (6, 1e-6)] {
+            for i in 0..=2000 {
+                let x = 0.005 * 200f64.powf(f64::from(i) / 2000.0);
+                let off = (polynomial(x, Iterations::Best(iterations)) - 1.0).abs();
+                assert!(off < error, "{iterations} iterations, {x}: {off}");
+            }
+        }
     }
 
     /// Large matrices, wide, tall and square, in several groups: from the polynomial of their Gram matrices' eigenvalues.
@@ -95,15 +162,21 @@ mod tests {
     fn large_matrices() -> Result<()> {
         use crate::linalg::eigh::{Eigh, eigh_all};
         use crate::ops::testing::random;
+        use Iterations::{Alike, Best};
         for (rows, columns) in [(320, 330), (130, 260), (1000, 320)] {
             for (iterations, dtype, tolerance) in [
-                (3, DType::F64, 1e-11),
-                (4, DType::F64, 1e-11),
-                (3, DType::F32, 2e-5),
-                (5, DType::F64, 1e-10),
-                (5, DType::F32, 5e-5),
+                (Alike(3), DType::F64, 1e-11),
+                (Alike(4), DType::F64, 1e-11),
+                (Alike(5), DType::F64, 1e-10),
+                (Alike(5), DType::F32, 5e-5),
+                (Best(1), DType::F64, 1e-11),
+                (Best(3), DType::F64, 1e-10),
+                (Best(5), DType::F64, 1e-10),
+                // Three of these make 10,000 times as much of a Gram matrix's rounding, which is 6e-8.
+                (Best(3), DType::F32, 6e-4),
+                (Best(7), DType::F32, 6e-4),
             ] {
-                // Singular values from about 0.08 of the norm down to a thousandth of that.
+                // Singular values fall to a thousandth of the largest.
                 let x = random(3, &[2, rows, columns])?;
                 let fall = Tensor::from_iter(
                     (0..columns).map(|i| 1e-3f64.powf(i as f64 / columns as f64)),
@@ -111,24 +184,23 @@ mod tests {
                 )?;
                 let x = x.broadcast_mul(&fall)?;
                 let small = if rows > columns { x.t()?.contiguous()? } else { x.clone() };
-                let norm = x.sqr()?.sum_keepdim((1, 2))?.sqrt()?;
-                let small = small.broadcast_div(&norm)?;
                 let gram = small.matmul(&small.t()?)?;
                 let Eigh { values, vectors } =
                     crate::linalg::next(&mut eigh_all(&[(&gram, "gram")]).into_iter())?;
                 // p(s) / s for each singular value s.
-                let values: Vec<f64> = values.flatten_all()?.to_vec1()?;
-                let factors = values.iter().map(|g| {
-                    let s = g.max(1e-30).sqrt();
-                    polynomial(s, iterations) / s
-                });
-                let factors = Tensor::from_iter(factors, &Device::Cpu)?.reshape((2, 1, ()))?;
+                let mut factors = vec![];
+                for values in values.to_vec2::<f64>()? {
+                    let s: Vec<f64> = values.iter().map(|g| g.max(1e-30).sqrt()).collect();
+                    let unit = unit(&s, iterations);
+                    factors.extend(s.iter().map(|s| polynomial(s / unit, iterations) / s));
+                }
+                let factors = Tensor::from_vec(factors, (2, 1, small.dim(1)?), &Device::Cpu)?;
                 let function = vectors.broadcast_mul(&factors)?.matmul(&vectors.t()?)?;
                 let expected = function.matmul(&small)?;
                 let expected = if rows > columns { expected.t()?.contiguous()? } else { expected };
                 let found = orthogonalized(&x.to_dtype(dtype)?, iterations)?.to_dtype(DType::F64)?;
                 let off = max_abs(&(found - expected)?)?;
-                assert!(off < tolerance, "{rows} x {columns}, {iterations} iterations, {dtype:?}: {off}");
+                assert!(off < tolerance, "{rows} x {columns}, {iterations:?}, {dtype:?}: {off}");
             }
         }
         Ok(())
@@ -142,9 +214,11 @@ mod tests {
             crate::linalg::next(&mut found.into_iter())?.vectors.to_dtype(DType::F64)
         };
         let (u, v) = (basis(1)?, basis(2)?.narrow(1, 0, 4)?);
-        for columns in [4, 3] {
+        let kinds =
+            [1, 3, 5].into_iter().flat_map(|count| [Iterations::Alike(count), Iterations::Best(count)]);
+        for (iterations, columns) in kinds.flat_map(|kind| [(kind, 4), (kind, 3)]) {
             let values: Vec<f64> = vec![3.0, 0.7, 0.02, 0.4][..columns].to_vec();
-            let norm = values.iter().map(|s| s * s).sum::<f64>().sqrt();
+            let unit = unit(&values, iterations);
             let scaled = |f: &dyn Fn(f64) -> f64| -> Result<Tensor> {
                 let f = Tensor::from_iter(values.iter().map(|&s| f(s)), &Device::Cpu)?;
                 let left = u.narrow(2, 0, columns)?.broadcast_mul(&f)?;
@@ -152,18 +226,31 @@ mod tests {
             };
             // With a part of a basis alone, the right side is no orthogonal matrix: only square ones are compared so.
             if columns == 4 {
-                for iterations in [1, 5] {
-                    let expected = scaled(&|s| polynomial(s / norm, iterations))?;
-                    let found = orthogonalized(&scaled(&|s| s)?, iterations)?;
-                    assert!(max_abs(&(found - expected)?)? < 1e-12);
-                }
+                let expected = scaled(&|s| polynomial(s / unit, iterations))?;
+                let found = orthogonalized(&scaled(&|s| s)?, iterations)?;
+                assert!(max_abs(&(found - expected)?)? < 1e-11, "{iterations:?}");
             }
             let wide = scaled(&|s| s)?;
             let tall = wide.transpose(1, 2)?.contiguous()?;
-            let off = (orthogonalized(&wide, 5)?.transpose(1, 2)? - orthogonalized(&tall, 5)?)?;
-            assert!(max_abs(&off)? < 1e-12);
+            let off =
+                (orthogonalized(&wide, iterations)?.transpose(1, 2)? - orthogonalized(&tall, iterations)?)?;
+            assert!(max_abs(&off)? < 1e-11);
+            assert_eq!(max_abs(&orthogonalized(&u.zeros_like()?, iterations)?)?, 0.0);
         }
-        assert_eq!(max_abs(&orthogonalized(&u.zeros_like()?, 5)?)?, 0.0);
+        Ok(())
+    }
+
+    /// Numbers of any size, whose squares f32 does not have.
+    #[test]
+    fn matrices_of_any_size() -> Result<()> {
+        let m = crate::ops::testing::random(5, &[1, 6, 9])?.to_dtype(DType::F32)?;
+        for iterations in [Iterations::Alike(5), Iterations::Best(3)] {
+            let expected = orthogonalized(&m, iterations)?;
+            for scale in [1e-12, 1e12] {
+                let found = orthogonalized(&(&m * scale)?, iterations)?;
+                assert!(max_abs(&(found - &expected)?.to_dtype(DType::F64)?)? < 1e-5, "{scale}");
+            }
+        }
         Ok(())
     }
 }

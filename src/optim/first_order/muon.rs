@@ -3,7 +3,7 @@
 use super::update::{
     At, FallbackAdam, LEAST, State, Update, as_matrix, at_least_one, decay, in_range, mix, moved,
 };
-use crate::linalg::polar::orthogonalized;
+use crate::linalg::polar::{Iterations, orthogonalized};
 use crate::optim::ParamsAdamW;
 use candle_core::{Result, Tensor};
 
@@ -109,7 +109,7 @@ impl Update for ParamsMuon {
             if self.nesterov { mix(&momentum, self.momentum, grad, 1.0, LEAST)? } else { momentum.clone() };
         let matrix = as_matrix(&ahead)?;
         let (rows, columns) = matrix.dims2()?;
-        let direction = orthogonalized(&matrix, self.steps)?;
+        let direction = orthogonalized(&matrix, Iterations::Alike(self.steps))?;
         let moved = moved(at, value, &direction, at.lr * self.scale.of(rows, columns))?;
         Ok((moved, vec![momentum]))
     }

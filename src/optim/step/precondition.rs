@@ -9,7 +9,7 @@ use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
 use crate::curvature::{Damping, Preconditioner, damped_product, standard};
-use crate::linalg::polar::orthogonalized;
+use crate::linalg::polar::{Iterations, orthogonalized};
 use crate::ops::dense::{dot, with_tf32};
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
@@ -69,7 +69,8 @@ fn tf32(core: &Core) -> bool {
 
 /// The direction as the options want it, of what was solved for; `inputs` are the block's coordinates, where it has such.
 fn shaped(core: &Core, inputs: Option<&Tensor>, direction: Tensor) -> Result<Tensor> {
-    let Some(Orthogonal { iterations }) = core.params.orthogonal else { return Ok(direction) };
+    let Some(orthogonal) = core.params.orthogonal else { return Ok(direction) };
+    let iterations = Iterations::Best(orthogonal.iterations);
     let (_, rows, columns) = direction.dims3()?;
     let length = orthogonal_length(rows, columns);
     match inputs {
@@ -128,7 +129,7 @@ fn orthogonal_in_basis(
 ) -> Result<(Tensor, f64)> {
     let (_, rows, columns) = wake.dims3()?;
     let inside = (Preconditioner::inside(basis_a, basis_g, scale, wake)? * scale)?;
-    let inside = (orthogonalized(&inside, iterations)? * orthogonal_length(rows, columns))?;
+    let inside = (orthogonalized(&inside, Iterations::Best(iterations))? * orthogonal_length(rows, columns))?;
     let length = dot(&inside, &(&inside / scale)?)?;
     Ok((Preconditioner::outside(basis_a, basis_g, &inside, wake)?, length))
 }

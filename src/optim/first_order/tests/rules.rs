@@ -2,6 +2,7 @@
 
 use super::dense::Matrix;
 use super::*;
+use crate::linalg::polar::Iterations;
 use crate::linalg::testing::here_and_on_a_device;
 
 /// A Var of f64 with the gradients of its steps.
@@ -80,14 +81,19 @@ fn five_steps_bring_singular_values_near_1() -> Result<()> {
     for (rows, columns) in [(6, 6), (8, 5), (5, 9)] {
         let m = Matrix::random(rows, columns, 3);
         let given = Tensor::from_vec(m.values, (rows, columns), &Device::Cpu)?;
-        let found = crate::linalg::polar::orthogonalized(&given, 5)?.flatten_all()?.to_vec1::<f64>()?;
+        let found = crate::linalg::polar::orthogonalized(&given, Iterations::Alike(5))?
+            .flatten_all()?
+            .to_vec1::<f64>()?;
         let found = Matrix { rows, columns, values: found };
         let gram = if rows < columns { found.times(&found.t()) } else { found.t().times(&found) };
         let (values, _) = gram.eigen();
         assert!(values.iter().all(|v| (0.65..1.25).contains(&v.sqrt())), "{values:?}");
     }
     // Without a gradient there is no direction.
-    let none = crate::linalg::polar::orthogonalized(&Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?, 5)?;
+    let none = crate::linalg::polar::orthogonalized(
+        &Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?,
+        Iterations::Alike(5),
+    )?;
     assert_eq!(none.flatten_all()?.to_vec1::<f32>()?, [0.0; 6]);
     Ok(())
 }
