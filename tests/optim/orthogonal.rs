@@ -22,7 +22,7 @@ fn params(net: &Net, wake: impl Into<Wake>) -> Params {
         fisher: Fisher::Exact,
         average: None,
         // So many are exact.
-        orthogonal: Some(Orthogonal { iterations: 12 }),
+        orthogonal: Some(Orthogonal { iterations: 30 }),
         ..Params::of(wake, &net.tape)
     }
 }
