@@ -64,17 +64,17 @@ pub(crate) fn orthogonalized(matrices: &Tensor, iterations: Iterations) -> Resul
     let at_once = if small >= LARGE && rows.max(columns) >= 2 * small { ITERATIONS_OF_A_GRAM } else { 1 };
     for (nth, steps) in iterations.coefficients().chunks(at_once).enumerate() {
         let transposed = x.t()?;
-        let gram = if tall { symmetric(&transposed, &x)? } else { symmetric(&x, &transposed)? };
-        let square = symmetric(&gram, &gram)?;
-        let function = match (nth, iterations) {
-            (0, Iterations::Best(_)) => {
-                let bound = (norm(&square)?.sqrt()? * ABOVE.powi(2))?;
-                let (gram, square) = (gram.broadcast_div(&bound)?, square.broadcast_div(&bound.sqr()?)?);
-                by_gram(gram, square, steps, symmetric)?.broadcast_div(&bound.sqrt()?)?
-            }
-            _ => by_gram(gram, square, steps, symmetric)?,
-        };
-        x = if tall { product(&x, &function)? } else { product(&function, &x)? };
+        let mut gram = if tall { symmetric(&transposed, &x)? } else { symmetric(&x, &transposed)? };
+        let mut square = symmetric(&gram, &gram)?;
+        if let (0, Iterations::Best(_)) = (nth, iterations) {
+            let bound = (norm(&square)?.sqrt()? * ABOVE.powi(2))?;
+            x = x.broadcast_div(&bound.sqrt()?)?;
+            gram = gram.broadcast_div(&bound)?;
+            square = square.broadcast_div(&bound.sqr()?)?;
+        }
+        let (kept, function) = by_gram(gram, square, steps, symmetric)?;
+        let changed = if tall { product(&x, &function)? } else { product(&function, &x)? };
+        x = mix(&x, kept, &changed, 1.0)?;
     }
     Ok(x)
 }
@@ -84,31 +84,34 @@ fn norm(matrices: &Tensor) -> Result<Tensor> {
     matrices.sqr()?.sum_keepdim((D::Minus2, D::Minus1))?.sqrt()?.maximum(LEAST_NORM)
 }
 
-/// What multiplies `X` in all of `steps`, from `A = X X^T` and its square alone: the product of the factors `P = a + b A + c A^2` of the iterations,
-/// with `A <- P A P`. All are functions of the first `A`: they are symmetric, and their order does not matter.
+/// `s` and `M` of the `s + M` that multiplies `X` in all of `steps`, from `A = X X^T` and its square alone: the product of the factors
+/// `a + P = a + b A + c A^2` of the iterations, with `A <- (a + P) A (a + P)`. All are functions of the first `A`: they are symmetric, and
+/// their order does not matter.
 fn by_gram(
     mut gram: Tensor,
     mut square: Tensor,
     steps: &[Coefficients],
     symmetric: fn(&Tensor, &Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let size = gram.dim(D::Minus1)?;
-    let eye = Tensor::eye(size, gram.dtype(), gram.device())?.broadcast_as(gram.shape())?;
-    let mut all = None;
-    for (nth, (a, b, c)) in steps.iter().enumerate() {
+) -> Result<(f64, Tensor)> {
+    let mut all: Option<(f64, Tensor)> = None;
+    for (nth, &(a, b, c)) in steps.iter().enumerate() {
         if nth > 0 {
             square = symmetric(&gram, &gram)?;
         }
-        let factor = (&eye * *a)?.add(&mix(&gram, *b, &square, *c)?)?;
+        let power = mix(&gram, b, &square, c)?;
         if nth + 1 < steps.len() {
-            gram = symmetric(&symmetric(&factor, &gram)?, &factor)?;
+            let half = mix(&gram, a, &symmetric(&power, &gram)?, 1.0)?;
+            gram = mix(&half, a, &symmetric(&half, &power)?, 1.0)?;
         }
         all = Some(match all {
-            None => factor,
-            Some(all) => symmetric(&factor, &all)?,
+            None => (a, power),
+            Some((kept, function)) => {
+                let sum = mix(&function, a, &power, kept)?;
+                (a * kept, mix(&sum, 1.0, &symmetric(&power, &function)?, 1.0)?)
+            }
         });
     }
-    all.map_or_else(|| eye.contiguous(), Ok)
+    all.map_or_else(|| Ok((1.0, gram.zeros_like()?)), Ok)
 }
 
 #[cfg(test)]
