@@ -27,12 +27,12 @@ fn params(net: &Net, wake: impl Into<Wake>) -> Params {
     }
 }
 
-/// `0.17 sqrt(max) U V^T` of the matrix whose columns lie one after the other in `v`.
+/// `0.18 sqrt(max) U V^T` of the matrix whose columns lie one after the other in `v`.
 fn orthogonal(v: &Mat<f64>, rows: usize) -> Mat<f64> {
     let columns = v.nrows() / rows;
     let matrix = Mat::from_fn(rows, columns, |i, j| v[(j * rows + i, 0)]);
     let svd = matrix.thin_svd().unwrap();
-    let nearest = svd.U() * svd.V().transpose() * (0.17 * (rows.max(columns) as f64).sqrt());
+    let nearest = svd.U() * svd.V().transpose() * (0.18 * (rows.max(columns) as f64).sqrt());
     Mat::from_fn(v.nrows(), 1, |i, _| nearest[(i % rows, i / rows)])
 }
 
@@ -98,7 +98,7 @@ fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
                 StepRule::FixedKl { target } => lr * (2.0 * target / squared).sqrt(),
                 // Of four inputs and the bias.
                 StepRule::AdaptiveKl(AdaptiveKl { longest, .. }) => {
-                    let rate = longest / (0.17 * lr_scale * 5f64.sqrt());
+                    let rate = longest / (0.18 * lr_scale * 5f64.sqrt());
                     let (kept, bound) = (opt.kl_target().unwrap(), 0.5 * (2.0 * rate).powi(2) * squared);
                     assert!(kept <= bound * (1.0 + 1e-9), "step {k}: {kept} kept, {bound}");
                     assert!(k > 0 || kept >= bound * (1.0 - 1e-9), "{kept} kept, {bound}");

@@ -98,12 +98,12 @@ pub struct AdaptiveKl {
     pub noise: f64,
     /// How fast the length follows, in [0, 1]; 0.05 by default.
     pub pace: f64,
-    /// How far an orthogonal step may change the outputs of a layer, above 0; 0.12 by default, infinity for no bound. It is the root mean square of
+    /// How far an orthogonal step may change the outputs of a layer, above 0; 0.125 by default, infinity for no bound. It is the root mean square of
     /// the change of one output, for inputs of the mean square 1 whose direction has nothing to do with the step's. With the schedule's
     /// fraction `lr`, the rate is at most
     ///
     /// ```text
-    /// lr longest / (0.17 sqrt(n))
+    /// lr longest / (0.18 sqrt(n))
     /// ```
     ///
     /// where `n` is the largest number of inputs that a layer has, the bias among them, times the square of its group's `lr_scale`; those of a
@@ -129,6 +129,6 @@ impl AdaptiveKl {
 
 impl Default for AdaptiveKl {
     fn default() -> Self {
-        Self { initial: 0.02, slope: 0.6, noise: 512.0, pace: 0.05, longest: 0.12 }
+        Self { initial: 0.02, slope: 0.6, noise: 512.0, pace: 0.05, longest: 0.125 }
     }
 }
