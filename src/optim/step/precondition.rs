@@ -70,21 +70,22 @@ fn tf32(core: &Core) -> bool {
 /// The direction as the options want it, of what was solved for; `inputs` are the block's coordinates, where it has such.
 fn shaped(core: &Core, inputs: Option<&Tensor>, direction: Tensor) -> Result<Tensor> {
     let Some(orthogonal) = core.params.orthogonal else { return Ok(direction) };
-    let iterations = Iterations::Best(orthogonal.iterations);
-    let (_, rows, columns) = direction.dims3()?;
-    let length = orthogonal_length(rows, columns);
     match inputs {
-        None => orthogonalized(&direction, iterations)? * length,
+        None => made_orthogonal(orthogonal, &direction, &direction),
         Some(inputs) => {
-            let direction = orthogonalized(&standard::inside(inputs, &direction)?, iterations)?;
-            standard::outside(inputs, &(direction * length)?)
+            let inside = standard::inside(inputs, &direction)?;
+            let direction = made_orthogonal(orthogonal, &inside, &direction)?;
+            standard::outside(inputs, &direction)
         }
     }
 }
 
-/// What an orthogonal matrix is multiplied by, so that its elements have a root mean square of [`Orthogonal::RMS`].
-fn orthogonal_length(rows: usize, columns: usize) -> f64 {
-    Orthogonal::RMS * (rows.max(columns) as f64).sqrt()
+/// The orthogonal matrices nearest to directions, so long that their elements have a root mean square of [`Orthogonal::RMS`] in the shape of
+/// `gradient`; directions among eigenvectors may have more rows and columns, of zeros.
+fn made_orthogonal(orthogonal: Orthogonal, directions: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+    let (_, rows, columns) = gradient.dims3()?;
+    let length = Orthogonal::RMS * (rows.max(columns) as f64).sqrt();
+    orthogonalized(directions, Iterations::Best(orthogonal.iterations))? * length
 }
 
 /// Eigenvectors of `A` and of `G`, and the scaling of both: [`Preconditioner::Basis`].
@@ -123,13 +124,12 @@ pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
 /// between the same eigenvectors, among which the metric is a number an element: neither the way out and back in nor products with the factors
 /// are needed.
 fn orthogonal_in_basis(
-    Orthogonal { iterations }: Orthogonal,
+    orthogonal: Orthogonal,
     (basis_a, basis_g, scale): Basis<'_>,
     wake: &Tensor,
 ) -> Result<(Tensor, f64)> {
-    let (_, rows, columns) = wake.dims3()?;
     let inside = (Preconditioner::inside(basis_a, basis_g, scale, wake)? * scale)?;
-    let inside = (orthogonalized(&inside, Iterations::Best(iterations))? * orthogonal_length(rows, columns))?;
+    let inside = made_orthogonal(orthogonal, &inside, wake)?;
     let length = dot(&inside, &(&inside / scale)?)?;
     Ok((Preconditioner::outside(basis_a, basis_g, &inside, wake)?, length))
 }
