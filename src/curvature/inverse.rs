@@ -5,7 +5,7 @@ use super::factor_shape::{
     Damped, curved, cut, fitted, from_left, from_right, is_diagonal, pi_damped, rotated, sandwich,
 };
 use super::rounding::{above_rounding, below_rounding, widened};
-use super::split::scaled;
+use super::split::{scaled, squares};
 use super::standard;
 use crate::gpu::Gpu;
 use crate::linalg::cholesky::inverse_spd_all;
@@ -76,6 +76,16 @@ impl Preconditioner {
         match self {
             Self::LowRank { basis_a, basis_g, scale, root_a: None, root_g: None } => {
                 scaled(basis_g, x, basis_a, &scale.recip()?).map(Some)
+            }
+            Self::LowRank { .. } | Self::Factors { .. } | Self::Basis { .. } => Ok(None),
+        }
+    }
+
+    /// The inner product of `x` and [`Preconditioner::undone`], without that.
+    pub fn length_undone(&self, x: &Tensor) -> Result<Option<f64>> {
+        match self {
+            Self::LowRank { basis_a, basis_g, scale, root_a: None, root_g: None } => {
+                squares(basis_g, x, basis_a, &scale.recip()?).map(Some)
             }
             Self::LowRank { .. } | Self::Factors { .. } | Self::Basis { .. } => Ok(None),
         }

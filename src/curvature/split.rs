@@ -3,8 +3,8 @@
 
 use super::factor_shape::{columns_rotated, cut, fitted, rows_rotated};
 use crate::linalg::sketch::is_sketch;
-use crate::ops::dense::{mix, product};
-use candle_core::{Result, Tensor};
+use crate::ops::dense::{dot, mix, product};
+use candle_core::{DType, Result, Tensor};
 
 /// `x` `[groups, rows, columns]` with each part in the eigenvectors `i` of the rows and `j` of the columns times `scale[i, j]`, the part
 /// outside the eigenvectors of low rank by the last row or column of `scale`.
@@ -35,4 +35,66 @@ fn along_columns(x: &Tensor, basis: &Tensor, scale: &Tensor) -> Result<Tensor> {
     }
     let turned = columns_rotated(&fitted(x, (rows, values))?, basis)?.broadcast_mul(scale)?;
     cut(&columns_rotated(&turned, &basis.t()?)?, (rows, columns))
+}
+
+/// The sum of the squares of `x` in the eigenvectors, each times its `scale`: the inner product of `x` and [`scaled`], of whose products it takes
+/// half.
+pub(super) fn squares(basis_g: &Tensor, x: &Tensor, basis_a: &Tensor, scale: &Tensor) -> Result<f64> {
+    let (values, columns) = (scale.dim(1)?, x.dim(2)?);
+    if is_sketch(basis_g) {
+        let (inside, outside) = (scale.narrow(1, 0, values - 1)?, scale.narrow(1, values - 1, 1)?);
+        let by = inside.broadcast_sub(&outside)?;
+        let turned = squares_along_columns(&product(basis_g, x)?, basis_a, &by)?;
+        return Ok(turned + squares_along_columns(x, basis_a, &outside)?);
+    }
+    let turned = rows_rotated(&basis_g.t()?, &fitted(x, (values, columns))?)?;
+    squares_along_columns(&turned, basis_a, scale)
+}
+
+/// [`squares`] with rows as they are; `scale` has as many, or one.
+fn squares_along_columns(x: &Tensor, basis: &Tensor, scale: &Tensor) -> Result<f64> {
+    let (rows, values) = (x.dim(1)?, scale.dim(2)?);
+    let sum = |x: &Tensor, scale: &Tensor| match scale.elem_count() {
+        1 => Ok(dot(x, x)? * scale.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?[0]),
+        _ => dot(x, &x.broadcast_mul(scale)?),
+    };
+    if is_sketch(basis) {
+        let (inside, outside) = (scale.narrow(2, 0, values - 1)?, scale.narrow(2, values - 1, 1)?);
+        let turned = product(x, &basis.t()?)?;
+        return Ok(sum(&turned, &inside.broadcast_sub(&outside)?)? + sum(x, &outside)?);
+    }
+    sum(&columns_rotated(&fitted(x, (rows, values))?, basis)?, scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::eigh::eigh;
+    use crate::linalg::testing::random_symmetric;
+    use crate::ops::testing::random;
+
+    /// Both factors of low rank, one, the other: the sum against the inner product.
+    #[test]
+    fn squares_are_the_inner_product() -> Result<()> {
+        let whole = random(1, &[2, 9, 7])?;
+        let orthogonal =
+            |d, seed| Ok::<_, candle_core::Error>(eigh(&random_symmetric(2, d, seed)?, "m")?.vectors);
+        let few = |basis: Tensor| basis.t()?.narrow(1, 0, 4)?.contiguous();
+        let (g, a) = (orthogonal(9, 2)?, orthogonal(7, 3)?);
+        for (g, a, sizes) in [
+            (few(g.clone())?, few(a.clone())?, [2, 5, 5]),
+            (few(g.clone())?, a.clone(), [2, 5, 7]),
+            (g.clone(), few(a.clone())?, [2, 9, 5]),
+        ] {
+            let scale = random(4, &sizes)?.abs()?;
+            for groups in [1, 2] {
+                let first = |t: &Tensor| t.narrow(0, 0, groups)?.contiguous();
+                let (x, g, a, scale) = (first(&whole)?, first(&g)?, first(&a)?, first(&scale)?);
+                let expected = dot(&x, &scaled(&g, &x, &a, &scale)?)?;
+                let found = squares(&g, &x, &a, &scale)?;
+                assert!((found - expected).abs() < 1e-12 * expected.abs(), "{sizes:?}: {found} {expected}");
+            }
+        }
+        Ok(())
+    }
 }

@@ -10,13 +10,13 @@ use rayon::prelude::*;
 
 use super::device::{self, Job, Queued, Verdict};
 use super::host::{
-    Factorize, Real, by_group, distance, lower_by_columns, lower_times, mirror_lower, probe, square,
-    transposed,
+    Factorize, Real, by_group, distance, lower_by_columns, lower_times, probe, square, transposed,
 };
 use super::kron::diagonal;
 use super::solver::Solver;
 use super::spd::{Evidence, SMALL, Spd};
 use crate::gpu::Gpu;
+use crate::ops::symmetric::mirror_lower;
 
 /// The lower triangular `L` with `m = L L^T`, zero above the diagonal, of positive definite `m` `[g, d, d]`.
 ///
@@ -173,7 +173,7 @@ impl Factorize<1, 2> for LogDetInverse {
         );
         let mut result = factor;
         if self.0 == Half::Both {
-            mirror_lower(&mut result, dim);
+            mirror_lower(&mut result, dim, dim);
         }
         let z = probe(dim);
         let off = distance(&lower_times(m, &lower_times(&result, &z)), &z, (dim as f64).sqrt());

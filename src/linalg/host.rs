@@ -246,23 +246,6 @@ pub(crate) fn transposed<T: Real>(m: &[T], dim: usize) -> Vec<T> {
     out
 }
 
-/// Overwrites the upper triangle of a row-major `[dim, dim]` matrix by the lower one.
-pub(crate) fn mirror_lower<T: Copy>(m: &mut [T], dim: usize) {
-    // By tiles: whole columns would miss the cache at every element.
-    const TILE: usize = 32;
-    for i0 in (0..dim).step_by(TILE) {
-        for j0 in (0..=i0).step_by(TILE) {
-            for i in i0..dim.min(i0 + TILE) {
-                let (above, row) = m.split_at_mut(i * dim);
-                let end = i.min(j0 + TILE);
-                for (above, &v) in above[j0 * dim..].chunks_mut(dim).zip(&row[j0.min(end)..end]) {
-                    above[i] = v;
-                }
-            }
-        }
-    }
-}
-
 /// The lower triangle of a row-major `[dim, dim]` matrix in column-major order; above the diagonal what it likes.
 pub(crate) fn lower_by_columns<T: Real>(m: &[T], dim: usize) -> Vec<T> {
     const TILE: usize = 32;

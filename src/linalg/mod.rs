@@ -4,6 +4,7 @@
 //! take the name of the layer or factor that errors and warnings should give. On a CUDA device they run there, by cuSOLVER
 //! and kernels of this crate, and the host reads a few numbers that tell whether all went well. A tensor on any other
 //! device is decomposed on the host.
+pub(crate) mod block_inverse;
 pub mod cholesky;
 #[cfg(feature = "cuda")]
 mod cusolver;
@@ -16,6 +17,7 @@ pub mod newton;
 mod newton_run;
 pub(crate) mod polar;
 pub(crate) mod qr;
+pub(crate) mod rational;
 pub mod sketch;
 mod solver;
 mod spd;

@@ -32,10 +32,10 @@ const NEAR: Coefficients = (1.875, -1.25, 0.375);
 /// above all, and other units would move the largest ones to and fro.
 const ABOVE: f64 = 1.1;
 /// Norms below are taken for this one.
-const LEAST_NORM: f64 = 1e-20;
+pub(super) const LEAST_NORM: f64 = 1e-20;
 
 /// The smaller side from which on symmetric products are made by halves, and iterations where they are cheapest.
-const LARGE: usize = 128;
+pub(super) const LARGE: usize = 128;
 /// Iterations of one Gram matrix; each makes the rounding of its smallest eigenvalues some ten times as much, four that of f32 about 0.001.
 const ITERATIONS_OF_A_GRAM: usize = 4;
 

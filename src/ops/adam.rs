@@ -2,8 +2,9 @@
 
 use super::element::Host;
 use super::simd::vectorized;
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Elements that a thread takes at once.
 pub(crate) const CHUNK: usize = 1 << 14;
@@ -29,43 +30,72 @@ pub(crate) struct AdamStep {
     pub bias: [f64; 2],
 }
 
+/// What a step leads to.
+pub(crate) struct Stepped {
+    pub value: Tensor,
+    pub mean: Tensor,
+    pub square: Tensor,
+    /// Whether all values are finite.
+    pub finite: bool,
+}
+
 impl AdamStep {
     /// The value and both averages after a step on a gradient, from `[value, gradient, mean, square]` in f32 on the CPU; numbers that are too
     /// small to count are zero.
     ///
     /// # Errors
     /// If dtypes differ.
-    pub fn one_pass(&self, tensors: [&Tensor; 4]) -> Result<[Tensor; 3]> {
-        let shape = tensors[0].shape();
-        let read = |t: &Tensor| -> Result<Vec<f32>> { Ok(Host::of(t).values::<f32>()?.into_owned()) };
-        let mut value = read(tensors[0])?;
-        let (mut mean, mut square) = (read(tensors[2])?, read(tensors[3])?);
-        let host = Host::of(tensors[1]);
-        let grad = host.values::<f32>()?;
+    pub fn one_pass(&self, tensors: [&Tensor; 4]) -> Result<Stepped> {
+        let hosts = tensors.map(Host::of);
+        let [value, grad, mean, square] = hosts.each_ref().map(|host| host.values::<f32>());
+        let (value, grad, mean, square) = (value?, grad?, mean?, square?);
+        let len = value.len();
+        if [grad.len(), mean.len(), square.len()] != [len; 3] {
+            bail!("adam: expected tensors of one shape, got {:?}", tensors.map(Tensor::dims))
+        }
         let (b1, b2) = (self.beta1 as f32, self.beta2 as f32);
         let (c1, c2) = ((1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32);
         let [bias1, bias2] = self.bias.map(|bias| (1.0 / bias) as f32);
         let (lr, eps, kept) = (self.lr as f32, self.eps as f32, self.kept as f32);
-        let chunks = value.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
-        chunks.zip(mean.par_chunks_mut(CHUNK).zip(square.par_chunks_mut(CHUNK))).for_each(
-            |((value, grad), (mean, square))| {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        for (((value, grad), mean), square) in
-                            value.iter_mut().zip(grad).zip(mean).zip(square)
-                        {
-                            let g = flushed(*grad, LEAST);
-                            *mean = flushed(*mean * b1 + g * c1, LEAST);
-                            *square = flushed(*square * b2 + g * g * c2, LEAST * LEAST);
-                            let direction = *mean * bias1 / ((*square * bias2).sqrt() + eps);
-                            *value = flushed(*value * kept - direction * lr, LEAST);
-                        }
-                    },
-                )
-            },
-        );
-        let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);
-        Ok([tensor(value)?, tensor(mean)?, tensor(square)?])
+        let mut new = [(); 3].map(|()| Vec::with_capacity(len));
+        let [values, means, squares] =
+            new.each_mut().map(|new: &mut Vec<f32>| new.spare_capacity_mut()[..len].par_chunks_mut(CHUNK));
+        let old = value.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK));
+        let old = old.zip(mean.par_chunks(CHUNK).zip(square.par_chunks(CHUNK)));
+        let chunk = |((values, (means, squares)), ((value, grad), (mean, square))): (
+            (&mut [_], (&mut [_], &mut [_])),
+            ((&[f32], &[f32]), (&[f32], &[f32])),
+        )| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let mut off = false;
+                    let new = values.iter_mut().zip(means.iter_mut().zip(squares.iter_mut()));
+                    let old = value.iter().zip(grad).zip(mean.iter().zip(square));
+                    for ((new_value, (new_mean, new_square)), ((value, grad), (mean, square))) in new.zip(old)
+                    {
+                        let g = flushed(*grad, LEAST);
+                        let mean = flushed(mean * b1 + g * c1, LEAST);
+                        let square = flushed(square * b2 + g * g * c2, LEAST * LEAST);
+                        let direction = mean * bias1 / ((square * bias2).sqrt() + eps);
+                        let value = flushed(value * kept - direction * lr, LEAST);
+                        // Nothing finite times 0 is not 0.
+                        off |= value * 0.0 != 0.0;
+                        MaybeUninit::write(new_value, value);
+                        MaybeUninit::write(new_mean, mean);
+                        MaybeUninit::write(new_square, square);
+                    }
+                    !off
+                },
+            )
+        };
+        let finite = values.zip(means.zip(squares)).zip(old).map(chunk).reduce(|| true, |a, b| a & b);
+        let tensor = |mut values: Vec<f32>| {
+            // SAFETY: the chunks of all four arrays cover `len` elements, and each of them has been written.
+            unsafe { values.set_len(len) };
+            Tensor::from_vec(values, tensors[0].shape(), &Device::Cpu)
+        };
+        let [value, mean, square] = new;
+        Ok(Stepped { value: tensor(value)?, mean: tensor(mean)?, square: tensor(square)?, finite })
     }
 }

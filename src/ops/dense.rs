@@ -162,7 +162,7 @@ pub(crate) fn products<T: WithDType + RealField>(
 }
 
 /// `slice` from where the layout begins.
-fn offset<'a, T>(slice: &'a [T], layout: &Layout) -> &'a [T] {
+pub(crate) fn offset<'a, T>(slice: &'a [T], layout: &Layout) -> &'a [T] {
     &slice[layout.start_offset()..layout.start_offset() + layout.shape().elem_count()]
 }
 
@@ -212,7 +212,7 @@ pub fn dot(a: &Tensor, b: &Tensor) -> Result<f64> {
 const RUN: usize = 1 << 12;
 const LANES: usize = 32;
 
-fn dot_slices<T: WithDType>(a: &[T], b: &[T], total: impl Fn(&[T]) -> f64) -> f64 {
+pub(crate) fn dot_slices<T: WithDType>(a: &[T], b: &[T], total: impl Fn(&[T]) -> f64) -> f64 {
     vectorized(
         #[inline(always)]
         || a.chunks(RUN).zip(b.chunks(RUN)).map(|(a, b)| total(&run_sums(a, b))).sum(),
@@ -263,18 +263,20 @@ pub fn mix(a: &Tensor, alpha: f64, b: &Tensor, beta: f64) -> Result<Tensor> {
         if a.len() < 2 * SHARE {
             return one(a, b);
         }
-        let mut out = vec![T::from_f64(0.); a.len()];
-        let shares = out.par_chunks_mut(SHARE).zip(a.par_chunks(SHARE).zip(b.par_chunks(SHARE)));
-        shares.for_each(|(out, (a, b))| {
+        let mut out = Vec::with_capacity(a.len());
+        let spare = out.spare_capacity_mut()[..a.len()].par_chunks_mut(SHARE);
+        spare.zip(a.par_chunks(SHARE).zip(b.par_chunks(SHARE))).for_each(|(out, (a, b))| {
             vectorized(
                 #[inline(always)]
                 || {
                     for (out, (&a, &b)) in out.iter_mut().zip(a.iter().zip(b)) {
-                        *out = alpha * a + beta * b;
+                        out.write(alpha * a + beta * b);
                     }
                 },
             )
         });
+        // SAFETY: `b` is as long as `a`, so the chunks cover as many elements, and each of them has been written.
+        unsafe { out.set_len(a.len()) };
         out
     }
     let storage = match (&*a_storage, &*b_storage) {

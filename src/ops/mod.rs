@@ -39,7 +39,7 @@ pub mod pool;
 pub(crate) mod precomputed;
 pub(crate) mod precondition;
 mod products;
-mod record_layout;
+pub(crate) mod record_layout;
 mod relu;
 pub mod rng;
 pub(crate) mod rope;

@@ -45,7 +45,7 @@ pub(super) fn by_group(x: &Tensor, groups: usize, append_one: bool) -> Result<Te
 }
 
 /// The numbers of a tensor in CPU memory, from the start of its storage.
-pub(super) fn cpu_slice<'a, T: WithDType>(storage: &'a Storage, name: &str) -> Result<&'a [T]> {
+pub(crate) fn cpu_slice<'a, T: WithDType>(storage: &'a Storage, name: &str) -> Result<&'a [T]> {
     match storage {
         Storage::Cpu(storage) => T::cpu_storage_as_slice(storage),
         _ => bail!("{name}: expected a record in CPU memory, got one on {:?}", storage.device()),
@@ -57,7 +57,7 @@ const POSITIONS: usize = 2048;
 /// Parts that a sum over positions is divided into, each with an accumulator of its own.
 pub(super) const PARTS: usize = 16;
 /// Multiplications that pay for a task of their own.
-pub(super) const WORTH_A_THREAD: usize = 1 << 20;
+pub(crate) const WORTH_A_THREAD: usize = 1 << 20;
 
 /// Where the first feature of a piece of a record lies, and how many positions the piece has.
 pub(super) type Piece = (usize, usize);

@@ -52,7 +52,7 @@ fn symmetric_products<T: WithDType + RealField>(
             <T as WithDType>::from_f64(1.0),
             par,
         );
-        mirrored(out, n);
+        mirror_lower(out, n, n);
     };
     match (count, n * n * k > WORTH_A_THREAD) {
         (1, true) => one((0, &mut out), Par::rayon(0)),
@@ -62,14 +62,18 @@ fn symmetric_products<T: WithDType + RealField>(
     out
 }
 
-/// Copies the half below the diagonal of an `n` x `n` matrix to the other, tile by tile.
-fn mirrored<T: Copy>(matrix: &mut [T], n: usize) {
+/// Copies the half below the diagonal of an `n` x `n` matrix to the other. `stride` elements lie between the beginnings of two rows.
+pub(crate) fn mirror_lower<T: Copy>(matrix: &mut [T], n: usize, stride: usize) {
+    // By tiles: whole columns would miss the cache at every element.
     const TILE: usize = 32;
     for row in (0..n).step_by(TILE) {
         for column in (0..=row).step_by(TILE) {
-            for i in row..(row + TILE).min(n) {
-                for j in column..(column + TILE).min(i) {
-                    matrix[j * n + i] = matrix[i * n + j];
+            for i in row..n.min(row + TILE) {
+                let (above, of_row) = matrix.split_at_mut(i * stride);
+                let end = i.min(column + TILE);
+                let below = &of_row[column.min(end)..end];
+                for (above, &value) in above[column * stride..].chunks_mut(stride).zip(below) {
+                    above[i] = value;
                 }
             }
         }

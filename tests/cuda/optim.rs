@@ -111,7 +111,11 @@ impl Run {
             fisher: Fisher::Exact,
             ..Params::of(wake, &net.tape)
         };
-        let params = change(params);
+        let mut params = change(params);
+        if params.orthogonal == Some(Orthogonal::ByDevice) {
+            // What a GPU does, on both.
+            params.orthogonal = Some(Orthogonal::Polynomials { iterations: 4 });
+        }
         // Short steps: longer ones jump over the kinks of ReLU and pooling, and rounding decides which.
         let lr = 0.1 * params.lr;
         let opt = NaturalGradient::from_varmap(&net.varmap, Params { lr, ..params })?;
@@ -258,6 +262,20 @@ fn the_wake_optimizers_train_as_on_the_cpu() -> Result<()> {
     ] {
         let what = format!("kld-wrm, overlap {overlap}, {orthogonal:?}");
         check(TwoRate::default(), &what, types, plain, |p| Params { overlap, orthogonal, ..p })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rational_directions_are_for_a_cpu() -> Result<()> {
+    let rational = |p| Params { orthogonal: Some(Orthogonal::Rational { terms: 3 }), ..p };
+    for device in devices() {
+        let error = Run::new(TwoRate::default(), &device, DType::F32, rational).err();
+        let message = error.map(|error| error.to_string()).unwrap_or_default();
+        let refused = message.contains("Polynomials") && message.contains("Vars on the CPU");
+        assert_eq!(refused, !device.is_cpu(), "{message}");
+        let mut run = Run::new(TwoRate::default(), &device, DType::F32, |p| p)?;
+        assert_eq!(run.opt.set_params(rational(run.opt.params().clone())).is_err(), !device.is_cpu());
     }
     Ok(())
 }

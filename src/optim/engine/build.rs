@@ -150,6 +150,7 @@ fn divided(all: Vec<Named>, options: &Params) -> Result<(Trained<'_>, Vec<(Strin
             var,
         });
     }
+    options.check_devices(&params)?;
     if options.overlap > 0
         && let Some(param) = params.iter().find(|param| param.optional)
     {

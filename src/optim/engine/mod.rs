@@ -101,7 +101,7 @@ impl NaturalGradient {
     /// takes effect at the next update of the inverses.
     ///
     /// # Errors
-    /// When a value is senseless. When tape, groups, bias, limits, budget, sharing, ekfac or the member of the family differ from what the optimizer
+    /// When a value is senseless, or not for the Vars' device. When tape, groups, bias, limits, budget, sharing, ekfac or the member of the family differ from what the optimizer
     /// was built with.
     pub fn set_params(&mut self, params: Params) -> Result<()> {
         params.check()?;
@@ -131,6 +131,7 @@ impl NaturalGradient {
         if !params.wake.is_same_member(&old.wake) {
             bail!("{name}: the member of the family is fixed at construction, got {}", params.wake.name())
         }
+        params.check_devices(&self.core.vars)?;
         match (params.damping, old.damping) {
             // These go on from where they are; a relative one is known once the next inverses are made.
             (Damping::Adaptive(_), Damping::Adaptive(_)) | (Damping::Relative(_), _) => {}

@@ -1,7 +1,7 @@
 //! AdamW.
 
 use super::update::{At, State, Update, decay, in_range};
-use crate::ops::adam::AdamStep;
+use crate::ops::adam::{AdamStep, Stepped};
 use crate::optim::ParamsAdamW;
 use candle_core::{DType, Result, Tensor};
 
@@ -45,7 +45,8 @@ impl Update for ParamsAdamW {
         if value.dtype() == DType::F32 && value.device().is_cpu() {
             let kept = 1.0 - at.lr * at.weight_decay;
             let step = AdamStep { beta1, beta2, eps, lr: at.lr, kept, bias: [bias(beta1), bias(beta2)] };
-            let [value, mean, square] = step.one_pass([value, grad, &state[0], &state[1]])?;
+            let Stepped { value, mean, square, finite: _ } =
+                step.one_pass([value, grad, &state[0], &state[1]])?;
             return Ok((value, vec![mean, square]));
         }
         let m = ((&state[0] * beta1)? + (grad * (1.0 - beta1))?)?;

@@ -1,7 +1,8 @@
 //! What can be said to be wrong with options before there is a model.
 
-use super::{FallbackRate, Params};
+use super::{FallbackRate, Orthogonal, Params};
 use crate::curvature::{DampingKind, Inverse, Sharing};
+use crate::optim::state::param::Param;
 use crate::optim::wake::{Carry, Model};
 use crate::tape::Fisher;
 use candle_core::{Result, bail};
@@ -94,5 +95,18 @@ impl Params {
             non_negative("average.power", average.power)?;
         }
         self.wake.check(self.damping, self.ekfac)
+    }
+
+    /// What is wrong with them for Vars where these are.
+    pub(crate) fn check_devices(&self, vars: &[Param]) -> Result<()> {
+        match (self.orthogonal, vars.iter().find(|param| !param.var.device().is_cpu())) {
+            (Some(Orthogonal::Rational { .. }), Some(param)) => bail!(
+                "{}: {} is on {:?}, where orthogonal directions are Orthogonal::Polynomials or ByDevice; expected Vars on the CPU for Rational",
+                self.wake.name(),
+                param.name,
+                param.var.device().location()
+            ),
+            _ => Ok(()),
+        }
     }
 }

@@ -27,31 +27,49 @@ use candle_core::{Result, bail};
 /// damping is that of the inputs as they are. Ordinary layers have none of this, and a layer without a bias, or whose factor `A` is not full, is taken
 /// as it is.
 ///
-/// `P Q^T` comes from Newton-Schulz iterations, each with the best polynomial of its degree (Amsel et al. 2025), and is not exact: singular values end
-/// within 0.013 of 1 where they are above a hundredth of a bound on the largest, `1.1 (sum s^8)^(1/8)` of all, and smaller ones below. An iteration costs
-/// two products of the matrix's smaller side. Embedding tables, whose rows are seen one by one, are left to
+/// How `P Q^T` is made, this says. Neither way is exact: in units of a bound on the largest of a direction's singular values, both take those from a small
+/// number on close to 1, and smaller ones, which are noise sooner than signal, below. Embedding tables, whose rows are seen one by one, are left to
 /// [`Params::fallback_adam`](super::Params::fallback_adam), unless a group asks for [`UpdateRule::Kronecker`](crate::optim::UpdateRule::Kronecker).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Orthogonal {
-    /// Newton-Schulz iterations; 4 by default, 1 or more. Two end within 0.71 of 1, three within 0.27, five within 0.00001.
-    /// Up to 4 cost much less where a layer is large and far from square.
-    pub iterations: usize,
-}
-
-impl Default for Orthogonal {
-    fn default() -> Self {
-        Self { iterations: 4 }
-    }
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Orthogonal {
+    /// What is fastest where the parameters are: on a CPU `Rational { terms: 3 }`, elsewhere `Polynomials { iterations: 4 }`. The two
+    /// differ by less than 0.02 where singular values are not small, so training may go on on another device.
+    #[default]
+    ByDevice,
+    /// The best odd rational function with so many terms, 1 to 8, `(m + sum_j a_j (V V^T + c_j)^-1) V` (Zolotarev 1877; Nakatsukasa and Freund 2016). From a
+    /// fiftieth of the unit `(sum s^4)^(1/4)` on, one ends within 0.25 of 1, two within 0.04, three within 0.006, four within 0.001. A term costs an
+    /// inverse of the smaller side, which is as many operations as half a product, and three halves are needed beside them. Only on a CPU, where inverses are
+    /// nearly as fast as products.
+    Rational {
+        /// Inverses.
+        terms: usize,
+    },
+    /// Newton-Schulz iterations, each with the best polynomial of its degree (Amsel et al. 2025): products alone, two of the smaller side an iteration. From
+    /// a hundredth of the unit `1.1 (sum s^8)^(1/8)` on, two end within 0.71 of 1, three within 0.27, four within 0.013, five within 0.00001. Up to 4
+    /// cost much less where a layer is large and far from square.
+    Polynomials {
+        /// Iterations, 1 or more.
+        iterations: usize,
+    },
 }
 
 impl Orthogonal {
     /// The root mean square of a direction's elements.
     pub(crate) const RMS: f64 = 0.18;
+    /// Of [`Orthogonal::ByDevice`] on a CPU.
+    pub(crate) const TERMS: usize = 3;
+    /// Of [`Orthogonal::ByDevice`] elsewhere.
+    pub(crate) const ITERATIONS: usize = 4;
 
     pub(super) fn check(&self, optimizer: &str) -> Result<()> {
-        if self.iterations == 0 {
-            bail!("{optimizer}: expected at least one iteration of orthogonal directions, got 0")
+        match *self {
+            Self::Rational { terms } if !(1..=8).contains(&terms) => {
+                bail!("{optimizer}: expected orthogonal directions by 1 to 8 terms, got {terms}")
+            }
+            Self::Polynomials { iterations: 0 } => {
+                bail!("{optimizer}: expected at least one iteration of orthogonal directions, got 0")
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }

@@ -5,7 +5,7 @@ use super::gradients::{Gradients, Refusal, Staged, gradient};
 use super::kept_alive::KeptAlive;
 use super::work_space::{DeviceStep, Targets};
 use crate::gpu::table::type_number;
-use crate::ops::adam::AdamStep;
+use crate::ops::adam::{AdamStep, Stepped};
 use crate::ops::update::{self, AdamItem, AdamOptions};
 use crate::ops::wake::StepScalars;
 use crate::optim::numbers::sum;
@@ -24,8 +24,8 @@ pub(super) fn host(core: &Core, grads: &Gradients, lr: f64) -> Staged<Vec<Option
             stepped.push(None);
             continue;
         };
-        let (next, value) = adam.next(param, gradient, &options)?;
-        if !sum(&value)?.is_finite() {
+        let (next, value, finite) = adam.next(param, gradient, &options)?;
+        if !finite {
             let what = format!("the gradient of {} has NaN or infinite elements", param.name);
             return Err(Refusal::NonFinite(what));
         }
@@ -38,8 +38,13 @@ pub(super) fn host(core: &Core, grads: &Gradients, lr: f64) -> Staged<Vec<Option
 const LARGE: usize = 1 << 20;
 
 impl Adam {
-    /// The state and the value after a step on `gradient`.
-    pub fn next(&self, param: &Param, gradient: &Tensor, options: &ParamsAdamW) -> Result<(Self, Tensor)> {
+    /// The state and the value after a step on `gradient`, and whether the value is finite.
+    pub fn next(
+        &self,
+        param: &Param,
+        gradient: &Tensor,
+        options: &ParamsAdamW,
+    ) -> Result<(Self, Tensor, bool)> {
         let ParamsAdamW { lr, beta1, beta2, eps, .. } = *options;
         let lr = lr * param.lr_scale;
         let kept = 1.0 - lr * (options.weight_decay + param.weight_decay);
@@ -49,8 +54,8 @@ impl Adam {
         let in_f32 = value.dtype() == DType::F32 && gradient.dtype() == DType::F32 && value.device().is_cpu();
         if let (true, Some((first, second))) = (in_f32 && value.elem_count() >= LARGE, &self.moments) {
             let step = AdamStep { beta1, beta2, eps, lr, kept, bias };
-            let [value, first, second] = step.one_pass([&value, gradient, first, second])?;
-            return Ok((Self { param: self.param, steps, moments: Some((first, second)) }, value));
+            let Stepped { value, mean, square, finite } = step.one_pass([&value, gradient, first, second])?;
+            return Ok((Self { param: self.param, steps, moments: Some((mean, square)) }, value, finite));
         }
         let (first, second) = match &self.moments {
             Some((first, second)) => (
@@ -63,7 +68,8 @@ impl Adam {
         let direction = (&first / bias1)?.div(&((&second / bias2)?.sqrt()? + eps)?)?;
         let decayed = (&value * kept)?;
         let value = (decayed - (direction * lr)?)?;
-        Ok((Self { param: self.param, steps, moments: Some((first, second)) }, value))
+        let finite = sum(&value)?.is_finite();
+        Ok((Self { param: self.param, steps, moments: Some((first, second)) }, value, finite))
     }
 }
 
@@ -129,8 +135,9 @@ mod tests {
         let (mut whole, mut part) = (new(), new());
         for seed in 2..6 {
             let gradient = of(seed)?;
-            let (next, value) = whole.next(&table, &gradient, &options)?;
-            let (of_part, value_of_part) =
+            let (next, value, finite) = whole.next(&table, &gradient, &options)?;
+            assert!(finite);
+            let (of_part, value_of_part, _) =
                 part.next(&few, &gradient.narrow(0, 0, 2)?.contiguous()?, &options)?;
             table.var.set(&value)?;
             few.var.set(&value_of_part)?;
@@ -145,8 +152,8 @@ mod tests {
             (whole, part) = (next, of_part);
         }
         let nan = (of(7)? * f64::NAN)?.to_device(&Device::Cpu)?;
-        let (_, value) = whole.next(&table, &nan, &options)?;
-        assert!(!sum(&value)?.is_finite());
+        let (_, _, finite) = whole.next(&table, &nan, &options)?;
+        assert!(!finite);
         Ok(())
     }
 }

@@ -9,7 +9,8 @@ use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
 use crate::curvature::{Damping, Preconditioner, damped_product, standard};
-use crate::linalg::polar::{Iterations, orthogonalized};
+use crate::linalg::polar::{self, Iterations};
+use crate::linalg::rational;
 use crate::ops::dense::{dot, with_tf32};
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
@@ -46,11 +47,11 @@ pub(super) fn host(
             let inputs = curvature.state.inputs.as_ref();
             let apply = || shaped(core, inputs, preconditioner.apply(&wake.decayed)?);
             let direction = with_tf32(tf32(core), apply)?;
-            let (inside, metric) = match measured_by_metric(core) {
-                true => in_metric(core, block, curvature, &direction, damping)?,
-                false => (direction.clone(), wake.decayed.clone()),
+            let length = match measured_by_metric(core) {
+                true => length_in_metric(core, block, curvature, &direction, damping)?,
+                false => dot(&direction, &wake.decayed)?,
             };
-            (direction, dot(&inside, &metric)?)
+            (direction, length)
         }
     };
     if !length.is_finite() {
@@ -85,7 +86,16 @@ fn shaped(core: &Core, inputs: Option<&Tensor>, direction: Tensor) -> Result<Ten
 fn made_orthogonal(orthogonal: Orthogonal, directions: &Tensor, gradient: &Tensor) -> Result<Tensor> {
     let (_, rows, columns) = gradient.dims3()?;
     let length = Orthogonal::RMS * (rows.max(columns) as f64).sqrt();
-    orthogonalized(directions, Iterations::Best(orthogonal.iterations))? * length
+    let by_polynomials =
+        |iterations| polar::orthogonalized(directions, Iterations::Best(iterations))? * length;
+    match orthogonal {
+        Orthogonal::ByDevice if directions.device().is_cpu() => {
+            rational::orthogonalized(directions, Orthogonal::TERMS, length)
+        }
+        Orthogonal::ByDevice => by_polynomials(Orthogonal::ITERATIONS),
+        Orthogonal::Rational { terms } => rational::orthogonalized(directions, terms, length),
+        Orthogonal::Polynomials { iterations } => by_polynomials(iterations),
+    }
 }
 
 /// Eigenvectors of `A` and of `G`, and the scaling of both: [`Preconditioner::Basis`].
@@ -146,8 +156,33 @@ fn measured_by_metric(core: &Core) -> bool {
     }
 }
 
-/// A direction in the coordinates that its block's damping belongs to, and there times the damped average: their inner product measures its divergence.
-/// Of low rank it is the average that the inverse was made of.
+/// What of low rank measures a direction: the average that the inverse was made of, which has been decomposed for it.
+fn of_low_rank<'a>(core: &Core, state: &'a BlockState) -> Option<&'a Preconditioner> {
+    match (core.params.wake.model(), &state.damping_inputs) {
+        (Model::Linear, None) => state.preconditioner.as_ref(),
+        (Model::Linear, Some(_)) | (Model::Quadratic(_), _) => None,
+    }
+}
+
+/// A direction's squared length in the damped metric, which measures its divergence.
+fn length_in_metric(
+    core: &Core,
+    block: &Block,
+    curvature: &BlockCurvature<'_>,
+    direction: &Tensor,
+    damping: f64,
+) -> Result<f64> {
+    if let Some(inverse) = of_low_rank(core, &curvature.state)
+        && let Some(length) = inverse.length_undone(direction)?
+    {
+        return Ok(length);
+    }
+    let (inside, curved) = in_metric(core, block, curvature, direction, damping)?;
+    dot(&inside, &curved)
+}
+
+/// A direction in the coordinates that its block's damping belongs to, and there times the damped average: their inner product is
+/// [`length_in_metric`].
 fn in_metric(
     core: &Core,
     block: &Block,
@@ -155,12 +190,7 @@ fn in_metric(
     direction: &Tensor,
     damping: f64,
 ) -> Result<(Tensor, Tensor)> {
-    let linear = match core.params.wake.model() {
-        Model::Linear => true,
-        Model::Quadratic(_) => false,
-    };
-    if let (true, Some(inverse), None) =
-        (linear, &curvature.state.preconditioner, &curvature.state.damping_inputs)
+    if let Some(inverse) = of_low_rank(core, &curvature.state)
         && let Some(curved) = inverse.undone(direction)?
     {
         return Ok((direction.clone(), curved));
