@@ -4,7 +4,6 @@ use super::element::Host;
 use super::simd::vectorized;
 use candle_core::{Device, Result, Tensor, bail};
 use rayon::prelude::*;
-use std::mem::MaybeUninit;
 
 /// Elements that a thread takes at once.
 pub(crate) const CHUNK: usize = 1 << 14;
@@ -62,10 +61,8 @@ impl AdamStep {
             new.each_mut().map(|new: &mut Vec<f32>| new.spare_capacity_mut()[..len].par_chunks_mut(CHUNK));
         let old = value.par_chunks(CHUNK).zip(grad.par_chunks(CHUNK));
         let old = old.zip(mean.par_chunks(CHUNK).zip(square.par_chunks(CHUNK)));
-        let chunk = |((values, (means, squares)), ((value, grad), (mean, square))): (
-            (&mut [_], (&mut [_], &mut [_])),
-            ((&[f32], &[f32]), (&[f32], &[f32])),
-        )| {
+        let chunks = values.zip(means.zip(squares)).zip(old);
+        let finite = chunks.map(|((values, (means, squares)), ((value, grad), (mean, square)))| {
             vectorized(
                 #[inline(always)]
                 || {
@@ -81,17 +78,17 @@ impl AdamStep {
                         let value = flushed(value * kept - direction * lr, LEAST);
                         // Nothing finite times 0 is not 0.
                         off |= value * 0.0 != 0.0;
-                        MaybeUninit::write(new_value, value);
-                        MaybeUninit::write(new_mean, mean);
-                        MaybeUninit::write(new_square, square);
+                        new_value.write(value);
+                        new_mean.write(mean);
+                        new_square.write(square);
                     }
                     !off
                 },
             )
-        };
-        let finite = values.zip(means.zip(squares)).zip(old).map(chunk).reduce(|| true, |a, b| a & b);
+        });
+        let finite = finite.reduce(|| true, |a, b| a & b);
         let tensor = |mut values: Vec<f32>| {
-            // SAFETY: the chunks of all four arrays cover `len` elements, and each of them has been written.
+            // SAFETY: the chunks of all arrays cover `len` elements, and each of them has been written.
             unsafe { values.set_len(len) };
             Tensor::from_vec(values, tensors[0].shape(), &Device::Cpu)
         };
