@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, bail};
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use kronwake::curvature::{Beyond, FactorLimit};
-use kronwake::optim::{Q, Qe, So, TwoRate, Wake};
+use kronwake::optim::{Orthogonal, Q, Qe, So, TwoRate, Wake};
 use kronwake::penalty::Factor;
 
 /// What `--optimizer` takes.
@@ -271,9 +271,32 @@ pub fn factors(text: &str) -> std::result::Result<FactorLimit, String> {
     found.ok_or_else(|| format!("expected whole, blocks:ROWS or rank:RANK:ROWS, got {text:?}"))
 }
 
+/// How directions are made orthogonal: `by-device`, `rational:TERMS` or `polynomials:ITERATIONS`.
+pub fn orthogonal(text: &str) -> std::result::Result<Orthogonal, String> {
+    let found = match text.split_once(':') {
+        None if text == "by-device" => Some(Orthogonal::ByDevice),
+        Some(("rational", terms)) => terms.parse().ok().map(|terms| Orthogonal::Rational { terms }),
+        Some(("polynomials", iterations)) => {
+            iterations.parse().ok().map(|iterations| Orthogonal::Polynomials { iterations })
+        }
+        _ => None,
+    };
+    found.ok_or_else(|| format!("expected by-device, rational:TERMS or polynomials:ITERATIONS, got {text:?}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ways_to_orthogonal_directions_are_read() {
+        assert_eq!(orthogonal("by-device"), Ok(Orthogonal::ByDevice));
+        assert_eq!(orthogonal("rational:3"), Ok(Orthogonal::Rational { terms: 3 }));
+        assert_eq!(orthogonal("polynomials:4"), Ok(Orthogonal::Polynomials { iterations: 4 }));
+        for wrong in ["", "rational", "rational:", "polynomials:-1", "by-device:2", "other:3"] {
+            assert!(orthogonal(wrong).is_err_and(|m| m.contains("rational:TERMS")), "{wrong}");
+        }
+    }
 
     #[test]
     fn missing_devices_are_explained() {

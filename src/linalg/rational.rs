@@ -3,7 +3,7 @@
 use super::block_inverse::invert_lower;
 use super::host::Real;
 use super::polar::{LARGE, LEAST_NORM};
-use crate::ops::dense::{dot_slices, offset, product};
+use crate::ops::dense::{dot_slices, offset, par_within, product};
 use crate::ops::record_layout::{WORTH_A_THREAD, cpu_slice};
 use crate::ops::simd::vectorized;
 use crate::ops::symmetric::{mirror_lower, symmetric_product};
@@ -133,21 +133,20 @@ impl Rational {
         let data = on_host::<T>(&storage, layout)?;
         let mut out = vec![<T as WithDType>::from_f64(0.0); data.len()];
         let large = n * n * n > WORTH_A_THREAD;
-        let alone = large && norms.len() == 1;
+        let par = if large { par_within(norms.len()) } else { Par::Seq };
         let one = |((out, gram), &norm): ((&mut [T], &[T]), &f64)| {
-            self.write(gram, n, norm.max(LEAST_NORM), alone, out)
+            self.write(gram, n, norm.max(LEAST_NORM), par, out)
         };
-        match large && !alone {
+        match large {
             true => out.par_chunks_mut(size).zip(data.par_chunks(size)).zip(norms).for_each(one),
             false => out.chunks_mut(size).zip(data.chunks(size)).zip(norms).for_each(one),
         }
         Tensor::from_vec(out, grams.dims(), grams.device())
     }
 
-    /// Writes the function of a Gram matrix of this norm over `out`; with threads for itself where it is `alone`.
-    fn write<T: Real>(&self, gram: &[T], n: usize, norm: f64, alone: bool, out: &mut [T]) {
+    /// Writes the function of a Gram matrix of this norm over `out`.
+    fn write<T: Real>(&self, gram: &[T], n: usize, norm: f64, par: Par, out: &mut [T]) {
         let scale = <T as WithDType>::from_f64(1.0 / norm);
-        let par = if alone { Par::rayon(0) } else { Par::Seq };
         let inverse = |&(a, c): &(f64, f64)| {
             let mut shifted: Vec<T> = vectorized(
                 #[inline(always)]
@@ -158,9 +157,9 @@ impl Rational {
             invert_lower(&mut shifted, n, n, par);
             (a, shifted)
         };
-        let inverses: Vec<(f64, Vec<T>)> = match alone {
-            true => self.terms.par_iter().map(inverse).collect(),
-            false => self.terms.iter().map(inverse).collect(),
+        let inverses: Vec<(f64, Vec<T>)> = match par {
+            Par::Rayon(_) => self.terms.par_iter().map(inverse).collect(),
+            Par::Seq => self.terms.iter().map(inverse).collect(),
         };
         let root = norm.sqrt();
         for (a, inverse) in &inverses {

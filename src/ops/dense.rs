@@ -154,11 +154,20 @@ pub(crate) fn products<T: WithDType + RealField>(
         };
         match (count, large) {
             (1, true) => one((0, &mut out), Par::rayon(0)),
-            (_, true) => out.par_chunks_mut(m * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
+            (_, true) => {
+                let par = par_within(count);
+                out.par_chunks_mut(m * n).enumerate().for_each(|chunk| one(chunk, par));
+            }
             _ => out.chunks_mut(m * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
         }
     }
     out
+}
+
+/// How one of so many matrices uses threads, where all are worked on at a time: few of them would leave some of the threads idle.
+pub(crate) fn par_within(count: usize) -> Par {
+    const EACH: usize = 4;
+    if count < EACH * rayon::current_num_threads() { Par::rayon(0) } else { Par::Seq }
 }
 
 /// `slice` from where the layout begins.

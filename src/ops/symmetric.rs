@@ -6,7 +6,7 @@ use faer::traits::RealField;
 use faer::{Accum, MatMut, Par};
 use rayon::prelude::*;
 
-use super::dense::{Matrices, on_cpu_by, product};
+use super::dense::{Matrices, on_cpu_by, par_within, product};
 use super::record_layout::WORTH_A_THREAD;
 
 /// [`product`] of two matrices, or of as many of each, whose product is known to be symmetric, as `x x^T` is or that of two functions of one
@@ -56,7 +56,10 @@ fn symmetric_products<T: WithDType + RealField>(
     };
     match (count, n * n * k > WORTH_A_THREAD) {
         (1, true) => one((0, &mut out), Par::rayon(0)),
-        (_, true) => out.par_chunks_mut(n * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
+        (_, true) => {
+            let par = par_within(count);
+            out.par_chunks_mut(n * n).enumerate().for_each(|chunk| one(chunk, par));
+        }
         _ => out.chunks_mut(n * n).enumerate().for_each(|chunk| one(chunk, Par::Seq)),
     }
     out

@@ -54,6 +54,7 @@ fn of_params(params: &Params) -> Lines {
         non_finite,
         groups,
         orthogonal,
+        orthogonal_side,
         fallback_adam,
         fallback_rate,
         carry,

@@ -27,12 +27,21 @@ fn params(net: &Net, wake: impl Into<Wake>) -> Params {
     }
 }
 
-/// `0.18 sqrt(max) U V^T` of the matrix whose columns lie one after the other in `v`.
-fn orthogonal(v: &Mat<f64>, rows: usize) -> Mat<f64> {
+/// `0.18 sqrt(max) U V^T` of the matrix whose columns lie one after the other in `v`, of parts of at most `side` rows or columns.
+fn orthogonal(v: &Mat<f64>, rows: usize, side: usize) -> Mat<f64> {
     let columns = v.nrows() / rows;
     let matrix = Mat::from_fn(rows, columns, |i, j| v[(j * rows + i, 0)]);
-    let svd = matrix.thin_svd().unwrap();
-    let nearest = svd.U() * svd.V().transpose() * (0.18 * (rows.max(columns) as f64).sqrt());
+    let tall = rows > columns;
+    let wide = if tall { matrix.transpose().to_owned() } else { matrix };
+    let mut nearest = Mat::<f64>::zeros(wide.nrows(), wide.ncols());
+    let each = wide.nrows().div_ceil(wide.nrows().div_ceil(side));
+    for from in (0..wide.nrows()).step_by(each) {
+        let len = each.min(wide.nrows() - from);
+        let svd = wide.subrows(from, len).thin_svd().unwrap();
+        let part = svd.U() * svd.V().transpose() * (0.18 * (rows.max(columns) as f64).sqrt());
+        nearest.subrows_mut(from, len).copy_from(&part);
+    }
+    let nearest = if tall { nearest.transpose().to_owned() } else { nearest };
     Mat::from_fn(v.nrows(), 1, |i, _| nearest[(i % rows, i / rows)])
 }
 
@@ -56,12 +65,23 @@ fn gradient_and_step(
 #[test]
 fn steps_are_the_natural_ones_made_orthogonal() -> Result<()> {
     // So many are exact, but for singular values below a fiftieth of the largest, which these directions do not have.
-    steps_are_orthogonal(Orthogonal::Polynomials { iterations: 30 }, 1e-9)?;
-    steps_are_orthogonal(Orthogonal::Rational { terms: 8 }, 1e-5)?;
-    steps_are_orthogonal(Orthogonal::ByDevice, 0.05)
+    steps_are_orthogonal(Orthogonal::Polynomials { iterations: 30 }, (4, 256), 1e-9)?;
+    steps_are_orthogonal(Orthogonal::Rational { terms: 8 }, (4, 256), 1e-5)?;
+    steps_are_orthogonal(Orthogonal::ByDevice, (4, 256), 0.05)
 }
 
-fn steps_are_orthogonal(by: Orthogonal, tolerance: f64) -> Result<()> {
+/// Two outputs and one; of a tall matrix the input and the bias.
+#[test]
+fn large_directions_are_made_orthogonal_in_parts() -> Result<()> {
+    for sizes in [(4, 2), (4, 1), (1, 1)] {
+        steps_are_orthogonal(Orthogonal::Polynomials { iterations: 30 }, sizes, 1e-9)?;
+        steps_are_orthogonal(Orthogonal::Rational { terms: 8 }, sizes, 1e-5)?;
+    }
+    Ok(())
+}
+
+/// Of a layer of three outputs, the whole or in parts of a longest side.
+fn steps_are_orthogonal(by: Orthogonal, (inputs, side): (usize, usize), tolerance: f64) -> Result<()> {
     let learning_rate = StepRule::LearningRate;
     let fixed = StepRule::FixedKl { target: 0.004 };
     for (wake, rule, lr, inverses) in [
@@ -74,7 +94,7 @@ fn steps_are_orthogonal(by: Orthogonal, tolerance: f64) -> Result<()> {
         (TwoRate::default().into(), StepRule::AdaptiveKl(LONG), 0.7, 1),
     ] {
         let net = Net::of(DType::F64, 3, |vb: VarBuilder| {
-            let fc = nn::linear(4, 3, vb.pp("fc"))?;
+            let fc = nn::linear(inputs, 3, vb.pp("fc"))?;
             Ok(Box::new(move |x| fc.forward(x)))
         })?;
         let lr_scale = if matches!(rule, StepRule::AdaptiveKl(_)) { 2.0 } else { 1.0 };
@@ -82,7 +102,7 @@ fn steps_are_orthogonal(by: Orthogonal, tolerance: f64) -> Result<()> {
         let every = Every { factors: 1, inverses };
         let options =
             Params { lr, step_rule: rule, kl_clip: None, groups, every, ..params(&net, wake.clone()) };
-        let options = Params { orthogonal: Some(by), ..options };
+        let options = Params { orthogonal: Some(by), orthogonal_side: side, ..options };
         let (models, distances) = (wake.model_decay(), wake.wake_decay(options.stat_decay).unwrap_or(0.0));
         let scale = wake.rate_scale();
         let mut opt = NaturalGradient::from_varmap(&net.varmap, options)?;
@@ -90,7 +110,7 @@ fn steps_are_orthogonal(by: Orthogonal, tolerance: f64) -> Result<()> {
         let mut mean: Option<Mat<f64>> = None;
         let mut inverted = Mat::zeros(0, 0);
         for k in 0..6 {
-            let (g, taken) = gradient_and_step(&net, &mut opt, &random(20 + k, &[9, 4])?, k)?;
+            let (g, taken) = gradient_and_step(&net, &mut opt, &random(20 + k, &[9, inputs])?, k)?;
             let model = mean.as_ref().map_or(g.clone(), |mean| &g * (1.0 - models) + mean * models);
             let wake = mean.as_ref().map_or(model.clone(), |mean| &model - mean * distances);
             mean = Some(model);
@@ -99,14 +119,14 @@ fn steps_are_orthogonal(by: Orthogonal, tolerance: f64) -> Result<()> {
             if k % inverses as u64 == 0 {
                 inverted = metric.clone();
             }
-            let direction = orthogonal(&solve(&inverted, &wake), 3);
+            let direction = orthogonal(&solve(&inverted, &wake), 3, side);
             let squared = lr_scale.powi(2) * (direction.transpose() * &metric * &direction)[(0, 0)];
             let rate = match rule {
                 StepRule::LearningRate => lr * scale,
                 StepRule::FixedKl { target } => lr * (2.0 * target / squared).sqrt(),
-                // Of four inputs and the bias.
+                // Of the inputs and the bias.
                 StepRule::AdaptiveKl(AdaptiveKl { longest, .. }) => {
-                    let rate = longest / (0.18 * lr_scale * 5f64.sqrt());
+                    let rate = longest / (0.18 * lr_scale * ((inputs + 1) as f64).sqrt());
                     let (kept, bound) = (opt.kl_target().unwrap(), 0.5 * (2.0 * rate).powi(2) * squared);
                     assert!(kept <= bound * (1.0 + tolerance), "step {k}: {kept} kept, {bound}");
                     assert!(k > 0 || kept >= bound * (1.0 - tolerance), "{kept} kept, {bound}");
@@ -201,7 +221,7 @@ fn inputs_far_from_standard_are_seen_as_standard() -> Result<()> {
             // A matrix by columns times `S^T`, which a gradient is multiplied with; and times `S`.
             let gradient = kron(&s, &eye(3)) * &g;
             let metric = kron(&(&s * &a * s.transpose()), &f) + eye(elements.len()) * DAMPING;
-            let direction = orthogonal(&solve(&metric, &gradient), 3);
+            let direction = orthogonal(&solve(&metric, &gradient), 3, 256);
             let squared = (direction.transpose() * &metric * &direction)[(0, 0)];
             let rate = match rule {
                 StepRule::FixedKl { target } => 0.1 * (2.0 * target / squared).sqrt(),
@@ -286,6 +306,8 @@ fn senseless_options_are_refused() -> Result<()> {
         let options = Params { orthogonal: Some(by), ..params(&net, Wake::KFac) };
         assert_says(NaturalGradient::from_varmap(&net.varmap, options), &["kfac", found[0], found[1]]);
     }
+    let none = Params { orthogonal_side: 0, ..params(&net, Wake::KFac) };
+    assert_says(NaturalGradient::from_varmap(&net.varmap, none), &["kfac", "orthogonal_side", "got 0"]);
     let negative = Params { fallback_rate: FallbackRate::OfStep(-1.0), ..params(&net, Wake::KFac) };
     assert_says(NaturalGradient::from_varmap(&net.varmap, negative), &["kfac", "fallback_rate", "-1"]);
     Ok(())

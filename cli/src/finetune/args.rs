@@ -3,11 +3,13 @@
 use super::text::Size;
 use crate::model::Spec;
 use crate::processes::PlacementKind;
-use crate::values::{Choice, DEVICE, Place, count, dtype, factors, fraction, not_negative, one_of, positive};
+use crate::values::{
+    Choice, DEVICE, Place, count, dtype, factors, fraction, not_negative, one_of, orthogonal, positive,
+};
 use candle_core::{DType, Result, bail};
 use clap::Parser;
 use kronwake::curvature::FactorLimit;
-use kronwake::optim::{AdaptiveKl, StepRule};
+use kronwake::optim::{AdaptiveKl, Orthogonal, StepRule};
 use std::path::{Path, PathBuf};
 
 /// Fine-tune a model from a safetensors checkpoint with the optimizers of kronwake.
@@ -90,6 +92,12 @@ pub struct Args {
     /// beyond so many rows [default: by what they cost]
     #[arg(long, value_name = "KIND", value_parser = factors)]
     pub factors: Option<FactorLimit>,
+    /// How kldwrm makes directions orthogonal: by-device | rational:TERMS, on a CPU alone | polynomials:ITERATIONS [default: by-device]
+    #[arg(long, value_name = "WAY", value_parser = orthogonal)]
+    pub orthogonal: Option<Orthogonal>,
+    /// The longest smaller side of a direction of kldwrm that is made orthogonal as a whole, not in parts [default: 256]
+    #[arg(long, value_name = "ROWS", value_parser = count)]
+    pub orthogonal_side: Option<usize>,
     /// Weight decay, decoupled; for sgd added to the gradient
     #[arg(long, default_value_t = 0.01, value_parser = not_negative)]
     pub weight_decay: f64,
@@ -210,8 +218,14 @@ impl Args {
                 "--measure-every does not go with --clip or --dtype f16: what it measures are steps as the optimizer takes them"
             )
         }
-        if self.kl_target.is_some() && !runs(&[Choice::Kldwrm]) {
-            bail!("--kl-target is for kldwrm, and --optimizer is {}", self.optimizer.name())
+        for (option, given) in [
+            ("kl-target", self.kl_target.is_some()),
+            ("orthogonal", self.orthogonal.is_some()),
+            ("orthogonal-side", self.orthogonal_side.is_some()),
+        ] {
+            if given && !runs(&[Choice::Kldwrm]) {
+                bail!("--{option} is for kldwrm, and --optimizer is {}", self.optimizer.name())
+            }
         }
         let roots = &OF_MATRICES[1..];
         for (option, given, owners) in [

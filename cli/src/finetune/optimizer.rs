@@ -141,6 +141,8 @@ fn params(wake: Wake, args: &Args, lr: f64, tape: &Tape) -> Params {
         kl_clip: args.kl_clip(default.step_rule).or(default.kl_clip),
         damping: args.damping.map_or(default.damping, Damping::Eigenvalue),
         factor_limit: args.factors.unwrap_or(default.factor_limit),
+        orthogonal: default.orthogonal.map(|usual| args.orthogonal.unwrap_or(usual)),
+        orthogonal_side: args.orthogonal_side.unwrap_or(default.orthogonal_side),
         // Adapters start from zero: their curvature grows fast.
         early_refresh: default.early_refresh || args.lora.is_some(),
         // A scaled loss overflows now and then.

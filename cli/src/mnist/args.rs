@@ -9,6 +9,7 @@ use crate::values::*;
 use candle_core::DType;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, error::ErrorKind};
+use kronwake::optim::Orthogonal;
 use kronwake::penalty::Factor;
 use std::path::PathBuf;
 
@@ -129,6 +130,12 @@ pub struct Args {
     /// Evaluate and keep averaged parameters, weighted by this power of the step, or none
     #[arg(long, value_name = "POWER", help_heading = CURVATURE)]
     pub average: Option<Limit>,
+    /// How kldwrm makes directions orthogonal: by-device | rational:TERMS, on a CPU alone | polynomials:ITERATIONS [default: by-device]
+    #[arg(long, value_name = "WAY", value_parser = orthogonal, help_heading = CURVATURE)]
+    pub orthogonal: Option<Orthogonal>,
+    /// The longest smaller side of a direction of kldwrm that is made orthogonal as a whole, not in parts [default: 256]
+    #[arg(long, value_name = "ROWS", value_parser = count, help_heading = CURVATURE)]
+    pub orthogonal_side: Option<usize>,
     /// Bound on a step's squared length in the metric of the curvature, or none
     #[arg(long, value_name = "KL", help_heading = CURVATURE)]
     pub kl_clip: Option<Limit>,
@@ -231,6 +238,8 @@ const ONLY: &[(&str, &[Choice])] = &[
     ("fisher", CURVED),
     ("wake_decay", &[So, Q, Qe, Kldwrm, Compare]),
     ("model_decay", &[Kldwrm]),
+    ("orthogonal", &[Kldwrm]),
+    ("orthogonal_side", &[Kldwrm]),
     ("overlap", &[Kfac, So, Kldwrm]),
     ("q_solve", &[Q, Qe]),
     ("carry", &[So, Q, Qe, Kldwrm]),
@@ -343,7 +352,9 @@ mod tests {
         let curved = "damping=0.5 damping-kind=pi bias=split stat-decay=0.5 factor-every=2 inverse-every=2 kl-clip=none \
                       rms-clip=2 step-rule=lr kl-target=0.5 early-refresh=true average=none fisher=exact";
         let inner = "q-solve=exact qe-steps=2 qe-lr=0.5 qe-momentum=0.5 qe-models=2 qe-preconditioned";
-        let all = [single, curved, inner, "overlap=2 wake-decay=0.5 model-decay=0.5 carry=literal"].join(" ");
+        let own =
+            "overlap=2 wake-decay=0.5 model-decay=0.5 carry=literal orthogonal=rational:2 orthogonal-side=64";
+        let all = [single, curved, inner, own].join(" ");
         for (optimizer, kinds, own) in [
             ("sgd", [single, ""], ""),
             ("adamw", [single, ""], ""),
@@ -359,7 +370,7 @@ mod tests {
                 [single, curved],
                 "wake-decay carry q-solve qe-steps qe-lr qe-momentum qe-models qe-preconditioned",
             ),
-            ("kldwrm", [single, curved], "overlap wake-decay carry model-decay"),
+            ("kldwrm", [single, curved], "overlap wake-decay carry model-decay orthogonal orthogonal-side"),
             ("compare", ["", curved], "wake-decay"),
         ] {
             let name = |option: &str| option.split('=').next().map(str::to_string);

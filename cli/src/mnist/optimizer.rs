@@ -149,6 +149,8 @@ fn params(wake: Wake, args: &Args, images: usize, tape: &Tape) -> Result<Params>
         },
         early_refresh: args.early_refresh.unwrap_or(default.early_refresh),
         overlap: args.overlap.unwrap_or(default.overlap),
+        orthogonal: default.orthogonal.map(|usual| args.orthogonal.unwrap_or(usual)),
+        orthogonal_side: args.orthogonal_side.unwrap_or(default.orthogonal_side),
         ..default
     })
 }

@@ -44,6 +44,9 @@ impl Params {
         if let Some(orthogonal) = self.orthogonal {
             orthogonal.check(optimizer)?;
         }
+        if self.orthogonal_side == 0 {
+            bail!("{optimizer}: expected orthogonal_side to be at least 1, got 0")
+        }
         if let FallbackRate::OfStep(share) = self.fallback_rate {
             non_negative("fallback_rate", share)?;
         }

@@ -115,6 +115,7 @@ impl Params {
             non_finite: NonFinite::Error,
             groups: Groups::default(),
             orthogonal,
+            orthogonal_side: Orthogonal::SIDE,
             fallback_rate,
             fallback_adam: ParamsAdamW { weight_decay: 0.0, ..ParamsAdamW::default() },
             carry: Carry::Gradient,

@@ -160,6 +160,10 @@ pub struct Params {
     pub groups: Groups,
     /// Whether directions are made orthogonal, see [`Orthogonal`]; of the members KLD-WRM alone does so by default.
     pub orthogonal: Option<Orthogonal>,
+    /// The longest smaller side of a direction that is made orthogonal as a whole; 256 by default, at least 1. Of a larger one equal parts of at most so many
+    /// rows, or columns where it has more rows than columns, are each made orthogonal: cheaper by the square of their number, where the
+    /// smaller side decides. `usize::MAX` makes no parts.
+    pub orthogonal_side: usize,
     /// Adam's options for Vars that have no Kronecker block: candle's defaults without weight decay.
     pub fallback_adam: ParamsAdamW,
     /// Adam's rate there: [`FallbackRate::Own`] by default, but of KLD-WRM [`FallbackRate::OfStep`]`(2.0)`.

@@ -27,6 +27,9 @@ use candle_core::{Result, bail};
 /// damping is that of the inputs as they are. Ordinary layers have none of this, and a layer without a bias, or whose factor `A` is not full, is taken
 /// as it is.
 ///
+/// *Large layers.* A direction whose smaller side is above [`Params::orthogonal_side`](super::Params::orthogonal_side) is made orthogonal in parts. With
+/// parts of a layer's outputs the bound `eta` is on the largest singular value of each part of the step.
+///
 /// How `P Q^T` is made, this says. Neither way is exact: in units of a bound on the largest of a direction's singular values, both take those from a small
 /// number on close to 1, and smaller ones, which are noise sooner than signal, below. Embedding tables, whose rows are seen one by one, are left to
 /// [`Params::fallback_adam`](super::Params::fallback_adam), unless a group asks for [`UpdateRule::Kronecker`](crate::optim::UpdateRule::Kronecker).
@@ -56,6 +59,8 @@ pub enum Orthogonal {
 impl Orthogonal {
     /// The root mean square of a direction's elements.
     pub(crate) const RMS: f64 = 0.18;
+    /// The default of [`Params::orthogonal_side`](super::Params::orthogonal_side).
+    pub(super) const SIDE: usize = 256;
     /// Of [`Orthogonal::ByDevice`] on a CPU.
     pub(crate) const TERMS: usize = 3;
     /// Of [`Orthogonal::ByDevice`] elsewhere.

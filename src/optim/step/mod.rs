@@ -5,7 +5,7 @@
 //! | wake gradients | `wake_gradient.rs` | `host` | `device`: kernel `wake` |
 //! | factors join their averages | `renew.rs` | `renew` | the same: kernel `factor` |
 //! | damping and inverses | `inverses.rs`, `ekfac.rs` | `renew` | the same: cuSOLVER, kernels `newton` and `spd` |
-//! | directions | `precondition.rs`, `grouped.rs` | `host` | `device`: kernels `grouped` and `precondition` |
+//! | directions | `precondition.rs`, `orthogonal.rs`, `grouped.rs` | `host` | `device`: kernels `grouped` and `precondition` |
 //! | rate and clip | `length.rs` | `host` | `device`: kernel `rate` of `update` |
 //! | steps, and the parameters they lead to | `write.rs` | `host` | `device`: kernel `update` |
 //! | Adam for the rest | `adam.rs` | `host` | `device`: kernel `adam` of `update` |
@@ -30,6 +30,7 @@ pub(super) mod inverses;
 mod kept_alive;
 pub(super) mod length;
 mod of_owners;
+mod orthogonal;
 mod partial_sums;
 mod precondition;
 pub(super) mod predict;

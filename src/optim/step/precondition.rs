@@ -4,17 +4,16 @@
 use super::gradients::{Refusal, Staged};
 use super::grouped::{Job, grouped, single};
 use super::kept_alive::KeptAlive;
+use super::orthogonal::{in_basis, orthogonal_in_basis, shaped};
 use super::partial_sums::{Parts, Sums};
 use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
 use crate::curvature::{Damping, Preconditioner, damped_product, standard};
-use crate::linalg::polar::{self, Iterations};
-use crate::linalg::rational;
 use crate::ops::dense::{dot, with_tf32};
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
-use crate::optim::params::{Orthogonal, Params, Products, StepRule};
+use crate::optim::params::{Params, Products, StepRule};
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState};
 use crate::optim::wake::Model;
@@ -39,13 +38,13 @@ pub(super) fn host(
     let Some(preconditioner) = &curvature.state.preconditioner else {
         return Err(missing(core, block, "inverse").into());
     };
-    let (direction, length) = match in_basis(core, &curvature.state) {
+    let (direction, length) = match in_basis(core, block, &curvature.state) {
         Some((orthogonal, basis)) => {
             with_tf32(tf32(core), || orthogonal_in_basis(orthogonal, basis, &wake.decayed))?
         }
         None => {
             let inputs = curvature.state.inputs.as_ref();
-            let apply = || shaped(core, inputs, preconditioner.apply(&wake.decayed)?);
+            let apply = || shaped(&core.params, inputs, preconditioner.apply(&wake.decayed)?);
             let direction = with_tf32(tf32(core), apply)?;
             let length = match measured_by_metric(core) {
                 true => length_in_metric(core, block, curvature, &direction, damping)?,
@@ -68,52 +67,6 @@ fn tf32(core: &Core) -> bool {
     }
 }
 
-/// The direction as the options want it, of what was solved for; `inputs` are the block's coordinates, where it has such.
-fn shaped(core: &Core, inputs: Option<&Tensor>, direction: Tensor) -> Result<Tensor> {
-    let Some(orthogonal) = core.params.orthogonal else { return Ok(direction) };
-    match inputs {
-        None => made_orthogonal(orthogonal, &direction, &direction),
-        Some(inputs) => {
-            let inside = standard::inside(inputs, &direction)?;
-            let direction = made_orthogonal(orthogonal, &inside, &direction)?;
-            standard::outside(inputs, &direction)
-        }
-    }
-}
-
-/// The orthogonal matrices nearest to directions, so long that their elements have a root mean square of [`Orthogonal::RMS`] in the shape of
-/// `gradient`; directions among eigenvectors may have more rows and columns, of zeros.
-fn made_orthogonal(orthogonal: Orthogonal, directions: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-    let (_, rows, columns) = gradient.dims3()?;
-    let length = Orthogonal::RMS * (rows.max(columns) as f64).sqrt();
-    let by_polynomials =
-        |iterations| polar::orthogonalized(directions, Iterations::Best(iterations))? * length;
-    match orthogonal {
-        Orthogonal::ByDevice if directions.device().is_cpu() => {
-            rational::orthogonalized(directions, Orthogonal::TERMS, length)
-        }
-        Orthogonal::ByDevice => by_polynomials(Orthogonal::ITERATIONS),
-        Orthogonal::Rational { terms } => rational::orthogonalized(directions, terms, length),
-        Orthogonal::Polynomials { iterations } => by_polynomials(iterations),
-    }
-}
-
-/// Eigenvectors of `A` and of `G`, and the scaling of both: [`Preconditioner::Basis`].
-type Basis<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
-
-/// What [`orthogonal_in_basis`] needs, where it gives what [`shaped`] and [`in_metric`] do: one set of coordinates, and orthogonal eigenvectors.
-fn in_basis<'a>(core: &Core, state: &'a BlockState) -> Option<(Orthogonal, Basis<'a>)> {
-    let one_set = state.inputs.is_some() == state.damping_inputs.is_some();
-    match (core.params.orthogonal, &state.preconditioner) {
-        (Some(orthogonal), Some(Preconditioner::Basis { basis_a, basis_g, scale }))
-            if one_set && inverts_the_metric(&core.params) =>
-        {
-            Some((orthogonal, (basis_a, basis_g, scale)))
-        }
-        _ => None,
-    }
-}
-
 /// Whether each step's inverse is that of the present average with the present damping, and so of what measures a divergence. (Where a new one
 /// failed, or options change between two, it is that of the average and damping of its time, with which the direction is made too.)
 pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
@@ -128,20 +81,6 @@ pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
     let at_once = params.every.factors == params.every.inverses && params.overlap == 0;
     // Eigenvalues below a floor count as 0 in an inverse alone.
     linear && kept && at_once && !params.ekfac && params.eigenvalue_floor == 0.0
-}
-
-/// The orthogonal direction of a wake gradient, and its squared length in the damped metric. The orthogonal factor of `Kg X Ka^T` is that of `X`
-/// between the same eigenvectors, among which the metric is a number an element: neither the way out and back in nor products with the factors
-/// are needed.
-fn orthogonal_in_basis(
-    orthogonal: Orthogonal,
-    (basis_a, basis_g, scale): Basis<'_>,
-    wake: &Tensor,
-) -> Result<(Tensor, f64)> {
-    let inside = (Preconditioner::inside(basis_a, basis_g, scale, wake)? * scale)?;
-    let inside = made_orthogonal(orthogonal, &inside, wake)?;
-    let length = dot(&inside, &(&inside / scale)?)?;
-    Ok((Preconditioner::outside(basis_a, basis_g, &inside, wake)?, length))
 }
 
 /// Whether a direction's length is not `<V, w>`: a quadratic wake solves with more than the divergence's curvature, and an orthogonal
@@ -311,13 +250,13 @@ fn precondition(
         let inputs = inputs.collect::<Result<Vec<_>>>()?;
         // Blocks of one shape lie together, and are made orthogonal together.
         let together = match inputs.iter().all(Option::is_none) {
-            true => Some(shaped(core, None, output.directions.clone())?),
+            true => Some(shaped(&core.params, None, output.directions.clone())?),
             false => None,
         };
         for (nth, (&index, inputs)) in job.blocks.iter().zip(inputs).enumerate() {
             directions[index] = match &together {
                 Some(all) => job.part(all, nth)?,
-                None => shaped(core, inputs, job.part(&output.directions, nth)?)?,
+                None => shaped(&core.params, inputs, job.part(&output.directions, nth)?)?,
             };
             dots_of[index] = output.dots.get(nth).copied();
         }
