@@ -166,8 +166,7 @@ pub(crate) fn products<T: WithDType + RealField>(
 
 /// How one of so many matrices uses threads, where all are worked on at a time: few of them would leave some of the threads idle.
 pub(crate) fn par_within(count: usize) -> Par {
-    const EACH: usize = 4;
-    if count < EACH * rayon::current_num_threads() { Par::rayon(0) } else { Par::Seq }
+    if count < 2 * rayon::current_num_threads() { Par::rayon(0) } else { Par::Seq }
 }
 
 /// `slice` from where the layout begins.

@@ -4,7 +4,7 @@ use super::params::{Every, Params};
 use super::state::Core;
 use super::state::block::{Block, Part};
 use super::state::param::Param;
-use super::step::inverts_the_metric;
+use super::step::{inverts_the_metric, is_one_part};
 use super::wake::{Model, QSolve};
 use crate::curvature::{Beyond, Damping, DampingKind, FactorLimit, FactorShape, Inverse};
 use crate::gpu::Gpu;
@@ -204,7 +204,7 @@ impl<'a> Costs<'a> {
         let (_, kept) = self.eigen();
         let elements = block.shape().iter().product::<usize>() as f64;
         let measured = self.params.orthogonal.is_some();
-        let in_basis = self.in_basis && kept && !block.is_low_rank();
+        let in_basis = self.in_basis && kept && !block.is_low_rank() && is_one_part(self.params, block);
         let side = |side: &FactorShape| {
             let factor = if side.rank.is_some() { side.multiplying(true) } else { side.run };
             side.multiplying(kept) + if measured && !in_basis { factor } else { 0 }

@@ -82,8 +82,8 @@ fn forecast(dims: &[Dims], kept: &[[Kept; 2]], rows: f64) -> [f64; 3] {
     let (mut refresh, mut preconditioning) = (2.0 * weights * rows / 75e9, 0.0);
     for (&(from, to, bias), &[of_g, of_a]) in dims.iter().zip(kept) {
         let (g, a) = (to as f64, (from + usize::from(bias)) as f64);
-        // Where all is full a divergence is measured among the eigenvectors.
-        let full = [of_g, of_a].iter().all(|kept| matches!(kept, Kept::Runs(_)));
+        // Where all is full, and the direction is made orthogonal as a whole, a divergence is measured among the eigenvectors.
+        let full = [of_g, of_a].iter().all(|kept| matches!(kept, Kept::Runs(_))) && g.min(a) <= 256.0;
         for (d, kept) in [(g, of_g), (a, of_a)] {
             let multiplications = match kept {
                 Kept::Runs(run) => {

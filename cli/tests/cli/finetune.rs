@@ -231,6 +231,8 @@ fn wrong_lines_are_sentences() {
         ("--kl-target 0", 2, "--kl-target"),
         ("--kl-clip nan", 2, "--kl-clip"),
         ("--optimizer so --kl-target 0.1", 1, "--kl-target is for kldwrm, and --optimizer is so"),
+        ("--optimizer so --orthogonal rational:3", 1, "--orthogonal is for kldwrm, and --optimizer is so"),
+        ("--orthogonal-side 0", 2, "expected a whole number of at least 1"),
         ("--optimizer adamw --kl-clip 0.1", 1, "--kl-clip is for so and kfac, and --optimizer is adamw"),
         ("--optimizer muon --damping 1", 1, "--damping is for so and kfac, and --optimizer is muon"),
         (

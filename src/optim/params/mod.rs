@@ -160,9 +160,10 @@ pub struct Params {
     pub groups: Groups,
     /// Whether directions are made orthogonal, see [`Orthogonal`]; of the members KLD-WRM alone does so by default.
     pub orthogonal: Option<Orthogonal>,
-    /// The longest smaller side of a direction that is made orthogonal as a whole; 256 by default, at least 1. Of a larger one equal parts of at most so many
-    /// rows, or columns where it has more rows than columns, are each made orthogonal: cheaper by the square of their number, where the
-    /// smaller side decides. `usize::MAX` makes no parts.
+    /// The longest smaller side of a direction that is made orthogonal as a whole; 256 by default, at least 1. Of a larger one parts of at most so many
+    /// rows, or columns where it has more rows than columns, are each made orthogonal. The parts are as large as each other, but that the last may
+    /// be smaller. With `p` of them products with the direction take `1 / p` of the operations, and inverses and products of its smaller side alone `1 / p^2`.
+    /// `usize::MAX` makes no parts.
     pub orthogonal_side: usize,
     /// Adam's options for Vars that have no Kronecker block: candle's defaults without weight decay.
     pub fallback_adam: ParamsAdamW,

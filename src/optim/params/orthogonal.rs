@@ -28,7 +28,7 @@ use candle_core::{Result, bail};
 /// as it is.
 ///
 /// *Large layers.* A direction whose smaller side is above [`Params::orthogonal_side`](super::Params::orthogonal_side) is made orthogonal in parts. With
-/// parts of a layer's outputs the bound `eta` is on the largest singular value of each part of the step.
+/// `p` parts of a layer's outputs, or inputs, `eta` bounds the largest singular value of each, and that of the whole step is up to `sqrt(p) eta`.
 ///
 /// How `P Q^T` is made, this says. Neither way is exact: in units of a bound on the largest of a direction's singular values, both take those from a small
 /// number on close to 1, and smaller ones, which are noise sooner than signal, below. Embedding tables, whose rows are seen one by one, are left to

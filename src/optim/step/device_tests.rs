@@ -171,6 +171,7 @@ fn steps_with_two_rates_as_the_general_path_does() -> Result<()> {
     both(TwoRate::default(), "kld-wrm, diagonal", &|p| p.factor_limit = FactorLimit::DIAGONAL)?;
     let low = FactorLimit { rows: 4, beyond: Beyond::LowRank { rank: 2 } };
     both(TwoRate::default(), "kld-wrm, low rank", &|p| p.factor_limit = low)?;
+    both(TwoRate::default(), "kld-wrm, directions in parts", &|p| p.orthogonal_side = 3)?;
     let quadratic = TwoRate { model: Model::Quadratic(QSolve::Factor), ..TwoRate::default() };
     both(quadratic, "kld-wrm, quadratic", &|p| {
         (p.step_rule, p.lr, p.damping) = (StepRule::LearningRate, 0.1, Damping::Eigenvalue(0.01));

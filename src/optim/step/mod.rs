@@ -41,7 +41,7 @@ mod wake_gradient;
 pub(super) mod work_space;
 pub(super) mod write;
 
-pub(super) use precondition::inverts_the_metric;
+pub(super) use orthogonal::{inverts_the_metric, is_one_part};
 
 use super::state::Core;
 use super::state::block::BlockState;

@@ -1,13 +1,13 @@
 //! Directions made orthogonal: whole or in parts, as they are or among the eigenvectors of their block's factors.
 
-use super::precondition::inverts_the_metric;
-use crate::curvature::{Preconditioner, standard};
+use crate::curvature::{Damping, Preconditioner, standard};
 use crate::linalg::polar::{self, Iterations};
 use crate::linalg::rational;
 use crate::ops::dense::dot;
 use crate::optim::params::{Orthogonal, Params};
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState};
+use crate::optim::wake::Model;
 use candle_core::{Result, Tensor};
 
 /// The directions as the options want them, of what was solved for; `inputs` are the block's coordinates, where it has such.
@@ -22,7 +22,8 @@ pub(super) fn shaped(params: &Params, inputs: Option<&Tensor>, directions: Tenso
     }
 }
 
-/// The directions with equal parts of at most `side` of their rows, of tall ones of their columns, each made orthogonal.
+/// The directions, of which parts of at most `side` rows, or columns where they are tall, are made orthogonal. The parts are alike, but that the last may
+/// be smaller.
 fn in_parts(orthogonal: Orthogonal, side: usize, directions: &Tensor) -> Result<Tensor> {
     let (count, rows, columns) = directions.dims3()?;
     let (tall, small, large) = (rows > columns, rows.min(columns), rows.max(columns));
@@ -31,7 +32,7 @@ fn in_parts(orthogonal: Orthogonal, side: usize, directions: &Tensor) -> Result<
         return made_orthogonal(orthogonal, directions, large);
     }
     let turned = |x: &Tensor| if tall { x.t()?.contiguous() } else { Ok(x.clone()) };
-    // All parts as one stack. The last ones may lack a row; rows of zeros stay so, and change nothing.
+    // All parts as one stack. Rows of zeros, which the last part may need, stay so and change nothing.
     let each = small.div_ceil(parts);
     let stack = turned(directions)?.pad_with_zeros(1, 0, parts * each - small)?;
     let stack = stack.reshape((count * parts, each, large))?;
@@ -55,6 +56,27 @@ fn made_orthogonal(orthogonal: Orthogonal, directions: &Tensor, large: usize) ->
     }
 }
 
+/// Whether each step's inverse is that of the present average with the present damping, and so of what measures a divergence. (Where a new one
+/// failed, or options change between two, it is that of the average and damping of its time, with which the direction is made too.)
+pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
+    let linear = match params.wake.model() {
+        Model::Linear => true,
+        Model::Quadratic(_) => false,
+    };
+    let kept = match params.damping {
+        Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Relative(_) => true,
+        Damping::Adaptive(_) => false,
+    };
+    let at_once = params.every.factors == params.every.inverses && params.overlap == 0;
+    // Eigenvalues below a floor count as 0 in an inverse alone.
+    linear && kept && at_once && !params.ekfac && params.eigenvalue_floor == 0.0
+}
+
+/// Whether a block's direction is made orthogonal as a whole.
+pub(in crate::optim) fn is_one_part(params: &Params, block: &Block) -> bool {
+    block.rows.dim.min(block.columns.dim) <= params.orthogonal_side
+}
+
 /// Eigenvectors of `A` and of `G`, and the scaling of both: [`Preconditioner::Basis`].
 type Basis<'a> = (&'a Tensor, &'a Tensor, &'a Tensor);
 
@@ -66,7 +88,7 @@ pub(super) fn in_basis<'a>(
     state: &'a BlockState,
 ) -> Option<(Orthogonal, Basis<'a>)> {
     let one_set = state.inputs.is_some() == state.damping_inputs.is_some();
-    let one_part = block.rows.dim.min(block.columns.dim) <= core.params.orthogonal_side;
+    let one_part = is_one_part(&core.params, block);
     match (core.params.orthogonal, &state.preconditioner) {
         (Some(orthogonal), Some(Preconditioner::Basis { basis_a, basis_g, scale }))
             if one_set && one_part && inverts_the_metric(&core.params) =>

@@ -9,11 +9,11 @@ use super::partial_sums::{Parts, Sums};
 use super::renew::{BlockCurvature, missing};
 use super::wake_gradient::WakeGradient;
 use super::work_space::DeviceStep;
-use crate::curvature::{Damping, Preconditioner, damped_product, standard};
+use crate::curvature::{Preconditioner, damped_product, standard};
 use crate::ops::dense::{dot, with_tf32};
 use crate::ops::precondition::{DotItem, TotalItem, dots, totals};
 use crate::optim::numbers::sum;
-use crate::optim::params::{Params, Products, StepRule};
+use crate::optim::params::{Products, StepRule};
 use crate::optim::state::Core;
 use crate::optim::state::block::{Block, BlockState};
 use crate::optim::wake::Model;
@@ -65,22 +65,6 @@ fn tf32(core: &Core) -> bool {
         Some(products) => products == Products::Tf32,
         None => core.vars.first().is_some_and(|param| param.var.dtype().size_in_bytes() < 4),
     }
-}
-
-/// Whether each step's inverse is that of the present average with the present damping, and so of what measures a divergence. (Where a new one
-/// failed, or options change between two, it is that of the average and damping of its time, with which the direction is made too.)
-pub(in crate::optim) fn inverts_the_metric(params: &Params) -> bool {
-    let linear = match params.wake.model() {
-        Model::Linear => true,
-        Model::Quadratic(_) => false,
-    };
-    let kept = match params.damping {
-        Damping::Eigenvalue(_) | Damping::Pi(_) | Damping::Relative(_) => true,
-        Damping::Adaptive(_) => false,
-    };
-    let at_once = params.every.factors == params.every.inverses && params.overlap == 0;
-    // Eigenvalues below a floor count as 0 in an inverse alone.
-    linear && kept && at_once && !params.ekfac && params.eigenvalue_floor == 0.0
 }
 
 /// Whether a direction's length is not `<V, w>`: a quadratic wake solves with more than the divergence's curvature, and an orthogonal
