@@ -43,7 +43,8 @@ struct Round {
     /// How many have not yet taken what the round has gathered.
     leaving: usize,
     gathered: Arc<Vec<Parcel>>,
-    gone: Vec<bool>,
+    /// Ranks that have left, in their order: who leaves because another did is not the one to name.
+    gone: Vec<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -61,7 +62,7 @@ impl Threads {
             brought: vec![None; size],
             leaving: 0,
             gathered: Arc::default(),
-            gone: vec![false; size],
+            gone: vec![],
         };
         let table = Arc::new(Table { round: Mutex::new(round), changed: Condvar::new() });
         let of =
@@ -82,8 +83,7 @@ impl Threads {
         let limit = *self.limit.lock().unwrap_or_else(PoisonError::into_inner);
         let end = Instant::now() + limit;
         while !ready(&round) {
-            if let Some(rank) = (0..self.size).find(|&rank| round.gone[rank] && round.brought[rank].is_none())
-            {
+            if let Some(rank) = round.gone.iter().find(|&&rank| round.brought[rank].is_none()) {
                 bail!("parallel: rank {rank} has left, and the others wait for it")
             }
             let now = Instant::now();
@@ -174,7 +174,11 @@ impl Communicator for Threads {
     }
 
     fn abort(&self, _: &str) {
-        self.round().gone[self.rank] = true;
+        let mut round = self.round();
+        if !round.gone.contains(&self.rank) {
+            round.gone.push(self.rank);
+        }
+        drop(round);
         self.table.changed.notify_all();
     }
 }
