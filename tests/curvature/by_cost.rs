@@ -200,9 +200,13 @@ fn the_forecast() -> Result<()> {
         let text = found.to_string();
         assert!(text.contains("forecast for 2048 rows") && text.contains("% of the time"), "{text}");
     }
+    // Full factors of more rows than a direction's parts have: its divergence is measured by products with them.
+    let dims = encoder(384);
+    let found = summary(&dims, |p| Params { factor_limit: FactorLimit::NONE, ..p })?;
+    let [_, _, by_products] = forecast(&dims, &kept(&found), 2048.0);
+    assert!(near(found.forecast.preconditioning, by_products), "{:?}", found.forecast);
     // Without sampled labels there is no pass of its own, without orthogonal directions no divergence to measure, without a relative damping
     // no trace; a quadratic wake makes inverses twice.
-    let dims = encoder(384);
     for (name, inversions) in [("kfac", 1.0), ("q-kld-wrm", 2.0)] {
         let wake: Wake = name.parse()?;
         let limit = FactorLimit { rows: 400, beyond: Beyond::LowRank { rank: 32 } };

@@ -78,6 +78,7 @@ fn half_types_learn() {
 fn a_training_changes_devices() {
     let Some(gpu) = gpu() else { return };
     let folder = Folder::new("cuda-resume");
+    // As it comes a training goes on by the other device's function. The bound is an estimate.
     let by_default = ("--optimizer kldwrm".to_string(), 0.05);
     let alike = ["adamw", "kfac", "q", "kldwrm"].map(|optimizer| (chosen(optimizer), 1e-5));
     for (optimizer, tolerance) in alike.into_iter().chain([by_default]) {
